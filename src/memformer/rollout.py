@@ -1,0 +1,93 @@
+"""The segments that one update back-propagates through."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from memformer.errors import InputError, InputTypeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """N timesteps of B independent rows: what is read, what must be predicted, and where rows start again.
+
+    Timestep t reads `inputs[t]` and predicts `targets[t]`, the segment that follows it.
+
+    Args:
+        inputs: (N, B, S) int64, the segments the encoder reads.
+        targets: (N, B, T) int64, the segments the decoder predicts.
+        reset: (N, B) bool, True where a row starts a new document: its memory is the initial memory again
+            before that timestep. None means nowhere.
+        input_padding: (N, B, S) bool, True at padding of `inputs`. None means no padding.
+        target_padding: (N, B, T) bool, True at padding of `targets`. None means no padding.
+
+    Raises:
+        InputError: The shapes disagree, or there is no timestep, row or token.
+        InputTypeError: Tokens are not int64, or masks are not bool.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    reset: Tensor | None = None
+    input_padding: Tensor | None = None
+    target_padding: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "targets"):
+            tokens: Tensor = getattr(self, name)
+            if tokens.dtype != torch.int64:
+                raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
+            if tokens.ndim != 3 or 0 in tokens.shape:
+                raise InputError(
+                    f"rollout {name} have shape {tuple(tokens.shape)}; it must be (timesteps, rows, tokens), none zero"
+                )
+        if self.inputs.shape[:2] != self.targets.shape[:2]:
+            raise InputError(
+                f"rollout inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)} "
+                "must agree in timesteps and rows"
+            )
+        expected_shapes = {
+            "reset": self.inputs.shape[:2],
+            "input_padding": self.inputs.shape,
+            "target_padding": self.targets.shape,
+        }
+        for name, shape in expected_shapes.items():
+            mask: Tensor | None = getattr(self, name)
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool:
+                raise InputTypeError(f"rollout {name} has dtype {mask.dtype}; it must be torch.bool")
+            if mask.shape != shape:
+                raise InputError(f"rollout {name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of segments N that each row reads."""
+        return self.inputs.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        return self.inputs.shape[1]
+
+    def count_target_tokens(self) -> int:
+        """Return the number of target tokens that are not padding."""
+        if self.target_padding is None:
+            return self.targets.numel()
+        return int((~self.target_padding).sum())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same rollout with all tensors on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return type(self)(
+            inputs=self.inputs.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            reset=move(self.reset),
+            input_padding=move(self.input_padding),
+            target_padding=move(self.target_padding),
+        )

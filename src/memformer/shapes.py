@@ -1,0 +1,27 @@
+"""The one legend of axis letters, used in every annotation and shape comment of the package.
+
+| letter | axis |
+|---|---|
+| B | batch rows (streams, lanes) |
+| N | timesteps (segments) of a rollout |
+| S | tokens of an encoder segment |
+| T | tokens of a decoder segment (targets) |
+| K | memory slots |
+| D | model width |
+| H | attention heads; one head is D/H wide |
+| F | feed-forward width |
+| V | vocabulary |
+| Q, J | query and key positions of one attention |
+
+A mask's name says what True means: `padding_mask` is True at padding, `keep_mask` is True where attention may look.
+"""
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+Segment = Int64[Tensor, "B S"]
+Targets = Int64[Tensor, "B T"]
+SegmentPadding = Bool[Tensor, "B S"]
+Memory = Float[Tensor, "B K D"]
+Hidden = Float[Tensor, "B S D"]
+Logits = Float[Tensor, "B T V"]
