@@ -1,0 +1,176 @@
+"""The shape of a Memformer; checked when it is made, stored as JSON beside the weights."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from memformer.errors import InputError, InputTypeError
+
+PositionScheme = Literal["rotary", "relative"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemformerConfig:
+    """Everything that decides what a Memformer computes (arXiv 2010.06891v2, section 3).
+
+    The defaults are a small byte-level model; the paper's own sizes and the ablations of its Table 1 are configs.
+
+    Args:
+        vocab_size: Number of token ids V; tokens are 0 .. V-1, and V itself is the built-in `[BOS]`.
+        d_model: Width D of tokens and memory slots.
+        num_heads: Attention heads H; they split the width.
+        d_ff: Width F inside the feed-forward layers.
+        num_encoder_layers: Layers that read a segment and the memory.
+        num_decoder_layers: Layers that predict the next segment.
+        segment_length: Tokens per segment (paper: L).
+        num_slots: Memory slots K (paper: k). 0 is the ablation "without memory": no reader and no writer.
+        write_temperature: Temperature tau of the memory writer's softmax; below 1 sharpens. 1 is an ablation.
+        num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
+        forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
+            slots stay on their sphere, nothing pulls them back to their initial state.
+        forgetting_speeds: ||v_i|| relative to the sphere's radius at the start of training, for the first and the last
+            slot; log-uniform between. Two equal numbers give every slot the same speed.
+        positions: "rotary", or "relative" for the simplified relative positions of the paper's first version.
+        decoder_reads_memory: Let the decoder attend to the written slots too. A departure from the paper, after
+            its authors' later code; off by default.
+        convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
+            A departure from the paper, for binding neighbouring tokens.
+        dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
+        attention_dropout: Probability of dropping an attention weight; null means `dropout`.
+        embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
+
+    Raises:
+        InputError: A value is out of its range, or two contradict each other.
+        InputTypeError: A value has the wrong type.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 256
+    num_heads: int = 4
+    d_ff: int = 1024
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    segment_length: int = 128
+    num_slots: int = 32
+    write_temperature: float = 0.25
+    num_writer_heads: int | None = None
+    forgetting: bool = True
+    forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
+    positions: PositionScheme = "rotary"
+    decoder_reads_memory: bool = False
+    convolution_kernel: int = 0
+    dropout: float = 0.0
+    attention_dropout: float | None = None
+    embedding_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("vocab_size", 2),
+            ("d_model", 1),
+            ("num_heads", 1),
+            ("d_ff", 1),
+            ("num_encoder_layers", 1),
+            ("num_decoder_layers", 1),
+            ("segment_length", 1),
+            ("num_slots", 0),
+            ("convolution_kernel", 0),
+        ):
+            _check_integer(name, getattr(self, name), minimum)
+        if self.num_writer_heads is not None:
+            _check_integer("num_writer_heads", self.num_writer_heads, 1)
+        for name in ("num_heads", "num_writer_heads"):
+            heads = getattr(self, name)
+            if heads is not None and self.d_model % heads:
+                raise InputError(f"d_model ({self.d_model}) must be a multiple of {name} ({heads})")
+        if self.positions not in get_args(PositionScheme):
+            raise InputError(f"positions ({self.positions!r}) must be one of {', '.join(get_args(PositionScheme))}")
+        if self.positions == "rotary" and (self.d_model // self.num_heads) % 2:
+            raise InputError(
+                f"rotary positions need an even head width; d_model ({self.d_model}) / num_heads ({self.num_heads}) "
+                f"is {self.d_model // self.num_heads}"
+            )
+        if self.convolution_kernel and self.convolution_kernel % 2 == 0:
+            raise InputError(f"convolution_kernel ({self.convolution_kernel}) must be odd, or 0 for none")
+        if self.decoder_reads_memory and self.num_slots == 0:
+            raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
+        _check_number("write_temperature", self.write_temperature)
+        if not 0 < self.write_temperature < float("inf"):
+            raise InputError(f"write_temperature ({self.write_temperature}) must be above 0 and finite")
+        if len(self.forgetting_speeds) != 2:
+            raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be two numbers: first and last slot")
+        for speed in self.forgetting_speeds:
+            _check_number("forgetting_speeds", speed)
+            if not 0 < speed < float("inf"):
+                raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be above 0 and finite")
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+            probability = getattr(self, name)
+            if probability is None:
+                continue
+            _check_number(name, probability)
+            if not 0 <= probability < 1:
+                raise InputError(f"{name} ({probability}) must be at least 0 and below 1")
+
+    @property
+    def head_width(self) -> int:
+        """Width D/H of one attention head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def attention_dropout_probability(self) -> float:
+        """Probability of dropping an attention weight."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def embedding_dropout_probability(self) -> float:
+        """Probability of dropping an embedded feature."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        fields = dataclasses.asdict(self)
+        fields["forgetting_speeds"] = list(self.forgetting_speeds)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the config that `to_dict` described.
+
+        Raises:
+            InputError: A key is unknown (the nearest valid one is named), or a value is out of its range.
+            InputTypeError: A value has the wrong type.
+        """
+        refuse_unknown_keys(fields, valid=[field.name for field in dataclasses.fields(cls)], owner="model config")
+        fields = dict(fields)
+        if "forgetting_speeds" in fields:
+            if not isinstance(fields["forgetting_speeds"], list | tuple):
+                raise InputTypeError(f"forgetting_speeds ({fields['forgetting_speeds']!r}) must be a list of two numbers")
+            fields["forgetting_speeds"] = tuple(fields["forgetting_speeds"])
+        return cls(**fields)
+
+
+def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
+    """Check that every given key is a valid one.
+
+    Raises:
+        InputError: A key is unknown; the message names the nearest valid one.
+    """
+    valid = list(valid)
+    for key in given:
+        if key not in valid:
+            nearest = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}"
+            raise InputError(f"unknown key {key!r} in {owner}; {hint}")
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputTypeError(f"{name} ({value!r}) must be an integer")
+    if value < minimum:
+        raise InputError(f"{name} ({value}) must be at least {minimum}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputTypeError(f"{name} ({value!r}) must be a number")

@@ -1,0 +1,102 @@
+"""Files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memformer.errors import CheckpointError, SaveError
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `file`, make it durable, then put it in place.
+
+    Raises:
+        SaveError: Writing failed; what was at `file` before is intact and nothing is left beside it.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+        sync_folder(file.parent)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"cannot write {file}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable, where the system can (a rename is in the folder, not in the file)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_whole(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: The file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error

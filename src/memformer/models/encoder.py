@@ -1,0 +1,53 @@
+"""The recurrence's first half: reads a segment with the memory at hand, in both directions."""
+
+import torch
+from torch import nn
+
+from memformer.config import MemformerConfig
+from memformer.models.decoder import make_positions
+from memformer.nn.attention import AttentionRecord, keep_mask_of
+from memformer.nn.layers import EncoderLayer
+from memformer.shapes import Hidden, Memory, SegmentPadding
+
+
+class Encoder(nn.Module):
+    """Bidirectional inside the segment, reads the memory in every layer (arXiv 2010.06891v2, section 3.2).
+
+    Args:
+        config: The model's config.
+    """
+
+    def __init__(self, config: MemformerConfig) -> None:
+        super().__init__()
+        width, kernel = config.d_model, config.convolution_kernel
+        self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
+        self.positions = make_positions(config)
+        self.memory_norm = nn.LayerNorm(width) if config.num_slots else None
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, bias=self.positions.biased_projections) for _ in range(config.num_encoder_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        x: Hidden,
+        *,
+        memory: Memory,
+        padding_mask: SegmentPadding | None,
+        record: AttentionRecord | None = None,
+    ) -> Hidden:
+        """Return the segment's hidden states."""
+        if self.convolution is not None:
+            # Padding must look like the zeros beyond the segment's ends.
+            padded = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
+            x = x + self.convolution(padded.mT).mT
+        if padding_mask is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        else:
+            positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token stands at n wherever padding is
+        frame = self.positions(positions, key_positions=positions)
+        keep_mask = keep_mask_of(padding_mask)
+        slots = None if self.memory_norm is None else self.memory_norm(memory)
+        for layer in self.layers:
+            x = layer(x, slots=slots, frame=frame, keep_mask=keep_mask, record=record)
+        return self.norm(x)

@@ -1,0 +1,180 @@
+"""The Memformer: encoder with memory, memory writer, decoder (arXiv 2010.06891v2)."""
+
+import math
+
+import torch
+from torch import nn
+
+from memformer.config import MemformerConfig
+from memformer.models.decoder import Decoder, Past
+from memformer.models.encoder import Encoder
+from memformer.models.pretrained import Pretrained
+from memformer.models.recurrence import RecurrentModel, check_tokens
+from memformer.nn.attention import AttentionRecord, KeyValueCache
+from memformer.nn.memory import MemoryNormalization, MemoryWriter
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+
+
+class Memformer(Pretrained, RecurrentModel):
+    """Reads a sequence segment by segment with a memory of fixed size; predicts each segment from the one before.
+
+    A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
+    likelihood covers every token (the paper leaves this open). Hidden states are (B, S, D); with
+    `decoder_reads_memory` the K written slots follow them, (B, S + K, D).
+
+    Args:
+        config: What to build.
+    """
+
+    config: MemformerConfig
+
+    def __init__(self, config: MemformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        # One row more than the vocabulary: [BOS] can be read but never predicted.
+        self.embedding = nn.Embedding(config.vocab_size + 1, config.d_model)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.num_slots:
+            self.memory_writer = MemoryWriter(
+                config.d_model,
+                num_heads=config.num_writer_heads or config.num_heads,
+                temperature=config.write_temperature,
+            )
+            self.memory_normalization = MemoryNormalization(
+                config.num_slots,
+                width=config.d_model,
+                forgetting_speeds=config.forgetting_speeds,
+                forgetting=config.forgetting,
+            )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith("output"):
+                    # Each stack's residual stream is a sum over its layers' parts; keep its variance near one.
+                    depth = self.config.num_encoder_layers if "encoder" in name else self.config.num_decoder_layers
+                    std /= math.sqrt(3 * depth)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if self.encoder.convolution is not None:
+            nn.init.zeros_(self.encoder.convolution.bias)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids V that can be targets."""
+        return self.config.vocab_size
+
+    @property
+    def bos_token_id(self) -> int:
+        """The id V, which stands alone in the segment before the first."""
+        return self.config.vocab_size
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a full segment."""
+        return self.config.segment_length
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Return M_0 for each row: every slot in its terminal state of forgetting; float32 (float64 if the model is)."""
+        if not self.config.num_slots:
+            dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+            return self.embedding.weight.new_zeros((batch_size, 0, self.config.d_model), dtype=dtype)
+        return self.memory_normalization.initial_memory(batch_size)
+
+    def encode(
+        self,
+        segment: Segment,
+        *,
+        memory: Memory,
+        padding_mask: SegmentPadding | None = None,
+        attention: AttentionRecord | None = None,
+    ) -> tuple[Hidden, Memory]:
+        """Read one segment; return its hidden states and the memory that leaves it.
+
+        A row that is all padding leaves its memory as it was; its hidden states are finite and mean nothing.
+
+        Args:
+            segment: Token ids, 0 .. V (V is `[BOS]`).
+            memory: The memory that enters.
+            padding_mask: True at padding, which may stand before or after the tokens, not between; None for none.
+            attention: Filled with the attention weights of memory readers and writer, if given.
+
+        Raises:
+            InputError: A token id or a shape is out of range, or the memory is another model's.
+            InputTypeError: A dtype is wrong.
+        """
+        check_tokens(segment, largest=self.bos_token_id, name="segment")
+        self.check_memory(memory, batch_size=segment.shape[0])
+        hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
+        if not self.config.num_slots:
+            return hidden, memory
+        written = self.memory_writer(memory, hidden=hidden, padding_mask=padding_mask, record=attention)
+        next_memory = self.memory_normalization(written)
+        if padding_mask is not None:
+            next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)
+        if self.config.decoder_reads_memory:
+            hidden = torch.cat([hidden, next_memory.to(hidden.dtype)], dim=1)
+        return hidden, next_memory
+
+    def decode(
+        self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None
+    ) -> Logits:
+        """Return the logits of each target given those before it (shifted inside) and the past.
+
+        Args:
+            targets: Token ids, 0 .. V-1. Padding may only follow the tokens; any valid id will do there.
+            hidden: From `encode`.
+            hidden_padding_mask: The padding mask that `encode` was given.
+
+        Raises:
+            InputError: A token id or a shape is out of range.
+            InputTypeError: A dtype is wrong.
+        """
+        check_tokens(targets, largest=self.vocab_size - 1, name="targets")
+        bos = targets.new_full((targets.shape[0], 1), self.bos_token_id)
+        past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
+        return self._logits(self.decoder(self._embed(torch.cat([bos, targets[:, :-1]], dim=1)), past=past))
+
+    def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
+        """Return what `decode_step` looks back at, projected once for a whole segment."""
+        return self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
+
+    def decode_step(
+        self, tokens: Segment, *, past: Past, caches: list[KeyValueCache], positions: Segment
+    ) -> Logits:
+        """Return the logits of what follows each token; `decode` a few tokens at a time.
+
+        Args:
+            tokens: The next decoder inputs, `[BOS]` first; 0 .. V.
+            past: From `look_back`.
+            caches: From `make_caches`; the tokens' keys and values are added.
+            positions: Place of each token in its segment; `segment_length` marks padding.
+        """
+        x = self._embed(tokens)
+        return self._logits(self.decoder.step(x, past=past, caches=caches, positions=positions))
+
+    def make_caches(self, batch_size: int) -> list[KeyValueCache]:
+        """Return an empty key-value cache of one segment for each decoder layer."""
+        return [
+            KeyValueCache(
+                batch_size=batch_size,
+                num_heads=self.config.num_heads,
+                length=self.segment_length,
+                head_width=self.config.head_width,
+                like=self.embedding.weight.detach(),
+            )
+            for _ in range(self.config.num_decoder_layers)
+        ]
+
+    def _embed(self, tokens: Segment) -> Hidden:
+        # sqrt(D) gives the residual stream a variance near one while the shared output projection starts small.
+        return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
+
+    def _logits(self, features: Hidden) -> Logits:
+        return nn.functional.linear(features, self.embedding.weight[: self.vocab_size])

@@ -1,0 +1,72 @@
+"""Models as folders: config.json beside model.safetensors; nothing is ever unpickled."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from memformer.config import MemformerConfig
+from memformer.errors import CheckpointError, InputError
+from memformer.files import read_json, read_tensors, write_json, write_tensors
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Pretrained(nn.Module):
+    """Saving and loading for a model that is built from its config alone."""
+
+    config: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; each appears whole or not at all.
+
+        Raises:
+            SaveError: Writing failed; files that were there before are intact.
+        """
+        folder = Path(folder)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_json(folder / CONFIG_FILE, {"model_type": "memformer", **self.config.to_dict()})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """Return the model that `save_pretrained` wrote, in evaluation mode.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or of another model.
+        """
+        folder = Path(folder)
+        fields = read_json(folder / CONFIG_FILE)
+        if fields.pop("model_type", None) != "memformer":
+            raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a memformer: model_type must be 'memformer'")
+        try:
+            model = cls(MemformerConfig.from_dict(fields))  # type: ignore[call-arg]  # subclasses take their config
+        except InputError as error:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+        load_weights(model, folder / WEIGHTS_FILE)
+        return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a model of exactly its names and shapes; floating dtypes follow the file.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or of another model; the model is as it was.
+    """
+    tensors = read_tensors(file)
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{file} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(f"{file} holds {len(extra)} tensors this model does not have, {extra[0]!r} first")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}; this model's is {tuple(expected[name].shape)}"
+            )
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(tensors)
+

@@ -1,0 +1,112 @@
+"""The one shape every model here has: a recurrence over segments plus a readout.
+
+    hidden_t, memory_{t+1} = encode(segment_t, memory_t)        # sequential in t
+    logits_t               = decode(targets_t, hidden_t)        # independent over t
+
+Training, replay, evaluation and generation are written against this class alone.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from memformer.errors import InputError, InputTypeError
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+
+
+class RecurrentModel(nn.Module, ABC):
+    """A recurrence over segments plus a readout; rows of a batch are independent, and the model never detaches."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids V that can be targets."""
+
+    @property
+    @abstractmethod
+    def bos_token_id(self) -> int:
+        """The id that stands alone in the segment before the first."""
+
+    @property
+    @abstractmethod
+    def segment_length(self) -> int:
+        """Tokens of a full segment."""
+
+    @abstractmethod
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Return the memory that a document starts from, for each row."""
+
+    @abstractmethod
+    def encode(self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None) -> tuple[Hidden, Memory]:
+        """Read one segment; return its hidden states and the memory that leaves it."""
+
+    @abstractmethod
+    def decode(
+        self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None
+    ) -> Logits:
+        """Return the logits of each target, given the targets before it and the hidden states of the past."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable numbers, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def reset_memory(self, memory: Memory, reset: Bool[Tensor, " B"]) -> Memory:
+        """Return the memory with the rows in `reset` started again."""
+        return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
+
+    def token_nats(
+        self,
+        targets: Targets,
+        *,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None = None,
+        target_padding_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
+        logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
+        if target_padding_mask is not None:
+            targets = targets.masked_fill(target_padding_mask, -100)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def check_memory(self, memory: Tensor, *, batch_size: int) -> None:
+        """Check that a memory is one of this model.
+
+        Raises:
+            InputError: The shape is not (batch_size, slots, width) of this model.
+            InputTypeError: The dtype is not that of this model's memory.
+        """
+        expected = self.initial_memory(1)
+        if memory.shape != (batch_size, *expected.shape[1:]):
+            raise InputError(
+                f"memory has shape {tuple(memory.shape)}; this model's is {(batch_size, *expected.shape[1:])} "
+                "(rows, slots, width): it may be the memory of another model"
+            )
+        if memory.dtype != expected.dtype:
+            raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {expected.dtype}")
+
+
+def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
+    """Check dtype and range of token ids (the range on a CPU only: elsewhere it would wait for the device).
+
+    Raises:
+        InputError: There is no token, or an id is outside 0 .. `largest`.
+        InputTypeError: The dtype is not int64.
+    """
+    if tokens.dtype != torch.int64:
+        raise InputTypeError(f"{name} has dtype {tokens.dtype}; token ids must be torch.int64")
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise InputError(f"{name} has shape {tuple(tokens.shape)}; it must be (rows, tokens) with at least one token")
+    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in tokens.aminmax())
+        if low < 0 or high > largest:
+            raise InputError(f"{name} holds token id {low if low < 0 else high}; valid ids are 0 to {largest}")

@@ -1,0 +1,212 @@
+"""Where tokens stand: rotary positions, and the simplified relative positions of the paper's first version.
+
+A position scheme builds one frame per stack of layers. The frame places queries and keys (once, so that placed
+keys can be cached) and attends. Positions are integers; only differences between query and key positions matter, so
+the decoder counts its own tokens from 0 and the encoder's backwards from -1: distance continues across the boundary.
+"""
+
+import math
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+Positions = Int64[Tensor, " Q"] | Int64[Tensor, "B Q"]
+KeepMask = Bool[Tensor, "#B 1 #Q J"]
+
+
+class Frame(Protocol):
+    """How one stack of layers places its queries and keys, and attends."""
+
+    def place_queries(self, query: Tensor) -> Tensor:
+        """Return the queries (B, H, Q, D/H) carrying their positions."""
+
+    def place_keys(self, key: Tensor) -> Tensor:
+        """Return the keys (B, H, J, D/H) carrying their positions."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, keep_mask: Tensor | None, is_causal: bool, dropout: float
+    ) -> Tensor:
+        """Return what placed queries read from placed keys and values, (B, H, Q, D/H)."""
+
+
+class Unplaced:
+    """Attention without positions: memory slots have none."""
+
+    def place_queries(self, query: Tensor) -> Tensor:
+        """Return the queries as they are."""
+        return query
+
+    def place_keys(self, key: Tensor) -> Tensor:
+        """Return the keys as they are."""
+        return key
+
+    def attend(
+        self,
+        query: Float[Tensor, "B H Q E"],
+        key: Float[Tensor, "B H J E"],
+        value: Float[Tensor, "B H J W"],
+        *,
+        keep_mask: KeepMask | None = None,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "B H Q W"]:
+        """Return scaled dot-product attention; `keep_mask` is True where a query may look."""
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=keep_mask, is_causal=is_causal, dropout_p=dropout
+        )
+
+
+class RotaryFrame(Unplaced):
+    """Queries and keys turned by their positions; attention itself is plain. Turns are made when first needed."""
+
+    def __init__(self, query_positions: Tensor, *, key_positions: Tensor, head_width: int, base: float) -> None:
+        self.query_positions = query_positions
+        self.key_positions = key_positions
+        self.head_width = head_width
+        self.base = base
+
+    def place_queries(self, query: Tensor) -> Tensor:
+        """Return the queries turned by their positions."""
+        return _rotate(query, turns=self._query_turns)
+
+    def place_keys(self, key: Tensor) -> Tensor:
+        """Return the keys turned by their positions."""
+        return _rotate(key, turns=self._key_turns)
+
+    @cached_property
+    def _query_turns(self) -> tuple[Tensor, Tensor]:
+        return _turns(self.query_positions, head_width=self.head_width, base=self.base)
+
+    @cached_property
+    def _key_turns(self) -> tuple[Tensor, Tensor]:
+        if self.key_positions is self.query_positions:
+            return self._query_turns
+        return _turns(self.key_positions, head_width=self.head_width, base=self.base)
+
+
+def _turns(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    half = head_width // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    angles = positions[..., None] * base**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    if positions.ndim == 2:
+        cos, sin = cos[:, None], sin[:, None]  # (B, 1, Q, D/H)
+    return cos, sin
+
+
+def _rotate(x: Tensor, *, turns: tuple[Tensor, Tensor]) -> Tensor:
+    # Pairs are (i, i + half); the sine carries the minus sign of its first half, so one roll replaces split and cat.
+    cos, sin = (part.to(x.dtype) for part in turns)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class RotaryPositions(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864); the paper names no scheme.
+
+    Args:
+        head_width: Width D/H of one head, even.
+        base: Longest wavelength over 2 pi, in tokens.
+    """
+
+    biased_projections = False
+
+    def __init__(self, *, head_width: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.base = base
+
+    def forward(
+        self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
+    ) -> RotaryFrame:
+        """Return the frame; `new_key_positions` are those of the keys still to place, where others are cached."""
+        return RotaryFrame(
+            query_positions,
+            key_positions=key_positions if new_key_positions is None else new_key_positions,
+            head_width=self.head_width,
+            base=self.base,
+        )
+
+
+class RelativeFrame(Unplaced):
+    """Attention with a vector R for each distance, in the scores and in what is read."""
+
+    def __init__(self, query_positions: Tensor, *, key_positions: Tensor, num_heads: int, head_width: int) -> None:
+        self.query_positions = query_positions
+        self.key_positions = key_positions
+        self.num_heads = num_heads
+        self.head_width = head_width
+
+    @cached_property
+    def _distances(self) -> tuple[Tensor, Tensor]:
+        """Vectors (H, L, D/H) of the L distances that occur, and which of them a query and a key have."""
+        distances = self.query_positions[..., :, None] - self.key_positions[..., None, :]  # (Q, J) or (B, Q, J)
+        nearest, farthest = int(distances.min()), int(distances.max())
+        span = torch.arange(nearest, farthest + 1, device=distances.device)
+        width = self.num_heads * self.head_width
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=distances.device) / width
+        angles = span[:, None] * 10_000.0**-exponents
+        vectors = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]  # (L, D)
+        index = (distances - nearest).unsqueeze(-3)
+        vectors = vectors.unflatten(-1, (self.num_heads, self.head_width)).movedim(1, 0)
+        return vectors, index[None] if index.ndim == 3 else index
+
+    def attend(
+        self,
+        query: Float[Tensor, "B H Q E"],
+        key: Float[Tensor, "B H J E"],
+        value: Float[Tensor, "B H J W"],
+        *,
+        keep_mask: KeepMask | None = None,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "B H Q E"]:
+        """Return softmax(Q (K + R)^T / sqrt(D/H)) (V + R)."""
+        vectors, index = self._distances
+        vectors = vectors.to(query.dtype)
+        scores = query @ key.mT  # (B, H, Q, J)
+        index = index.expand_as(scores)
+        scores = (scores + (query @ vectors.mT).gather(-1, index)) / math.sqrt(query.shape[-1])
+        if is_causal:
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            keep_mask = causal[None, None] if keep_mask is None else keep_mask & causal
+        if keep_mask is not None:
+            scores = scores.masked_fill(~keep_mask, torch.finfo(scores.dtype).min)
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        by_distance = weights.new_zeros(*weights.shape[:-1], vectors.shape[-2]).scatter_add(-1, index, weights)
+        return weights @ value + by_distance @ vectors
+
+
+class RelativePositions(nn.Module):
+    """Simplified relative positions (arXiv 2010.06891v1): A_ij = Q_i.(K_j + R_{i-j}), H_i = sum_j A_ij (V_j + R_{i-j}).
+
+    Queries, keys and values have biases. v1 counts 1.05 M parameters a layer at width 512, which is the four
+    projections and their biases alone; so R has none of its own here: it is the sinusoid of the distance.
+
+    Args:
+        num_heads: Number of heads H.
+        head_width: Width D/H of one head.
+    """
+
+    biased_projections = True
+
+    def __init__(self, *, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_width = head_width
+
+    def forward(
+        self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
+    ) -> RelativeFrame:
+        """Return the frame; keys carry no position of their own, so `new_key_positions` is not needed."""
+        del new_key_positions
+        return RelativeFrame(
+            query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width
+        )
+
+
+PositionSchemes = RotaryPositions | RelativePositions

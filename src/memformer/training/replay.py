@@ -1,0 +1,228 @@
+"""Memory replay back-propagation, and the two methods it must agree with (arXiv 2010.06891, Algorithm 1).
+
+A rollout's loss is differentiated exactly by all three: through every timestep, and not beyond the rollout's edge.
+
+- "bptt" keeps the whole graph. "checkpoint" keeps it in pieces that are recomputed (torch.utils.checkpoint).
+- "replay" keeps memories and hidden states only:
+    1. without gradient, encode the timesteps in order;
+    2. read out all timesteps in chunks, with gradient: loss, and d loss / d hidden;
+    3. from the last timestep to the first, encode again with gradient and carry d loss / d memory backwards.
+
+Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
+depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memformer.errors import InputError
+from memformer.models.recurrence import RecurrentModel
+from memformer.rollout import Rollout
+from memformer.training.randomness import capture_randomness, restore_randomness
+
+Method = Literal["replay", "bptt", "checkpoint"]
+NewAutocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutResult:
+    """What one rollout gave.
+
+    Attributes:
+        loss: Mean nats per non-padding target token of the rollout, detached; 0 if there is none.
+        num_tokens: Number of non-padding target tokens.
+        memory: (B, K, D), the memory that leaves the rollout, detached.
+        memory_grad: (B, K, D), d loss / d memory entering the rollout (scaled like the gradients).
+    """
+
+    loss: Tensor
+    num_tokens: int
+    memory: Tensor
+    memory_grad: Tensor
+
+
+def backpropagate(
+    model: RecurrentModel,
+    rollout: Rollout,
+    *,
+    memory: Tensor | None = None,
+    method: Method = "replay",
+    readout_timesteps: int = 1,
+    gradient_scale: float = 1.0,
+) -> RolloutResult:
+    """Add the gradient of the rollout's loss to every parameter's `.grad`; return the loss and the memory.
+
+    The gradient stops at the rollout's edge: the entering memory is detached, and `memory_grad` says what arrives
+    there. Rows with `reset` start from the initial memory, which does get gradient. An ambient autocast is respected
+    in the forward computation.
+
+    Args:
+        model: Any recurrence with a readout.
+        rollout: What is read and predicted, on the model's device.
+        memory: The memory that enters; None means the initial memory, as if every row were reset first.
+        method: How the gradient is computed; all give the same.
+        readout_timesteps: Timesteps read out together: more is faster and takes more memory.
+        gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
+
+    Raises:
+        InputError: The method is unknown, `readout_timesteps` is below 1, or the memory is another model's.
+        InputTypeError: The memory has the wrong dtype.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method ({method!r}) must be one of {', '.join(get_args(Method))}")
+    if readout_timesteps < 1:
+        raise InputError(f"readout_timesteps ({readout_timesteps}) must be at least 1")
+    if memory is None:
+        memory = model.initial_memory(rollout.batch_size)
+        first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
+        first[0] = True
+        reset = first if rollout.reset is None else rollout.reset | first
+        rollout = Rollout(
+            inputs=rollout.inputs,
+            targets=rollout.targets,
+            reset=reset,
+            input_padding=rollout.input_padding,
+            target_padding=rollout.target_padding,
+        )
+    model.check_memory(memory, batch_size=rollout.batch_size)
+    # The one place where gradient is cut. A clone, so that asking for its gradient leaves the caller's tensor alone.
+    memory = memory.detach().clone()
+    num_tokens = rollout.count_target_tokens()
+    device_type = rollout.inputs.device.type
+    # Backward must not run under autocast, and a cast that was cached without gradient must not be used with it: so
+    # the ambient autocast is switched off here and entered anew around each piece of forward computation.
+    autocast = partial(
+        torch.autocast,
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )
+    with torch.autocast(device_type, enabled=False):
+        work = _Work(model, rollout, gradient_scale / max(num_tokens, 1), readout_timesteps, autocast)
+        if method == "replay":
+            total_nats, memory, memory_grad = _replay(work, memory)
+        else:
+            total_nats, memory, memory_grad = _unroll(work, memory, recompute=method == "checkpoint")
+    return RolloutResult(
+        loss=total_nats / max(num_tokens, 1), num_tokens=num_tokens, memory=memory, memory_grad=memory_grad
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The two pieces of forward computation that every method puts together."""
+
+    model: RecurrentModel
+    rollout: Rollout
+    nats_scale: float
+    readout_timesteps: int
+    autocast: NewAutocast
+
+    def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, S, D) hidden and the next memory (B, K, D)."""
+        with self.autocast():
+            if self.rollout.reset is not None:
+                memory = self.model.reset_memory(memory, self.rollout.reset[timestep])
+            padding = self.rollout.input_padding
+            return self.model.encode(
+                self.rollout.inputs[timestep],
+                memory=memory,
+                padding_mask=None if padding is None else padding[timestep],
+            )
+
+    def read_out(self, chunk: slice, *hiddens: Tensor) -> Tensor:
+        """Return the summed nats of the targets of a chunk of timesteps, given their hidden states (B, S, D)."""
+        with self.autocast():
+            rollout = self.rollout
+            nats = self.model.token_nats(
+                rollout.targets[chunk].flatten(0, 1),
+                hidden=torch.cat(hiddens),
+                hidden_padding_mask=_rows(rollout.input_padding, chunk),
+                target_padding_mask=_rows(rollout.target_padding, chunk),
+            )
+            return nats.sum()
+
+    @property
+    def chunks(self) -> list[slice]:
+        """The timesteps, in groups that are read out together."""
+        size, stop = self.readout_timesteps, self.rollout.num_timesteps
+        return [slice(start, min(start + size, stop)) for start in range(0, stop, size)]
+
+
+def _rows(mask: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if mask is None else mask[chunk].flatten(0, 1)
+
+
+def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it."""
+    run = partial(checkpoint, use_reentrant=False) if recompute else _call
+    entering = memory.requires_grad_()
+    hiddens = []
+    for timestep in range(work.rollout.num_timesteps):
+        hidden, memory = run(work.encode, timestep, memory)
+        hiddens.append(hidden)
+    total_nats = sum((run(work.read_out, chunk, *hiddens[chunk]) for chunk in work.chunks), start=memory.new_zeros(()))
+    (total_nats * work.nats_scale).backward()
+    return total_nats.detach(), memory.detach(), _grad_of(entering)
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate one piece at a time; see the module's docstring for the three steps."""
+    device = memory.device
+    replay_buffer, randomness, hiddens = [], [], []
+    with torch.no_grad():
+        for timestep in range(work.rollout.num_timesteps):
+            randomness.append(capture_randomness(device))
+            replay_buffer.append(memory)
+            hidden, memory = work.encode(timestep, memory)
+            hiddens.append(hidden)
+    last_memory = memory
+
+    total_nats = memory.new_zeros(())
+    hidden_grads: list[Tensor | None] = []
+    for chunk in work.chunks:
+        leaves = [hidden.requires_grad_() for hidden in hiddens[chunk]]
+        nats = work.read_out(chunk, *leaves)
+        (nats * work.nats_scale).backward()
+        total_nats += nats.detach()
+        hidden_grads.extend(leaf.grad for leaf in leaves)
+        # Free the hidden states that were read out, and the chunk's graph.
+        hiddens[chunk] = [hidden.new_empty(0) for hidden in leaves]
+        del leaves, nats
+
+    after = capture_randomness(device)
+    memory_grad: Tensor | None = None
+    for timestep in reversed(range(work.rollout.num_timesteps)):
+        restore_randomness(randomness.pop(), device=device)
+        entering = replay_buffer.pop().requires_grad_()
+        hidden, next_memory = work.encode(timestep, entering)
+        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad))
+        memory_grad = _grad_of(entering)
+        # The next timestep must not be built while this one's graph is still held.
+        del hidden, next_memory, entering
+    restore_randomness(after, device=device)
+    assert memory_grad is not None
+    return total_nats, last_memory.detach(), memory_grad
+
+
+def _backward(*outputs_and_grads: tuple[Tensor, Tensor | None]) -> None:
+    """Back-propagate from several outputs at once; those without gradient or graph take no part."""
+    taking_part = [(output, grad) for output, grad in outputs_and_grads if output.requires_grad and grad is not None]
+    if taking_part:
+        outputs, grads = zip(*taking_part, strict=True)
+        torch.autograd.backward(outputs, grads)
+
+
+def _grad_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
