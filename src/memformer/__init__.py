@@ -2,6 +2,8 @@
 
 from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
+from memformer.evaluation import Evaluation, Likelihood, evaluate
+from memformer.generation import Session
 from memformer.models import Memformer, RecurrentModel
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
@@ -12,13 +14,17 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionRecord",
     "CheckpointError",
+    "Evaluation",
     "InputError",
     "InputTypeError",
+    "Likelihood",
     "Memformer",
     "MemformerConfig",
     "RecurrentModel",
     "Rollout",
     "RolloutResult",
     "SaveError",
+    "Session",
     "backpropagate",
+    "evaluate",
 ]

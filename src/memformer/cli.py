@@ -1,0 +1,274 @@
+"""The command `memformer`: parse, build, call, report.
+
+Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 2 a mistake that the one line on stderr
+explains, 128 + the signal's number if a run was interrupted (it saved a checkpoint first).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memformer import commands
+from memformer.data import PixelTokenizer, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.errors import InputError
+from memformer.evaluation import Evaluation, evaluate
+from memformer.generation import Session
+from memformer.models.memformer import Memformer
+from memformer.report import write_report
+from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.config import DataConfig, RunConfig
+from memformer.training.corpora import open_corpus, prepare_data
+from memformer.training.loop import Interrupted, check_same_run, train
+from memformer.training.run import (
+    CHECKPOINTS,
+    RUN_CONFIG_FILE,
+    LoadedRun,
+    choose_device,
+    load_run,
+    read_run_config,
+    write_run_config,
+)
+from memformer.training.samples import sample_images, write_image_grid
+
+USAGE = """usage: memformer COMMAND ...
+
+Sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891).
+
+  memformer train CONFIG.yaml [--key value ...]   train a model, or go on with --resume
+  memformer evaluate RUN                          perplexity and bits, with the memory and with it erased
+  memformer generate RUN                          continue a text of any length, or draw images
+  memformer report RUN                            write a page about a run
+
+`memformer COMMAND --help` explains each with examples.
+"""
+
+
+def entry_point() -> None:
+    """Run the command with the process's arguments, and exit with its status."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
+    handlers: dict[str, Callable[[list[str]], None]] = {
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "generate": run_generate,
+        "report": run_report,
+    }
+    if not argv or argv[0] in {"-h", "--help"}:
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"memformer {commands.version()}")
+        return 0
+    try:
+        if argv[0] not in handlers:
+            raise InputError(f"unknown command {argv[0]!r}; the commands are {', '.join(handlers)}")
+        handlers[argv[0]](list(argv[1:]))
+    except InputError as error:
+        print(f"memformer: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        print(f"memformer: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal_number
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and nothing more can be said.
+        sys.stderr.close()
+        return 141
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def run_train(argv: list[str]) -> None:
+    """Train, or go on training, and report the evaluation on held-out documents.
+
+    Raises:
+        InputError: The config or the data is wrong, or the run folder holds another run.
+    """
+    if not argv or argv[0].startswith("-"):
+        if not {"-h", "--help"} & set(argv):
+            raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
+        commands.train_parser().parse(argv)
+    config, options = commands.parse_run_config(argv)
+    device = _prepare_torch(config.device, config.threads)
+    folder = Path(config.folder)
+    started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
+    if started_before and not options.resume:
+        raise InputError(f"{folder} already holds a run; go on with --resume, or choose another --folder")
+    tokenizer = None
+    if options.resume:
+        check_same_run(read_run_config(folder), config)
+        tokenizer = load_tokenizer(folder)
+    print(f"preparing the data for {folder}", file=sys.stderr)
+    data = prepare_data(config.data, tokenizer=tokenizer)
+    config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
+    torch.manual_seed(config.seed)
+    model = Memformer(config.model).to(device)
+    print(
+        f"{model.num_parameters:,} parameters; training on {data.train.num_documents:,} documents of "
+        f"{data.train.num_tokens:,} tokens, held out {data.validation.num_documents:,} of "
+        f"{data.validation.num_tokens:,}",
+        file=sys.stderr,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(data.tokenizer, folder)
+    write_run_config(folder, config.to_dict())
+    result = train(config, data, model, resume=options.resume)
+    summary = write_report(folder)
+    if options.json:
+        print(json.dumps({"run": str(folder), **result.to_dict()}))
+    else:
+        print(format_evaluation(result))
+        print(f"run folder: {folder}; open {summary}")
+
+
+def run_evaluate(argv: list[str]) -> None:
+    """Evaluate a run on its held-out documents, or on others.
+
+    Raises:
+        InputError: The run or the data is wrong.
+    """
+    options = commands.evaluate_parser().parse(argv)
+    device = _prepare_torch(options.device, options.threads)
+    run = load_run(Path(options.run), which=options.checkpoint, device=device)
+    if options.data is not None:
+        data_config = _data_config(run) if run.run_config is not None else DataConfig()
+        corpus = open_corpus(dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer)
+    elif run.run_config is not None:
+        corpus = prepare_data(_data_config(run), tokenizer=run.tokenizer).validation
+    else:
+        raise InputError(f"{options.run} has no held-out documents of its own; give --data.kind and --data.path")
+    if options.num_lanes < 1:
+        raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
+    started = time.monotonic()
+    result = evaluate(run.model, corpus, num_lanes=options.num_lanes)
+    seconds = time.monotonic() - started
+    if options.json:
+        print(json.dumps({"weights": str(run.weights), "seconds": seconds, **result.to_dict()}))
+    else:
+        print(format_evaluation(result))
+        print(f"{result.with_memory.num_tokens / seconds:,.0f} tokens/s; weights: {run.weights}")
+
+
+def run_generate(argv: list[str]) -> None:
+    """Continue a text, or draw images.
+
+    Raises:
+        InputError: The run, the prompt or an option is wrong.
+    """
+    options = commands.generate_parser().parse(argv)
+    device = _prepare_torch(options.device, options.threads)
+    run = load_run(Path(options.run), which=options.checkpoint, device=device)
+    sampling = {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
+    if isinstance(run.tokenizer, PixelTokenizer):
+        _draw(run.model, run.tokenizer, options, sampling)
+        return
+    prompt = _read_prompt(options, run.tokenizer)
+    if options.load_session is None:
+        session = Session(run.model)
+    else:
+        session = Session.load(options.load_session, model=run.model)
+    session.feed(prompt)
+    ids: list[int] = []
+    new_ids = _noted((step[0] for step in session.stream(options.max_new_tokens, **sampling)), ids)
+    text = ""
+    for piece in run.tokenizer.decode_stream(new_ids):
+        text += piece
+        if not options.json:
+            print(piece, end="", flush=True)
+    if options.save_session is not None:
+        session.save(options.save_session)
+    if options.json:
+        print(json.dumps({"prompt_tokens": len(prompt), "token_ids": ids, "text": text, "state_bytes": session.state_bytes}))
+    else:
+        print()
+
+
+def run_report(argv: list[str]) -> None:
+    """Write a page about a run.
+
+    Raises:
+        InputError: The folder holds no run.
+    """
+    options = commands.report_parser().parse(argv)
+    summary = write_report(Path(options.run))
+    print(json.dumps({"summary": str(summary)}) if options.json else summary)
+
+
+def format_evaluation(result: Evaluation) -> str:
+    """Return the figures as a table for a terminal."""
+    rows = [("", "bits/byte", "bits/token", "perplexity")]
+    for label, figures in (("with memory", result.with_memory), ("memory erased", result.memory_erased)):
+        rows.append((label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}"))
+    table = "\n".join(f"{row[0]:14}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+    return (
+        f"{table}\nthe memory is worth {result.memory_gain:.4f} bits per byte "
+        f"over {result.with_memory.num_tokens:,} held-out tokens"
+    )
+
+
+def _prepare_torch(device: str, threads: int | None) -> torch.device:
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads ({threads}) must be at least 1")
+        torch.set_num_threads(threads)
+    return choose_device(device)
+
+
+def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:
+    default = type(config.model)().vocab_size
+    if config.model.vocab_size not in {default, tokenizer.vocab_size}:
+        raise InputError(
+            f"model.vocab_size ({config.model.vocab_size}) contradicts the data's tokenizer of "
+            f"{tokenizer.vocab_size} tokens; leave it out"
+        )
+    return dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+
+
+def _data_config(run: LoadedRun) -> DataConfig:
+    config, _ = commands.parse_run_config([str(run.folder / RUN_CONFIG_FILE)])
+    return config.data
+
+
+def _read_prompt(options: Any, tokenizer: Tokenizer) -> list[int]:
+    if options.prompt is not None and options.prompt_file is not None:
+        raise InputError("--prompt and --prompt_file are both given; one prompt is read")
+    if options.prompt_file == "-":
+        content, name = sys.stdin.buffer.read(), "stdin"
+    elif options.prompt_file is not None:
+        name = options.prompt_file
+        try:
+            content = Path(name).read_bytes()
+        except OSError as error:
+            raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
+    else:
+        content, name = (options.prompt or "").encode(), "prompt"
+    return tokenizer.encode(content, name).tolist() if content else []
+
+
+def _draw(model: Memformer, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
+    for name in ("prompt", "prompt_file", "load_session", "save_session"):
+        if options[name] is not None:
+            raise InputError(f"--{name} has no meaning for a run on images")
+    if options.num_images < 1:
+        raise InputError(f"num_images ({options.num_images}) must be at least 1")
+    output = Path(options.output or "images.png")
+    images = sample_images(model, tokenizer, options.num_images, **sampling)
+    write_image_grid(output, images, tokenizer=tokenizer)
+    print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")
+
+
+def _noted(ids: Any, into: list[int]) -> Any:
+    for token in ids:
+        into.append(token)
+        yield token

@@ -1,0 +1,194 @@
+"""What each subcommand takes: parsers whose help comes from the dataclasses' own documentation."""
+
+import dataclasses
+import difflib
+import importlib.metadata
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from memformer.config import refuse_unknown_keys
+from memformer.data import SourceConfig
+from memformer.errors import InputError
+from memformer.training.config import RunConfig
+from memformer.training.run import RUN_CONFIG_FILE
+
+TRAIN_HELP = """Train a Memformer.
+
+CONFIG is a YAML file (or the folder of a run, to use its config again). Every key of it can be overridden:
+
+  memformer train experiments/text.yaml --data.train.path my_book.txt
+  memformer train experiments/text.yaml --model.num_slots 64 --folder runs/more-slots
+  memformer train runs/more-slots --resume
+
+The run folder gets: config.yaml (resolved), versions.json, log.jsonl, tensorboard/, samples/, checkpoints/,
+best/ (the best weights on held-out documents), evaluation.json and summary.html.
+"""
+EVALUATE_HELP = """Report how well a model predicts documents, and what its memory is worth.
+
+RUN is a run folder, or a folder from save_pretrained with a tokenizer. Every token of every document counts once.
+Beside each figure stands the same with the memory erased before every segment.
+
+  memformer evaluate runs/demo
+  memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json
+"""
+GENERATE_HELP = """Continue a text, or draw images.
+
+RUN is a run folder, or a folder from save_pretrained with a tokenizer. A prompt of any length is read into the
+memory; the new text is written to stdout as it appears. Runs on images write a grid as PNG instead.
+
+  memformer generate runs/demo --prompt "import os"
+  cat chapters/*.txt | memformer generate runs/demo --prompt_file - --temperature 0.8
+  memformer generate runs/demo --prompt_file diary.txt --save_session diary.session
+  memformer generate runs/demo --load_session diary.session --prompt " And then"
+  memformer generate runs/digits --output digits.png --num_images 36
+"""
+REPORT_HELP = """Write summary.html into a run folder: loss curve, figures, samples, config.
+
+  memformer report runs/demo
+"""
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Options from dataclasses, description as it was written."""
+
+
+class _Parser(ArgumentParser):
+    """Raises instead of exiting, so that every mistake becomes one line."""
+
+    def __init__(self, command: str, description: str, usage: str) -> None:
+        super().__init__(
+            prog=f"memformer {command}",
+            usage=f"memformer {command} {usage}",
+            description=description,
+            formatter_class=_HelpFormatter,
+            exit_on_error=False,
+        )
+
+    def parse(self, argv: Sequence[str]) -> Namespace:
+        """Return the parsed arguments, objects built.
+
+        Raises:
+            InputError: An argument is unknown (the nearest valid one is named) or has the wrong type.
+        """
+        try:
+            return self.instantiate(self.parse_args(list(argv)))
+        except ArgumentError as error:
+            raise InputError(self._explain(str(error), argv)) from error
+
+    def _explain(self, message: str, argv: Sequence[str]) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        # The field of an optional nested dataclass is no option of its own: its parent accepts it.
+        prefixes = tuple(f"{option}." for option in known)
+        for argument in argv:
+            option = argument.partition("=")[0]
+            if option.startswith("--") and option not in known and not option.startswith(prefixes):
+                nearest = difflib.get_close_matches(option, known, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+                return f"unknown option {option}; {hint}"
+        return " ".join(message.split())
+
+
+def version() -> str:
+    """Return the installed version of the package."""
+    return importlib.metadata.version("memformer-lm")
+
+
+def train_parser() -> _Parser:
+    """Return the parser of `memformer train`, whose first argument has become `--config`."""
+    parser = _Parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")
+    parser.add_argument("--config", action="config", help="The YAML file; the first argument stands for it.")
+    parser.add_argument("--resume", action="store_true", help="Go on from the newest whole checkpoint of the run.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def evaluate_parser() -> _Parser:
+    """Return the parser of `memformer evaluate`."""
+    parser = _Parser("evaluate", EVALUATE_HELP, "RUN [--data.kind KIND --data.path PATH] [--json]")
+    _add_run_arguments(parser)
+    parser.add_argument("--data", type=SourceConfig | None, default=None, help="Documents; the run's held-out ones if not given.")
+    parser.add_argument("--num_lanes", type=int, default=8, help="Documents read side by side.")
+    return parser
+
+
+def generate_parser() -> _Parser:
+    """Return the parser of `memformer generate`."""
+    parser = _Parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
+    _add_run_arguments(parser)
+    parser.add_argument("--prompt", type=str | None, default=None, help="Text to read first.")
+    parser.add_argument("--prompt_file", type=str | None, default=None, help="File to read first; - for stdin.")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="Tokens to generate.")
+    parser.add_argument("--temperature", type=float, default=1.0, help="Below 1 sharpens, 0 is greedy.")
+    parser.add_argument("--top_k", type=int | None, default=None, help="Sample among the k likeliest tokens.")
+    parser.add_argument(
+        "--top_p", type=float | None, default=None, help="Sample among the likeliest tokens of this probability."
+    )
+    parser.add_argument("--seed", type=int | None, default=None, help="Makes the result repeatable.")
+    parser.add_argument("--load_session", type=str | None, default=None, help="State to go on from.")
+    parser.add_argument("--save_session", type=str | None, default=None, help="Where to save the state at the end.")
+    parser.add_argument("--num_images", type=int, default=25, help="For images: how many.")
+    parser.add_argument("--output", type=str | None, default=None, help="For images: the PNG file.")
+    return parser
+
+
+def report_parser() -> _Parser:
+    """Return the parser of `memformer report`."""
+    parser = _Parser("report", REPORT_HELP, "RUN [--json]")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    return parser
+
+
+def _add_run_arguments(parser: _Parser) -> None:
+    parser.add_argument("run", type=str, help="Run folder, or folder from save_pretrained.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="Which weights of a run.")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch.")
+
+
+def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
+    """Return the config of `memformer train`, file and options together, and the other options.
+
+    Raises:
+        InputError: The file is missing or malformed, or a key or value is wrong.
+    """
+    file, rest = argv[0], list(argv[1:])
+    path = Path(file) / RUN_CONFIG_FILE if Path(file).is_dir() else Path(file)
+    _check_keys(read_yaml(path), RunConfig, owner=str(path))
+    options = train_parser().parse(["--config", str(path), *rest])
+    fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**fields), options
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        InputError: The file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"config {path} holds a {type(value).__name__}; it must be a mapping of keys to values")
+    return value
+
+
+def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    refuse_unknown_keys(given, valid=fields, owner=owner)
+    for name, value in given.items():
+        nested = [t for t in (fields[name].type, *get_args(fields[name].type)) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(value, dict):
+            assert isinstance(nested[0], type)
+            _check_keys(value, nested[0], owner=f"{owner}, {name}")

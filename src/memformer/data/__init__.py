@@ -1,0 +1,29 @@
+"""Documents, their token ids on disk, and lanes of segments with reset flags."""
+
+from memformer.data.building import build_corpus
+from memformer.data.corpus import Corpus, corpus_from_arrays
+from memformer.data.documents import Document
+from memformer.data.lanes import LaneStream
+from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
+from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
+from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "Corpus",
+    "Document",
+    "LaneStream",
+    "PixelTokenizer",
+    "SourceConfig",
+    "TextTokenizer",
+    "Tokenizer",
+    "TokenizerConfig",
+    "build_corpus",
+    "corpus_from_arrays",
+    "image_shape",
+    "iterate_documents",
+    "load_tokenizer",
+    "save_tokenizer",
+    "source_levels",
+    "train_tokenizer",
+]

@@ -1,0 +1,177 @@
+"""Building a corpus on disk, once for every source and tokenizer."""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memformer.data.corpus import (
+    DOCUMENTS_DTYPE,
+    DOCUMENTS_FILE,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TOKENS_FILE,
+    Corpus,
+    check_ids,
+    serialize_manifest,
+)
+from memformer.data.sources import SourceConfig, describe_source, iterate_documents, locate_source_files
+from memformer.data.storage import saving, sync_folder, temporary_sibling, write_synced
+from memformer.data.tokenizers import Tokenizer, smallest_dtype
+from memformer.errors import InputError
+
+
+def build_corpus(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    max_document_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """Return the tokens of a source's documents, from `cache` where they have been built before.
+
+    A corpus is known by its source, the sizes and times of change of the source's files, the tokenizer and
+    `max_document_tokens`; a change of any builds another (a data set that changes on the hub is not noticed). It
+    appears in `cache` complete or not at all, also when two processes build it at once. Documents without tokens
+    are left out.
+
+    Args:
+        source: Where the documents are.
+        tokenizer: How they become tokens.
+        cache: Folder of all corpora, made where missing.
+        max_document_tokens: Longer documents are cut into pieces of this many tokens, the last one shorter. The
+            bytes of the document are shared out in proportion to the tokens, rounded so that their sum is exact; for
+            bytes and pixels that is one a token.
+        progress: Called after every document with the number of tokens so far.
+
+    Raises:
+        InputError: The source cannot be read, no document has tokens, a token id is out of the tokenizer's
+            vocabulary, or `max_document_tokens` is not positive.
+        CheckpointError: What is in `cache` is damaged.
+        SaveError: The corpus could not be written.
+    """
+    if max_document_tokens is not None and max_document_tokens < 1:
+        raise InputError(f"max_document_tokens ({max_document_tokens}) must be at least 1")
+    folder = cache / _key(source, tokenizer, max_document_tokens)
+    if not folder.exists():
+        with saving(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        unfinished = temporary_sibling(folder)
+        try:
+            with saving(unfinished):
+                unfinished.mkdir()
+            _write(source, tokenizer, unfinished, max_document_tokens=max_document_tokens, progress=progress)
+            _publish(unfinished, folder)
+        finally:
+            # Also after an interrupt, and in the process that came second.
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Corpus.open(folder)
+
+
+def _key(source: SourceConfig, tokenizer: Tokenizer, max_document_tokens: int | None) -> str:
+    files = []
+    for path, _ in locate_source_files(source):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "source": asdict(source),
+        "files": files,
+        "tokenizer": tokenizer.fingerprint,
+        "max_document_tokens": max_document_tokens,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    try:
+        with saving(folder):
+            unfinished.rename(folder)
+    except InputError:
+        # Another process was first: what it built is the same.
+        if not folder.is_dir():
+            raise
+    sync_folder(folder.parent)
+
+
+def _write(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    max_document_tokens: int | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    piece_tokens: list[int] = []
+    piece_bytes: list[int] = []
+    num_tokens = 0
+    checksum = 0
+    tokens_path = folder / TOKENS_FILE
+    # Only writing is watched for SaveError: an OSError of the source's own must not be called a full disk.
+    with saving(tokens_path):
+        tokens_file = tokens_path.open("wb")
+    with tokens_file:
+        for ids, num_bytes in _encoded(source, tokenizer):
+            content = ids.astype(dtype).tobytes()
+            checksum = zlib.crc32(content, checksum)
+            with saving(tokens_path):
+                tokens_file.write(content)
+            for piece, share in _cut(ids.size, num_bytes, max_document_tokens=max_document_tokens):
+                piece_tokens.append(piece)
+                piece_bytes.append(share)
+            num_tokens += ids.size
+            if progress is not None:
+                progress(num_tokens)
+        with saving(tokens_path):
+            tokens_file.flush()
+            os.fsync(tokens_file.fileno())
+    if not num_tokens:
+        raise InputError(f"source {describe_source(source)} holds no token: all its documents are empty")
+    documents = np.stack([np.cumsum(piece_tokens), piece_bytes]).astype(DOCUMENTS_DTYPE).tobytes()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": describe_source(source),
+        "source": asdict(source),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "max_document_tokens": max_document_tokens,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.str,
+        "num_documents": len(piece_tokens),
+        "num_tokens": num_tokens,
+        "num_bytes": sum(piece_bytes),
+        "tokens_crc32": checksum,
+        "documents_crc32": zlib.crc32(documents),
+    }
+    with saving(folder):
+        write_synced(folder / DOCUMENTS_FILE, documents)
+        write_synced(folder / MANIFEST_FILE, serialize_manifest(manifest))
+        sync_folder(folder)
+
+
+def _encoded(source: SourceConfig, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
+    for document in iterate_documents(source):
+        ids = tokenizer.encode(document.content, document.name) if len(document.content) else np.empty(0, np.uint8)
+        if ids.size:
+            check_ids(ids, vocab_size=tokenizer.vocab_size, name=document.name)
+            yield ids, len(document.content)
+
+
+def _cut(num_tokens: int, num_bytes: int, *, max_document_tokens: int | None) -> Iterator[tuple[int, int]]:
+    # Cumulative shares, so that rounding never loses a byte.
+    step = max_document_tokens or num_tokens
+    for start in range(0, num_tokens, step):
+        end = min(start + step, num_tokens)
+        yield end - start, num_bytes * end // num_tokens - num_bytes * start // num_tokens

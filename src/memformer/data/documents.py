@@ -1,0 +1,61 @@
+"""A document, and picking some of a stream of them."""
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memformer.errors import InputError
+
+
+class Document(NamedTuple):
+    """One sequence as it was found, before any tokenizer.
+
+    Attributes:
+        name: Where it came from, for messages: the file, followed by `:line` or `:index` where a file holds many.
+        content: The undecoded bytes of a text, or the grey levels of an image in raster order.
+    """
+
+    name: str
+    content: bytes | NDArray[np.uint8]
+
+
+def parse_slice(text: str) -> tuple[int | None, int | None]:
+    """Return the two ends of a `start:stop` slice, None for an end left out.
+
+    Args:
+        text: For example `:1000`, `1000:` or `-10000:`.
+
+    Raises:
+        InputError: It is not two optional integers around one colon.
+    """
+    match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text)
+    if match is None:
+        raise InputError(f"documents ({text!r}) must be 'start:stop' with integers or nothing on either side")
+    start, stop = (None if side is None else int(side) for side in match.groups())
+    return start, stop
+
+
+def slice_documents(documents: Iterable[Document], *, start: int | None, stop: int | None) -> Iterator[Document]:
+    """Yield `documents[start:stop]` of a stream, holding no more documents at once than a negative end counts."""
+    first = start or 0
+    if first < 0:
+        last: deque[tuple[int, Document]] = deque(maxlen=-first)
+        num_documents = 0
+        for document in documents:
+            last.append((num_documents, document))
+            num_documents += 1
+        chosen = range(*slice(start, stop).indices(num_documents))
+        yield from (document for index, document in last if index in chosen)
+    elif stop is not None and stop < 0:
+        held: deque[Document] = deque()
+        for document in islice(documents, first, None):
+            held.append(document)
+            if len(held) > -stop:
+                yield held.popleft()
+    else:
+        yield from islice(documents, first, stop)

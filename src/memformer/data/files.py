@@ -1,0 +1,102 @@
+"""Finding and opening the files that a source names."""
+
+import glob
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+from typing import NamedTuple
+
+from memformer.errors import InputError
+
+
+class SourceFile(NamedTuple):
+    """One file of a source.
+
+    Attributes:
+        path: The file.
+        is_explicit: It was named itself, not found in a folder or by a pattern; being empty is then an error.
+    """
+
+    path: Path
+    is_explicit: bool
+
+
+def locate_files(path: str | list[str]) -> list[SourceFile]:
+    """Return the files that `path` stands for, those of a folder or a pattern sorted by name.
+
+    Empty files are left out, except one that is named itself.
+
+    Args:
+        path: A file, a folder (searched recursively, hidden files and folders left out), a glob pattern (`**` is
+            recursive), or a list of these, kept in its order. `~` is the home folder.
+
+    Raises:
+        InputError: Something named does not exist, or there is no file in it.
+    """
+    names = [path] if isinstance(path, str) else path
+    return [file for name in names for file in _locate(name)]
+
+
+def _locate(name: str) -> list[SourceFile]:
+    path = Path(name).expanduser()
+    # A file may really be called `a[1].txt`, so what exists is never taken for a pattern.
+    if path.is_dir():
+        found = sorted(
+            file for file in path.rglob("*") if _has_content(file) and not _is_hidden(file.relative_to(path))
+        )
+        if not found:
+            raise InputError(f"path ({name}) is a folder without any file to read; hidden and empty files are left out")
+        return [SourceFile(file, False) for file in found]
+    if path.exists():
+        return [SourceFile(path, True)]
+    if not glob.has_magic(name):
+        raise InputError(f"path ({name}) does not exist")
+    # Path.glob takes no absolute pattern.
+    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    found = sorted(match for match in matches if _has_content(match))
+    if not found:
+        raise InputError(f"path ({name}) matches no file to read; hidden and empty files are left out")
+    return [SourceFile(file, False) for file in found]
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a file for reading bytes, through gzip or xz where its name ends in `.gz` or `.xz`.
+
+    Args:
+        path: The file.
+
+    Yields:
+        A binary stream of the uncompressed content.
+
+    Raises:
+        InputError: The file cannot be read, or its compressed form is damaged or cut short.
+    """
+    try:
+        with _open(path) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"{path} cannot be read: {reason}") from error
+
+
+def _open(path: Path) -> BufferedIOBase:
+    match path.suffix:
+        case ".gz":
+            return gzip.GzipFile(path, "rb")
+        case ".xz":
+            return lzma.LZMAFile(path, "rb")
+        case _:
+            return path.open("rb")

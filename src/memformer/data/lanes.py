@@ -1,0 +1,290 @@
+"""A corpus as a stream of rollouts: rows (lanes) that read one document after another, with an exact cursor."""
+
+import heapq
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memformer.data.corpus import Corpus
+from memformer.errors import CheckpointError, InputError
+from memformer.rollout import Rollout
+
+PADDING_TOKEN_ID = 0
+
+# In a cursor: no document in this lane; and the seed of a stream that keeps the documents' order.
+_NONE = -1
+
+
+class _Lane(NamedTuple):
+    """Where a lane stands: in the `position`-th document of the stream (_NONE: in none), before `timestep`."""
+
+    position: int
+    timestep: int
+
+
+class LaneStream(Iterator[Rollout]):
+    """Rollouts in which B lanes read whole documents, each lane the next free document when it has finished one.
+
+    Documents are dealt in one global order: epoch after epoch, inside an epoch the corpus's order or, with a seed, a
+    permutation that depends on seed and epoch alone. A document of n tokens takes ceil(n / S) timesteps. Its first
+    one has `reset` set, reads the beginning-of-sequence token and then padding, and predicts the first S tokens;
+    timestep t reads tokens (t-1)S to tS and predicts tS to (t+1)S. So every token is predicted once and every token
+    but those of the last segment is read once. Rows without a document are all padding.
+
+    The documents of lanes and timesteps do not depend on `rollout_length`, and `state` and `load_state` continue
+    anywhere, exactly.
+
+    Args:
+        corpus: The documents.
+        num_lanes: Rows B.
+        segment_length: Tokens S of a segment.
+        rollout_length: Timesteps N of a rollout; the last one of a finite stream may have fewer, so that none is all
+            padding.
+        bos_token_id: What the first timestep of a document reads; usually an id beyond the corpus's vocabulary.
+        seed: Shuffles the documents, anew in every epoch. None keeps their order.
+        num_epochs: How often to read all documents. None never ends.
+
+    Raises:
+        InputError: A number is out of range, the corpus holds less than a segment, or an endless stream has more
+            lanes than the corpus has documents.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        num_lanes: int,
+        segment_length: int,
+        rollout_length: int,
+        bos_token_id: int,
+        seed: int | None = None,
+        num_epochs: int | None = None,
+    ) -> None:
+        positive = {"num_lanes": num_lanes, "segment_length": segment_length, "rollout_length": rollout_length}
+        if num_epochs is not None:
+            positive["num_epochs"] = num_epochs
+        for name, value in positive.items():
+            if value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1")
+        for name, number in (("bos_token_id", bos_token_id), ("seed", seed)):
+            if number is not None and number < 0:
+                raise InputError(f"{name} ({number}) must be at least 0")
+        if corpus.num_tokens < segment_length:
+            raise InputError(
+                f"{corpus.name} holds {corpus.num_tokens} tokens; at least one segment of {segment_length} is needed"
+            )
+        if num_epochs is None and num_lanes > corpus.num_documents:
+            raise InputError(
+                f"{corpus.name} has {_count(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
+                f"data.max_document_tokens to at most {max(1, corpus.num_tokens // num_lanes)} to cut documents up, "
+                f"or training.batch_size to at most {corpus.num_documents}"
+            )
+        self.corpus = corpus
+        self.num_lanes = num_lanes
+        self.segment_length = segment_length
+        self.rollout_length = rollout_length
+        self.bos_token_id = bos_token_id
+        self.seed = seed
+        self._num_positions = None if num_epochs is None else num_epochs * corpus.num_documents
+        self._next_position = 0
+        self._lanes = [_Lane(_NONE, 0)] * num_lanes
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __iter__(self) -> "LaneStream":
+        return self
+
+    def __next__(self) -> Rollout:
+        following = self.next_with_documents()
+        if following is None:
+            raise StopIteration
+        return following[0]
+
+    def next_with_documents(self) -> tuple[Rollout, Int64[Tensor, "N B"]] | None:
+        """Return the next rollout and the index in the corpus of the document at every timestep and row.
+
+        Returns:
+            The rollout, and the indices, -1 where a row has no document; None where the stream has ended.
+        """
+        page = _Page(self)
+        # Lanes in the order in which they become free: first by timestep, then by number.
+        free = [(0, lane) for lane in range(self.num_lanes)]
+        num_timesteps = 0
+        while free:
+            start, lane = heapq.heappop(free)
+            if self._lanes[lane].position == _NONE:
+                self._deal(lane)
+            position, timestep = self._lanes[lane]
+            if position == _NONE:
+                continue
+            document = self._document_at(position)
+            num_left = self._num_timesteps(document) - timestep
+            end = min(start + num_left, self.rollout_length)
+            page.fill(lane, document, start=start, end=end, timestep=timestep)
+            num_timesteps = max(num_timesteps, end)
+            is_finished = end - start == num_left
+            self._lanes[lane] = _Lane(_NONE, 0) if is_finished else _Lane(position, timestep + end - start)
+            if end < self.rollout_length:
+                heapq.heappush(free, (end, lane))
+        return page.cut(num_timesteps) if num_timesteps else None
+
+    def _deal(self, lane: int) -> None:
+        if self._num_positions is None or self._next_position < self._num_positions:
+            self._lanes[lane] = _Lane(self._next_position, 0)
+            self._next_position += 1
+
+    def _document_at(self, position: int) -> int:
+        epoch, index = divmod(position, self.corpus.num_documents)
+        if self.seed is None:
+            return index
+        if epoch not in self._orders:
+            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            # A lane with a long document may still be epochs behind the others; no other order is needed again.
+            in_use = {lane.position // self.corpus.num_documents for lane in self._lanes if lane.position != _NONE}
+            self._orders = {past: order for past, order in self._orders.items() if past in in_use}
+            self._orders[epoch] = generator.permutation(self.corpus.num_documents)
+        return int(self._orders[epoch][index])
+
+    def _num_timesteps(self, document: int) -> int:
+        return -(-int(self.corpus.document_lengths[document]) // self.segment_length)
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "num_lanes": self.num_lanes,
+            "segment_length": self.segment_length,
+            "seed": _NONE if self.seed is None else self.seed,
+            "num_documents": self.corpus.num_documents,
+            "num_tokens": self.corpus.num_tokens,
+            "document_lengths_crc32": zlib.crc32(self.corpus.document_lengths.astype("<i8").tobytes()),
+        }
+
+    def state(self) -> dict[str, list[int] | int]:
+        """Return the cursor: a few integers that JSON can hold, from which `load_state` continues."""
+        return {
+            **self._identity(),
+            "next_document": self._next_position,
+            "lane_documents": [lane.position for lane in self._lanes],
+            "lane_timesteps": [lane.timestep for lane in self._lanes],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where the stream that gave `state` was.
+
+        Args:
+            state: From `state`, of a stream of the same corpus, lanes, segment length and seed; the rollout length and
+                the number of epochs may differ.
+
+        Raises:
+            CheckpointError: It is of another stream, or damaged; the stream stays where it was.
+        """
+        for name, expected in self._identity().items():
+            if state.get(name) != expected:
+                raise CheckpointError(
+                    f"the data cursor has {name} {_shown(name, state.get(name))}; this stream has "
+                    f"{_shown(name, expected)}"
+                )
+        next_position = state.get("next_document")
+        positions, timesteps = state.get("lane_documents"), state.get("lane_timesteps")
+        if not _is_count(next_position):
+            raise CheckpointError(f"the data cursor has next_document {next_position!r}; it must be a count")
+        if not _are_integers(positions, self.num_lanes) or not _are_integers(timesteps, self.num_lanes):
+            raise CheckpointError(
+                f"the data cursor's lane_documents and lane_timesteps must hold {self.num_lanes} integers each"
+            )
+        lanes = [_Lane(*pair) for pair in zip(positions, timesteps, strict=True)]
+        occupied = [position for position in positions if position != _NONE]
+        if len(set(occupied)) != len(occupied):
+            raise CheckpointError(f"the data cursor has lane_documents {positions}; no two lanes read the same one")
+        for number, lane in enumerate(lanes):
+            if not self._is_possible(lane, next_position):
+                raise CheckpointError(
+                    f"the data cursor has lane {number} in document {lane.position} before timestep {lane.timestep}, "
+                    "which the stream never is"
+                )
+        self._next_position = next_position
+        self._lanes = lanes
+
+    def _is_possible(self, lane: _Lane, next_position: int) -> bool:
+        if lane.position == _NONE:
+            return lane.timestep == 0
+        if not 0 <= lane.position < next_position:
+            return False
+        return 0 < lane.timestep < self._num_timesteps(self._document_at(lane.position))
+
+
+class _Page:
+    """The arrays of one rollout while it is filled, a lane's timesteps side by side so that a document is one copy."""
+
+    def __init__(self, stream: LaneStream) -> None:
+        self._stream = stream
+        shape = stream.num_lanes, stream.rollout_length, stream.segment_length
+        self._inputs = np.full(shape, PADDING_TOKEN_ID, np.int64)
+        self._targets = np.full(shape, PADDING_TOKEN_ID, np.int64)
+        self._input_padding = np.ones(shape, np.bool_)
+        self._target_padding = np.ones(shape, np.bool_)
+        self._reset = np.zeros(shape[:2], np.bool_)
+        self._documents = np.full(shape[:2], _NONE, np.int64)
+
+    def fill(self, lane: int, document: int, *, start: int, end: int, timestep: int) -> None:
+        """Put a document's timesteps from `timestep` on into rows `start` to `end` of a lane."""
+        length = self._stream.segment_length
+        tokens = self._stream.corpus.document(document)
+        self._documents[lane, start:end] = document
+
+        predicted = tokens[timestep * length : (timestep + end - start) * length]
+        targets = slice(start * length, start * length + len(predicted))
+        self._targets[lane].reshape(-1)[targets] = predicted
+        self._target_padding[lane].reshape(-1)[targets] = False
+
+        if timestep == 0:
+            self._reset[lane, start] = True
+            self._inputs[lane, start, 0] = self._stream.bos_token_id
+            self._input_padding[lane, start, 0] = False
+            start, timestep = start + 1, 1
+        # What a timestep reads is what the one before it predicted, and that was a whole segment.
+        read = tokens[(timestep - 1) * length : (timestep - 1 + end - start) * length]
+        self._inputs[lane, start:end] = read.reshape(-1, length)
+        self._input_padding[lane, start:end] = False
+
+    def cut(self, num_timesteps: int) -> tuple[Rollout, Tensor]:
+        """Return the first timesteps as tensors."""
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array[:, :num_timesteps].swapaxes(0, 1)))
+
+        def mask(array: NDArray[np.bool_]) -> Tensor | None:
+            return tensor(array) if array[:, :num_timesteps].any() else None
+
+        rollout = Rollout(
+            inputs=tensor(self._inputs),
+            targets=tensor(self._targets),
+            reset=tensor(self._reset),
+            input_padding=mask(self._input_padding),
+            target_padding=mask(self._target_padding),
+        )
+        return rollout, tensor(self._documents)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _shown(name: str, value: Any) -> str:
+    return "None" if name == "seed" and value == _NONE else repr(value)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_integers(values: Any, number: int) -> TypeGuard[list[int]]:
+    return (
+        isinstance(values, list)
+        and len(values) == number
+        and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    )

@@ -1,0 +1,180 @@
+"""Where documents come from: one configuration, one stream."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from memformer.data.documents import Document, parse_slice, slice_documents
+from memformer.data.files import SourceFile, locate_files
+from memformer.data.images import DIGITS_LEVELS, DIGITS_SHAPE, idx_shape, read_digits, read_idx_files
+from memformer.data.text import (
+    locate_standard_library,
+    read_hub,
+    read_json_lines,
+    read_standard_library,
+    read_text_files,
+)
+from memformer.errors import InputError
+
+_FIELDS_OF_KIND: dict[str, frozenset[str]] = {
+    "text": frozenset({"path"}),
+    "jsonl": frozenset({"path", "text_key"}),
+    "idx": frozenset({"path", "levels", "downsample"}),
+    "digits": frozenset(),
+    "python": frozenset(),
+    "huggingface": frozenset({"name", "config_name", "split", "text_key"}),
+}
+_REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
+    "text": ("path",),
+    "jsonl": ("path",),
+    "idx": ("path",),
+    "huggingface": ("name", "split"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where documents come from.
+
+    Args:
+        kind: text: every file is a document. jsonl: every line is. idx: images in the format of MNIST. digits: the
+            8x8 digits of scikit-learn. python: the modules of this Python's standard library. huggingface: a data
+            set of the hub, streamed.
+        path: For text, jsonl and idx: a file, a folder (searched recursively, in the order of the names), a glob
+            pattern, or a list of these. Files ending in .gz or .xz are uncompressed while reading.
+        text_key: For jsonl and huggingface: the key or column that holds the text.
+        name: For huggingface: the name of the data set.
+        config_name: For huggingface: the data set's configuration, where it has several.
+        split: For huggingface: the split to read, for example train.
+        documents: A start:stop slice of the documents in order; either side may be empty or negative, as in :1000
+            or -10000: (default: all).
+        levels: For idx: the number of grey levels (2 to 256) that pixels are quantized to.
+        downsample: For idx: the side of the squares of pixels that are averaged into one; 2 makes 28x28 into 14x14.
+
+    Raises:
+        InputError: A field is out of range, a field that the kind needs is missing, or one is set that the kind
+            does not read.
+    """
+
+    kind: Literal["text", "jsonl", "idx", "digits", "python", "huggingface"] = "text"
+    path: str | list[str] | None = None
+    text_key: str = "text"
+    name: str | None = None
+    config_name: str | None = None
+    split: str | None = None
+    documents: str | None = None
+    levels: int = 256
+    downsample: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in _FIELDS_OF_KIND:
+            raise InputError(f"kind ({self.kind!r}) must be one of {', '.join(_FIELDS_OF_KIND)}")
+        for required in _REQUIRED_OF_KIND.get(self.kind, ()):
+            if not getattr(self, required):
+                raise InputError(f"{required} ({getattr(self, required)!r}) must be given for kind {self.kind!r}")
+        readable = _FIELDS_OF_KIND[self.kind] | {"kind", "documents"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in readable and value != field.default:
+                readers = [kind for kind, names in _FIELDS_OF_KIND.items() if field.name in names]
+                raise InputError(
+                    f"{field.name} ({value!r}) is not read by kind {self.kind!r}, only by {', '.join(readers)}"
+                )
+        if not 2 <= self.levels <= 256:
+            raise InputError(f"levels ({self.levels}) must be from 2 to 256")
+        if self.downsample < 1:
+            raise InputError(f"downsample ({self.downsample}) must be at least 1")
+        if self.documents is not None:
+            parse_slice(self.documents)
+
+
+def describe_source(source: SourceConfig) -> str:
+    """Return a short name of the source for messages."""
+    where = source.name if source.path is None else source.path
+    text = source.kind if where is None else f"{source.kind} {where}"
+    return text if source.documents is None else f"{text} [{source.documents}]"
+
+
+def locate_source_files(source: SourceConfig) -> list[SourceFile]:
+    """Return the local files that a source reads; none for digits and huggingface.
+
+    Raises:
+        InputError: A path does not exist or holds no file.
+    """
+    if source.kind == "python":
+        return locate_standard_library()
+    return [] if source.path is None else locate_files(source.path)
+
+
+def iterate_documents(source: SourceConfig) -> Iterator[Document]:
+    """Return a stream of the source's documents, always in the same order, held one at a time.
+
+    A document without content (an empty text under its JSON key) is part of the stream; an empty file is not.
+
+    Args:
+        source: Where to read.
+
+    Raises:
+        InputError: At once: a path does not exist or holds no file. While reading: a file is empty, damaged or not
+            of the kind's format, an extra package is missing, or there is no document at all.
+    """
+    return _checked(source, locate_source_files(source))
+
+
+def _checked(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
+    documents = _read(source, files)
+    if source.documents is not None:
+        start, stop = parse_slice(source.documents)
+        documents = slice_documents(documents, start=start, stop=stop)
+    is_empty = True
+    for document in documents:
+        is_empty = False
+        yield document
+    if is_empty:
+        raise InputError(f"source {describe_source(source)} holds no document")
+
+
+def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
+    match source.kind:
+        case "text":
+            return read_text_files(files)
+        case "jsonl":
+            return read_json_lines(files, text_key=source.text_key)
+        case "idx":
+            # Checked here as well, so that a wrong factor is refused before anything is read.
+            idx_shape(files[0].path, downsample=source.downsample)
+            return read_idx_files(files, levels=source.levels, downsample=source.downsample)
+        case "digits":
+            return read_digits()
+        case "python":
+            return read_standard_library(files)
+        case "huggingface":
+            assert source.name is not None
+            assert source.split is not None
+            return read_hub(source.name, config_name=source.config_name, split=source.split, text_key=source.text_key)
+
+
+def image_shape(source: SourceConfig) -> tuple[int, int] | None:
+    """Return height and width of the source's images as they are yielded, None if it holds text.
+
+    Raises:
+        InputError: An idx file is missing or damaged, or `downsample` does not divide its images.
+    """
+    match source.kind:
+        case "idx":
+            return idx_shape(locate_source_files(source)[0].path, downsample=source.downsample)
+        case "digits":
+            return DIGITS_SHAPE
+        case _:
+            return None
+
+
+def source_levels(source: SourceConfig) -> int | None:
+    """Return the number of grey levels of the source's images, None if it holds text."""
+    match source.kind:
+        case "idx":
+            return source.levels
+        case "digits":
+            return DIGITS_LEVELS
+        case _:
+            return None

@@ -1,0 +1,127 @@
+"""Documents of text: files, JSON lines, the Python standard library, data sets of the Hugging Face hub."""
+
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from memformer.data.documents import Document
+from memformer.data.files import SourceFile, open_source
+from memformer.errors import InputError
+
+# Packages that were installed later, and tests: the first differ between machines, the second hold odd encodings.
+_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
+
+
+def read_text_files(files: Iterable[SourceFile]) -> Iterator[Document]:
+    """Yield every file as one document; those of a folder or pattern that uncompress to nothing are left out.
+
+    Raises:
+        InputError: A file cannot be read, or one that was named itself is empty.
+    """
+    for path, is_explicit in files:
+        with open_source(path) as stream:
+            content = stream.read()
+        if content:
+            yield Document(str(path), content)
+        elif is_explicit:
+            raise InputError(f"{path} is empty; a document needs at least one byte")
+
+
+def read_json_lines(files: Iterable[SourceFile], *, text_key: str) -> Iterator[Document]:
+    """Yield the text under `text_key` of every line, reading one line at a time; blank lines are left out.
+
+    Raises:
+        InputError: A file cannot be read, one that was named itself is empty, or a line is not a JSON object with
+            a text under that key.
+    """
+    for path, is_explicit in files:
+        is_empty = True
+        with open_source(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.isspace():
+                    continue
+                is_empty = False
+                name = f"{path}:{number}"
+                yield Document(name, _text_of(_parse_line(line, name), text_key=text_key, name=name))
+        if is_empty and is_explicit:
+            raise InputError(f"{path} is empty; JSON lines need at least one line")
+
+
+def _parse_line(line: bytes, name: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line)
+    # Nesting deeper than the interpreter's stack is not a ValueError.
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{name} is a JSON {type(record).__name__}; every line must be an object")
+    return record
+
+
+def _text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
+    if text_key not in record:
+        available = ", ".join(sorted(map(str, record))) or "none"
+        raise InputError(f"{name} has no key text_key ({text_key!r}); its keys are: {available}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise InputError(f"{name} holds a {type(text).__name__} under {text_key!r}; it must be a string")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} holds a lone surrogate at character {error.start}; it is not valid text") from error
+
+
+def locate_standard_library() -> list[SourceFile]:
+    """Return the modules of this Python's standard library, sorted by their path in it, tests left out."""
+    root = standard_library()
+    modules = (path.relative_to(root) for path in root.rglob("*.py"))
+    kept = [
+        module
+        for module in modules
+        if _SKIPPED_FOLDERS.isdisjoint(module.parts[:-1]) and (root / module).stat().st_size > 0
+    ]
+    return [SourceFile(root / module, False) for module in sorted(kept, key=lambda module: module.as_posix())]
+
+
+def standard_library() -> Path:
+    """Return the folder of this Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def read_standard_library(files: Iterable[SourceFile]) -> Iterator[Document]:
+    """Yield the standard library's modules, named by their path in it.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    root = standard_library()
+    for name, content in read_text_files(files):
+        yield Document(Path(name).relative_to(root).as_posix(), content)
+
+
+def read_hub(name: str, *, config_name: str | None, split: str, text_key: str) -> Iterator[Document]:
+    """Stream a data set of the Hugging Face hub, one document a record.
+
+    Args:
+        name: Name of the data set on the hub, or a folder it was saved in.
+        config_name: The data set's configuration, if it has several.
+        split: For example `train`.
+        text_key: Column that holds the text.
+
+    Raises:
+        InputError: The `datasets` package is missing, it could not load the data set, or a record has no such text.
+    """
+    try:
+        import datasets  # optional, and slow to import
+    except ImportError as error:
+        raise InputError("kind 'huggingface' needs the extra: pip install 'memformer-lm[datasets]'") from error
+    try:
+        records = datasets.load_dataset(name, config_name, split=split, streaming=True)
+    # Whatever went wrong (no network, no such set, split or configuration), the package's own words explain it best.
+    except Exception as error:
+        raise InputError(f"data set {name!r} (config_name {config_name!r}, split {split!r}): {error}") from error
+    for index, record in enumerate(records):
+        document = f"{name}:{index}"
+        yield Document(document, _text_of(record, text_key=text_key, name=document))

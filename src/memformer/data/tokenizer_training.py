@@ -1,0 +1,198 @@
+"""Making a tokenizer from documents, and keeping it in a folder."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from memformer.data.documents import Document
+from memformer.data.storage import saving, write_atomically
+from memformer.data.tokenizers import (
+    END_OF_LINE,
+    UNKNOWN_WORD,
+    ByteTokenizer,
+    PixelTokenizer,
+    TextTokenizer,
+    Tokenizer,
+    blocks_of_lines,
+    decode_utf8,
+)
+from memformer.errors import CheckpointError, InputError
+
+_FORMAT_VERSION = 1
+_CONFIG_FILE = "tokenizer_config.json"
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids; images need no choice, their ids are grey levels.
+
+    Args:
+        kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, learned from the training documents.
+            word: words between white space, a line's end as <eos>, rare words as <unk> (the convention of WikiText).
+        vocab_size: For bpe: the number of tokens, at least 257; fewer are made where the documents hold no more
+            pairs. For word: the most tokens to keep, the commonest words first (default: all words).
+
+    Raises:
+        InputError: `vocab_size` is missing for bpe, or does not fit the kind.
+    """
+
+    kind: Literal["bytes", "bpe", "word"] = "bytes"
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        match self.kind:
+            case "bytes":
+                if self.vocab_size not in {None, 256}:
+                    raise InputError(f"vocab_size ({self.vocab_size}) must be 256 or not given for kind 'bytes'")
+            case "bpe":
+                if self.vocab_size is None or self.vocab_size < 257:
+                    raise InputError(f"vocab_size ({self.vocab_size}) must be given and at least 257 for kind 'bpe'")
+            case "word":
+                if self.vocab_size is not None and self.vocab_size < 3:
+                    raise InputError(
+                        f"vocab_size ({self.vocab_size}) must be at least 3 for kind 'word': "
+                        f"{UNKNOWN_WORD}, {END_OF_LINE} and a word"
+                    )
+            case _:
+                raise InputError(f"kind ({self.kind!r}) must be one of bytes, bpe, word")
+
+
+def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> Tokenizer:
+    """Return the tokenizer that `config` asks for, learned from `documents`; kind bytes reads none of them.
+
+    The same documents in the same order give the same tokenizer.
+
+    Args:
+        config: What to make.
+        documents: The training documents, read once.
+
+    Raises:
+        InputError: A document is an image or not UTF-8.
+    """
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    blocks = _text_blocks(documents, config.kind)
+    if config.kind == "bpe":
+        assert config.vocab_size is not None
+        return TextTokenizer("bpe", _train_bpe(blocks, vocab_size=config.vocab_size))
+    return TextTokenizer("word", _train_words(blocks, vocab_size=config.vocab_size))
+
+
+def _text_blocks(documents: Iterable[Document], kind: str) -> Iterator[str]:
+    for name, content in documents:
+        if not isinstance(content, bytes):
+            raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads texts")
+        yield from blocks_of_lines(decode_utf8(content, name=name))
+
+
+def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    # Ending every piece with its line makes blocks of lines encode as the whole text does.
+    end_lines = pre_tokenizers.Split("\n", "merged_with_previous")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([end_lines, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        # All 256 bytes, so that no text is without ids.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(blocks, trainer)
+    return tokenizer
+
+
+def _train_words(blocks: Iterator[str], *, vocab_size: int | None) -> tokenizers.Tokenizer:
+    counter = _word_level({UNKNOWN_WORD: 0})
+    # No limit here: <unk> and <eos> may stand among the words, and they must not push out two others.
+    trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
+    counter.train_from_iterator(blocks, trainer)
+    ids = counter.get_vocab()
+    commonest_first = sorted(ids.keys() - {UNKNOWN_WORD, END_OF_LINE}, key=ids.__getitem__)
+    words = [UNKNOWN_WORD, END_OF_LINE, *commonest_first][:vocab_size]
+    return _word_level({word: index for index, word in enumerate(words)})
+
+
+def _word_level(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_WORD))
+    tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer_config.json`, and `tokenizer.json` for bpe and word, into `folder`, made where missing.
+
+    Args:
+        tokenizer: One of this package's tokenizers.
+        folder: Where to write.
+
+    Raises:
+        InputError: The tokenizer is of a class that this package cannot load.
+        SaveError: A file could not be written.
+    """
+    config: dict[str, Any] = {
+        "format_version": _FORMAT_VERSION,
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+    }
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    match tokenizer:
+        case PixelTokenizer():
+            config |= {"height": tokenizer.height, "width": tokenizer.width}
+        case TextTokenizer():
+            write_atomically(folder / _TOKENIZER_FILE, tokenizer.tokenizer.to_str().encode())
+        case ByteTokenizer():
+            pass
+        case _:
+            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; only this package's own can be saved")
+    # Last, because it holds the fingerprint that tells whether the other file belongs to it.
+    write_atomically(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer that `save_tokenizer` wrote into `folder`.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or of a kind or version that this package does not know.
+    """
+    path = folder / _CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("format_version") != _FORMAT_VERSION:
+        raise CheckpointError(f"{path} is not a tokenizer configuration of format version {_FORMAT_VERSION}")
+    tokenizer = _build_tokenizer(config, folder)
+    if config.get("fingerprint") != tokenizer.fingerprint or config.get("vocab_size") != tokenizer.vocab_size:
+        raise CheckpointError(f"{path} is damaged or belongs to other files: its fingerprint is not the tokenizer's")
+    return tokenizer
+
+
+def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
+    match config:
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": "pixels", "vocab_size": int(levels), "height": int(height), "width": int(width)}:
+            try:
+                return PixelTokenizer(levels, height, width)
+            except InputError as error:
+                raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
+        case {"kind": "bpe" | "word" as kind}:
+            path = folder / _TOKENIZER_FILE
+            try:
+                return TextTokenizer(kind, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            # The package raises plain `Exception` for a definition it cannot parse.
+            except Exception as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+        case _:
+            raise CheckpointError(f"{folder / _CONFIG_FILE} has kind {config.get('kind')!r} or lacks its fields")

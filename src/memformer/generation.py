@@ -1,0 +1,323 @@
+"""A stream with a memory: feed tokens, ask what comes next, generate, save, go on later."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.files import read_tensors, write_tensors
+from memformer.models.decoder import Past
+from memformer.models.memformer import Memformer
+from memformer.nn.attention import KeyValueCache
+from memformer.sampling import check_sampling, sample
+
+TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
+
+FORMAT = "memformer-session"
+FORMAT_VERSION = "1"
+FEED_CHUNK_TOKENS = 1 << 20
+
+
+class Session:
+    """One stream of tokens, or several side by side, with a state whose size does not depend on how much was fed.
+
+    The state of a row is its memory, the hidden states of its last full segment, and the tokens fed since: a segment is
+    read into the memory as soon as it is full. It depends on the tokens alone, not on how they were split. Rows may have
+    been fed different numbers of tokens. The model is put in evaluation mode.
+
+    Args:
+        model: The model that reads.
+        batch_size: Number of rows.
+    """
+
+    def __init__(self, model: Memformer, *, batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size ({batch_size}) must be at least 1")
+        self.model = model.eval()
+        self.batch_size = batch_size
+        device, length = model.device, model.segment_length
+        self._tokens = torch.zeros((batch_size, length), dtype=torch.int64)  # on the CPU: read one by one
+        self._num_pending = [0] * batch_size
+        self._num_fed = [0] * batch_size
+        with torch.no_grad():
+            bos = torch.full((batch_size, 1), model.bos_token_id, device=device)
+            hidden, memory = model.encode(bos, memory=model.initial_memory(batch_size))
+        # The one hidden state of [BOS] stands where a segment's first would; the slots, if any, follow at the end.
+        slots = hidden.shape[1] - 1
+        self._memory = memory.clone()
+        self._hidden = hidden.new_zeros((batch_size, length + slots, hidden.shape[2]))
+        self._hidden[:, :1] = hidden[:, :1]
+        self._hidden[:, length:] = hidden[:, 1:]
+        self._hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=device)
+        self._hidden_padding[:, 0] = False
+        self._decoding: _Decoding | None = None
+
+    @property
+    def memory(self) -> Float[Tensor, "B K D"]:
+        """A copy of the memory after the last full segment."""
+        return self._memory.clone()
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens fed or generated so far, for each row."""
+        return list(self._num_fed)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` would keep: memory, hidden states and tokens of a segment. It never grows."""
+        return sum(tensor.nbytes for tensor in self._state().values())
+
+    def feed(self, token_ids: TokenIds) -> None:
+        """Read tokens.
+
+        Args:
+            token_ids: Ids of one stream, or a list with the ids of each row; numbers may differ between rows.
+
+        Raises:
+            InputError: An id is outside the vocabulary, or the number of rows is not the session's.
+            InputTypeError: The ids are not integers.
+        """
+        rows = [self._check_ids(row) for row in self._split_rows(token_ids)]
+        for start in range(0, max(len(row) for row in rows), FEED_CHUNK_TOKENS):
+            self._feed([torch.from_numpy(row[start : start + FEED_CHUNK_TOKENS].astype(np.int64)) for row in rows])
+
+    def next_token_logits(self) -> Float[Tensor, "B V"]:
+        """Return the logits of each row's next token, given everything fed so far."""
+        if self._decoding is None:
+            self._decoding = _Decoding(self.model, self.batch_size)
+        with torch.no_grad():
+            return self._decoding.advance(
+                self._tokens, self._num_pending, hidden=self._hidden, hidden_padding=self._hidden_padding
+            )
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> list[int] | list[list[int]]:
+        """Return new token ids (a list for each row if there are several); they become part of the stream.
+
+        Args:
+            max_new_tokens: How many.
+            temperature: 1 samples from the model, below 1 sharpens, 0 is greedy.
+            top_k: Sample among the k likeliest tokens only.
+            top_p: Sample among the likeliest tokens that together have this probability.
+            seed: Makes the result repeatable; None draws from torch's global generator.
+
+        Raises:
+            InputError: An option is out of its range.
+        """
+        steps = list(self.stream(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
+        rows = [[step[row] for step in steps] for row in range(self.batch_size)]
+        return rows[0] if self.batch_size == 1 else rows
+
+    def stream(
+        self,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[list[int]]:
+        """Yield new token ids one step at a time, one id for each row; arguments as in `generate`.
+
+        Raises:
+            InputError: An option is out of its range.
+        """
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens ({max_new_tokens}) must be at least 0")
+        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+        for _ in range(max_new_tokens):
+            logits = self.next_token_logits()
+            tokens = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
+            self._feed(list(tokens[:, None]))
+            yield tokens.tolist()
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file, whole or not at all.
+
+        Raises:
+            SaveError: Writing failed; a file that was there before is intact.
+        """
+        write_tensors(Path(path), self._state(), metadata={"format": FORMAT, "version": FORMAT_VERSION})
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: Memformer) -> Self:
+        """Return the session that `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, of another version, or of another model.
+        """
+        path = Path(path)
+        state = read_tensors(path)
+        _check_format(path)
+        batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
+        if batch_size < 1:
+            raise CheckpointError(f"{path} holds no memory; it is not a session")
+        session = cls(model, batch_size=batch_size)
+        fresh = session._state()
+        for name, expected in fresh.items():
+            found = state.get(name)
+            if found is None:
+                raise CheckpointError(f"{path} lacks {name!r}; it is not a whole session")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise CheckpointError(
+                    f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(expected.shape)} "
+                    f"{expected.dtype}: the session belongs to another model"
+                )
+            if found.is_floating_point() and not found.isfinite().all():
+                raise CheckpointError(f"{path}: {name} holds values that are not finite")
+            expected.copy_(found)
+        pending, fed = fresh["counts"].unbind()
+        if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
+            raise CheckpointError(f"{path}: counts {fresh['counts'].tolist()} are impossible; the file is damaged")
+        if session._tokens.min() < 0 or session._tokens.max() >= model.vocab_size:
+            raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+        session._num_pending, session._num_fed = pending.tolist(), fed.tolist()
+        return session
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            "memory": self._memory,
+            "hidden": self._hidden,
+            "hidden_padding": self._hidden_padding,
+            "tokens": self._tokens,
+            "counts": torch.tensor([self._num_pending, self._num_fed]),
+        }
+
+    def _split_rows(self, token_ids: TokenIds) -> list[object]:
+        if self.batch_size == 1:
+            nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
+            if not nested:
+                return [token_ids]
+        rows = list(token_ids)
+        if len(rows) != self.batch_size or (self.batch_size > 1 and not all(_has_length(row) for row in rows)):
+            raise InputError(
+                f"a session of {self.batch_size} rows was fed {len(rows)} items; "
+                "it takes a list with the token ids of each row"
+            )
+        return list(rows)
+
+    def _check_ids(self, row: object) -> NDArray[np.integer]:
+        ids = np.asarray(row.cpu() if isinstance(row, Tensor) else row)
+        if ids.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if ids.dtype.kind not in "iu":
+            raise InputTypeError(f"token ids have dtype {ids.dtype}; they must be integers")
+        if ids.ndim != 1:
+            raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.model.vocab_size)][0]
+            raise InputError(f"token id {wrong} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}")
+        return ids
+
+    def _feed(self, rows: list[Tensor]) -> None:
+        length = self.model.segment_length
+        taken = [0] * self.batch_size
+        while True:
+            for row, ids in enumerate(rows):
+                start = self._num_pending[row]
+                count = min(length - start, len(ids) - taken[row])
+                self._tokens[row, start : start + count] = ids[taken[row] : taken[row] + count]
+                self._num_pending[row] += count
+                self._num_fed[row] += count
+                taken[row] += count
+            full = [row for row, pending in enumerate(self._num_pending) if pending == length]
+            if not full:
+                return
+            self._read_segment(full)
+
+    @torch.no_grad()
+    def _read_segment(self, rows: list[int]) -> None:
+        """Read the full segments of these rows into their memories."""
+        chosen = torch.tensor(rows, device=self.model.device)
+        segment = self._tokens[rows].to(self.model.device)
+        hidden, memory = self.model.encode(segment, memory=self._memory[chosen])
+        self._memory[chosen] = memory
+        self._hidden[chosen] = hidden
+        self._hidden_padding[chosen] = False
+        for row in rows:
+            self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
+            self._num_pending[row] = 0
+        if self._decoding is not None:
+            self._decoding.restart(rows)
+
+
+class _Decoding:
+    """The decoder's work on the present segments: derived from the state, so it is never saved."""
+
+    def __init__(self, model: Memformer, batch_size: int) -> None:
+        self.model = model
+        self.caches: list[KeyValueCache] = model.make_caches(batch_size)
+        self.num_decoded = [0] * batch_size
+        self.past: Past | None = None
+        self.logits: Tensor | None = None
+
+    def restart(self, rows: list[int]) -> None:
+        """Forget what was decoded in these rows: their past has changed."""
+        self.past = None
+        for row in rows:
+            self.num_decoded[row] = 0
+
+    def advance(
+        self, tokens: Int64[Tensor, "B S"], num_pending: list[int], *, hidden: Tensor, hidden_padding: Tensor
+    ) -> Float[Tensor, "B V"]:
+        """Decode what is pending and not yet decoded; return the logits that follow each row's last token."""
+        model, device = self.model, self.model.device
+        if self.past is None:
+            self.past = model.look_back(hidden, hidden_padding_mask=hidden_padding)
+        # The decoder's inputs are [BOS] and the pending tokens; each row has decoded some of them already.
+        todo = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
+        width = max(todo)
+        if width > 0:
+            inputs = torch.full((len(todo), width), model.bos_token_id)
+            positions = torch.full((len(todo), width), model.segment_length)  # marks padding
+            for row, (count, done) in enumerate(zip(todo, self.num_decoded, strict=True)):
+                first_token = 1 if done == 0 else 0
+                inputs[row, first_token:count] = tokens[row, done - 1 + first_token : done - 1 + count]
+                positions[row, :count] = torch.arange(done, done + count)
+                self.num_decoded[row] += count
+            logits = model.decode_step(
+                inputs.to(device), past=self.past, caches=self.caches, positions=positions.to(device)
+            )
+            last = torch.tensor([max(count - 1, 0) for count in todo], device=device)
+            latest = logits[torch.arange(len(todo), device=device), last]
+            waiting = torch.tensor([count == 0 for count in todo], device=device)[:, None]
+            self.logits = latest if self.logits is None else torch.where(waiting, self.logits, latest)
+        assert self.logits is not None
+        return self.logits
+
+
+def _has_length(value: object) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes)
+
+
+def _is_nested(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
+    return len(token_ids) > 0 and _has_length(token_ids[0])
+
+
+def _check_format(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a saved session; its format is {metadata.get('format')!r}")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has session format version {metadata.get('version')!r}; this memformer reads {FORMAT_VERSION!r}"
+        )

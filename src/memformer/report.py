@@ -1,0 +1,83 @@
+"""A page about a run that a person can open: loss curve, figures, samples, config."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from matplotlib.figure import Figure
+
+from memformer.errors import InputError
+from memformer.files import read_json, write_text
+from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.run import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
+
+SUMMARY_FILE = "summary.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Write summary.html into a run folder and return its path; it needs no other file and no network.
+
+    Raises:
+        InputError: The folder holds no run.
+        CheckpointError: A file of the run is damaged.
+        SaveError: Writing failed.
+    """
+    if not (folder / LOG_FILE).is_file():
+        raise InputError(f"{folder} has no {LOG_FILE}; a report needs a run that was trained")
+    lines = read_log(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("memformer"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    result = read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else None
+    training = [line for line in lines if line["kind"] == "training"]
+    page = environment.get_template("summary.html.jinja").render(
+        name=folder.resolve().name,
+        folder=str(folder),
+        curve=draw_curve(lines),
+        result=result,
+        last=training[-1] if training else None,
+        sample=_newest_sample(folder / SAMPLES),
+        config=yaml.safe_dump(read_run_config(folder), sort_keys=False),
+        versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
+    )
+    write_text(folder / SUMMARY_FILE, page)
+    return folder / SUMMARY_FILE
+
+
+def draw_curve(lines: list[dict[str, Any]]) -> str:
+    """Return the loss curve of a run's log as SVG: training, held out, and held out with the memory erased."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    training = [line for line in lines if line["kind"] == "training"]
+    evaluation = [line for line in lines if line["kind"] == "evaluation"]
+    axes.plot(
+        [line["update"] for line in training],
+        [line["bits_per_token"] for line in training],
+        color="0.75",
+        label="training (bits per token)",
+    )
+    for key, label, style in (
+        ("bits_per_byte", "held out, with memory (bits per byte)", "o-"),
+        ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
+    ):
+        axes.plot([line["update"] for line in evaluation], [line[key] for line in evaluation], style, label=label, ms=4)
+    axes.set_xlabel("update")
+    axes.set_ylabel("bits")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    return drawn.getvalue()
+
+
+def _newest_sample(folder: Path) -> dict[str, str] | None:
+    files = sorted(file for file in folder.glob("update-*") if file.suffix in {".txt", ".png"})
+    if not files:
+        return None
+    if files[-1].suffix == ".png":
+        return {"image": base64.b64encode(files[-1].read_bytes()).decode("ascii")}
+    return {"text": files[-1].read_text(encoding="utf-8")}

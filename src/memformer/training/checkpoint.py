@@ -1,0 +1,169 @@
+"""Checkpoints: folders that appear whole or not at all, are checked when read, and hold all that a run needs to go on."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from memformer.errors import CheckpointError, SaveError
+from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
+from memformer.models.memformer import Memformer
+from memformer.models.pretrained import WEIGHTS_FILE, load_weights
+from memformer.training.randomness import capture_randomness, restore_randomness
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+PROGRESS_FILE = "progress.json"
+STATE_FILE = "state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a run goes on.
+
+    Attributes:
+        model: The weights.
+        optimizer: Its moments, and the learning rate in its groups.
+        memory: (B, K, D), the memory each lane carries into the next rollout.
+        progress: JSON values: counters, the data cursor, the best result so far.
+    """
+
+    model: Memformer
+    optimizer: torch.optim.Optimizer
+    memory: Tensor
+    progress: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Write a checkpoint folder: aside, made durable, then renamed into place.
+
+    Raises:
+        SaveError: Writing failed; no folder appears, and what was there before is intact.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        state.model.save_pretrained(partial)
+        write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
+        cpu_state, cuda_state = capture_randomness(state.memory.device)
+        tensors = {"memory": state.memory, "cpu_randomness": cpu_state}
+        if cuda_state is not None:
+            tensors["cuda_randomness"] = cuda_state
+        write_tensors(partial / STATE_FILE, tensors)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.state_dict()["param_groups"]]
+        write_json(partial / PROGRESS_FILE, {"progress": state.progress, "optimizer_groups": groups})
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())}
+        write_json(partial / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
+        sync_folder(partial)
+        if folder.exists():
+            # Only a run that was resumed from before this checkpoint comes here again.
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
+    except SaveError as error:
+        raise SaveError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Check that every file of a checkpoint is there and has not changed.
+
+    Raises:
+        CheckpointError: A file is missing, has another size or checksum, or the format is another version.
+    """
+    manifest = read_json(folder / MANIFEST_FILE)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest.get('format_version')!r}; this memformer reads {FORMAT_VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, PROGRESS_FILE} <= files.keys():
+        raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the checkpoint is damaged")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
+
+
+def load_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Put a training state back to where the checkpoint was made, the random generators included.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or belongs to another model.
+    """
+    check_checkpoint(folder)
+    load_weights(state.model, folder / WEIGHTS_FILE)
+    saved = read_json(folder / PROGRESS_FILE)
+    _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE), saved["optimizer_groups"])
+    tensors = read_tensors(folder / STATE_FILE)
+    if tensors["memory"].shape != state.memory.shape:
+        raise CheckpointError(
+            f"{folder} carries memory of shape {tuple(tensors['memory'].shape)}; this run's is {tuple(state.memory.shape)}"
+        )
+    device = state.memory.device
+    state.memory = tensors["memory"].to(device)
+    state.progress = saved["progress"]
+    cuda_state = tensors.get("cuda_randomness")
+    restore_randomness((tensors["cpu_randomness"], cuda_state if device.type == "cuda" else None), device=device)
+
+
+def checkpoints_newest_first(folder: Path) -> Iterator[Path]:
+    """Yield the checkpoint folders of a run, whole or damaged, the newest first."""
+    found = [path for path in folder.glob("update-*") if path.is_dir()]
+    yield from sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def checkpoint_name(num_updates: int) -> str:
+    """Return the folder name of a checkpoint made after so many updates; names sort by age."""
+    return f"update-{num_updates:09d}"
+
+
+def prune_checkpoints(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest checkpoints."""
+    for path in list(checkpoints_newest_first(folder))[keep:]:
+        shutil.rmtree(path)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+    members = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict(
+        {
+            "state": entries,
+            "param_groups": [{**group, "params": params} for group, params in zip(groups, members, strict=True)],
+        }
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """Return a value as JSON would give it back, so that what was saved and what is asked for can be compared."""
+    return json.loads(json.dumps(value))

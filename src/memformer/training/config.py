@@ -1,0 +1,151 @@
+"""What a run is: its model, its data, how it trains and where it lands."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from memformer.config import MemformerConfig
+from memformer.data import SourceConfig, TokenizerConfig
+from memformer.errors import InputError
+from memformer.training.replay import Method
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read.
+
+    Args:
+        train: Documents to train on.
+        validation: Documents to evaluate on; null holds out a fraction of the training documents.
+        validation_fraction: Fraction of the training documents held out, chosen by `seed`, where validation is null.
+        tokenizer: How text becomes tokens; images are their own tokens.
+        max_document_tokens: Cut longer documents in pieces of this many tokens; null keeps them whole.
+        seed: Chooses the held-out documents.
+        cache: Folder for token ids, built once; null means `memformer` in the user's cache folder.
+    """
+
+    train: SourceConfig = field(default_factory=lambda: SourceConfig(kind="python"))
+    validation: SourceConfig | None = None
+    validation_fraction: float = 0.05
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    max_document_tokens: int | None = None
+    seed: int = 0
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"data.validation_fraction ({self.validation_fraction}) must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the model is trained.
+
+    Args:
+        num_updates: Optimizer steps of the whole run.
+        num_lanes: Documents read side by side (the batch).
+        rollout_length: Segments an update back-propagates through (paper: time horizon).
+        rollouts_per_update: Consecutive rollouts whose gradients are added up before an optimizer step; the
+            memory's value goes on between them, its gradient does not.
+        method: How gradients are computed: replay, bptt or checkpoint; all give the same.
+        readout_timesteps: Timesteps whose readout is computed together; more is faster and takes more memory.
+        learning_rate: Peak learning rate of AdamW.
+        final_learning_rate: Where the cosine ends, as a fraction of the peak.
+        warmup_updates: Updates of linear warm-up.
+        weight_decay: Decoupled weight decay, on matrices only (not on embeddings, norms, biases, forgetting vectors).
+        betas: AdamW's decay rates.
+        max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
+        precision: float32, or bfloat16 for autocast compute (the memory stays float32).
+        log_every: Updates between two lines of the log.
+        evaluate_every: Updates between two evaluations on held-out documents; one always ends the run.
+        evaluation_tokens: Held-out tokens (whole documents, the first that reach this) of a periodic evaluation;
+            null means all. The evaluation that ends the run always reads all.
+        sample_tokens: Tokens sampled after each evaluation; 0 for none. Images are always sampled whole.
+        save_every: Updates between two checkpoints; one always ends the run.
+        keep_checkpoints: How many of the newest checkpoints stay on disk.
+    """
+
+    num_updates: int = 1000
+    num_lanes: int = 8
+    rollout_length: int = 8
+    rollouts_per_update: int = 1
+    method: Method = "replay"
+    readout_timesteps: int = 2
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.1
+    warmup_updates: int = 50
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_gradient_norm: float = 1.0
+    precision: Precision = "float32"
+    log_every: int = 10
+    evaluate_every: int = 250
+    evaluation_tokens: int | None = 100_000
+    sample_tokens: int = 256
+    save_every: int = 250
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("num_updates", 1),
+            ("num_lanes", 1),
+            ("rollout_length", 1),
+            ("rollouts_per_update", 1),
+            ("readout_timesteps", 1),
+            ("warmup_updates", 0),
+            ("log_every", 1),
+            ("evaluate_every", 1),
+            ("sample_tokens", 0),
+            ("save_every", 1),
+            ("keep_checkpoints", 1),
+        ):
+            if getattr(self, name) < minimum:
+                raise InputError(f"training.{name} ({getattr(self, name)}) must be at least {minimum}")
+        if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
+            raise InputError(f"training.evaluation_tokens ({self.evaluation_tokens}) must be at least 1, or null for all")
+        for name in ("learning_rate", "weight_decay", "max_gradient_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise InputError(f"training.final_learning_rate ({self.final_learning_rate}) must be from 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"training.betas ({self.betas}) must be at least 0 and below 1")
+        for name, choices in (("method", get_args(Method)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"training.{name} ({getattr(self, name)!r}) must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run.
+
+    Args:
+        folder: Where everything lands: checkpoints, logs, samples, the resolved config.
+        seed: Decides initial weights, dropout and the order of documents.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+        threads: CPU threads of torch; null leaves torch's choice. One thread makes runs repeatable bit for bit.
+        model: The model's shape. Its vocab_size comes from the data's tokenizer.
+        data: What is read.
+        training: How the model is trained.
+    """
+
+    folder: str = "runs/memformer"
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    model: MemformerConfig = field(default_factory=MemformerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads ({self.threads}) must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain values for YAML or JSON."""
+        fields = dataclasses.asdict(self)
+        fields["model"] = self.model.to_dict()
+        fields["training"]["betas"] = list(self.training.betas)
+        return fields

@@ -1,0 +1,122 @@
+"""What a run says while it goes on: a progress bar, TensorBoard, and one JSON line per event."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+LOG_FILE = "log.jsonl"
+SECONDS_BETWEEN_PLAIN_LINES = 15.0
+
+
+class RunLog:
+    """Reports to the terminal (stderr), to TensorBoard and to log.jsonl; on resuming, goes on after `num_updates`.
+
+    Args:
+        folder: The run folder.
+        total_updates: Updates of the whole run.
+        num_updates: Updates done before; later lines of an existing log are dropped, they will be made again.
+    """
+
+    def __init__(self, folder: Path, *, total_updates: int, num_updates: int) -> None:
+        self._file = folder / LOG_FILE
+        if self._file.exists():
+            kept = [line for line in read_log(folder) if line["update"] <= num_updates]
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._lines = self._file.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=num_updates + 1)
+        self._console = Console(stderr=True)
+        self._last_plain_line = 0.0
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_updates, completed=num_updates, status="")
+        self._total = total_updates
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._lines.close()
+        self._writer.close()
+
+    def advance(self, num_updates: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=num_updates)
+
+    def update(self, num_updates: int, values: dict[str, float]) -> None:
+        """Log a training update."""
+        self._record("training", num_updates, values)
+        status = (
+            f"{values['bits_per_token']:.3f} bits/token  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"{values['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        )
+        self._progress.update(self._task, completed=num_updates, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_plain_line > SECONDS_BETWEEN_PLAIN_LINES:
+            self._last_plain_line = now
+            left = (self._total - num_updates) * values["seconds"] / max(num_updates, 1)
+            self.say(f"update {num_updates}/{self._total}  {status}  about {left:,.0f} s left")
+
+    def evaluation(self, num_updates: int, values: dict[str, float]) -> None:
+        """Log an evaluation on held-out documents."""
+        self._record("evaluation", num_updates, values)
+        self.say(
+            f"update {num_updates}: held out {values['bits_per_byte']:.4f} bits/byte, "
+            f"memory erased {values['bits_per_byte_memory_erased']:.4f}"
+        )
+
+    def sample(self, num_updates: int, text: str) -> None:
+        """Log a sample of generated text."""
+        self._writer.add_text("sample", text, num_updates)
+
+    def say(self, message: str) -> None:
+        """Print a line to stderr, above the progress bar."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Make what was logged so far survive a crash of the process."""
+        self._lines.flush()
+        self._writer.flush()
+
+    def _record(self, kind: str, num_updates: int, values: dict[str, float]) -> None:
+        self._lines.write(json.dumps({"kind": kind, "update": num_updates, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, num_updates)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log; a last line that a crash cut short is left out."""
+    lines = []
+    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: of the device for CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

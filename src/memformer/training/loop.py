@@ -1,0 +1,282 @@
+"""The training loop: rollouts in, updates out, with everything needed to stop and go on at any update."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from memformer.data import Corpus, LaneStream
+from memformer.errors import CheckpointError, InputError
+from memformer.evaluation import Evaluation, evaluate
+from memformer.files import write_json
+from memformer.models.memformer import Memformer
+from memformer.rollout import Rollout
+from memformer.training.checkpoint import (
+    TrainingState,
+    canonical,
+    checkpoint_name,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from memformer.training.config import RunConfig
+from memformer.training.corpora import RunData
+from memformer.training.logs import RunLog, peak_memory_bytes
+from memformer.training.optimizer import learning_rate_at, make_optimizer
+from memformer.training.replay import backpropagate
+from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
+from memformer.training.samples import write_sample
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved a checkpoint, and stopped.
+
+    Attributes:
+        signal_number: The signal that asked.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; go on with --resume from {checkpoint}")
+        self.signal_number = signal_number
+
+
+def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False) -> Evaluation:
+    """Train to the end of the run; return the evaluation of the best weights on all held-out documents.
+
+    Args:
+        config: The run.
+        data: Its documents.
+        model: Fresh weights (replaced when resuming), on the run's device.
+        resume: Go on from the newest whole checkpoint in the run folder.
+
+    Raises:
+        InputError: The loss or the gradient is not finite, or the data does not fit the model.
+        CheckpointError: There is nothing to resume from, or it is of another run.
+        SaveError: A checkpoint cannot be written.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
+    """
+    return _Trainer(config, data, model, resume=resume).run()
+
+
+class _Trainer:
+    def __init__(self, config: RunConfig, data: RunData, model: Memformer, *, resume: bool) -> None:
+        self.config = config
+        self.folder = Path(config.folder)
+        self.data = data
+        self.model = model
+        self.stream = LaneStream(
+            data.train,
+            num_lanes=config.training.num_lanes,
+            segment_length=model.segment_length,
+            rollout_length=config.training.rollout_length,
+            bos_token_id=model.bos_token_id,
+            seed=config.seed,
+        )
+        self.state = TrainingState(
+            model=model,
+            optimizer=make_optimizer(model, config.training),
+            memory=model.initial_memory(config.training.num_lanes).detach().clone(),
+            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_bits_per_byte": None},
+        )
+        self.validation = first_documents(data.validation, config.training.evaluation_tokens)
+        self.resumed_from = self._resume() if resume else None
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done."""
+        num_updates: int = self.state.progress["num_updates"]
+        return num_updates
+
+    def _resume(self) -> Path:
+        checkpoint = newest_checkpoint(self.folder, warn=print_warning)
+        load_checkpoint(checkpoint, self.state)
+        self.stream.load_state(self.state.progress["stream"])
+        return checkpoint
+
+    def run(self) -> Evaluation:
+        training = self.config.training
+        progress = self.state.progress
+        with (
+            RunLog(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log,
+            _signals_noted() as received,
+        ):
+            if self.resumed_from is not None:
+                log.say(f"going on from {self.resumed_from}, update {self.num_updates}")
+            while self.num_updates < training.num_updates:
+                started = time.monotonic()
+                values = self._update()
+                progress["num_updates"] += 1
+                progress["seconds"] += time.monotonic() - started
+                log.advance(self.num_updates)
+                is_last = self.num_updates == training.num_updates
+                if is_last or self.num_updates % training.log_every == 0:
+                    values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
+                    values["seconds"] = progress["seconds"]
+                    values["num_tokens"] = progress["num_tokens"]
+                    values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
+                    log.update(self.num_updates, values)
+                if is_last or self.num_updates % training.evaluate_every == 0:
+                    self._evaluate(log)
+                if is_last or received or self.num_updates % training.save_every == 0:
+                    checkpoint = self._save()
+                    log.flush()
+                    if received:
+                        raise Interrupted(received[0], checkpoint)
+            return self._conclude(log)
+
+    def _update(self) -> dict[str, float]:
+        """Make one optimizer step; return what to log about it."""
+        training, model = self.config.training, self.model
+        rollouts = [next(self.stream).to(model.device) for _ in range(training.rollouts_per_update)]
+        learning_rate = learning_rate_at(self.num_updates, training)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        num_tokens = [rollout.count_target_tokens() for rollout in rollouts]
+        model.train()
+        nats = 0.0
+        for rollout, count in zip(rollouts, num_tokens, strict=True):
+            nats += self._backpropagate(rollout, gradient_scale=count / sum(num_tokens)) * count
+        loss = nats / sum(num_tokens)
+        limit = training.max_gradient_norm or math.inf
+        gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            raise InputError(
+                f"update {self.num_updates + 1}: loss {loss} nats per token, gradient norm {gradient_norm}; both must "
+                "be finite. The weights were not changed; try a lower training.learning_rate, then --resume"
+            )
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.progress["num_tokens"] += sum(num_tokens)
+        return {
+            "bits_per_token": loss / math.log(2),
+            "gradient_norm": gradient_norm,
+            "learning_rate": learning_rate,
+        }
+
+    def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
+        """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
+        training = self.config.training
+        with torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"
+        ):
+            result = backpropagate(
+                self.model,
+                rollout,
+                memory=self.state.memory,
+                method=training.method,
+                readout_timesteps=training.readout_timesteps,
+                gradient_scale=gradient_scale,
+            )
+        self.state.memory = result.memory
+        return float(result.loss)
+
+    def _save(self) -> Path:
+        self.state.progress["stream"] = self.stream.state()
+        checkpoints = self.folder / CHECKPOINTS
+        checkpoint = checkpoints / checkpoint_name(self.num_updates)
+        save_checkpoint(checkpoint, self.state)
+        prune_checkpoints(checkpoints, keep=self.config.training.keep_checkpoints)
+        return checkpoint
+
+    def _evaluate(self, log: RunLog) -> None:
+        """Evaluate on some held-out documents, keep the weights if they are the best so far, write a sample."""
+        result = self._likelihood(self.model, self.validation)
+        log.evaluation(
+            self.num_updates,
+            {**result.with_memory.to_dict(), "bits_per_byte_memory_erased": result.memory_erased.bits_per_byte},
+        )
+        best = self.state.progress["best_bits_per_byte"]
+        if best is None or result.with_memory.bits_per_byte < best:
+            self.state.progress["best_bits_per_byte"] = result.with_memory.bits_per_byte
+            self.model.save_pretrained(self.folder / BEST)
+        sample = write_sample(
+            self.model,
+            self.data.tokenizer,
+            self.folder / SAMPLES / f"update-{self.num_updates:09d}",
+            num_tokens=self.config.training.sample_tokens,
+            seed=self.config.seed,
+        )
+        if sample is not None:
+            log.sample(self.num_updates, sample)
+        log.flush()
+
+    def _conclude(self, log: RunLog) -> Evaluation:
+        """Evaluate the best weights on all held-out documents."""
+        log.say("evaluating the best weights on all held-out documents")
+        best = Memformer.from_pretrained(self.folder / BEST, device=self.model.device)
+        result = self._likelihood(best, self.data.validation)
+        write_json(self.folder / RESULT_FILE, result.to_dict())
+        return result
+
+    def _likelihood(self, model: Memformer, corpus: Corpus) -> Evaluation:
+        training = self.config.training
+        return evaluate(model, corpus, num_lanes=training.num_lanes, rollout_length=training.rollout_length)
+
+
+def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:
+    """Return the first documents that together hold `num_tokens`, whole ones; None means all."""
+    if num_tokens is None:
+        return corpus
+    ends = corpus.document_lengths.cumsum()
+    count = min(int((ends < num_tokens).sum()) + 1, corpus.num_documents)
+    return corpus.subset(range(count))
+
+
+def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
+    """Check that a run can go on under a config: the model, the data and the seed must be those it began with.
+
+    Raises:
+        CheckpointError: They are not; the message names the first difference.
+    """
+    asked = canonical(config.to_dict())
+    fixed = ["seed", "model", "data"]
+    lanes = ("num_lanes",)
+    for key, before, now in _differences(saved, asked):
+        top, _, rest = key.partition(".")
+        if top in fixed and key != "data.cache" or top == "training" and rest in lanes:
+            raise CheckpointError(f"the run began with {key}: {before}, now it is {now}; it cannot go on as the same run")
+
+
+def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(saved.keys() | asked.keys()):
+        before, now = saved.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, prefix=f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}", before, now
+
+
+def print_warning(message: str) -> None:
+    """Print a warning to stderr."""
+    print(f"memformer: warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Note the first SIGINT or SIGTERM so that the update can be finished; a second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:
+        previous.clear()  # not in the main thread: signals are not ours to take
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+

@@ -1,0 +1,35 @@
+"""AdamW with weight decay on matrices only, linear warm-up, cosine decay."""
+
+import math
+
+import torch
+from torch import nn
+
+from memformer.training.config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW; embeddings, norms, biases and forgetting vectors are not decayed."""
+    decayed = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)
+    }
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def learning_rate_at(update: int, config: TrainingConfig) -> float:
+    """Return the learning rate of an update, counted from 0: linear up, then half a cosine down."""
+    if update < config.warmup_updates:
+        return config.learning_rate * (update + 1) / config.warmup_updates
+    span = max(config.num_updates - config.warmup_updates, 1)
+    progress = min((update - config.warmup_updates) / span, 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)

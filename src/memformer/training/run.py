@@ -1,0 +1,142 @@
+"""A run folder: where everything about one run lands, and where it is found again."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from memformer.data import Tokenizer, load_tokenizer
+from memformer.errors import CheckpointError, InputError
+from memformer.files import write_json, write_text
+from memformer.models.memformer import Memformer
+from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
+
+RUN_CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+SAMPLES = "samples"
+RESULT_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what is needed to use it.
+
+    Attributes:
+        folder: The folder that was asked for.
+        model: The weights, in evaluation mode.
+        tokenizer: The run's tokenizer.
+        weights: The folder the weights came from.
+        run_config: The run's resolved config as plain values; None for a folder from `save_pretrained`.
+    """
+
+    folder: Path
+    model: Memformer
+    tokenizer: Tokenizer
+    weights: Path
+    run_config: dict[str, Any] | None
+
+
+def load_run(folder: Path, *, which: str = "best", device: torch.device | str = "cpu") -> LoadedRun:
+    """Load a run folder, or a folder from `save_pretrained` with a tokenizer beside the weights.
+
+    Args:
+        folder: The folder.
+        which: "best" on held-out documents, or "last"; a folder from `save_pretrained` has only itself.
+        device: Where the model goes.
+
+    Raises:
+        InputError: The folder does not exist or is neither kind.
+        CheckpointError: What it holds is damaged or incomplete.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
+    run_config = None
+    weights = folder
+    if (folder / RUN_CONFIG_FILE).is_file():
+        run_config = read_run_config(folder)
+        weights = folder / BEST if which == "best" else newest_checkpoint(folder)
+        if not weights.is_dir():
+            raise CheckpointError(f"{folder} holds no evaluated model yet; try the last checkpoint instead of the best")
+    elif not (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model")
+    model = Memformer.from_pretrained(weights, device=device)
+    return LoadedRun(folder, model, load_tokenizer(folder), weights, run_config)
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """Return a run's resolved config as plain values.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    file = folder / RUN_CONFIG_FILE
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} does not hold a config")
+    return value
+
+
+def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Write the resolved config and the versions it runs with.
+
+    Raises:
+        SaveError: Writing failed.
+    """
+    write_text(folder / RUN_CONFIG_FILE, yaml.safe_dump(fields, sort_keys=False))
+    write_json(folder / VERSIONS_FILE, versions())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that can change a result."""
+    packages = ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {**found, "torch build": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
+
+
+def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path:
+    """Return the newest checkpoint that is whole; damaged ones are named to `warn` and skipped.
+
+    Raises:
+        CheckpointError: There is none; the damage of the newest one is named.
+    """
+    first_error: CheckpointError | None = None
+    for checkpoint in checkpoints_newest_first(folder / CHECKPOINTS):
+        try:
+            check_checkpoint(checkpoint)
+        except CheckpointError as error:
+            first_error = first_error or error
+            if warn is not None:
+                warn(f"skipped a damaged checkpoint: {error}")
+        else:
+            return checkpoint
+    if first_error is not None:
+        raise CheckpointError(f"{folder} has no whole checkpoint: {first_error}") from first_error
+    raise CheckpointError(f"{folder} has no checkpoint yet; there is nothing to go on from")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; auto is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: The name is unknown, or there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device ({name!r}) is not there: torch finds {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,24 @@
+from memformer import data
+
+
+def test_public_names() -> None:
+    assert set(data.__all__) == {
+        "ByteTokenizer",
+        "Corpus",
+        "Document",
+        "LaneStream",
+        "PixelTokenizer",
+        "SourceConfig",
+        "TextTokenizer",
+        "Tokenizer",
+        "TokenizerConfig",
+        "build_corpus",
+        "corpus_from_arrays",
+        "image_shape",
+        "iterate_documents",
+        "load_tokenizer",
+        "save_tokenizer",
+        "source_levels",
+        "train_tokenizer",
+    }
+    assert all(getattr(data, name).__doc__ for name in data.__all__)

@@ -1,0 +1,209 @@
+import gzip
+import json
+import lzma
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from memformer.data import Document, SourceConfig, iterate_documents
+from memformer.data.documents import parse_slice, slice_documents
+from memformer.errors import InputError
+
+
+def contents(source: SourceConfig) -> list[bytes]:
+    return [bytes(document.content) for document in iterate_documents(source)]
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "texts"
+    (root / "sub").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    (root / "b.txt").write_bytes(b"bee")
+    (root / "a.txt").write_bytes(b"ay")
+    (root / "empty.txt").write_bytes(b"")
+    (root / ".secret").write_bytes(b"no")
+    (root / ".hidden" / "x.txt").write_bytes(b"no")
+    (root / "sub" / "c.md").write_bytes(b"sea\xff")
+    return root
+
+
+def test_folder_is_read_recursively_in_order_without_hidden_and_empty_files(folder: Path) -> None:
+    documents = list(iterate_documents(SourceConfig(path=str(folder))))
+    assert documents[0] == Document(str(folder / "a.txt"), b"ay")
+    assert [document.content for document in documents] == [b"ay", b"bee", b"sea\xff"]
+
+
+def test_glob_and_list_keep_their_order(folder: Path) -> None:
+    assert contents(SourceConfig(path=str(folder / "*.txt"))) == [b"ay", b"bee"]
+    assert contents(SourceConfig(path=str(folder / "**" / "*.md"))) == [b"sea\xff"]
+    assert contents(SourceConfig(path=[str(folder / "sub"), str(folder / "a.txt")])) == [b"sea\xff", b"ay"]
+
+
+def test_existing_file_is_not_taken_for_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_bytes(b"one")
+    assert contents(SourceConfig(path=str(tmp_path / "a[1].txt"))) == [b"one"]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_text_and_json_lines(tmp_path: Path, suffix: str, compress) -> None:
+    text = tmp_path / f"a.txt{suffix}"
+    text.write_bytes(compress(b"hello"))
+    lines = tmp_path / f"a.jsonl{suffix}"
+    lines.write_bytes(compress(b'{"text": "one"}\n\n{"text": "two"}\n'))
+    assert contents(SourceConfig(path=str(text))) == [b"hello"]
+    documents = list(iterate_documents(SourceConfig(kind="jsonl", path=str(lines))))
+    assert documents == [(f"{lines}:1", b"one"), (f"{lines}:3", b"two")]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_damaged_compression_is_refused(tmp_path: Path, suffix: str, compress) -> None:
+    path = tmp_path / f"a{suffix}"
+    for damaged in (compress(b"hello" * 100)[:-12], b"not compressed at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"a\{suffix} cannot be read"):
+            contents(SourceConfig(path=str(path)))
+
+
+def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"path \(.*nowhere\) does not exist"):
+        iterate_documents(SourceConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="matches no file"):
+        iterate_documents(SourceConfig(path=str(tmp_path / "*.txt")))
+    with pytest.raises(InputError, match="is a folder without any file"):
+        iterate_documents(SourceConfig(path=str(tmp_path)))
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for kind in ("text", "jsonl"):
+        with pytest.raises(InputError, match=r"empty\.txt is empty"):
+            contents(SourceConfig(kind=kind, path=str(empty)))
+    with pytest.raises(InputError, match="is a folder without any file"):
+        iterate_documents(SourceConfig(path=str(tmp_path)))
+
+
+def test_compressed_nothing_in_a_folder_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(InputError, match="holds no document"):
+        contents(SourceConfig(path=str(tmp_path)))
+    with pytest.raises(InputError, match=r"a\.gz is empty"):
+        contents(SourceConfig(path=str(tmp_path / "a.gz")))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", r"a\.jsonl:2 is not JSON"),
+        (b'{"text": "\xff"}', r"a\.jsonl:2 is not JSON"),
+        (b"[" * 100_000, r"a\.jsonl:2 is not JSON"),
+        (b"[1]", r"a\.jsonl:2 is a JSON list; every line must be an object"),
+        (b'{"body": "x", "id": 1}', r"a\.jsonl:2 has no key text_key \('text'\); its keys are: body, id"),
+        (b"{}", r"its keys are: none"),
+        (b'{"text": 3}', r"a\.jsonl:2 holds a int under 'text'; it must be a string"),
+        (b'{"text": "ab\\ud800"}', r"a\.jsonl:2 holds a lone surrogate at character 2"),
+    ],
+)
+def test_bad_lines_are_refused_by_number(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=message):
+        contents(SourceConfig(kind="jsonl", path=str(path)))
+
+
+def test_json_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"body": "one"}\nbroken\n')
+    documents = iterate_documents(SourceConfig(kind="jsonl", path=str(path), text_key="body"))
+    assert next(documents).content == b"one"
+
+
+@pytest.mark.parametrize("text", [":", "2:", ":3", "1:4", "-3:", ":-2", "-5:-2", "2:-3", "-4:9", " 1 : 2 ", "-99:"])
+def test_slices_are_those_of_a_list(text: str) -> None:
+    documents = [Document(str(index), b"") for index in range(7)]
+    start, stop = parse_slice(text)
+    assert list(slice_documents(iter(documents), start=start, stop=stop)) == documents[start:stop]
+
+
+def test_slice_of_a_source(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", *({"text": str(index)} for index in range(5)))
+    assert contents(SourceConfig(kind="jsonl", path=str(path), documents="-2:")) == [b"3", b"4"]
+    with pytest.raises(InputError, match=r"a\.jsonl \[9:\] holds no document"):
+        contents(SourceConfig(kind="jsonl", path=str(path), documents="9:"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"path \(None\) must be given for kind 'text'"),
+        ({"kind": "idx", "path": []}, r"path \(\[\]\) must be given for kind 'idx'"),
+        ({"kind": "huggingface", "split": "train"}, r"name \(None\) must be given"),
+        ({"kind": "huggingface", "name": "x"}, r"split \(None\) must be given"),
+        ({"kind": "python", "path": "x"}, r"path \('x'\) is not read by kind 'python', only by text, jsonl, idx"),
+        ({"path": "x", "text_key": "body"}, r"text_key \('body'\) is not read by kind 'text'"),
+        ({"path": "x", "levels": 2}, r"levels \(2\) is not read by kind 'text'"),
+        ({"kind": "digits", "downsample": 2}, r"downsample \(2\) is not read by kind 'digits'"),
+        ({"path": "x", "name": "y"}, r"name \('y'\) is not read"),
+        ({"kind": "idx", "path": "x", "levels": 1}, r"levels \(1\) must be from 2 to 256"),
+        ({"kind": "idx", "path": "x", "levels": 257}, r"levels \(257\) must be"),
+        ({"kind": "idx", "path": "x", "downsample": 0}, r"downsample \(0\) must be at least 1"),
+        ({"path": "x", "documents": "5"}, r"documents \('5'\) must be 'start:stop'"),
+        ({"path": "x", "documents": "1:2:3"}, "must be 'start:stop'"),
+        ({"path": "x", "documents": "a:"}, "must be 'start:stop'"),
+    ],
+)
+def test_contradictory_configurations_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SourceConfig(**fields)
+
+
+def test_unknown_kind_is_refused() -> None:
+    # The type checker of the tests would refuse it first, as a user's program does not.
+    config = object.__new__(SourceConfig)
+    object.__setattr__(config, "kind", "csv")
+    with pytest.raises(InputError, match=r"kind \('csv'\) must be one of text, jsonl"):
+        config.__post_init__()
+
+
+def test_standard_library_is_sorted_and_without_tests() -> None:
+    documents = list(iterate_documents(SourceConfig(kind="python")))
+    every = [document.name for document in documents]
+    assert every == sorted(every)
+    assert {"argparse.py", "json/decoder.py"} <= set(every)
+    assert all(document.content for document in documents)
+    assert not any({"test", "tests", "idle_test", "site-packages"} & set(Path(name).parts[:-1]) for name in every)
+
+
+def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*args: object, **keywords: object) -> list[dict[str, object]]:
+        calls.append((args, keywords))
+        if args[0] == "missing":
+            raise FileNotFoundError("no such data set")
+        return [{"body": "one"}, {"body": "two"}]
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    source = SourceConfig(kind="huggingface", name="x/y", config_name="raw", split="train", text_key="body")
+    assert list(iterate_documents(source)) == [("x/y:0", b"one"), ("x/y:1", b"two")]
+    assert calls == [(("x/y", "raw"), {"split": "train", "streaming": True})]
+    with pytest.raises(InputError, match="x/y:0 has no key text_key"):
+        contents(SourceConfig(kind="huggingface", name="x/y", split="train"))
+    with pytest.raises(InputError, match=r"data set 'missing' .*no such data set"):
+        contents(SourceConfig(kind="huggingface", name="missing", split="train"))
+
+
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"memformer-lm\[datasets\]"):
+        contents(SourceConfig(kind="huggingface", name="x", split="train"))
+    with pytest.raises(InputError, match=r"memformer-lm\[digits\]"):
+        contents(SourceConfig(kind="digits"))

@@ -1,0 +1,130 @@
+"""The writer and the normalization against the paper's equations, written out as loops."""
+
+import math
+
+import pytest
+import torch
+
+from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, MemoryWriter
+from tests.conftest import assert_close
+
+B, K, S, D, H = 2, 4, 5, 12, 3
+
+
+def write_by_hand(writer, memory, hidden, padding):
+    """m_i' = softmax([q_i.k_i ; q_i K_x] / (sqrt(d_h) tau)) [m_i ; V_x], one slot and one head at a time."""
+    width = D // writer.num_heads
+    result = torch.zeros_like(memory)
+    for b in range(memory.shape[0]):
+        for i in range(memory.shape[1]):
+            for h in range(writer.num_heads):
+                part = slice(h * width, (h + 1) * width)
+                query = (writer.query.weight @ memory[b, i])[part]
+                keys = [(writer.key.weight @ memory[b, i])[part]]
+                values = [memory[b, i, part]]
+                for s in range(hidden.shape[1]):
+                    if padding is None or not padding[b, s]:
+                        keys.append((writer.key.weight @ hidden[b, s])[part])
+                        values.append((writer.value.weight @ hidden[b, s])[part])
+                scores = torch.stack(keys) @ query / (math.sqrt(width) * writer.temperature)
+                result[b, i, part] = scores.softmax(0) @ torch.stack(values)
+    return result
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_writer_is_the_papers_equation(num_heads, padded):
+    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25).double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    padding = None
+    if padded:
+        padding = torch.zeros(B, S, dtype=torch.bool)
+        padding[0, 3:] = True
+    assert_close(writer(memory, hidden=hidden, padding_mask=padding), write_by_hand(writer, memory, hidden, padding))
+
+
+def test_slots_never_interfere_in_the_writer():
+    writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    before = writer(memory, hidden=hidden)
+    changed = memory.clone()
+    changed[:, 1] += 3.0
+    after = writer(changed, hidden=hidden)
+    others = [0, 2, 3]
+    assert torch.equal(before[:, others], after[:, others])
+    assert not torch.allclose(before[:, 1], after[:, 1])
+
+
+def test_a_slot_that_sees_only_itself_keeps_its_content_exactly():
+    writer = MemoryWriter(D, num_heads=H, temperature=0.25)
+    memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
+    everything = torch.ones(B, S, dtype=torch.bool)
+    assert torch.equal(writer(memory, hidden=hidden, padding_mask=everything), memory)
+
+
+def test_record_of_the_writer_sums_to_one_and_gives_the_result():
+    writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    record = AttentionRecord()
+    result = writer(memory, hidden=hidden, record=record)
+    assert record.writer.shape == (B, H, K, 1 + S)
+    assert_close(record.writer.sum(-1), torch.ones(B, H, K).double())
+    values = writer.value(hidden).unflatten(-1, (H, -1)).transpose(1, 2)
+    own = memory.unflatten(-1, (H, -1)).transpose(1, 2)
+    rebuilt = record.writer[..., :1] * own + record.writer[..., 1:] @ values
+    assert_close(rebuilt.transpose(1, 2).flatten(2), result)
+
+
+def test_record_of_the_reader_sums_to_one_and_changes_nothing():
+    reader = MemoryReader(D, num_heads=H, dropout=0.0).double()
+    hidden, slots = torch.randn(B, S, D).double(), torch.randn(B, K, D).double()
+    record = AttentionRecord()
+    assert torch.equal(reader(hidden, slots=slots, record=record), reader(hidden, slots=slots))
+    (weights,) = record.reader
+    assert weights.shape == (B, H, S, K)
+    assert_close(weights.sum(-1), torch.ones(B, H, S).double())
+
+
+def test_normalization_is_the_papers_equation():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01)).double()
+    memory = torch.randn(B, K, D).double()
+    result = normalization(memory)
+    for b in range(B):
+        for i in range(K):
+            moved = memory[b, i] + normalization.slot_bias[i]
+            assert_close(result[b, i], math.sqrt(D) * moved / moved.norm())
+
+
+def test_undisturbed_slots_stay_on_the_sphere_and_drift_to_their_terminal_state():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.05)).double()
+    memory = torch.randn(B, K, D).double()
+    with torch.no_grad():
+        for _ in range(2000):
+            memory = normalization(memory)
+            assert_close(memory.norm(dim=-1), torch.full((B, K), math.sqrt(D)).double())
+    assert_close(memory, normalization.initial_memory(B).detach(), relative=1e-6)
+
+
+def test_forgetting_speeds_are_spread_log_uniformly_or_all_the_same():
+    spread = MemoryNormalization(5, width=D, forgetting_speeds=(0.3, 3e-5))
+    speeds = spread.slot_bias.norm(dim=-1) / math.sqrt(D)
+    assert torch.allclose(speeds, torch.tensor([0.3, 0.03, 0.003, 0.0003, 0.00003]), rtol=1e-4)
+    single = MemoryNormalization(5, width=D, forgetting_speeds=(0.1, 0.1))
+    assert torch.allclose(single.slot_bias.norm(dim=-1) / math.sqrt(D), torch.full((5,), 0.1))
+
+
+def test_without_forgetting_a_slot_stays_where_it_is():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.05), forgetting=False).double()
+    memory = normalization(torch.randn(B, K, D).double())
+    assert_close(normalization(memory), memory)
+
+
+def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sphere():
+    writer = MemoryWriter(D, num_heads=H, temperature=0.25)
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 1e-5))
+    memory = normalization.initial_memory(1).detach()
+    with torch.no_grad():
+        for _ in range(2000):
+            memory = normalization(writer(memory, hidden=10 * torch.randn(1, S, D)))
+    assert memory.isfinite().all()
+    assert torch.allclose(memory.norm(dim=-1), torch.full((1, K), math.sqrt(D)))

@@ -1,0 +1,247 @@
+"""Replay is back-propagation through time, exactly; the gradient stops at a rollout's edge and nowhere else."""
+
+import math
+
+import pytest
+import torch
+
+from memformer import InputError, InputTypeError, Rollout, backpropagate
+from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
+
+
+def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options):
+    model.zero_grad()
+    torch.manual_seed(5)
+    result = backpropagate(
+        model, rollout, memory=memory, method=method, readout_timesteps=readout_timesteps, **options
+    )
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return result, grads, torch.rand(1)
+
+
+def assert_same_gradients(actual, expected):
+    result, grads, _ = actual
+    expected_result, expected_grads, _ = expected
+    assert_close(result.loss, expected_result.loss)
+    assert_close(result.memory, expected_result.memory)
+    assert_close(result.memory_grad, expected_result.memory_grad)
+    for name, grad in expected_grads.items():
+        if name in grads or grad.norm() > 0:
+            assert_close(grads[name], grad)
+
+
+def by_hand(model, rollout, memory):
+    """Plain back-propagation through time, written without any of the package's training code."""
+    model.zero_grad()
+    memory = entering = memory.detach().clone().requires_grad_()
+    nats, count = 0.0, 0
+    for t in range(rollout.num_timesteps):
+        if rollout.reset is not None:
+            rows = [
+                model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(rollout.batch_size)
+            ]
+            memory = torch.stack(rows)
+        padding = None if rollout.input_padding is None else rollout.input_padding[t]
+        hidden, memory = model.encode(rollout.inputs[t], memory=memory, padding_mask=padding)
+        logits = model.decode(rollout.targets[t], hidden=hidden, hidden_padding_mask=padding)
+        log_probabilities = logits.log_softmax(-1)
+        for b in range(rollout.batch_size):
+            for n in range(rollout.targets.shape[2]):
+                if rollout.target_padding is None or not rollout.target_padding[t, b, n]:
+                    nats = nats - log_probabilities[b, n, rollout.targets[t, b, n]]
+                    count += 1
+    (nats / count).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return (nats / count).detach(), count, memory.detach(), entering.grad, grads
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 7])
+@pytest.mark.parametrize("readout_timesteps", [1, 3])
+def test_replay_and_checkpoint_equal_bptt(variant, num_timesteps, readout_timesteps):
+    model = tiny_model(dropout=0.2, **variant)
+    memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
+    rollout = random_rollout(num_timesteps, 3, resets=True, padding=True)
+    runs = [
+        gradients(model, rollout, memory, method, readout_timesteps=readout_timesteps)
+        for method in ("bptt", "checkpoint", "replay")
+    ]
+    for run in runs[1:]:
+        assert_same_gradients(run, runs[0])
+        assert run[2] == runs[0][2], "the random generator must be left where the forward pass left it"
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_every_method_equals_a_loop_written_by_hand(variant, method, padding):
+    model = tiny_model(**variant)
+    memory = model.initial_memory(3).detach()
+    rollout = random_rollout(4, 3, resets=True, padding=padding)
+    loss, count, last, memory_grad, expected = by_hand(model, rollout, memory)
+    result, grads, _ = gradients(model, rollout, memory, method, readout_timesteps=2)
+    assert result.num_tokens == count
+    assert_close(result.loss, loss)
+    assert_close(result.memory, last)
+    if memory.numel():
+        assert_close(result.memory_grad, memory_grad)
+    for name, grad in expected.items():
+        assert_close(grads[name], grad)
+
+
+def test_loss_and_gradient_do_not_depend_on_the_chunk_without_dropout():
+    model = tiny_model()
+    rollout = random_rollout(5, 2, resets=True, padding=True)
+    memory = model.initial_memory(2)
+    expected = gradients(model, rollout, memory, "bptt")
+    for chunk in (2, 3, 5, 99):
+        assert_same_gradients(gradients(model, rollout, memory, "replay", readout_timesteps=chunk), expected)
+
+
+def test_without_memory_every_row_starts_from_the_initial_memory_which_gets_gradient():
+    model = tiny_model()
+    rollout = random_rollout(3, 2)
+    reset = torch.zeros(3, 2, dtype=torch.bool)
+    reset[0] = True
+    explicit = Rollout(inputs=rollout.inputs, targets=rollout.targets, reset=reset)
+    with_none = gradients(model, rollout, None, "replay")
+    with_reset = gradients(model, explicit, torch.randn(2, 5, 16, dtype=torch.float64), "replay")
+    assert_close(with_none[0].loss, with_reset[0].loss)
+    assert with_none[1]["memory_normalization.slot_bias"].norm() > 0
+    for name, grad in with_reset[1].items():
+        assert_close(with_none[1][name], grad)
+
+
+def test_gradient_reaches_every_timestep_of_the_rollout_and_stops_at_its_edge():
+    model = tiny_model()
+    memory = model.initial_memory(2).detach()
+    length = 4
+    for last in range(1, length + 1):
+        # A loss on the last timestep alone must reach the memory that entered the first.
+        rollout = random_rollout(last, 2)
+        target_padding = torch.ones(rollout.targets.shape, dtype=torch.bool)
+        target_padding[-1] = False
+        only_last = Rollout(inputs=rollout.inputs, targets=rollout.targets, target_padding=target_padding)
+        result = backpropagate(model, only_last, memory=memory)
+        assert (result.memory_grad.flatten(1).norm(dim=1) > 0).all()
+    # A second rollout's gradient knows nothing of the first: the memory between them is cut.
+    first = backpropagate(model, random_rollout(2, 2), memory=memory)
+    assert not first.memory.requires_grad
+    entering = first.memory.clone().requires_grad_()
+    backpropagate(model, random_rollout(2, 2, seed=3), memory=entering)
+    assert entering.grad is None
+
+
+def test_two_rollouts_leave_the_memory_of_one():
+    model = tiny_model()
+    whole = random_rollout(6, 2, resets=True, padding=True)
+    memory = model.initial_memory(2)
+    expected = backpropagate(model, whole, memory=memory)
+    state, nats, tokens = memory, 0.0, 0
+    for part in (slice(0, 2), slice(2, 6)):
+        piece = Rollout(
+            inputs=whole.inputs[part],
+            targets=whole.targets[part],
+            reset=whole.reset[part],
+            input_padding=whole.input_padding[part],
+            target_padding=whole.target_padding[part],
+        )
+        result = backpropagate(model, piece, memory=state)
+        state = result.memory
+        nats, tokens = nats + result.loss * result.num_tokens, tokens + result.num_tokens
+    assert_close(state, expected.memory)
+    assert_close(nats / tokens, expected.loss)
+
+
+def test_reset_rows_send_no_gradient_back():
+    model = tiny_model()
+    rollout = random_rollout(2, 2)
+    reset = torch.tensor([[False, False], [True, False]])
+    target_padding = torch.ones(rollout.targets.shape, dtype=torch.bool)
+    target_padding[1] = False
+    result = backpropagate(
+        model,
+        Rollout(inputs=rollout.inputs, targets=rollout.targets, reset=reset, target_padding=target_padding),
+        memory=model.initial_memory(2),
+    )
+    assert result.memory_grad[0].norm() == 0
+    assert result.memory_grad[1].norm() > 0
+
+
+def test_gradient_scale_scales_gradients_and_not_the_loss():
+    model = tiny_model()
+    rollout = random_rollout(3, 2)
+    plain = gradients(model, rollout, model.initial_memory(2), "replay")
+    scaled = gradients(model, rollout, model.initial_memory(2), "replay", gradient_scale=0.25)
+    assert_close(scaled[0].loss, plain[0].loss)
+    assert_close(scaled[0].memory_grad, 0.25 * plain[0].memory_grad)
+    for name, grad in plain[1].items():
+        assert_close(scaled[1][name], 0.25 * grad)
+
+
+def test_gradients_are_added_to_those_already_there():
+    model = tiny_model()
+    rollout = random_rollout(2, 2)
+    _, once, _ = gradients(model, rollout, None, "replay")
+    backpropagate(model, rollout)
+    for name, grad in once.items():
+        assert_close(dict(model.named_parameters())[name].grad, 2 * grad)
+
+
+def test_a_rollout_of_padding_alone_has_no_loss_no_gradient_and_leaves_the_memory():
+    model = tiny_model()
+    rollout = random_rollout(2, 2)
+    everything = torch.ones(rollout.inputs.shape, dtype=torch.bool)
+    memory = torch.randn_like(model.initial_memory(2))
+    result = backpropagate(
+        model,
+        Rollout(inputs=rollout.inputs, targets=rollout.targets, input_padding=everything, target_padding=everything),
+        memory=memory,
+    )
+    assert result.loss == 0
+    assert result.num_tokens == 0
+    assert torch.equal(result.memory, memory)
+    assert all(p.grad is None or p.grad.norm() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_under_autocast_the_memory_stays_float32_and_gradients_agree_with_float32(method):
+    model = tiny_model().float()
+    rollout = random_rollout(3, 2)
+    memory = model.initial_memory(2)
+    _, expected, _ = gradients(model, rollout, memory, "bptt")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result, grads, _ = gradients(model, rollout, memory, method)
+        hidden, next_memory = model.encode(rollout.inputs[0], memory=memory)
+        assert model.decode(rollout.targets[0], hidden=hidden).dtype == torch.bfloat16
+    assert result.memory.dtype == result.memory_grad.dtype == next_memory.dtype == torch.float32
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert_close(grads[name], grad, relative=0.2)  # bfloat16 keeps 8 bits
+
+
+def test_the_memory_given_is_left_as_it_was():
+    model = tiny_model()
+    memory = model.initial_memory(2).detach().clone()
+    before = memory.clone()
+    backpropagate(model, random_rollout(3, 2), memory=memory)
+    assert torch.equal(memory, before)
+    assert not memory.requires_grad
+    assert memory.grad is None
+
+
+def test_loss_of_an_untrained_model_is_near_uniform():
+    result = backpropagate(tiny_model(), random_rollout(3, 4))
+    assert abs(float(result.loss) - math.log(VOCAB_SIZE)) < 1.5
+
+
+def test_wrong_arguments_are_named():
+    model = tiny_model()
+    rollout = random_rollout(2, 2)
+    memory = model.initial_memory(2)
+    with pytest.raises(InputError, match=r"method \('relay'\) must be one of replay, bptt, checkpoint"):
+        backpropagate(model, rollout, memory=memory, method="relay")
+    with pytest.raises(InputError, match=r"readout_timesteps \(0\) must be at least 1"):
+        backpropagate(model, rollout, memory=memory, readout_timesteps=0)
+    with pytest.raises(InputError, match=r"memory has shape \(2, 4, 16\); this model's is \(2, 5, 16\)"):
+        backpropagate(model, rollout, memory=memory[:, :4])
+    with pytest.raises(InputTypeError, match=r"memory has dtype torch.float32; this model's is torch.float64"):
+        backpropagate(model, rollout, memory=memory.float())
