@@ -3,6 +3,9 @@ import torch
 
 from memformer import Memformer, MemformerConfig, Rollout
 
+# Tests are small and run side by side: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 # Every option of the model's config that changes what is computed, one at a time on top of the defaults.
 VARIANTS = {
     "paper": {},
@@ -82,6 +85,7 @@ def random_rollout(num_timesteps, batch_size, *, resets=False, padding=False, se
 
 def assert_close(actual, expected, *, relative=1e-10):
     """Agreement in float64: the norm of the difference against the norm of what is expected."""
-    scale = max(expected.norm().item(), 1e-300)
+    # Gradients of order one carry noise of order 1e-17: where the truth is zero, so small a difference is agreement.
+    scale = max(expected.norm().item(), 1e-4)
     difference = (actual - expected).norm().item()
-    assert difference <= relative * scale or difference < 1e-300, f"relative difference {difference / scale:.3g}"
+    assert difference <= relative * scale, f"difference {difference:.3g} against {relative:.0e} of {scale:.3g}"

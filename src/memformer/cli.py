@@ -21,10 +21,11 @@ from memformer.evaluation import Evaluation, evaluate
 from memformer.generation import Session
 from memformer.models.memformer import Memformer
 from memformer.report import write_report
+from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.config import DataConfig, RunConfig
+from memformer.training.config import DataConfig, RunConfig, check_seed
 from memformer.training.corpora import open_corpus, prepare_data
-from memformer.training.loop import Interrupted, check_same_run, train
+from memformer.training.loop import Interrupted, check_same_run, print_warning, train
 from memformer.training.run import (
     CHECKPOINTS,
     RUN_CONFIG_FILE,
@@ -56,12 +57,6 @@ def entry_point() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    handlers: dict[str, Callable[[list[str]], None]] = {
-        "train": run_train,
-        "evaluate": run_evaluate,
-        "generate": run_generate,
-        "report": run_report,
-    }
     if not argv or argv[0] in {"-h", "--help"}:
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -69,12 +64,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"memformer {commands.version()}")
         return 0
     try:
-        if argv[0] not in handlers:
-            raise InputError(f"unknown command {argv[0]!r}; the commands are {', '.join(handlers)}")
-        handlers[argv[0]](list(argv[1:]))
+        _handler(argv[0])(list(argv[1:]))
     except InputError as error:
-        print(f"memformer: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except Interrupted as interrupted:
         print(f"memformer: {interrupted}", file=sys.stderr)
         return 128 + interrupted.signal_number
@@ -84,9 +76,25 @@ def main(argv: Sequence[str]) -> int:
         # The reader of our output went away (`| head`): nothing is wrong, and nothing more can be said.
         sys.stderr.close()
         return 141
+    except OSError as error:
+        # Not a file of ours, those raise SaveError: the log on a full disk, say.
+        return _refuse(str(error))
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _handler(command: str) -> Callable[[list[str]], None]:
+    handlers = {"train": run_train, "evaluate": run_evaluate, "generate": run_generate, "report": run_report}
+    if command not in handlers:
+        raise InputError(f"unknown command {command!r}; the commands are {', '.join(handlers)}")
+    return handlers[command]
+
+
+def _refuse(message: str) -> int:
+    # Messages of libraries may have several lines; a mistake is one.
+    print(f"memformer: error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def run_train(argv: list[str]) -> None:
@@ -98,7 +106,7 @@ def run_train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if not {"-h", "--help"} & set(argv):
             raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
-        commands.train_parser().parse(argv)
+        commands.parse(commands.train_parser(), argv)
     config, options = commands.parse_run_config(argv)
     device = _prepare_torch(config.device, config.threads)
     folder = Path(config.folder)
@@ -107,8 +115,9 @@ def run_train(argv: list[str]) -> None:
         raise InputError(f"{folder} already holds a run; go on with --resume, or choose another --folder")
     tokenizer = None
     if options.resume:
-        check_same_run(read_run_config(folder), config)
+        saved = read_run_config(folder)
         tokenizer = load_tokenizer(folder)
+        check_same_run(saved, dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer)))
     print(f"preparing the data for {folder}", file=sys.stderr)
     data = prepare_data(config.data, tokenizer=tokenizer)
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
@@ -120,7 +129,6 @@ def run_train(argv: list[str]) -> None:
         f"{data.validation.num_tokens:,}",
         file=sys.stderr,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(data.tokenizer, folder)
     write_run_config(folder, config.to_dict())
     result = train(config, data, model, resume=options.resume)
@@ -138,18 +146,20 @@ def run_evaluate(argv: list[str]) -> None:
     Raises:
         InputError: The run or the data is wrong.
     """
-    options = commands.evaluate_parser().parse(argv)
+    options = commands.parse(commands.evaluate_parser(), argv)
+    if options.num_lanes < 1:
+        raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
     device = _prepare_torch(options.device, options.threads)
-    run = load_run(Path(options.run), which=options.checkpoint, device=device)
+    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
     if options.data is not None:
         data_config = _data_config(run) if run.run_config is not None else DataConfig()
-        corpus = open_corpus(dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer)
+        corpus = open_corpus(
+            dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer
+        )
     elif run.run_config is not None:
         corpus = prepare_data(_data_config(run), tokenizer=run.tokenizer).validation
     else:
         raise InputError(f"{options.run} has no held-out documents of its own; give --data.kind and --data.path")
-    if options.num_lanes < 1:
-        raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
     started = time.monotonic()
     result = evaluate(run.model, corpus, num_lanes=options.num_lanes)
     seconds = time.monotonic() - started
@@ -166,13 +176,15 @@ def run_generate(argv: list[str]) -> None:
     Raises:
         InputError: The run, the prompt or an option is wrong.
     """
-    options = commands.generate_parser().parse(argv)
+    options = commands.parse(commands.generate_parser(), argv)
+    sampling = _sampling_options(options)
     device = _prepare_torch(options.device, options.threads)
-    run = load_run(Path(options.run), which=options.checkpoint, device=device)
-    sampling = {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
+    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
     if isinstance(run.tokenizer, PixelTokenizer):
         _draw(run.model, run.tokenizer, options, sampling)
         return
+    if options.output is not None:
+        raise InputError("--output has no meaning for a run on text; new text goes to stdout")
     prompt = _read_prompt(options, run.tokenizer)
     if options.load_session is None:
         session = Session(run.model)
@@ -189,7 +201,11 @@ def run_generate(argv: list[str]) -> None:
     if options.save_session is not None:
         session.save(options.save_session)
     if options.json:
-        print(json.dumps({"prompt_tokens": len(prompt), "token_ids": ids, "text": text, "state_bytes": session.state_bytes}))
+        print(
+            json.dumps(
+                {"prompt_tokens": len(prompt), "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
+            )
+        )
     else:
         print()
 
@@ -200,7 +216,7 @@ def run_report(argv: list[str]) -> None:
     Raises:
         InputError: The folder holds no run.
     """
-    options = commands.report_parser().parse(argv)
+    options = commands.parse(commands.report_parser(), argv)
     summary = write_report(Path(options.run))
     print(json.dumps({"summary": str(summary)}) if options.json else summary)
 
@@ -209,7 +225,9 @@ def format_evaluation(result: Evaluation) -> str:
     """Return the figures as a table for a terminal."""
     rows = [("", "bits/byte", "bits/token", "perplexity")]
     for label, figures in (("with memory", result.with_memory), ("memory erased", result.memory_erased)):
-        rows.append((label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}"))
+        rows.append(
+            (label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}")
+        )
     table = "\n".join(f"{row[0]:14}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
     return (
         f"{table}\nthe memory is worth {result.memory_gain:.4f} bits per byte "
@@ -240,6 +258,20 @@ def _data_config(run: LoadedRun) -> DataConfig:
     return config.data
 
 
+def _sampling_options(options: Any) -> dict[str, Any]:
+    """Return the options of sampling, checked before anything is loaded or read.
+
+    Raises:
+        InputError: One is out of its range.
+    """
+    check_sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    if options.max_new_tokens < 0:
+        raise InputError(f"max_new_tokens ({options.max_new_tokens}) must be at least 0")
+    if options.seed is not None:
+        check_seed("seed", options.seed)
+    return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
+
+
 def _read_prompt(options: Any, tokenizer: Tokenizer) -> list[int]:
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given; one prompt is read")
@@ -252,7 +284,8 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> list[int]:
         except OSError as error:
             raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
     else:
-        content, name = (options.prompt or "").encode(), "prompt"
+        # Bytes of the command line that are not UTF-8 arrive as surrogates; they are given back as they were.
+        content, name = (options.prompt or "").encode("utf-8", "surrogateescape"), "prompt"
     return tokenizer.encode(content, name).tolist() if content else []
 
 

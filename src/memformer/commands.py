@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import importlib.metadata
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -57,40 +57,49 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Options from dataclasses, description as it was written."""
 
 
-class _Parser(ArgumentParser):
-    """Raises instead of exiting, so that every mistake becomes one line."""
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Return the parsed arguments, objects built.
 
-    def __init__(self, command: str, description: str, usage: str) -> None:
-        super().__init__(
-            prog=f"memformer {command}",
-            usage=f"memformer {command} {usage}",
-            description=description,
-            formatter_class=_HelpFormatter,
-            exit_on_error=False,
-        )
+    Raises:
+        InputError: An argument is unknown (the nearest valid one is named) or has the wrong type.
+    """
+    try:
+        return parser.instantiate(parser.parse_args(list(argv)))
+    except (ArgumentError, ValueError) as error:
+        raise InputError(_explain(error, parser, argv)) from error
 
-    def parse(self, argv: Sequence[str]) -> Namespace:
-        """Return the parsed arguments, objects built.
 
-        Raises:
-            InputError: An argument is unknown (the nearest valid one is named) or has the wrong type.
-        """
-        try:
-            return self.instantiate(self.parse_args(list(argv)))
-        except ArgumentError as error:
-            raise InputError(self._explain(str(error), argv)) from error
+def _explain(error: Exception, parser: ArgumentParser, argv: Sequence[str]) -> str:
+    known = [option for action in parser._actions for option in _options(action)]
+    for argument in argv:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            nearest = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+            return f"unknown option {option}; {hint}"
+    # Where a dataclass refused its fields, what it said is clearer than what the parser makes of it.
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(cause or error).split())
 
-    def _explain(self, message: str, argv: Sequence[str]) -> str:
-        known = [option for action in self._actions for option in action.option_strings]
-        # The field of an optional nested dataclass is no option of its own: its parent accepts it.
-        prefixes = tuple(f"{option}." for option in known)
-        for argument in argv:
-            option = argument.partition("=")[0]
-            if option.startswith("--") and option not in known and not option.startswith(prefixes):
-                nearest = difflib.get_close_matches(option, known, n=1)
-                hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
-                return f"unknown option {option}; {hint}"
-        return " ".join(message.split())
+
+def _options(action: Action) -> list[str]:
+    # The fields of an optional nested dataclass are not in the parser's list: their parent takes them.
+    kinds = get_args(getattr(action, "_typehint", None))
+    fields = [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
+    return [*action.option_strings, *(f"{option}.{name}" for option in action.option_strings for name in fields)]
+
+
+def _parser(command: str, description: str, usage: str) -> ArgumentParser:
+    # exit_on_error is off so that every mistake becomes one line.
+    return ArgumentParser(
+        prog=f"memformer {command}",
+        usage=f"memformer {command} {usage}",
+        description=description,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+    )
 
 
 def version() -> str:
@@ -98,9 +107,9 @@ def version() -> str:
     return importlib.metadata.version("memformer-lm")
 
 
-def train_parser() -> _Parser:
+def train_parser() -> ArgumentParser:
     """Return the parser of `memformer train`, whose first argument has become `--config`."""
-    parser = _Parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")
+    parser = _parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")
     parser.add_argument("--config", action="config", help="The YAML file; the first argument stands for it.")
     parser.add_argument("--resume", action="store_true", help="Go on from the newest whole checkpoint of the run.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
@@ -108,21 +117,23 @@ def train_parser() -> _Parser:
     return parser
 
 
-def evaluate_parser() -> _Parser:
+def evaluate_parser() -> ArgumentParser:
     """Return the parser of `memformer evaluate`."""
-    parser = _Parser("evaluate", EVALUATE_HELP, "RUN [--data.kind KIND --data.path PATH] [--json]")
+    parser = _parser("evaluate", EVALUATE_HELP, "RUN [--data.kind KIND --data.path PATH] [--json]")
     _add_run_arguments(parser)
-    parser.add_argument("--data", type=SourceConfig | None, default=None, help="Documents; the run's held-out ones if not given.")
+    parser.add_argument(
+        "--data", type=SourceConfig | None, default=None, help="Documents; the run's held-out ones if not given."
+    )
     parser.add_argument("--num_lanes", type=int, default=8, help="Documents read side by side.")
     return parser
 
 
-def generate_parser() -> _Parser:
+def generate_parser() -> ArgumentParser:
     """Return the parser of `memformer generate`."""
-    parser = _Parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
+    parser = _parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
     _add_run_arguments(parser)
-    parser.add_argument("--prompt", type=str | None, default=None, help="Text to read first.")
-    parser.add_argument("--prompt_file", type=str | None, default=None, help="File to read first; - for stdin.")
+    parser.add_argument("--prompt", type=str, default=None, help="Text to read first.")
+    parser.add_argument("--prompt_file", type=str, default=None, help="File to read first; - for stdin.")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="Tokens to generate.")
     parser.add_argument("--temperature", type=float, default=1.0, help="Below 1 sharpens, 0 is greedy.")
     parser.add_argument("--top_k", type=int | None, default=None, help="Sample among the k likeliest tokens.")
@@ -130,22 +141,22 @@ def generate_parser() -> _Parser:
         "--top_p", type=float | None, default=None, help="Sample among the likeliest tokens of this probability."
     )
     parser.add_argument("--seed", type=int | None, default=None, help="Makes the result repeatable.")
-    parser.add_argument("--load_session", type=str | None, default=None, help="State to go on from.")
-    parser.add_argument("--save_session", type=str | None, default=None, help="Where to save the state at the end.")
+    parser.add_argument("--load_session", type=str, default=None, help="State to go on from.")
+    parser.add_argument("--save_session", type=str, default=None, help="Where to save the state at the end.")
     parser.add_argument("--num_images", type=int, default=25, help="For images: how many.")
-    parser.add_argument("--output", type=str | None, default=None, help="For images: the PNG file.")
+    parser.add_argument("--output", type=str, default=None, help="For images: the PNG file.")
     return parser
 
 
-def report_parser() -> _Parser:
+def report_parser() -> ArgumentParser:
     """Return the parser of `memformer report`."""
-    parser = _Parser("report", REPORT_HELP, "RUN [--json]")
+    parser = _parser("report", REPORT_HELP, "RUN [--json]")
     parser.add_argument("run", type=str, help="Run folder.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     return parser
 
 
-def _add_run_arguments(parser: _Parser) -> None:
+def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="Run folder, or folder from save_pretrained.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="Which weights of a run.")
@@ -162,7 +173,7 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
     file, rest = argv[0], list(argv[1:])
     path = Path(file) / RUN_CONFIG_FILE if Path(file).is_dir() else Path(file)
     _check_keys(read_yaml(path), RunConfig, owner=str(path))
-    options = train_parser().parse(["--config", str(path), *rest])
+    options = parse(train_parser(), ["--config", str(path), *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     return RunConfig(**fields), options
 

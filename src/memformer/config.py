@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from memformer.errors import InputError, InputTypeError
 
@@ -134,7 +134,7 @@ class MemformerConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "MemformerConfig":
         """Return the config that `to_dict` described.
 
         Raises:
@@ -145,7 +145,9 @@ class MemformerConfig:
         fields = dict(fields)
         if "forgetting_speeds" in fields:
             if not isinstance(fields["forgetting_speeds"], list | tuple):
-                raise InputTypeError(f"forgetting_speeds ({fields['forgetting_speeds']!r}) must be a list of two numbers")
+                raise InputTypeError(
+                    f"forgetting_speeds ({fields['forgetting_speeds']!r}) must be a list of two numbers"
+                )
             fields["forgetting_speeds"] = tuple(fields["forgetting_speeds"])
         return cls(**fields)
 

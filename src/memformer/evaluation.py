@@ -144,7 +144,9 @@ def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
         InputError: It was not.
     """
     if corpus.vocab_size != model.vocab_size:
-        raise InputError(f"the corpus has a vocabulary of {corpus.vocab_size} tokens, the model one of {model.vocab_size}")
+        raise InputError(
+            f"the corpus has a vocabulary of {corpus.vocab_size} tokens, the model one of {model.vocab_size}"
+        )
 
 
 def _encode(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> tuple[Tensor, Tensor]:

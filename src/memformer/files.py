@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -30,7 +31,8 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise SaveError(f"cannot write {file}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing was written, or the folder is not one
+            partial.unlink()
 
 
 def sync_folder(folder: Path) -> None:

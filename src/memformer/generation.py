@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -26,11 +25,11 @@ FEED_CHUNK_TOKENS = 1 << 20
 
 
 class Session:
-    """One stream of tokens, or several side by side, with a state whose size does not depend on how much was fed.
+    """One stream of tokens, or several side by side; the state's size does not depend on how much was fed.
 
     The state of a row is its memory, the hidden states of its last full segment, and the tokens fed since: a segment is
-    read into the memory as soon as it is full. It depends on the tokens alone, not on how they were split. Rows may have
-    been fed different numbers of tokens. The model is put in evaluation mode.
+    read into the memory as soon as it is full. It depends on the tokens alone, not on how they were split. Rows may
+    have been fed different numbers of tokens. The model is put in evaluation mode.
 
     Args:
         model: The model that reads.
@@ -101,9 +100,9 @@ class Session:
         self,
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int | None = None,
-        top_p: float | None = None,
+        top_p: float | int | None = None,
         seed: int | None = None,
     ) -> list[int] | list[list[int]]:
         """Return new token ids (a list for each row if there are several); they become part of the stream.
@@ -126,9 +125,9 @@ class Session:
         self,
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         top_k: int | None = None,
-        top_p: float | None = None,
+        top_p: float | int | None = None,
         seed: int | None = None,
     ) -> Iterator[list[int]]:
         """Yield new token ids one step at a time, one id for each row; arguments as in `generate`.
@@ -155,7 +154,7 @@ class Session:
         write_tensors(Path(path), self._state(), metadata={"format": FORMAT, "version": FORMAT_VERSION})
 
     @classmethod
-    def load(cls, path: str | Path, *, model: Memformer) -> Self:
+    def load(cls, path: str | Path, *, model: Memformer) -> "Session":
         """Return the session that `save` wrote.
 
         Raises:
@@ -221,7 +220,9 @@ class Session:
             raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:
             wrong = ids[(ids < 0) | (ids >= self.model.vocab_size)][0]
-            raise InputError(f"token id {wrong} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}")
+            raise InputError(
+                f"token id {wrong} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
+            )
         return ids
 
     def _feed(self, rows: list[Tensor]) -> None:

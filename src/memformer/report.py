@@ -10,7 +10,7 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from memformer.errors import InputError
+from memformer.errors import CheckpointError, InputError
 from memformer.files import read_json, write_text
 from memformer.training.logs import LOG_FILE, read_log
 from memformer.training.run import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
@@ -34,16 +34,19 @@ def write_report(folder: Path) -> Path:
     )
     result = read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else None
     training = [line for line in lines if line["kind"] == "training"]
-    page = environment.get_template("summary.html.jinja").render(
-        name=folder.resolve().name,
-        folder=str(folder),
-        curve=draw_curve(lines),
-        result=result,
-        last=training[-1] if training else None,
-        sample=_newest_sample(folder / SAMPLES),
-        config=yaml.safe_dump(read_run_config(folder), sort_keys=False),
-        versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
-    )
+    try:
+        page = environment.get_template("summary.html.jinja").render(
+            name=folder.resolve().name,
+            folder=str(folder),
+            curve=draw_curve(lines),
+            result=result,
+            last=training[-1] if training else None,
+            sample=_newest_sample(folder / SAMPLES),
+            config=yaml.safe_dump(read_run_config(folder), sort_keys=False),
+            versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
+        )
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a figure: {error}") from error
     write_text(folder / SUMMARY_FILE, page)
     return folder / SUMMARY_FILE
 
@@ -71,7 +74,8 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
     axes.legend()
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
-    return drawn.getvalue()
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :]  # without the declarations of a file of its own
 
 
 def _newest_sample(folder: Path) -> dict[str, str] | None:

@@ -1,7 +1,6 @@
 """The segments that one update back-propagates through."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,13 +77,13 @@ class Rollout:
             return self.targets.numel()
         return int((~self.target_padding).sum())
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Rollout":
         """Return the same rollout with all tensors on `device`."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        return type(self)(
+        return Rollout(
             inputs=self.inputs.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             reset=move(self.reset),

@@ -7,7 +7,7 @@ from torch import Tensor
 from memformer.errors import InputError
 
 
-def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
     """Check the sampling options before anything is computed.
 
     Raises:
@@ -24,9 +24,9 @@ def check_sampling(*, temperature: float, top_k: int | None, top_p: float | None
 def sample(
     logits: Float[Tensor, "B V"],
     *,
-    temperature: float,
+    temperature: float | int,
     top_k: int | None,
-    top_p: float | None,
+    top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, " B"]:
     """Return one token id for each row.

@@ -5,6 +5,7 @@
 | B | batch rows (streams, lanes) |
 | N | timesteps (segments) of a rollout |
 | S | tokens of an encoder segment |
+| R | hidden states that the readout sees: S, or S + K where the written slots follow them |
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |
@@ -23,5 +24,5 @@ Segment = Int64[Tensor, "B S"]
 Targets = Int64[Tensor, "B T"]
 SegmentPadding = Bool[Tensor, "B S"]
 Memory = Float[Tensor, "B K D"]
-Hidden = Float[Tensor, "B S D"]
+Hidden = Float[Tensor, "B R D"]
 Logits = Float[Tensor, "B T V"]

@@ -246,7 +246,7 @@ def test_too_few_documents_for_an_endless_stream() -> None:
     with pytest.raises(
         InputError,
         match=r"has 1 document for 16 lanes; set data\.max_document_tokens to at most 6 to cut documents up, "
-        r"or training\.batch_size to at most 1",
+        r"or training\.num_lanes to at most 1",
     ):
         stream_of(make_corpus(100), lanes=16)
     assert len(timesteps(stream_of(make_corpus(100), lanes=16, num_epochs=1))) == 25

@@ -101,7 +101,7 @@ def test_undisturbed_slots_stay_on_the_sphere_and_drift_to_their_terminal_state(
     with torch.no_grad():
         for _ in range(2000):
             memory = normalization(memory)
-            assert_close(memory.norm(dim=-1), torch.full((B, K), math.sqrt(D)).double())
+            assert_close(memory.norm(dim=-1), torch.full((B, K), math.sqrt(D), dtype=torch.float64))
     assert_close(memory, normalization.initial_memory(B).detach(), relative=1e-6)
 
 

@@ -12,9 +12,7 @@ from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options):
     model.zero_grad()
     torch.manual_seed(5)
-    result = backpropagate(
-        model, rollout, memory=memory, method=method, readout_timesteps=readout_timesteps, **options
-    )
+    result = backpropagate(model, rollout, memory=memory, method=method, readout_timesteps=readout_timesteps, **options)
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return result, grads, torch.rand(1)
 
@@ -37,9 +35,7 @@ def by_hand(model, rollout, memory):
     nats, count = 0.0, 0
     for t in range(rollout.num_timesteps):
         if rollout.reset is not None:
-            rows = [
-                model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(rollout.batch_size)
-            ]
+            rows = [model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(rollout.batch_size)]
             memory = torch.stack(rows)
         padding = None if rollout.input_padding is None else rollout.input_padding[t]
         hidden, memory = model.encode(rollout.inputs[t], memory=memory, padding_mask=padding)

@@ -83,7 +83,7 @@ class LaneStream(Iterator[Rollout]):
             raise InputError(
                 f"{corpus.name} has {_count(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
                 f"data.max_document_tokens to at most {max(1, corpus.num_tokens // num_lanes)} to cut documents up, "
-                f"or training.batch_size to at most {corpus.num_documents}"
+                f"or training.num_lanes to at most {corpus.num_documents}"
             )
         self.corpus = corpus
         self.num_lanes = num_lanes

@@ -67,11 +67,15 @@ class Decoder(nn.Module):
             positions = keep.cumsum(dim=-1) - 1 - keep.sum(dim=-1, keepdim=True)  # (B, S)
         frame = self.positions(positions, key_positions=positions)
         return Past(
-            keys_values=[layer.cross_attention.project(hidden, frame=frame) for layer in self.layers],
+            keys_values=[layer.look_back(hidden, frame=frame) for layer in self._typed_layers],
             positions=positions,
             keep_mask=keep_mask_of(padding_mask),
             slots=slots,
         )
+
+    @property
+    def _typed_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def forward(self, x: Float[Tensor, "B T D"], *, past: Past) -> Float[Tensor, "B T D"]:
         """Return features of each target from the targets before it and the past; `x` starts with `[BOS]`."""

@@ -47,7 +47,8 @@ class Encoder(nn.Module):
             positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token stands at n wherever padding is
         frame = self.positions(positions, key_positions=positions)
         keep_mask = keep_mask_of(padding_mask)
-        slots = None if self.memory_norm is None else self.memory_norm(memory)
+        # The memory may be wider than the parameters (float32 beside bfloat16); what is read of it need not be.
+        slots = None if self.memory_norm is None else self.memory_norm(memory.to(self.memory_norm.weight.dtype))
         for layer in self.layers:
             x = layer(x, slots=slots, frame=frame, keep_mask=keep_mask, record=record)
         return self.norm(x)

@@ -29,8 +29,7 @@ class Memformer(Pretrained, RecurrentModel):
     config: MemformerConfig
 
     def __init__(self, config: MemformerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         # One row more than the vocabulary: [BOS] can be read but never predicted.
         self.embedding = nn.Embedding(config.vocab_size + 1, config.d_model)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
@@ -52,6 +51,8 @@ class Memformer(Pretrained, RecurrentModel):
 
     def _initialise(self) -> None:
         for name, module in self.named_modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 if name.endswith("output"):
@@ -62,8 +63,6 @@ class Memformer(Pretrained, RecurrentModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
-        if self.encoder.convolution is not None:
-            nn.init.zeros_(self.encoder.convolution.bias)
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +80,7 @@ class Memformer(Pretrained, RecurrentModel):
         return self.config.segment_length
 
     def initial_memory(self, batch_size: int) -> Memory:
-        """Return M_0 for each row: every slot in its terminal state of forgetting; float32 (float64 if the model is)."""
+        """Return M_0 for each row, every slot in its terminal state; float32 (float64 if the model is)."""
         if not self.config.num_slots:
             dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
             return self.embedding.weight.new_zeros((batch_size, 0, self.config.d_model), dtype=dtype)
@@ -122,9 +121,7 @@ class Memformer(Pretrained, RecurrentModel):
             hidden = torch.cat([hidden, next_memory.to(hidden.dtype)], dim=1)
         return hidden, next_memory
 
-    def decode(
-        self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None
-    ) -> Logits:
+    def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
         """Return the logits of each target given those before it (shifted inside) and the past.
 
         Args:
@@ -145,9 +142,7 @@ class Memformer(Pretrained, RecurrentModel):
         """Return what `decode_step` looks back at, projected once for a whole segment."""
         return self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
 
-    def decode_step(
-        self, tokens: Segment, *, past: Past, caches: list[KeyValueCache], positions: Segment
-    ) -> Logits:
+    def decode_step(self, tokens: Segment, *, past: Past, caches: list[KeyValueCache], positions: Segment) -> Logits:
         """Return the logits of what follows each token; `decode` a few tokens at a time.
 
         Args:

@@ -1,7 +1,7 @@
 """Models as folders: config.json beside model.safetensors; nothing is ever unpickled."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +14,17 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+Model = TypeVar("Model", bound="Pretrained")
+
+
 class Pretrained(nn.Module):
     """Saving and loading for a model that is built from its config alone."""
 
     config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; each appears whole or not at all.
@@ -30,7 +37,7 @@ class Pretrained(nn.Module):
         write_json(folder / CONFIG_FILE, {"model_type": "memformer", **self.config.to_dict()})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Self:
+    def from_pretrained(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
         """Return the model that `save_pretrained` wrote, in evaluation mode.
 
         Raises:
@@ -39,9 +46,11 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         fields = read_json(folder / CONFIG_FILE)
         if fields.pop("model_type", None) != "memformer":
-            raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a memformer: model_type must be 'memformer'")
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} does not describe a memformer: model_type must be 'memformer'"
+            )
         try:
-            model = cls(MemformerConfig.from_dict(fields))  # type: ignore[call-arg]  # subclasses take their config
+            model = cls(MemformerConfig.from_dict(fields))
         except InputError as error:
             raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
         load_weights(model, folder / WEIGHTS_FILE)
@@ -69,4 +78,3 @@ def load_weights(model: nn.Module, file: Path) -> None:
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(tensors)
-

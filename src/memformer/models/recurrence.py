@@ -40,13 +40,13 @@ class RecurrentModel(nn.Module, ABC):
         """Return the memory that a document starts from, for each row."""
 
     @abstractmethod
-    def encode(self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None) -> tuple[Hidden, Memory]:
+    def encode(
+        self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None
+    ) -> tuple[Hidden, Memory]:
         """Read one segment; return its hidden states and the memory that leaves it."""
 
     @abstractmethod
-    def decode(
-        self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None
-    ) -> Logits:
+    def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
         """Return the logits of each target, given the targets before it and the hidden states of the past."""
 
     @property

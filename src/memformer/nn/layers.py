@@ -87,6 +87,10 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(width, d_ff=config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
+    def look_back(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys and values of the previous segment, for cross-attention."""
+        return self.cross_attention.project(hidden, frame=frame)
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],

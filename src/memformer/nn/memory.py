@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
-from memformer.nn.positions import Unplaced
+from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
 
 
@@ -31,7 +31,7 @@ class MemoryReader(nn.Module):
         self, hidden: Float[Tensor, "B Q D"], *, slots: Memory, record: AttentionRecord | None = None
     ) -> Float[Tensor, "B Q D"]:
         """Return what every token reads; `slots` are the memory after its LayerNorm."""
-        frame = Unplaced()
+        frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
         weights = None if record is None else record.reader
         return self.attention(hidden, key=key, value=value, frame=frame, record=weights)
@@ -71,7 +71,9 @@ class MemoryWriter(nn.Module):
         """Return m', the slots after looking; they are not on the sphere yet."""
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
-            query = self._project(memory, self.query) / (math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature)
+            query = self._project(memory, self.query) / (
+                math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature
+            )
             own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)  # (B, H, K, 1)
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
@@ -91,8 +93,8 @@ class MemoryNormalization(nn.Module):
 
         m_i <- radius (m_i' + v_i) / ||m_i' + v_i|| ;  M_0: m_i = radius v_i / ||v_i||
 
-    Departure: the radius is sqrt(D) instead of 1 (RMS 1, the scale LayerNorm gives to activations), the same model up to
-    a rescaling of V_x and v_i. With radius 1 a written value outweighs the slot at once.
+    Departure: the radius is sqrt(D) instead of 1 (RMS 1, the scale LayerNorm gives to activations), the same model up
+    to a rescaling of V_x and v_i. With radius 1 a written value outweighs the slot at once.
 
     Args:
         num_slots: Number of slots K.

@@ -7,7 +7,6 @@ the decoder counts its own tokens from 0 and the encoder's backwards from -1: di
 
 import math
 from functools import cached_property
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +17,8 @@ Positions = Int64[Tensor, " Q"] | Int64[Tensor, "B Q"]
 KeepMask = Bool[Tensor, "#B 1 #Q J"]
 
 
-class Frame(Protocol):
-    """How one stack of layers places its queries and keys, and attends."""
-
-    def place_queries(self, query: Tensor) -> Tensor:
-        """Return the queries (B, H, Q, D/H) carrying their positions."""
-
-    def place_keys(self, key: Tensor) -> Tensor:
-        """Return the keys (B, H, J, D/H) carrying their positions."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, keep_mask: Tensor | None, is_causal: bool, dropout: float
-    ) -> Tensor:
-        """Return what placed queries read from placed keys and values, (B, H, Q, D/H)."""
-
-
-class Unplaced:
-    """Attention without positions: memory slots have none."""
+class Frame:
+    """How one stack of layers places its queries and keys, and attends; this one has no positions, as memory slots."""
 
     def place_queries(self, query: Tensor) -> Tensor:
         """Return the queries as they are."""
@@ -60,7 +44,7 @@ class Unplaced:
         )
 
 
-class RotaryFrame(Unplaced):
+class RotaryFrame(Frame):
     """Queries and keys turned by their positions; attention itself is plain. Turns are made when first needed."""
 
     def __init__(self, query_positions: Tensor, *, key_positions: Tensor, head_width: int, base: float) -> None:
@@ -132,7 +116,7 @@ class RotaryPositions(nn.Module):
         )
 
 
-class RelativeFrame(Unplaced):
+class RelativeFrame(Frame):
     """Attention with a vector R for each distance, in the scores and in what is read."""
 
     def __init__(self, query_positions: Tensor, *, key_positions: Tensor, num_heads: int, head_width: int) -> None:

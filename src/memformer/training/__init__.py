@@ -1,0 +1,1 @@
+"""Replay, the loop, its optimizer, its checkpoints and its run folder."""

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all, are checked when read, and hold all that a run needs to go on."""
+"""Checkpoints: folders that appear whole or not at all, are checked when read, and hold all a run needs to go on."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class TrainingState:
 
     Attributes:
         model: The weights.
-        optimizer: Its moments, and the learning rate in its groups.
+        optimizer: Its moments; what its groups say comes from the config.
         memory: (B, K, D), the memory each lane carries into the next rollout.
         progress: JSON values: counters, the data cursor, the best result so far.
     """
@@ -58,9 +58,8 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
         if cuda_state is not None:
             tensors["cuda_randomness"] = cuda_state
         write_tensors(partial / STATE_FILE, tensors)
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.state_dict()["param_groups"]]
-        write_json(partial / PROGRESS_FILE, {"progress": state.progress, "optimizer_groups": groups})
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())}
+        write_json(partial / PROGRESS_FILE, {"progress": state.progress})
+        files = {file.name: _description(file) for file in sorted(partial.iterdir())}
         write_json(partial / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
         sync_folder(partial)
         if folder.exists():
@@ -94,7 +93,7 @@ def check_checkpoint(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; the checkpoint is damaged")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if expected != _description(file):
             raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
 
 
@@ -107,11 +106,12 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     check_checkpoint(folder)
     load_weights(state.model, folder / WEIGHTS_FILE)
     saved = read_json(folder / PROGRESS_FILE)
-    _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE), saved["optimizer_groups"])
+    _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE))
     tensors = read_tensors(folder / STATE_FILE)
     if tensors["memory"].shape != state.memory.shape:
         raise CheckpointError(
-            f"{folder} carries memory of shape {tuple(tensors['memory'].shape)}; this run's is {tuple(state.memory.shape)}"
+            f"{folder} carries memory of shape {tuple(tensors['memory'].shape)}; "
+            f"this run's is {tuple(state.memory.shape)}"
         )
     device = state.memory.device
     state.memory = tensors["memory"].to(device)
@@ -131,9 +131,13 @@ def checkpoint_name(num_updates: int) -> str:
     return f"update-{num_updates:09d}"
 
 
-def prune_checkpoints(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest checkpoints."""
-    for path in list(checkpoints_newest_first(folder))[keep:]:
+def prune_checkpoints(newest: Path, *, keep: int) -> None:
+    """Delete the checkpoints before `newest`, except the last `keep` including it.
+
+    Later ones can only be damaged: a run that went on from before them will write them anew.
+    """
+    until_now = [path for path in checkpoints_newest_first(newest.parent) if path.name <= newest.name]
+    for path in until_now[keep:]:
         shutil.rmtree(path)
 
 
@@ -145,23 +149,18 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
-    members = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    optimizer.load_state_dict(
-        {
-            "state": entries,
-            "param_groups": [{**group, "params": params} for group, params in zip(groups, members, strict=True)],
-        }
-    )
+    # The groups are the config's: what it says now about decay and betas holds from here on.
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sha256(file: Path) -> str:
+def _description(file: Path) -> dict[str, int | str]:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def canonical(value: Any) -> Any:

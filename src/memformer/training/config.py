@@ -12,6 +12,16 @@ from memformer.training.replay import Method
 Precision = Literal["float32", "bfloat16"]
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Check that a seed is one that every random generator takes.
+
+    Raises:
+        InputError: It is negative or does not fit 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{name} ({seed}) must be from 0 to 2**63 - 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read.
@@ -37,6 +47,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction ({self.validation_fraction}) must be between 0 and 1")
+        check_seed("data.seed", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +115,9 @@ class TrainingConfig:
             if getattr(self, name) < minimum:
                 raise InputError(f"training.{name} ({getattr(self, name)}) must be at least {minimum}")
         if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
-            raise InputError(f"training.evaluation_tokens ({self.evaluation_tokens}) must be at least 1, or null for all")
+            raise InputError(
+                f"training.evaluation_tokens ({self.evaluation_tokens}) must be at least 1, or null for all"
+            )
         for name in ("learning_rate", "weight_decay", "max_gradient_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")
@@ -142,6 +155,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads ({self.threads}) must be at least 1")
+        check_seed("seed", self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values for YAML or JSON."""

@@ -6,12 +6,15 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from memformer.errors import CheckpointError
+from memformer.files import write_text
 
 LOG_FILE = "log.jsonl"
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
@@ -30,7 +33,7 @@ class RunLog:
         self._file = folder / LOG_FILE
         if self._file.exists():
             kept = [line for line in read_log(folder) if line["update"] <= num_updates]
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_text(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = self._file.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=num_updates + 1)
         self._console = Console(stderr=True)
@@ -47,7 +50,7 @@ class RunLog:
         self._task = self._progress.add_task("", total=total_updates, completed=num_updates, status="")
         self._total = total_updates
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         self._progress.start()
         return self
 
@@ -104,13 +107,26 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log; a last line that a crash cut short is left out."""
+    """Return the lines of a run's log; a last line that a crash cut short is left out.
+
+    Raises:
+        CheckpointError: The file cannot be read, or another line is damaged.
+    """
+    file = folder / LOG_FILE
+    try:
+        raw_lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     lines = []
-    for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
+    for number, raw in enumerate(raw_lines, start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(raw)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"kind", "update"} <= line.keys():
+            lines.append(line)
+        elif number < len(raw_lines):
+            raise CheckpointError(f"{file}: line {number} is damaged")
     return lines
 
 

@@ -132,7 +132,11 @@ class _Trainer:
             return self._conclude(log)
 
     def _update(self) -> dict[str, float]:
-        """Make one optimizer step; return what to log about it."""
+        """Make one optimizer step; return what to log about it.
+
+        Raises:
+            InputError: The loss or the gradient is not finite.
+        """
         training, model = self.config.training, self.model
         rollouts = [next(self.stream).to(model.device) for _ in range(training.rollouts_per_update)]
         learning_rate = learning_rate_at(self.num_updates, training)
@@ -163,9 +167,7 @@ class _Trainer:
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
         """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
         training = self.config.training
-        with torch.autocast(
-            self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"
-        ):
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
             result = backpropagate(
                 self.model,
                 rollout,
@@ -179,10 +181,9 @@ class _Trainer:
 
     def _save(self) -> Path:
         self.state.progress["stream"] = self.stream.state()
-        checkpoints = self.folder / CHECKPOINTS
-        checkpoint = checkpoints / checkpoint_name(self.num_updates)
+        checkpoint = self.folder / CHECKPOINTS / checkpoint_name(self.num_updates)
         save_checkpoint(checkpoint, self.state)
-        prune_checkpoints(checkpoints, keep=self.config.training.keep_checkpoints)
+        prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
         return checkpoint
 
     def _evaluate(self, log: RunLog) -> None:
@@ -240,8 +241,10 @@ def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
     lanes = ("num_lanes",)
     for key, before, now in _differences(saved, asked):
         top, _, rest = key.partition(".")
-        if top in fixed and key != "data.cache" or top == "training" and rest in lanes:
-            raise CheckpointError(f"the run began with {key}: {before}, now it is {now}; it cannot go on as the same run")
+        if (top in fixed and key != "data.cache") or (top == "training" and rest in lanes):
+            raise CheckpointError(
+                f"the run began with {key}: {before}, now it is {now}; it cannot go on as the same run"
+            )
 
 
 def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -270,8 +273,8 @@ def _signals_noted() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            previous[asked] = signal.signal(asked, note)
     except ValueError:
         previous.clear()  # not in the main thread: signals are not ours to take
     try:
@@ -279,4 +282,3 @@ def _signals_noted() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-

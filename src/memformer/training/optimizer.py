@@ -10,9 +10,7 @@ from memformer.training.config import TrainingConfig
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW; embeddings, norms, biases and forgetting vectors are not decayed."""
-    decayed = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)
-    }
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)}
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [

@@ -53,7 +53,7 @@ def backpropagate(
     rollout: Rollout,
     *,
     memory: Tensor | None = None,
-    method: Method = "replay",
+    method: str = "replay",
     readout_timesteps: int = 1,
     gradient_scale: float = 1.0,
 ) -> RolloutResult:
@@ -67,7 +67,7 @@ def backpropagate(
         model: Any recurrence with a readout.
         rollout: What is read and predicted, on the model's device.
         memory: The memory that enters; None means the initial memory, as if every row were reset first.
-        method: How the gradient is computed; all give the same.
+        method: "replay", "bptt" or "checkpoint"; all give the same gradient.
         readout_timesteps: Timesteps read out together: more is faster and takes more memory.
         gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
 

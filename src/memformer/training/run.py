@@ -44,13 +44,20 @@ class LoadedRun:
     run_config: dict[str, Any] | None
 
 
-def load_run(folder: Path, *, which: str = "best", device: torch.device | str = "cpu") -> LoadedRun:
+def load_run(
+    folder: Path,
+    *,
+    which: str = "best",
+    device: torch.device | str = "cpu",
+    warn: Callable[[str], None] | None = None,
+) -> LoadedRun:
     """Load a run folder, or a folder from `save_pretrained` with a tokenizer beside the weights.
 
     Args:
         folder: The folder.
         which: "best" on held-out documents, or "last"; a folder from `save_pretrained` has only itself.
         device: Where the model goes.
+        warn: Told of damaged checkpoints that are skipped.
 
     Raises:
         InputError: The folder does not exist or is neither kind.
@@ -62,13 +69,20 @@ def load_run(folder: Path, *, which: str = "best", device: torch.device | str = 
     weights = folder
     if (folder / RUN_CONFIG_FILE).is_file():
         run_config = read_run_config(folder)
-        weights = folder / BEST if which == "best" else newest_checkpoint(folder)
+        weights = folder / BEST if which == "best" else newest_checkpoint(folder, warn=warn)
         if not weights.is_dir():
             raise CheckpointError(f"{folder} holds no evaluated model yet; try the last checkpoint instead of the best")
     elif not (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model")
+        raise InputError(
+            f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model"
+        )
     model = Memformer.from_pretrained(weights, device=device)
-    return LoadedRun(folder, model, load_tokenizer(folder), weights, run_config)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise CheckpointError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, its model a vocabulary of {model.vocab_size}"
+        )
+    return LoadedRun(folder, model, tokenizer, weights, run_config)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -101,7 +115,12 @@ def versions() -> dict[str, str]:
     """Return the versions of everything that can change a result."""
     packages = ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers")
     found = {package: importlib.metadata.version(package) for package in packages}
-    return {**found, "torch build": torch.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    return {
+        **found,
+        "torch build": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
 def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path:

@@ -16,9 +16,7 @@ NUM_IMAGES = 25
 PIXEL_SCALE = 4
 
 
-def write_sample(
-    model: Memformer, tokenizer: Tokenizer, path: Path, *, num_tokens: int, seed: int
-) -> str | None:
+def write_sample(model: Memformer, tokenizer: Tokenizer, path: Path, *, num_tokens: int, seed: int) -> str | None:
     """Write a sample beside `path` (.txt or .png); return the text, if it is text.
 
     The model's mode and torch's random generator are left as they were.
@@ -33,8 +31,8 @@ def write_sample(
             images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
             write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
         elif num_tokens:
-            ids = Session(model).generate(num_tokens, seed=seed)
-            text = "".join(tokenizer.decode_stream(ids))
+            steps = Session(model).stream(num_tokens, seed=seed)
+            text = "".join(tokenizer.decode_stream(step[0] for step in steps))
             write_text(path.with_suffix(".txt"), text)
     finally:
         model.train(was_training)
@@ -70,7 +68,9 @@ def write_image_grid(file: Path, images: NDArray[np.int64], *, tokenizer: PixelT
         SaveError: Writing failed.
     """
     grid = image_grid(images, levels=tokenizer.levels)
-    write_whole(file, lambda partial: matplotlib.image.imsave(partial, grid, cmap="gray", vmin=0, vmax=255, format="png"))
+    write_whole(
+        file, lambda partial: matplotlib.image.imsave(partial, grid, cmap="gray", vmin=0, vmax=255, format="png")
+    )
 
 
 def image_grid(images: NDArray[np.int64], *, levels: int) -> NDArray[np.uint8]:

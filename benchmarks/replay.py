@@ -1,0 +1,180 @@
+"""Speed and memory of replay, gradient checkpointing and full BPTT on the same rollout.
+
+Speed: the methods take turns in one process, round after round; the ratio of a round to BPTT in the same round is
+what counts (the machine may be shared). Memory: each method has a process of its own; growth is the peak of the resident set
+over what the process held before the rollout. Setting (`../shared/design/performance.md`): byte vocabulary, d 256,
+4 heads, FFN 1024, float32, forward and backward without optimizer.
+
+    python benchmarks/replay.py                       # table; JSON to benchmarks/results/replay.json
+    python benchmarks/replay.py --batch_size 1 --num_timesteps 16
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memformer import Memformer, MemformerConfig, Rollout, backpropagate
+from memformer.training.run import versions
+
+# Plain sequential BPTT reads out one timestep at a time; so does the first row of each method.
+VARIANTS = [("bptt", 1), ("bptt", 8), ("checkpoint", 1), ("replay", 1), ("replay", 2), ("replay", 4), ("replay", 8)]
+
+
+def main() -> None:
+    """Measure, print the table and write JSON."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    if options.measure_memory is not None:
+        method, readout_timesteps = options.measure_memory.split(":")
+        print(json.dumps(measure_memory(options, method, int(readout_timesteps))))
+        return
+    seconds = measure_seconds(options)
+    rows = []
+    for variant in VARIANTS:
+        ratios = [base / own for base, own in zip(seconds[VARIANTS[0]], seconds[variant], strict=True)]
+        tokens = options.num_timesteps * options.batch_size * options.segment_length
+        rows.append(
+            {
+                "method": variant[0],
+                "readout_timesteps": variant[1],
+                "tokens_per_second": tokens / statistics.median(seconds[variant]),
+                "speed_ratio": statistics.median(ratios),
+                "speed_ratio_low": min(ratios),
+                "speed_ratio_high": max(ratios),
+                "memory_growth_mib": run_memory_child(variant),
+            }
+        )
+    for row in rows:
+        row["memory_ratio"] = row["memory_growth_mib"] / rows[0]["memory_growth_mib"]
+    print(format_table(rows))
+    result = {
+        "setting": {key: value for key, value in vars(options).items() if key not in {"output", "measure_memory"}},
+        "machine": {"processor": processor_name(), "cores_used": options.threads, "versions": versions()},
+        "commit": commit(),
+        "rows": rows,
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_timesteps", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--segment_length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4, help="Encoder layers, and decoder layers.")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default="benchmarks/results/replay.json")
+    parser.add_argument("--measure_memory", default=None, help="Internal: METHOD:READOUT_TIMESTEPS in this process.")
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace) -> tuple[Memformer, Rollout]:
+    """Return the model and a rollout of random bytes."""
+    torch.manual_seed(0)
+    model = Memformer(
+        MemformerConfig(
+            vocab_size=256,
+            d_model=options.width,
+            num_heads=4,
+            d_ff=4 * options.width,
+            num_encoder_layers=options.layers,
+            num_decoder_layers=options.layers,
+            segment_length=options.segment_length,
+            num_slots=32,
+        )
+    ).train()
+    shape = (options.num_timesteps, options.batch_size, options.segment_length)
+    return model, Rollout(inputs=torch.randint(0, 256, shape), targets=torch.randint(0, 256, shape))
+
+
+def measure_seconds(options: argparse.Namespace) -> dict[tuple[str, int], list[float]]:
+    """Return the seconds of every round for every variant; a first round warms up and is not counted."""
+    model, rollout = build(options)
+    seconds: dict[tuple[str, int], list[float]] = {variant: [] for variant in VARIANTS}
+    for count in range(options.rounds + 1):
+        for method, readout_timesteps in VARIANTS:
+            model.zero_grad()
+            started = time.perf_counter()
+            backpropagate(model, rollout, method=method, readout_timesteps=readout_timesteps)
+            if count:
+                seconds[method, readout_timesteps].append(time.perf_counter() - started)
+    return seconds
+
+
+def measure_memory(options: argparse.Namespace, method: str, readout_timesteps: int) -> float:
+    """Return by how many MiB the resident set grew at its peak."""
+    model, rollout = build(options)
+    first = Rollout(inputs=rollout.inputs[:1, :1, :8], targets=rollout.targets[:1, :1, :8])
+    backpropagate(model, first, method=method)  # loads kernels and makes the gradients
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
+    before = memory_mib("VmRSS")
+    backpropagate(model, rollout, method=method, readout_timesteps=readout_timesteps)
+    return memory_mib("VmHWM") - before
+
+
+def memory_mib(field: str) -> float:
+    """Return a memory figure of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"{field} is not in /proc/self/status; memory is measured on Linux only")
+
+
+def run_memory_child(variant: tuple[str, int]) -> float:
+    """Measure a variant's memory in a process of its own, with this process's arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure_memory", f"{variant[0]}:{variant[1]}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout))
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        "| method | timesteps read out together | tokens/s | speed (range) | memory growth MiB | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['readout_timesteps']} | {row['tokens_per_second']:,.0f} "
+            f"| x{row['speed_ratio']:.2f} ({row['speed_ratio_low']:.2f}-{row['speed_ratio_high']:.2f}) "
+            f"| {row['memory_growth_mib']:,.0f} | x{row['memory_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def processor_name() -> str:
+    """Return the processor's name."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """Return the commit this runs from, with a mark if the tree has changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""Laws of the model: rows and padding do not interfere, the likelihood is causal, the paper's parts are there."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memformer import AttentionRecord, CheckpointError, InputError, InputTypeError, Memformer
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
+
+B, S = 3, SEGMENT_LENGTH
+
+
+def tokens(batch_size=B, length=S, seed=2):
+    return torch.randint(0, VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def written(model, batch_size=B):
+    """A memory that has been written to, so that rows and slots differ."""
+    with torch.no_grad():
+        return model.encode(tokens(batch_size, seed=9), memory=model.initial_memory(batch_size))[1]
+
+
+def real_hidden(hidden, length):
+    """Hidden states of the first tokens, and the slots that may follow the segment."""
+    return torch.cat([hidden[:, :length], hidden[:, S:]], dim=1)
+
+
+def test_a_padded_row_equals_the_unpadded_one(variant):
+    model = tiny_model(**variant)
+    memory, segment, targets = written(model), tokens(), tokens(seed=3)
+    for length in (1, 4):
+        alone, alone_memory = model.encode(segment[:, :length], memory=memory)
+        padding = torch.zeros(B, S, dtype=torch.bool)
+        padding[:, length:] = True
+        padded, padded_memory = model.encode(segment, memory=memory, padding_mask=padding)
+        assert_close(padded_memory, alone_memory)
+        assert_close(real_hidden(padded, length), alone)
+        assert_close(
+            model.decode(targets, hidden=padded, hidden_padding_mask=padding), model.decode(targets, hidden=alone)
+        )
+
+
+def test_padding_on_the_left_equals_padding_on_the_right(variant):
+    model = tiny_model(**variant)
+    memory, segment, targets = written(model), tokens(), tokens(seed=3)
+    right = torch.zeros(B, S, dtype=torch.bool)
+    right[:, 4:] = True
+    hidden, next_memory = model.encode(segment, memory=memory, padding_mask=right)
+    expected = model.decode(targets, hidden=hidden, hidden_padding_mask=right)
+    left = right.flip(1)
+    hidden, left_memory = model.encode(segment.roll(2, dims=1), memory=memory, padding_mask=left)
+    assert_close(left_memory, next_memory)
+    assert_close(model.decode(targets, hidden=hidden, hidden_padding_mask=left), expected)
+
+
+def test_an_all_padding_row_leaves_its_memory_and_the_others_as_they_were(variant):
+    model = tiny_model(**variant)
+    memory, segment = written(model), tokens()
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[1] = True
+    hidden, next_memory = model.encode(segment, memory=memory, padding_mask=padding)
+    assert torch.equal(next_memory[1], memory[1])
+    assert hidden.isfinite().all()
+    expected_hidden, expected_memory = model.encode(segment, memory=memory)
+    assert_close(next_memory[[0, 2]], expected_memory[[0, 2]])
+    assert_close(hidden[[0, 2]], expected_hidden[[0, 2]])
+
+
+def test_rows_of_a_batch_never_interfere(variant):
+    model = tiny_model(**variant)
+    memory, segment, targets = written(model), tokens(), tokens(seed=3)
+    hidden, next_memory = model.encode(segment, memory=memory)
+    logits = model.decode(targets, hidden=hidden)
+    for row in range(B):
+        one = slice(row, row + 1)
+        alone, alone_memory = model.encode(segment[one], memory=memory[one])
+        assert_close(alone_memory, next_memory[one])
+        assert_close(model.decode(targets[one], hidden=alone), logits[one])
+
+
+def test_a_reset_row_equals_a_fresh_row(variant):
+    model = tiny_model(**variant)
+    memory = model.reset_memory(written(model), torch.tensor([True, False, True]))
+    hidden, next_memory = model.encode(tokens(), memory=memory)
+    fresh, fresh_memory = model.encode(tokens(), memory=model.initial_memory(B))
+    assert torch.equal(hidden[[0, 2]], fresh[[0, 2]])
+    assert torch.equal(next_memory[[0, 2]], fresh_memory[[0, 2]])
+    if model.config.num_slots:
+        assert not torch.allclose(hidden[1], fresh[1])
+
+
+def test_a_target_is_predicted_from_those_before_it_alone(variant):
+    model = tiny_model(**variant)
+    hidden, _ = model.encode(tokens(), memory=written(model))
+    targets = tokens(seed=3)
+    logits = model.decode(targets, hidden=hidden)
+    for position in range(S):
+        changed = targets.clone()
+        changed[:, position] = (changed[:, position] + 1) % VOCAB_SIZE
+        difference = (model.decode(changed, hidden=hidden) - logits).abs().amax(dim=(0, 2))
+        assert (difference[: position + 1] == 0).all()
+        assert (difference[position + 1 :] > 0).all()
+
+
+def test_the_decoder_sees_the_past_through_hidden_alone_and_hidden_sees_the_memory():
+    model = tiny_model()
+    segment, targets = tokens(), tokens(seed=3)
+    hidden, _ = model.encode(segment, memory=written(model))
+    other, _ = model.encode(segment, memory=model.initial_memory(B))
+    assert not torch.allclose(hidden, other)
+    assert not torch.allclose(model.decode(targets, hidden=hidden), model.decode(targets, hidden=other))
+
+
+def test_distance_continues_across_the_segment_boundary():
+    # What the decoder sees of the past must depend on how far before the boundary it stands, not on where its
+    # segment began: so the same hidden states with one more in front of them leave distances as they were.
+    model = tiny_model()
+    hidden, _ = model.encode(tokens(), memory=written(model))
+    padding = torch.zeros(B, S + 1, dtype=torch.bool)
+    padding[:, 0] = True
+    longer = torch.cat([torch.randn_like(hidden[:, :1]), hidden], dim=1)
+    targets = tokens(seed=3)
+    assert_close(
+        model.decode(targets, hidden=longer, hidden_padding_mask=padding), model.decode(targets, hidden=hidden)
+    )
+    positions = model.look_back(hidden).positions
+    assert positions.tolist() == list(range(-S, 0))
+
+
+def test_token_likelihoods_are_those_of_the_logits():
+    model = tiny_model()
+    hidden, _ = model.encode(tokens(), memory=model.initial_memory(B))
+    targets = tokens(seed=3)
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[0, 3:] = True
+    nats = model.token_nats(targets, hidden=hidden, target_padding_mask=padding)
+    log_probabilities = model.decode(targets, hidden=hidden).log_softmax(-1)
+    expected = -log_probabilities.gather(-1, targets[..., None])[..., 0]
+    assert_close(nats, expected.masked_fill(padding, 0.0))
+
+
+def test_attention_weights_are_those_of_the_forward_pass(variant):
+    model = tiny_model(**variant)
+    record = AttentionRecord()
+    memory = written(model)
+    hidden, next_memory = model.encode(tokens(), memory=memory, attention=record)
+    plain_hidden, plain_memory = model.encode(tokens(), memory=memory)
+    assert torch.equal(hidden, plain_hidden)
+    assert torch.equal(next_memory, plain_memory)
+    if not model.config.num_slots:
+        assert record == AttentionRecord()
+        return
+    assert len(record.reader) == model.config.num_encoder_layers
+    for weights in (*record.reader, record.writer):
+        assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_dropout_acts_in_training_only_and_in_each_of_its_places():
+    segment = tokens()
+    for options in ({"dropout": 0.5}, {"attention_dropout": 0.5}, {"embedding_dropout": 0.5}):
+        model = tiny_model(**options).train()
+        memory = model.initial_memory(B)
+        first, second = (model.encode(segment, memory=memory)[0] for _ in range(2))
+        assert not torch.allclose(first, second)
+        model.eval()
+        first, second = (model.encode(segment, memory=memory)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_output_projection_shares_the_embedding_without_bos():
+    model = tiny_model()
+    names = [name for name, _ in model.named_parameters()]
+    assert not any("output_projection" in name or "logits" in name for name in names)
+    assert model.embedding.weight.shape == (VOCAB_SIZE + 1, 16)
+    logits = model.decode(tokens(), hidden=model.encode(tokens(), memory=model.initial_memory(B))[0])
+    assert logits.shape == (B, S, VOCAB_SIZE)
+
+
+def test_initial_memory_is_the_terminal_state_in_float32_or_better():
+    model = tiny_model()
+    assert model.initial_memory(2).dtype == torch.float64
+    assert model.float().initial_memory(2).dtype == torch.float32
+    assert model.bfloat16().initial_memory(2).dtype == torch.float32
+    norms = model.float().initial_memory(2).norm(dim=-1)
+    assert torch.allclose(norms, torch.full((2, 5), math.sqrt(16)))
+
+
+def test_bfloat16_parameters_keep_the_memory_in_float32():
+    model = tiny_model().bfloat16()
+    hidden, memory = model.encode(tokens(), memory=model.initial_memory(B).float())
+    assert memory.dtype == torch.float32
+    assert hidden.dtype == torch.bfloat16
+
+
+def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
+    model = tiny_model(**variant).float().eval()
+    model.save_pretrained(tmp_path / "saved")
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = Memformer.from_pretrained(tmp_path / "saved")
+    assert loaded.config == model.config
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path):
+    model = tiny_model().float()
+    model.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"nothing.config\.json does not exist"):
+        Memformer.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        Memformer.from_pretrained(tmp_path)
+    tiny_model(d_ff=64).float().save_pretrained(tmp_path / "other")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="feed_forward.*has shape .*this model's is"):
+        Memformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+        Memformer.from_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("num_slots", "num_slot"))
+    with pytest.raises(CheckpointError, match="unknown key 'num_slot'.*did you mean 'num_slots'"):
+        Memformer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config.replace("memformer", "bert"))
+    with pytest.raises(CheckpointError, match="does not describe a memformer"):
+        Memformer.from_pretrained(tmp_path)
+
+
+def test_wrong_tokens_and_memories_are_named():
+    model = tiny_model()
+    memory = model.initial_memory(B)
+    hidden, _ = model.encode(tokens(), memory=memory)
+    with pytest.raises(InputError, match="segment holds token id 12; valid ids are 0 to 11"):
+        model.encode(torch.full((B, S), 12), memory=memory)
+    with pytest.raises(InputError, match="segment holds token id -1"):
+        model.encode(torch.full((B, S), -1), memory=memory)
+    with pytest.raises(InputError, match="targets holds token id 11; valid ids are 0 to 10"):
+        model.decode(torch.full((B, S), 11), hidden=hidden)
+    with pytest.raises(InputError, match="at least one token"):
+        model.encode(torch.zeros(B, 0, dtype=torch.int64), memory=memory)
+    with pytest.raises(InputError, match="it may be the memory of another model"):
+        model.encode(tokens(), memory=memory[:, :3])
+    with pytest.raises(InputTypeError, match="memory has dtype torch.float32"):
+        model.encode(tokens(), memory=memory.float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"d_model": 15}, InputError, r"d_model \(15\) must be a multiple of num_heads \(2\)"),
+        ({"d_model": 6}, InputError, "rotary positions need an even head width"),
+        ({"num_writer_heads": 3}, InputError, r"d_model \(16\) must be a multiple of num_writer_heads \(3\)"),
+        ({"num_slots": -1}, InputError, r"num_slots \(-1\) must be at least 0"),
+        ({"vocab_size": 1}, InputError, r"vocab_size \(1\) must be at least 2"),
+        ({"convolution_kernel": 2}, InputError, r"convolution_kernel \(2\) must be odd"),
+        ({"num_slots": 0, "decoder_reads_memory": True}, InputError, "there is no memory to read"),
+        ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
+        ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
+        ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),
+        ({"attention_dropout": -0.1}, InputError, r"attention_dropout \(-0.1\)"),
+    ],
+)
+def test_wrong_configs_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        tiny_config(**changes)
+
+
+def test_config_survives_its_dictionary_and_names_what_is_wrong_in_one():
+    config = tiny_config(forgetting_speeds=(0.2, 0.1), dropout=0.1)
+    assert type(config).from_dict(config.to_dict()) == config
+    with pytest.raises(InputError, match="unknown key 'd_modle' in model config; did you mean 'd_model'"):
+        type(config).from_dict({"d_modle": 3})
+    with pytest.raises(InputTypeError, match="forgetting_speeds .* must be a list of two numbers"):
+        type(config).from_dict({"forgetting_speeds": 3})
+
+
+def test_wrong_types_in_a_config_file_are_named():
+    # In a process of its own: here the tests' own type checks would answer first.
+    code = """
+from memformer import InputError, MemformerConfig
+for fields in ({"d_model": "16"}, {"num_slots": True}, {"dropout": "high"}, {"positions": "absolute"}):
+    try:
+        MemformerConfig.from_dict(fields)
+    except InputError as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "InputTypeError d_model ('16') must be an integer",
+        "InputTypeError num_slots (True) must be an integer",
+        "InputTypeError dropout ('high') must be a number",
+        "InputError positions ('absolute') must be one of rotary, relative",
+    ]
+
+
+def test_segment_by_segment_equals_the_batch_of_all_documents():
+    # A packed lane (two documents one after the other, with a reset between) gives what two lanes give.
+    model = tiny_model()
+    rollout = random_rollout(4, 2)
+    reset = torch.zeros(4, 1, dtype=torch.bool)
+    reset[[0, 2]] = True
+    memory = torch.randn_like(model.initial_memory(1))
+    packed = []
+    for t in range(4):
+        hidden, memory = model.encode(rollout.inputs[t, :1], memory=model.reset_memory(memory, reset[t]))
+        packed.append(hidden)
+    for first in (0, 2):
+        memory = model.initial_memory(1)
+        for t in (first, first + 1):
+            hidden, memory = model.encode(rollout.inputs[t, :1], memory=memory)
+            assert_close(packed[t], hidden)

@@ -1,0 +1,29 @@
+import memformer
+
+
+def test_public_names():
+    assert set(memformer.__all__) == {
+        "AttentionRecord",
+        "CheckpointError",
+        "Evaluation",
+        "InputError",
+        "InputTypeError",
+        "Likelihood",
+        "Memformer",
+        "MemformerConfig",
+        "RecurrentModel",
+        "Rollout",
+        "RolloutResult",
+        "SaveError",
+        "Session",
+        "backpropagate",
+        "evaluate",
+    }
+    assert all(getattr(memformer, name).__doc__ for name in memformer.__all__)
+
+
+def test_every_error_of_a_user_is_one_kind():
+    for name in ("CheckpointError", "InputTypeError", "SaveError"):
+        assert issubclass(getattr(memformer, name), memformer.InputError)
+    assert issubclass(memformer.InputError, ValueError)
+    assert issubclass(memformer.InputTypeError, TypeError)

@@ -1,0 +1,379 @@
+"""A run that is stopped anywhere and goes on is the run that was never stopped, bit for bit, on one thread."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from memformer import InputError, Memformer, MemformerConfig
+from memformer.cli import main
+from memformer.data import SourceConfig, corpus_from_arrays
+from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.corpora import prepare_data
+from memformer.training.loop import first_documents, learning_rate_at, train
+
+NUM_UPDATES = 16
+REPEATED = ("bits_per_token", "gradient_norm", "learning_rate", "num_tokens")
+CHILD = """
+import os, signal, sys
+from memformer.cli import main
+from memformer.training import checkpoint
+
+write = checkpoint.write_tensors
+
+def write_and_die(file, tensors):
+    write(file, tensors)
+    if "update-000000010" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.write_tensors = write_and_die
+main(sys.argv[1:])
+"""
+
+
+def write_documents(folder, *, num_documents=8):
+    words = random.Random(0)
+    folder.mkdir()
+    for index in range(num_documents):
+        text = " ".join(words.choice(["the", "cat", "sat", "on", "a", "mat"]) for _ in range(15 + 2 * index))
+        (folder / f"{index}.txt").write_text(text)
+
+
+def run_config(base, folder="run", **training):
+    """A run whose rollouts cut documents, whose updates have two rollouts, and which crosses the edge of an epoch."""
+    return RunConfig(
+        folder=str(base / folder),
+        threads=1,
+        device="cpu",
+        model=MemformerConfig(
+            d_model=16,
+            num_heads=2,
+            d_ff=32,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            segment_length=8,
+            num_slots=3,
+            dropout=0.2,
+        ),
+        data=DataConfig(
+            train=SourceConfig(kind="text", path=str(base / "texts")),
+            validation_fraction=0.15,
+            cache=str(base / "cache"),
+        ),
+        training=TrainingConfig(
+            **{
+                "num_updates": NUM_UPDATES,
+                "num_lanes": 2,
+                "rollout_length": 2,
+                "rollouts_per_update": 2,
+                "learning_rate": 0.01,
+                "warmup_updates": 3,
+                "log_every": 1,
+                "evaluate_every": 8,
+                "sample_tokens": 4,
+                "save_every": 5,
+                "keep_checkpoints": 4,
+                **training,
+            }
+        ),
+    )
+
+
+def config_file(config):
+    file = Path(config.folder).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Documents, and a run on them that was never stopped; never written to."""
+    base = tmp_path_factory.mktemp("loop")
+    write_documents(base / "texts")
+    assert main(["train", config_file(run_config(base, "unbroken"))]) == 0
+    return base
+
+
+@pytest.fixture(scope="module")
+def unbroken(base):
+    return base / "unbroken"
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """The unbroken run, to go on from where a test likes."""
+    return shutil.copytree(unbroken, tmp_path / "copied")
+
+
+def checkpoint_of(folder, update):
+    return folder / "checkpoints" / f"update-{update:09d}"
+
+
+def forget_after(folder, update):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name > f"update-{update:09d}":
+            shutil.rmtree(checkpoint)
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    training = [tuple(line[key] for key in ("update", *REPEATED)) for line in lines if line["kind"] == "training"]
+    evaluation = [(line["update"], line["bits_per_byte"]) for line in lines if line["kind"] == "evaluation"]
+    return training, evaluation
+
+
+def saved_tensors(checkpoint):
+    return {
+        f"{file}: {name}": tensor
+        for file in ("model", "optimizer", "state")
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+def assert_same_run(folder, other, update=NUM_UPDATES):
+    assert logged(folder) == logged(other)
+    ours, theirs = saved_tensors(checkpoint_of(folder, update)), saved_tensors(checkpoint_of(other, update))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (folder / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+
+
+def fingerprint(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_the_unbroken_run_crosses_an_epoch_and_logs_every_update(base, unbroken):
+    training, evaluation = logged(unbroken)
+    assert [line[0] for line in training] == list(range(1, NUM_UPDATES + 1))
+    assert [line[0] for line in evaluation] == [8, 16]
+    num_tokens = prepare_data(run_config(base).data).train.num_tokens
+    tokens_at = dict(line[::4] for line in training)
+    assert tokens_at[5] < num_tokens < tokens_at[NUM_UPDATES]
+
+
+def test_training_lowers_the_loss(unbroken):
+    training, evaluation = logged(unbroken)
+    assert training[-1][1] < training[0][1] - 1
+    assert evaluation[-1][1] < evaluation[0][1]
+
+
+def test_killed_while_saving_and_resumed_is_the_unbroken_run(base, unbroken, capsys):
+    config = run_config(base, "killed")
+    folder = Path(config.folder)
+    child = subprocess.run([sys.executable, "-c", CHILD, "train", config_file(config)], timeout=120, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        ".update-000000010.partial",
+        "update-000000005",
+    ]
+    assert main(["train", config_file(config), "--resume"]) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert_same_run(folder, unbroken)
+    assert not (folder / "checkpoints" / ".update-000000010.partial").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_interrupted_and_resumed_is_the_unbroken_run(base, unbroken, monkeypatch, capsys, number, status):
+    config = run_config(base, f"interrupted-{status}")
+    folder = Path(config.folder)
+
+    def rate_and_signal(update, training):
+        if update == 6:
+            os.kill(os.getpid(), number)
+        return learning_rate_at(update, training)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr("memformer.training.loop.learning_rate_at", rate_and_signal)
+        assert main(["train", config_file(config)]) == status
+    assert signal.getsignal(number) == before
+    # The update that was under way is finished and kept.
+    assert checkpoint_of(folder, 7).is_dir()
+    assert f"stopped by {number.name}; go on with --resume" in capsys.readouterr().err
+    assert main(["train", config_file(config), "--resume"]) == 0
+    assert_same_run(folder, unbroken)
+
+
+def test_going_on_from_an_older_checkpoint_repeats_what_followed(copied, unbroken):
+    forget_after(copied, 10)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    assert_same_run(copied, unbroken)
+
+
+def test_the_carried_memory_is_part_of_the_state(copied, unbroken):
+    forget_after(copied, 10)
+    checkpoint = checkpoint_of(copied, 10)
+    file, manifest = checkpoint / "state.safetensors", checkpoint / "manifest.json"
+    state = load_file(file)
+    assert state["memory"].abs().max() > 0
+    save_file({**state, "memory": torch.zeros_like(state["memory"])}, file)
+    described = json.loads(manifest.read_text())
+    described["files"][file.name] = {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(described))
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "16"]) == 0
+    ours, theirs = logged(copied)[0], logged(unbroken)[0]
+    assert ours[:10] == theirs[:10]
+    assert ours[10][1] != theirs[10][1]
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_and_made_again(copied, unbroken, capsys):
+    (checkpoint_of(copied, 16) / "optimizer.safetensors").write_bytes(b"damaged")
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    error = capsys.readouterr().err
+    assert "memformer: warning: skipped a damaged checkpoint:" in error
+    assert "update-000000016/optimizer.safetensors" in error
+    assert_same_run(copied, unbroken)
+
+
+def test_resuming_with_every_checkpoint_damaged(copied, capsys):
+    for update in (5, 10, 15, 16):
+        (checkpoint_of(copied, update) / "progress.json").unlink()
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("memformer: error:")] == lines[-1:]
+    assert "update-000000016/progress.json is missing" in lines[-1]
+
+
+def test_a_finished_run_can_be_extended_and_its_cache_moved(copied, tmp_path):
+    argv = ["train", str(copied), "--folder", str(copied), "--data.cache", str(tmp_path / "elsewhere"), "--resume"]
+    assert main([*argv, "--training.num_updates", "18"]) == 0
+    assert [line[0] for line in logged(copied)[0]] == list(range(1, 19))
+    assert yaml.safe_load((copied / "config.yaml").read_text())["training"]["num_updates"] == 18
+
+
+def test_a_changed_weight_decay_holds_from_the_resumed_update_on(copied, unbroken):
+    forget_after(copied, 15)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", "--training.weight_decay", "0.9"]) == 0
+    # The 16th update starts from the same weights, so its loss is the same; what it makes of them is not.
+    assert logged(copied)[0][-1][:3] == logged(unbroken)[0][-1][:3]
+    name = "model: encoder.layers.0.feed_forward.output.weight"
+    ours, theirs = (saved_tensors(checkpoint_of(folder, 16)) for folder in (copied, unbroken))
+    name = next(key for key in ours if key.startswith("model: ") and ours[key].ndim == 2 and "embedding" not in key)
+    assert ours[name].norm() < theirs[name].norm()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.num_slots", "4"),
+        ("model.dropout", "0.3"),
+        ("data.max_document_tokens", "50"),
+        ("data.validation_fraction", "0.4"),
+        ("data.train.documents", ":4"),
+        ("seed", "1"),
+        ("training.num_lanes", "3"),
+    ],
+)
+def test_resume_refuses_another_run(copied, capsys, key, value):
+    before = fingerprint(copied)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", f"--{key}", value]) == 2
+    assert f"memformer: error: the run began with {key}: " in capsys.readouterr().err
+    assert fingerprint(copied) == before
+
+
+def test_resume_refuses_documents_that_have_changed(base, copied, tmp_path, capsys):
+    shutil.copytree(base / "texts", tmp_path / "texts")
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["data"]["train"]["path"] = str(tmp_path / "texts")
+    config["folder"] = str(copied)
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "texts" / "3.txt").write_text("another text altogether")
+    assert main(["train", str(copied), "--resume"]) == 2
+    assert "memformer: error: the data cursor has " in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(copied, capsys):
+    before = fingerprint(copied)
+    assert main(["train", str(copied), "--folder", str(copied)]) == 2
+    assert capsys.readouterr().err == (
+        f"memformer: error: {copied} already holds a run; go on with --resume, or choose another --folder\n"
+    )
+    assert fingerprint(copied) == before
+
+
+@pytest.fixture
+def limit_file_size():
+    """Files cannot grow beyond a limit, as on a full disk; Python ignores the signal that goes with it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("blocked", ["optimizer.safetensors", "log.jsonl"])
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(copied, capsys, limit_file_size, blocked):
+    last = checkpoint_of(copied, 16)
+    sizes = {name: (last / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")}
+    assert 2 * (copied / "log.jsonl").stat().st_size < sizes["model.safetensors"]
+    before = fingerprint(last)
+    argv = ["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "18"]
+    limit_file_size(sizes["model.safetensors"] + 1000 if blocked == "optimizer.safetensors" else 2500)
+    assert main(argv) == 2
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    error = capsys.readouterr().err
+    assert error.count("memformer: error:") == 1
+    assert f"{blocked}" in error.splitlines()[-1]
+    assert fingerprint(last) == before
+    assert list(copied.rglob("*.partial")) == []
+    assert main(argv) == 0
+    assert [line[0] for line in logged(copied)[0]] == list(range(1, 19))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights(base, tmp_path):
+    config = run_config(base, "broken")
+    config = RunConfig(**{**vars(config), "folder": str(tmp_path)})
+    model = Memformer(config.model)
+    with torch.no_grad():
+        model.embedding.weight.mul_(1e30)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"update 1: loss .* must be finite\. The weights were not changed"):
+        train(config, prepare_data(config.data), model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_learning_rate_far_too_high_is_one_line(base, tmp_path, capsys):
+    argv = ["train", config_file(run_config(base)), "--folder", str(tmp_path), "--training.learning_rate", "1e30"]
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("memformer: error:")] == lines[-1:]
+    assert "try a lower training.learning_rate" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "bptt"}, {"method": "checkpoint"}, {"precision": "bfloat16"}, {"max_gradient_norm": 0.0}]
+)
+def test_other_ways_to_train(base, tmp_path, unbroken, options):
+    config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
+    argv = ["train", config_file(config), "--folder", str(tmp_path)]
+    assert main([*argv, *(part for key, value in options.items() for part in (f"--training.{key}", str(value)))]) == 0
+    training, _ = logged(tmp_path)
+    expected = logged(unbroken)[0]
+    relative = 1e-2 if "precision" in options else 1e-5  # bfloat16 has 8 bits of mantissa, float32 has 24
+    if "method" not in options:
+        assert training[0][1] == pytest.approx(expected[0][1], rel=relative)
+        assert training[0][2] == pytest.approx(expected[0][2], rel=3 * relative)
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, 1), (5, 1), (6, 2), (8, 2), (9, 3), (100, 3), (None, 3)])
+def test_first_documents_are_whole_and_reach_the_number(num_tokens, expected):
+    corpus = corpus_from_arrays([np.zeros(length, dtype=np.int64) for length in (5, 3, 4)], 2)
+    assert first_documents(corpus, num_tokens).num_documents == expected

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from memformer.training.config import TrainingConfig
+from memformer.training.optimizer import learning_rate_at, make_optimizer
+from memformer.training.replay import backpropagate
+from tests.conftest import assert_close, random_rollout, tiny_model
+
+
+def groups_by_name(model, config):
+    optimizer = make_optimizer(model, config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+
+
+def test_every_parameter_is_in_one_group(variant):
+    model = tiny_model(**variant)
+    optimizer = make_optimizer(model, TrainingConfig())
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_only_matrices_that_multiply_activations_are_decayed(variant):
+    decay = groups_by_name(tiny_model(**variant), TrainingConfig(weight_decay=0.25))
+    assert set(decay.values()) == {0.0, 0.25}
+    for name, value in decay.items():
+        spared = any(part in name for part in ("embedding", "norm", "bias")) or "slot" in name
+        assert (value == 0.0) == spared, name
+
+
+def test_a_model_with_memory_has_a_forgetting_vector_that_is_spared():
+    decay = groups_by_name(tiny_model(), TrainingConfig(weight_decay=0.25))
+    slot_biases = {value for name, value in decay.items() if name.endswith("slot_bias")}
+    assert slot_biases == {0.0}
+
+
+def test_warm_up_is_linear():
+    config = TrainingConfig(learning_rate=0.5, warmup_updates=4, num_updates=20)
+    rates = [learning_rate_at(update, config) for update in range(5)]
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_cosine_falls_from_the_peak_to_the_final_rate(warmup):
+    config = TrainingConfig(learning_rate=0.5, final_learning_rate=0.2, warmup_updates=warmup, num_updates=20)
+    rates = [learning_rate_at(update, config) for update in range(warmup, 21)]
+    assert rates[0] == pytest.approx(0.5)
+    assert rates[len(rates) // 2] == pytest.approx(0.5 * (1 + 0.2) / 2)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(before > after for before, after in zip(rates, rates[1:], strict=False))
+    assert learning_rate_at(10_000, config) == pytest.approx(0.1)
+
+
+def test_warm_up_longer_than_the_run():
+    config = TrainingConfig(learning_rate=1.0, warmup_updates=10, num_updates=5)
+    assert [learning_rate_at(update, config) for update in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert math.isfinite(learning_rate_at(10, config))
+
+
+def test_decay_shrinks_matrices_alone():
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = TrainingConfig(learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decay = groups_by_name(model, config)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.detach(), before[name] * (1 - 0.1 * decay[name]))
+
+
+def test_gradients_of_rollouts_weighted_by_tokens_are_that_of_all_tokens():
+    # Two rollouts of separate documents with unequal numbers of tokens, against both side by side in one rollout.
+    model = tiny_model()
+    first = random_rollout(2, 2, padding=True, seed=3)
+    second = random_rollout(2, 2, seed=4)
+    counts = [rollout.count_target_tokens() for rollout in (first, second)]
+    assert counts[0] != counts[1]
+    for rollout, count in zip((first, second), counts, strict=True):
+        backpropagate(model, rollout, gradient_scale=count / sum(counts))
+    accumulated = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    side_by_side = type(first)(
+        inputs=torch.cat([first.inputs, second.inputs], dim=1),
+        targets=torch.cat([first.targets, second.targets], dim=1),
+        input_padding=torch.cat([first.input_padding, torch.zeros_like(first.input_padding)], dim=1),
+        target_padding=torch.cat([first.target_padding, torch.zeros_like(first.target_padding)], dim=1),
+    )
+    backpropagate(model, side_by_side)
+    for parameter, expected in zip(model.parameters(), accumulated, strict=True):
+        assert_close(parameter.grad, expected)
