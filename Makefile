@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test check format build clean
+.PHONY: setup demo test check packages format clean
 
 setup: .venv/.complete
 
@@ -12,6 +12,18 @@ setup: .venv/.complete
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+demo: setup
+	$(BIN)/memformer train experiments/demo.yaml --folder $(DEMO)
+	$(BIN)/memformer evaluate $(DEMO)
+	$(BIN)/memformer generate $(DEMO) --prompt "import os" --max_new_tokens 400 --temperature 0.7 --seed 1
+	$(BIN)/memformer report $(DEMO)
+	@echo
+	@echo "Open $(DEMO)/summary.html. Then try:"
+	@echo "  $(BIN)/memformer train experiments/text.yaml --data.train.path YOUR.txt    your own text"
+	@echo "  $(BIN)/memformer train $(DEMO) --resume --training.num_updates 2000        go on with the demo"
+	@echo "  $(BIN)/memformer train experiments/digits.yaml                            draw digits"
+	@echo "  $(BIN)/memformer generate $(DEMO) --prompt_file FILE --save_session STATE  a memory to come back to"
+
 test: setup
 	$(BIN)/pytest -n 2
 
@@ -19,6 +31,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The sdist and the wheel build, and the installed wheel works outside the tree.
+packages: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python tests/smoke_installed_wheel.py dist
 
 format: setup
 	$(BIN)/ruff format .

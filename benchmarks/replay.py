@@ -1,9 +1,9 @@
 """Speed and memory of replay, gradient checkpointing and full BPTT on the same rollout.
 
 Speed: the methods take turns in one process, round after round; the ratio of a round to BPTT in the same round is
-what counts (the machine may be shared). Memory: each method has a process of its own; growth is the peak of the resident set
-over what the process held before the rollout. Setting (`../shared/design/performance.md`): byte vocabulary, d 256,
-4 heads, FFN 1024, float32, forward and backward without optimizer.
+what counts (the machine may be shared). Memory: each method has a process of its own; growth is the peak of the
+resident set over what the process held before the rollout. Setting: byte vocabulary, d 256, 4 heads, FFN 1024,
+32 slots, float32, forward and backward without optimizer.
 
     python benchmarks/replay.py                       # table; JSON to benchmarks/results/replay.json
     python benchmarks/replay.py --batch_size 1 --num_timesteps 16
@@ -12,7 +12,6 @@ over what the process held before the rollout. Setting (`../shared/design/perfor
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine, memory_mib
 
 from memformer import Memformer, MemformerConfig, Rollout, backpropagate
-from memformer.training.run import versions
 
 # Plain sequential BPTT reads out one timestep at a time; so does the first row of each method.
 VARIANTS = [("bptt", 1), ("bptt", 8), ("checkpoint", 1), ("replay", 1), ("replay", 2), ("replay", 4), ("replay", 8)]
@@ -58,8 +57,7 @@ def main() -> None:
     print(format_table(rows))
     result = {
         "setting": {key: value for key, value in vars(options).items() if key not in {"output", "measure_memory"}},
-        "machine": {"processor": processor_name(), "cores_used": options.threads, "versions": versions()},
-        "commit": commit(),
+        "machine": describe_machine(options.threads),
         "rows": rows,
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
@@ -126,14 +124,6 @@ def measure_memory(options: argparse.Namespace, method: str, readout_timesteps: 
     return memory_mib("VmHWM") - before
 
 
-def memory_mib(field: str) -> float:
-    """Return a memory figure of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status; memory is measured on Linux only")
-
-
 def run_memory_child(variant: tuple[str, int]) -> float:
     """Measure a variant's memory in a process of its own, with this process's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure_memory", f"{variant[0]}:{variant[1]}"]
@@ -154,26 +144,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['memory_growth_mib']:,.0f} | x{row['memory_ratio']:.2f} |"
         )
     return "\n".join(lines)
-
-
-def processor_name() -> str:
-    """Return the processor's name."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """Return the commit this runs from, with a mark if the tree has changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

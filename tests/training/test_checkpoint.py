@@ -32,7 +32,7 @@ FILES = [
 
 def make_state(seed=0, batch_size=3, **changes):
     model = tiny_model(seed=seed, dropout=0.2, **changes)
-    memory = torch.randn(batch_size, model.num_slots, model.d_model, dtype=torch.float64)
+    memory = torch.randn(batch_size, model.config.num_slots, model.config.d_model, dtype=torch.float64)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=0.1))
     return TrainingState(model=model, optimizer=optimizer, memory=memory, progress={"num_updates": 0})
 

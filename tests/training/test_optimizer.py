@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -51,7 +52,7 @@ def test_cosine_falls_from_the_peak_to_the_final_rate(warmup):
     assert rates[0] == pytest.approx(0.5)
     assert rates[len(rates) // 2] == pytest.approx(0.5 * (1 + 0.2) / 2)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(before > after for before, after in zip(rates, rates[1:], strict=False))
+    assert all(before > after for before, after in itertools.pairwise(rates))
     assert learning_rate_at(10_000, config) == pytest.approx(0.1)
 
 

@@ -1,0 +1,36 @@
+"""What a measurement was made on, and how much memory this process holds."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from memformer.training.run import versions
+
+
+def describe_machine(cores_used: int) -> dict[str, Any]:
+    """Return processor, versions and commit for the record beside a result."""
+    return {"processor": processor_name(), "cores_used": cores_used, "versions": versions(), "commit": commit()}
+
+
+def processor_name() -> str:
+    """Return the processor's name."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """Return the commit this runs from, with a mark if the tree has changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def memory_mib(field: str) -> float:
+    """Return a memory figure of this process (Linux): VmRSS now, VmHWM at its peak."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"{field} is not in /proc/self/status; memory is measured on Linux only")
