@@ -1,0 +1,78 @@
+"""Train one config with several seeds; what memory is worth, with the spread over the seeds.
+
+    python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
+
+Further options go to `memformer train`. Runs land in runs/NAME-seed-N; a run that is there already is resumed or, if
+finished, evaluated again. The table goes to stdout, JSON to experiments/results/NAME.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from machine import describe_machine
+
+
+def main() -> None:
+    """Train, print the table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
+    options, further = parser.parse_known_args()
+    name = options.name or options.config.stem
+    results = {seed: train(options.config, name, seed, further) for seed in options.seeds}
+    print(format_table(results))
+    summary = {
+        "config": str(options.config),
+        "options": further,
+        "machine": describe_machine(1),
+        "runs": results,
+        "memory_gain_bits_per_byte": spread([run["memory_gain_bits_per_byte"] for run in results.values()]),
+        "bits_per_byte": spread([run["with_memory"]["bits_per_byte"] for run in results.values()]),
+        "bits_per_byte_memory_erased": spread([run["memory_erased"]["bits_per_byte"] for run in results.values()]),
+    }
+    output = Path(__file__).parent / "results" / f"{name}.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:
+    """Train one seed to the end, and return the evaluation on held-out documents with the training's figures."""
+    folder = Path("runs") / f"{name}-seed-{seed}"
+    command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
+    if any(folder.glob("checkpoints/update-*")):
+        command.append("--resume")
+    done = subprocess.run([*command, "--json", *further], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in log if line["kind"] == "training"][-1]
+    curve = [line for line in log if line["kind"] == "evaluation"]
+    del result["run"]
+    return {**result, "tokens_trained": last["num_tokens"], "training_seconds": last["seconds"], "evaluations": curve}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return mean, standard deviation, lowest and highest."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return {"mean": statistics.mean(values), "deviation": deviation, "low": min(values), "high": max(values)}
+
+
+def format_table(results: dict[int, dict[str, Any]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| seed | with memory | memory erased | memory is worth (bits per byte) |", "|---|---|---|---|"]
+    for seed, run in results.items():
+        lines.append(
+            f"| {seed} | {run['with_memory']['bits_per_byte']:.4f} | {run['memory_erased']['bits_per_byte']:.4f} "
+            f"| {run['memory_gain_bits_per_byte']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
