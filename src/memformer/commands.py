@@ -199,7 +199,10 @@ def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     refuse_unknown_keys(given, valid=fields, owner=owner)
     for name, value in given.items():
-        nested = [t for t in (fields[name].type, *get_args(fields[name].type)) if dataclasses.is_dataclass(t)]
-        if nested and isinstance(value, dict):
+        kinds = get_args(fields[name].type) or (fields[name].type,)
+        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if nested and not (value is None and type(None) in kinds):
+            if not isinstance(value, dict):
+                raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)
             _check_keys(value, nested[0], owner=f"{owner}, {name}")
