@@ -420,7 +420,7 @@ def test_refused_configs(tmp_path, content, message):
             ["{bad}/latin/a.txt", "UTF-8"],
         ),
         (["--data.cache", "{bad}/empty.txt/cache"], ["{bad}/empty.txt/cache could not be written"]),
-        (["--folder", "{bad}/empty.txt"], ["{bad}/empty.txt could not be written"]),
+        (["--folder", "{bad}/empty.txt"], ["{bad}/empty.txt/tokenizer_config.json could not be written"]),
     ],
     ids=lambda value: " ".join(value[:2]) if value and value[0].startswith("--") else "",
 )
@@ -494,7 +494,7 @@ def test_refused_evaluation(run_folder, options, message):
         (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--load_session", "/no/such"], "/no/such does not exist"),
         (["--output", "x.png"], "--output has no meaning for a run on text"),
-        (["--save_session", "/proc/none/s", "--max_new_tokens", "0"], "cannot write /proc/none/s"),
+        (["--save_session", "/proc/none/s", "--max_new_tokens", "0"], "/proc/none/s could not be written"),
         (["--promt", "a"], "unknown option --promt; did you mean --prompt?"),
     ],
 )
@@ -508,7 +508,7 @@ def test_refused_generation(run_folder, options, message):
         (["--prompt", "a"], "--prompt has no meaning for a run on images"),
         (["--load_session", "s"], "--load_session has no meaning for a run on images"),
         (["--num_images", "0"], "num_images (0) must be at least 1"),
-        (["--num_images", "1", "--output", "/proc/none/x.png"], "cannot write /proc/none/x.png"),
+        (["--num_images", "1", "--output", "/proc/none/x.png"], "/proc/none/x.png could not be written"),
     ],
 )
 def test_refused_drawing(digits, options, message):

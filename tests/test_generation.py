@@ -179,7 +179,7 @@ def test_values_that_cannot_be_a_state_are_refused(tmp_path):
 def test_a_failed_save_leaves_the_file_that_was_there(tmp_path):
     session = Session(tiny_model())
     (tmp_path / "folder").write_text("a file where a folder must be")
-    with pytest.raises(SaveError, match="cannot write"):
+    with pytest.raises(SaveError, match="could not be written"):
         session.save(tmp_path / "folder" / "state")
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 

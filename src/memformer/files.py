@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,65 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 
 
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into one error about it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SaveError: No space, no permission, not a folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SaveError(f"{path} could not be written: {reason or error}") from error
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return an unused hidden path beside `path`, on the same file system, that nobody else will pick."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `file`, make it durable, then put it in place.
 
     Raises:
         SaveError: Writing failed; what was at `file` before is intact and nothing is left beside it.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = temporary_sibling(file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-        sync_folder(file.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write {file}: {error}") from error
+        with saving(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(file)
+            sync_folder(file.parent)
     finally:
         with contextlib.suppress(OSError):  # nothing was written, or the folder is not one
             partial.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable, where the system can (a rename is in the folder, not in the file)."""
-    if os.name == "posix":
+    """Make the names in a folder durable (a rename is in the folder, not in the file), where the system can."""
+    with contextlib.suppress(OSError):  # Windows, and some network mounts, cannot
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_whole(file, lambda partial: partial.write_bytes(content))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -24,9 +24,9 @@ from memformer.data.corpus import (
     serialize_manifest,
 )
 from memformer.data.sources import SourceConfig, describe_source, iterate_documents, locate_source_files
-from memformer.data.storage import saving, sync_folder, temporary_sibling, write_synced
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
+from memformer.files import saving, sync_folder, temporary_sibling, write_bytes
 
 
 def build_corpus(
@@ -155,10 +155,8 @@ def _write(
         "tokens_crc32": checksum,
         "documents_crc32": zlib.crc32(documents),
     }
-    with saving(folder):
-        write_synced(folder / DOCUMENTS_FILE, documents)
-        write_synced(folder / MANIFEST_FILE, serialize_manifest(manifest))
-        sync_folder(folder)
+    write_bytes(folder / DOCUMENTS_FILE, documents)
+    write_bytes(folder / MANIFEST_FILE, serialize_manifest(manifest))
 
 
 def _encoded(source: SourceConfig, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:

@@ -1,6 +1,7 @@
 """Documents of text: files, JSON lines, the Python standard library, data sets of the Hugging Face hub."""
 
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,12 +77,12 @@ def _text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
 def locate_standard_library() -> list[SourceFile]:
     """Return the modules of this Python's standard library, sorted by their path in it, tests left out."""
     root = standard_library()
-    modules = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [
-        module
-        for module in modules
-        if _SKIPPED_FOLDERS.isdisjoint(module.parts[:-1]) and (root / module).stat().st_size > 0
-    ]
+    kept = []
+    for folder, subfolders, names in os.walk(root):
+        # Installed packages can be far larger than the library: they are not even looked into.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        kept += [path.relative_to(root) for path in paths if path.stat().st_size > 0]
     return [SourceFile(root / module, False) for module in sorted(kept, key=lambda module: module.as_posix())]
 
 

@@ -10,7 +10,6 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from memformer.data.documents import Document
-from memformer.data.storage import saving, write_atomically
 from memformer.data.tokenizers import (
     END_OF_LINE,
     UNKNOWN_WORD,
@@ -22,6 +21,7 @@ from memformer.data.tokenizers import (
     decode_utf8,
 )
 from memformer.errors import CheckpointError, InputError
+from memformer.files import write_bytes
 
 _FORMAT_VERSION = 1
 _CONFIG_FILE = "tokenizer_config.json"
@@ -144,19 +144,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
     }
-    with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     match tokenizer:
         case PixelTokenizer():
             config |= {"height": tokenizer.height, "width": tokenizer.width}
         case TextTokenizer():
-            write_atomically(folder / _TOKENIZER_FILE, tokenizer.tokenizer.to_str().encode())
+            write_bytes(folder / _TOKENIZER_FILE, tokenizer.tokenizer.to_str().encode())
         case ByteTokenizer():
             pass
         case _:
             raise InputError(f"tokenizer is a {type(tokenizer).__name__}; only this package's own can be saved")
     # Last, because it holds the fingerprint that tells whether the other file belongs to it.
-    write_atomically(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
+    write_bytes(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

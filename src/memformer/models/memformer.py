@@ -55,10 +55,6 @@ class Memformer(Pretrained, RecurrentModel):
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
-                if name in {"memory_writer.query", "memory_writer.key"}:
-                    # Whatever the temperature, the writer's scores start with a variance near one: at 0.25 they would
-                    # start so sharp that a slot takes a single token, and hardly any gradient says which.
-                    std *= math.sqrt(self.config.write_temperature)
                 if name.endswith("output"):
                     # Each stack's residual stream is a sum over its layers' parts; keep its variance near one.
                     depth = self.config.num_encoder_layers if "encoder" in name else self.config.num_decoder_layers
