@@ -14,9 +14,7 @@ setup: .venv/.complete
 
 demo: setup
 	$(BIN)/memformer train experiments/demo.yaml --folder $(DEMO)
-	$(BIN)/memformer evaluate $(DEMO)
 	$(BIN)/memformer generate $(DEMO) --prompt "import os" --max_new_tokens 400 --temperature 0.7 --seed 1
-	$(BIN)/memformer report $(DEMO)
 	@echo
 	@echo "Open $(DEMO)/summary.html. Then try:"
 	@echo "  $(BIN)/memformer train experiments/text.yaml --data.train.path YOUR.txt    your own text"

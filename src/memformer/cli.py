@@ -149,8 +149,7 @@ def run_evaluate(argv: list[str]) -> None:
     options = commands.parse(commands.evaluate_parser(), argv)
     if options.num_lanes < 1:
         raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
-    device = _prepare_torch(options.device, options.threads)
-    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
+    run = _load_run(options)
     if options.data is not None:
         data_config = _data_config(run) if run.run_config is not None else DataConfig()
         corpus = open_corpus(
@@ -178,8 +177,7 @@ def run_generate(argv: list[str]) -> None:
     """
     options = commands.parse(commands.generate_parser(), argv)
     sampling = _sampling_options(options)
-    device = _prepare_torch(options.device, options.threads)
-    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
+    run = _load_run(options)
     if isinstance(run.tokenizer, PixelTokenizer):
         _draw(run.model, run.tokenizer, options, sampling)
         return
@@ -233,6 +231,16 @@ def format_evaluation(result: Evaluation) -> str:
         f"{table}\nthe memory is worth {result.memory_gain:.4f} bits per byte "
         f"over {result.with_memory.num_tokens:,} held-out tokens"
     )
+
+
+def _load_run(options: Any) -> LoadedRun:
+    """Load the run that the options name, on their device; without --threads it uses as many as it trained with."""
+    device = _prepare_torch(options.device, options.threads)
+    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
+    trained_with = (run.run_config or {}).get("threads")
+    if options.threads is None and isinstance(trained_with, int) and trained_with > 0:
+        torch.set_num_threads(trained_with)
+    return run
 
 
 def _prepare_torch(device: str, threads: int | None) -> torch.device:

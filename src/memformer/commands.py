@@ -161,7 +161,9 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="Which weights of a run.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch.")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads of torch; those of the run if not given."
+    )
 
 
 def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
