@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from memformer.config import MemformerConfig
 from memformer.nn.attention import HeadTokens, KeyValueCache, keep_mask_of
 from memformer.nn.layers import DecoderLayer
-from memformer.nn.positions import PositionSchemes, RelativePositions, RotaryPositions
+from memformer.nn.positions import Frame, PositionSchemes, RelativePositions, RotaryPositions
 from memformer.shapes import Hidden, SegmentPadding
 
 
@@ -81,17 +81,7 @@ class Decoder(nn.Module):
         """Return features of each target from the targets before it and the past; `x` starts with `[BOS]`."""
         positions = torch.arange(x.shape[1], device=x.device)
         frame = self.positions(positions, key_positions=positions)
-        past_frame = self.positions(positions, key_positions=past.positions)
-        for layer, keys_values in zip(self.layers, past.keys_values, strict=True):
-            x = layer(
-                x,
-                past=keys_values,
-                past_frame=past_frame,
-                past_keep_mask=past.keep_mask,
-                slots=past.slots,
-                frame=frame,
-            )
-        return self.norm(x)
+        return self._run_layers(x, past=past, frame=frame, positions=positions)
 
     def step(
         self, x: Float[Tensor, "B Q D"], *, past: Past, caches: list[KeyValueCache], positions: Tensor
@@ -102,18 +92,30 @@ class Decoder(nn.Module):
         """
         key_positions = torch.arange(caches[0].keys.shape[2], device=x.device)
         frame = self.positions(positions, key_positions=key_positions, new_key_positions=positions)
-        past_frame = self.positions(positions, key_positions=past.positions)
         keep_mask = (key_positions <= positions[..., None])[:, None]  # (B, 1, Q, J)
-        for layer, keys_values, cache in zip(self.layers, past.keys_values, caches, strict=True):
+        return self._run_layers(x, past=past, frame=frame, positions=positions, keep_mask=keep_mask, caches=caches)
+
+    def _run_layers(
+        self,
+        x: Float[Tensor, "B Q D"],
+        *,
+        past: Past,
+        frame: Frame,
+        positions: Tensor,
+        keep_mask: Tensor | None = None,
+        caches: list[KeyValueCache] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        past_frame = self.positions(positions, key_positions=past.positions)
+        for index, layer in enumerate(self.layers):
             x = layer(
                 x,
-                past=keys_values,
+                past=past.keys_values[index],
                 past_frame=past_frame,
                 past_keep_mask=past.keep_mask,
                 slots=past.slots,
                 frame=frame,
                 keep_mask=keep_mask,
-                cache=cache,
+                cache=None if caches is None else caches[index],
                 cache_positions=positions,
             )
         return self.norm(x)
