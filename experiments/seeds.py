@@ -2,8 +2,8 @@
 
     python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
 
-Further options go to `memformer train`. Runs land in runs/NAME-seed-N; a run that is there already is resumed or, if
-finished, evaluated again. The table goes to stdout, JSON to experiments/results/NAME.json.
+Further options go to `memformer train`. Runs land in runs/NAME-seed-N; one that is there already is resumed or, if
+finished, taken as it is. The table goes to stdout, JSON to experiments/results/NAME.json.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
+    parser.add_argument("--jobs", type=int, default=1, help="Seeds trained side by side, a core each.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
-    results = {seed: train(options.config, name, seed, further) for seed in options.seeds}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = pool.map(lambda seed: train(options.config, name, seed, further), options.seeds)
+        results = dict(zip(options.seeds, runs, strict=True))
     print(format_table(results))
     summary = {
         "config": str(options.config),
@@ -45,16 +49,21 @@ def main() -> None:
 def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:
     """Train one seed to the end, and return the evaluation on held-out documents with the training's figures."""
     folder = Path("runs") / f"{name}-seed-{seed}"
-    command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
-    if any(folder.glob("checkpoints/update-*")):
-        command.append("--resume")
-    done = subprocess.run([*command, "--json", *further], check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
+    if not (folder / "evaluation.json").exists():
+        run(config, folder, seed, further)
+    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in log if line["kind"] == "training"][-1]
     curve = [line for line in log if line["kind"] == "evaluation"]
-    del result["run"]
     return {**result, "tokens_trained": last["num_tokens"], "training_seconds": last["seconds"], "evaluations": curve}
+
+
+def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
+    """Run `memformer train` to its end, going on from what is there."""
+    command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
+    if any(folder.glob("checkpoints/update-*")):
+        command.append("--resume")
+    subprocess.run([*command, *further], check=True, stdout=subprocess.DEVNULL)
 
 
 def spread(values: list[float]) -> dict[str, float]:
