@@ -17,6 +17,10 @@ VARIANTS = {
     "without forgetting": {"forgetting": False},
     "single-head writer": {"num_writer_heads": 1},
     "one forgetting speed": {"forgetting_speeds": (0.1, 0.1)},
+    "log speeds": {"log_forgetting_speeds": True},
+    "entmax writer": {"write_normalizer": "entmax15"},
+    "sparsemax writer": {"write_normalizer": "sparsemax"},
+    "place embedding": {"place_embedding": True},
     "one slot": {"num_slots": 1},
     "all options": {"positions": "relative", "decoder_reads_memory": True, "convolution_kernel": 3},
 }

@@ -460,7 +460,7 @@ def test_commands_without_a_run(command, tmp_path):
 
 
 def test_an_unknown_command():
-    assert refused("trian") == "unknown command 'trian'; the commands are train, evaluate, generate, report"
+    assert refused("trian") == "unknown command 'trian'; the commands are train, evaluate, retention, generate, report"
 
 
 @pytest.mark.parametrize(
@@ -494,6 +494,7 @@ def test_refused_evaluation(run_folder, options, message):
         (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
         (["--load_session", "/no/such"], "/no/such does not exist"),
         (["--output", "x.png"], "--output has no meaning for a run on text"),
+        (["--num_images", "2"], "--num_images has no meaning for a run on text"),
         (["--save_session", "/proc/none/s", "--max_new_tokens", "0"], "/proc/none/s could not be written"),
         (["--promt", "a"], "unknown option --promt; did you mean --prompt?"),
     ],
@@ -507,6 +508,7 @@ def test_refused_generation(run_folder, options, message):
     [
         (["--prompt", "a"], "--prompt has no meaning for a run on images"),
         (["--load_session", "s"], "--load_session has no meaning for a run on images"),
+        (["--max_new_tokens", "9"], "--max_new_tokens has no meaning for a run on images"),
         (["--num_images", "0"], "num_images (0) must be at least 1"),
         (["--num_images", "1", "--output", "/proc/none/x.png"], "/proc/none/x.png could not be written"),
     ],

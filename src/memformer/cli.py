@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from memformer import commands
 from memformer.data import PixelTokenizer, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
-from memformer.evaluation import Evaluation, evaluate
+from memformer.evaluation import Result, evaluate
+from memformer.files import write_json
 from memformer.generation import Session
 from memformer.models.memformer import Memformer
+from memformer.progress import SegmentProgress
 from memformer.report import write_report
+from memformer.retention import Recall, measure_recall
+from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import DataConfig, RunConfig, check_seed
-from memformer.training.corpora import open_corpus, prepare_data
 from memformer.training.loop import Interrupted, check_same_run, print_warning, train
 from memformer.training.run import (
     CHECKPOINTS,
@@ -35,7 +40,18 @@ from memformer.training.run import (
     read_run_config,
     write_run_config,
 )
-from memformer.training.samples import sample_images, write_image_grid
+from memformer.training.run_data import (
+    DocumentData,
+    RecallData,
+    doubling_distances,
+    first_documents,
+    open_corpus,
+    prepare_data,
+)
+from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
+
+RETENTION_FILE = "retention.json"
+RETENTION_FIGURE_FILE = "retention.png"
 
 USAGE = """usage: memformer COMMAND ...
 
@@ -43,6 +59,7 @@ Sequence models that read arbitrarily long input with a memory of fixed size (ar
 
   memformer train CONFIG.yaml [--key value ...]   train a model, or go on with --resume
   memformer evaluate RUN                          perplexity and bits, with the memory and with it erased
+  memformer retention RUN                         how long the memory holds, and what old memory is worth
   memformer generate RUN                          continue a text of any length, or draw images
   memformer report RUN                            write a page about a run
 
@@ -85,7 +102,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _handler(command: str) -> Callable[[list[str]], None]:
-    handlers = {"train": run_train, "evaluate": run_evaluate, "generate": run_generate, "report": run_report}
+    handlers = {
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "retention": run_retention,
+        "generate": run_generate,
+        "report": run_report,
+    }
     if command not in handlers:
         raise InputError(f"unknown command {command!r}; the commands are {', '.join(handlers)}")
     return handlers[command]
@@ -124,9 +147,7 @@ def run_train(argv: list[str]) -> None:
     torch.manual_seed(config.seed)
     model = Memformer(config.model).to(device)
     print(
-        f"{model.num_parameters:,} parameters; training on {data.train.num_documents:,} documents of "
-        f"{data.train.num_tokens:,} tokens, held out {data.validation.num_documents:,} of "
-        f"{data.validation.num_tokens:,}",
+        f"{model.num_parameters:,} parameters; {data.describe()}",
         file=sys.stderr,
     )
     save_tokenizer(data.tokenizer, folder)
@@ -136,12 +157,12 @@ def run_train(argv: list[str]) -> None:
     if options.json:
         print(json.dumps({"run": str(folder), **result.to_dict()}))
     else:
-        print(format_evaluation(result))
+        print(result.to_table())
         print(f"run folder: {folder}; open {summary}")
 
 
 def run_evaluate(argv: list[str]) -> None:
-    """Evaluate a run on its held-out documents, or on others.
+    """Evaluate a run on what it holds out, or on other documents.
 
     Raises:
         InputError: The run or the data is wrong.
@@ -150,23 +171,116 @@ def run_evaluate(argv: list[str]) -> None:
     if options.num_lanes < 1:
         raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
     run = _load_run(options)
-    if options.data is not None:
-        data_config = _data_config(run) if run.run_config is not None else DataConfig()
+    result: Result
+    if options.data is None:
+        run_config = _run_config(run)
+        data = prepare_data(run_config.data, tokenizer=run.tokenizer)
+        training = dataclasses.replace(run_config.training, num_lanes=options.num_lanes)
+        started = time.monotonic()
+        result = data.evaluate(run.model, training, is_final=True)
+    else:
+        data_config = DataConfig() if run.run_config is None else _run_config(run).data
         corpus = open_corpus(
             dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer
         )
-    elif run.run_config is not None:
-        corpus = prepare_data(_data_config(run), tokenizer=run.tokenizer).validation
-    else:
-        raise InputError(f"{options.run} has no held-out documents of its own; give --data.kind and --data.path")
-    started = time.monotonic()
-    result = evaluate(run.model, corpus, num_lanes=options.num_lanes)
+        started = time.monotonic()
+        result = evaluate(run.model, corpus, num_lanes=options.num_lanes)
     seconds = time.monotonic() - started
     if options.json:
         print(json.dumps({"weights": str(run.weights), "seconds": seconds, **result.to_dict()}))
     else:
-        print(format_evaluation(result))
-        print(f"{result.with_memory.num_tokens / seconds:,.0f} tokens/s; weights: {run.weights}")
+        print(result.to_table())
+        print(f"{seconds:,.1f} s; weights: {run.weights}")
+
+
+def run_retention(argv: list[str]) -> None:
+    """Measure how long a run's memory holds, and write the figures and a picture of them.
+
+    Raises:
+        InputError: The run or an option is wrong, or an option is for the other kind of run.
+    """
+    options = commands.parse(commands.retention_parser(), argv)
+    run = _load_run(options)
+    if run.run_config is None:
+        raise InputError(
+            f"{run.folder} has no {RUN_CONFIG_FILE}, which tells what to measure on; a run folder is needed"
+        )
+    config = _run_config(run)
+    started = time.monotonic()
+    result, figure = (_retention_of_documents if config.data.recall is None else _retention_of_facts)(
+        run, config, options
+    )
+    figures: dict[str, Any] = {"weights": str(run.weights), "seconds": time.monotonic() - started}
+    recall = config.data.recall
+    if recall is not None:
+        figures |= {
+            "task": recall.task,
+            "trained_distance": recall.max_distance,
+            "segment_length": run.model.segment_length,
+        }
+    figures |= result.to_dict()
+    output = Path(options.output or run.folder)
+    write_json(output / RETENTION_FILE, figures)
+    write_figure(output / RETENTION_FIGURE_FILE, figure)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        if isinstance(result, Recall):
+            facts = "1 fact" if result.num_facts == 1 else f"{result.num_facts} facts"
+            print(f"{figures['task']}, {facts}; longest distance of training: {figures['trained_distance']:,}")
+        print(result.to_table())
+        print(f"{figures['seconds']:,.1f} s; weights: {run.weights}")
+        print(f"wrote {output / RETENTION_FILE} and {output / RETENTION_FIGURE_FILE}")
+
+
+def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tuple[Recall, Figure]:
+    _refuse_options(options, ("delays", "max_tokens", "num_lanes"), kind="on a recall task")
+    data = prepare_data(config.data, tokenizer=run.tokenizer)
+    assert isinstance(data, RecallData)
+    if options.seed is not None:
+        check_seed("seed", options.seed)
+    longest = data.config.max_distance
+    distances = options.distances or doubling_distances(32 * longest)
+    given = {
+        "num_episodes": options.num_episodes,
+        "questions_per_episode": options.questions,
+        "seed": options.seed,
+    }
+    with SegmentProgress("reading on", max(distances)) as progress:
+        recall = measure_recall(
+            run.model,
+            data.validation,
+            data.config,
+            distances=distances,
+            num_facts=data.config.num_facts[1] if options.num_facts is None else options.num_facts,
+            progress=progress.advance_to,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    return recall, draw_recall(recall, trained_distance=longest, segment_length=run.model.segment_length)
+
+
+def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> tuple[DocumentRetention, Figure]:
+    _refuse_options(options, ("distances", "num_facts", "num_episodes", "questions", "seed"), kind="on documents")
+    max_tokens = 200_000 if options.max_tokens is None else options.max_tokens
+    num_lanes = 8 if options.num_lanes is None else options.num_lanes
+    for name, value in (("max_tokens", max_tokens), ("num_lanes", num_lanes)):
+        if value < 1:
+            raise InputError(f"{name} ({value}) must be at least 1")
+    data = prepare_data(config.data, tokenizer=run.tokenizer)
+    assert isinstance(data, DocumentData)
+    corpus = first_documents(data.validation, max_tokens)
+    num_segments = int((-(-corpus.document_lengths // run.model.segment_length)).sum())
+    with SegmentProgress("reading", num_segments) as progress:
+        result = measure_documents(
+            run.model, corpus, delays=options.delays, num_lanes=num_lanes, progress=progress.advance_to
+        )
+    return result, draw_documents(result)
+
+
+def _refuse_options(options: Any, names: Sequence[str], *, kind: str) -> None:
+    for name in names:
+        if options[name] is not None:
+            raise InputError(f"--{name} has no meaning for a run {kind}")
 
 
 def run_generate(argv: list[str]) -> None:
@@ -181,8 +295,7 @@ def run_generate(argv: list[str]) -> None:
     if isinstance(run.tokenizer, PixelTokenizer):
         _draw(run.model, run.tokenizer, options, sampling)
         return
-    if options.output is not None:
-        raise InputError("--output has no meaning for a run on text; new text goes to stdout")
+    _refuse_options(options, ("output", "num_images"), kind="on text")
     prompt = _read_prompt(options, run.tokenizer)
     if options.load_session is None:
         session = Session(run.model)
@@ -190,7 +303,8 @@ def run_generate(argv: list[str]) -> None:
         session = Session.load(options.load_session, model=run.model)
     session.feed(prompt)
     ids: list[int] = []
-    new_ids = _noted((step[0] for step in session.stream(options.max_new_tokens, **sampling)), ids)
+    num_tokens = commands.NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+    new_ids = _noted((step[0] for step in session.stream(num_tokens, **sampling)), ids)
     text = ""
     for piece in run.tokenizer.decode_stream(new_ids):
         text += piece
@@ -217,20 +331,6 @@ def run_report(argv: list[str]) -> None:
     options = commands.parse(commands.report_parser(), argv)
     summary = write_report(Path(options.run))
     print(json.dumps({"summary": str(summary)}) if options.json else summary)
-
-
-def format_evaluation(result: Evaluation) -> str:
-    """Return the figures as a table for a terminal."""
-    rows = [("", "bits/byte", "bits/token", "perplexity")]
-    for label, figures in (("with memory", result.with_memory), ("memory erased", result.memory_erased)):
-        rows.append(
-            (label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}")
-        )
-    table = "\n".join(f"{row[0]:14}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
-    return (
-        f"{table}\nthe memory is worth {result.memory_gain:.4f} bits per byte "
-        f"over {result.with_memory.num_tokens:,} held-out tokens"
-    )
 
 
 def _load_run(options: Any) -> LoadedRun:
@@ -261,9 +361,10 @@ def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:
     return dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
 
 
-def _data_config(run: LoadedRun) -> DataConfig:
-    config, _ = commands.parse_run_config([str(run.folder / RUN_CONFIG_FILE)])
-    return config.data
+def _run_config(run: LoadedRun) -> RunConfig:
+    if run.run_config is None:
+        raise InputError(f"{run.folder} has no held-out documents of its own; give --data.kind and --data.path")
+    return commands.parse_run_config([str(run.folder / RUN_CONFIG_FILE)])[0]
 
 
 def _sampling_options(options: Any) -> dict[str, Any]:
@@ -273,7 +374,7 @@ def _sampling_options(options: Any) -> dict[str, Any]:
         InputError: One is out of its range.
     """
     check_sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    if options.max_new_tokens < 0:
+    if options.max_new_tokens is not None and options.max_new_tokens < 0:
         raise InputError(f"max_new_tokens ({options.max_new_tokens}) must be at least 0")
     if options.seed is not None:
         check_seed("seed", options.seed)
@@ -298,13 +399,13 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def _draw(model: Memformer, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
-    for name in ("prompt", "prompt_file", "load_session", "save_session"):
-        if options[name] is not None:
-            raise InputError(f"--{name} has no meaning for a run on images")
-    if options.num_images < 1:
-        raise InputError(f"num_images ({options.num_images}) must be at least 1")
+    text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
+    _refuse_options(options, text_only, kind="on images")
+    num_images = NUM_IMAGES if options.num_images is None else options.num_images
+    if num_images < 1:
+        raise InputError(f"num_images ({num_images}) must be at least 1")
     output = Path(options.output or "images.png")
-    images = sample_images(model, tokenizer, options.num_images, **sampling)
+    images = sample_images(model, tokenizer, num_images, **sampling)
     write_image_grid(output, images, tokenizer=tokenizer)
     print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")
 

@@ -16,6 +16,9 @@ from memformer.data import SourceConfig
 from memformer.errors import InputError
 from memformer.training.config import RunConfig
 from memformer.training.run import RUN_CONFIG_FILE
+from memformer.training.samples import NUM_IMAGES
+
+NEW_TOKENS = 500
 
 TRAIN_HELP = """Train a Memformer.
 
@@ -35,6 +38,19 @@ Beside each figure stands the same with the memory erased before every segment.
 
   memformer evaluate runs/demo
   memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json
+"""
+RETENTION_HELP = """Report how long the memory of a run holds, into retention.json and retention.png.
+
+Of a run on a recall task: how many answers are right by the distance between the last fact and the question, far
+beyond the distances trained on. Of a run on documents: bits per token by the position in the document, with the memory
+and with it erased; and bits per byte with the memory of d segments earlier in place of the present one, which tells
+what the memory of the last d segments is worth, and what that of all before. Those figures are over the same tokens for
+all d: the ones with at least as many segments of their document before them as the largest d. Bytes of them are
+counted as the mean over all tokens.
+
+  memformer retention runs/recall
+  memformer retention runs/recall --distances 1 100 10000 60000 --num_facts 8 --num_episodes 16
+  memformer retention runs/demo --delays 1 4 16 64 --max_tokens 1000000 --output notes/demo --json
 """
 GENERATE_HELP = """Continue a text, or draw images.
 
@@ -92,13 +108,14 @@ def _options(action: Action) -> list[str]:
 
 
 def _parser(command: str, description: str, usage: str) -> ArgumentParser:
-    # exit_on_error is off so that every mistake becomes one line.
+    # exit_on_error is off so that every mistake becomes one line; abbreviations are mistakes too.
     return ArgumentParser(
         prog=f"memformer {command}",
         usage=f"memformer {command} {usage}",
         description=description,
         formatter_class=_HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
@@ -128,13 +145,48 @@ def evaluate_parser() -> ArgumentParser:
     return parser
 
 
+def retention_parser() -> ArgumentParser:
+    """Return the parser of `memformer retention`; None means that an option was not given."""
+    parser = _parser("retention", RETENTION_HELP, "RUN [options of its kind] [--output FOLDER] [--json]")
+    _add_run_arguments(parser)
+    parser.add_argument("--output", type=str, default=None, help="Folder for the files; the run folder if not given.")
+    recall, documents = "Recall run: ", "Run on documents: "
+    parser.add_argument(
+        "--distances",
+        type=int,
+        nargs="+",
+        default=None,
+        help=recall + "segments from the last fact to the question; 1, 2, 4, ... 32 times the longest of training.",
+    )
+    numbers = (
+        ("num_facts", recall + "facts of an episode; the most trained on if not given."),
+        ("num_episodes", recall + "episodes, read side by side; 64 if not given."),
+        ("questions", recall + "different questions asked of each episode at each distance, at most; 4 if not given."),
+        ("seed", recall + "decides the episodes; 0 if not given."),
+        ("max_tokens", documents + "held-out tokens, whole documents, the first that reach this; 200000 if not given."),
+        ("num_lanes", documents + "documents read side by side; 8 if not given."),
+    )
+    for name, text in numbers:
+        parser.add_argument(f"--{name}", type=int | None, default=None, help=text)
+    parser.add_argument(
+        "--delays",
+        type=int,
+        nargs="+",
+        default=None,
+        help=documents + "how many segments old a memory is read; 0, 1, 2, 4, ... 32, as far as documents reach.",
+    )
+    return parser
+
+
 def generate_parser() -> ArgumentParser:
     """Return the parser of `memformer generate`."""
     parser = _parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
     _add_run_arguments(parser)
     parser.add_argument("--prompt", type=str, default=None, help="Text to read first.")
     parser.add_argument("--prompt_file", type=str, default=None, help="File to read first; - for stdin.")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="Tokens to generate.")
+    parser.add_argument(
+        "--max_new_tokens", type=int | None, default=None, help=f"Tokens to generate; {NEW_TOKENS} if not given."
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="Below 1 sharpens, 0 is greedy.")
     parser.add_argument("--top_k", type=int | None, default=None, help="Sample among the k likeliest tokens.")
     parser.add_argument(
@@ -143,7 +195,9 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--seed", type=int | None, default=None, help="Makes the result repeatable.")
     parser.add_argument("--load_session", type=str, default=None, help="State to go on from.")
     parser.add_argument("--save_session", type=str, default=None, help="Where to save the state at the end.")
-    parser.add_argument("--num_images", type=int, default=25, help="For images: how many.")
+    parser.add_argument(
+        "--num_images", type=int | None, default=None, help=f"For images: how many; {NUM_IMAGES} if not given."
+    )
     parser.add_argument("--output", type=str, default=None, help="For images: the PNG file.")
     return parser
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from memformer.errors import InputError, InputTypeError
 
+Normalizer = Literal["softmax", "entmax15", "sparsemax"]
 PositionScheme = Literal["rotary", "relative"]
 
 
@@ -27,16 +28,22 @@ class MemformerConfig:
         segment_length: Tokens per segment (paper: L).
         num_slots: Memory slots K (paper: k). 0 is the ablation "without memory": no reader and no writer.
         write_temperature: Temperature tau of the memory writer's softmax; below 1 sharpens. 1 is an ablation.
+        write_normalizer: What turns the writer's scores into weights: softmax (the paper), or entmax15 or sparsemax,
+            whose weights can be exactly 0, so that a slot can keep its content exactly. A departure from the paper.
         num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
         forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
             slots stay on their sphere, nothing pulls them back to their initial state.
         forgetting_speeds: ||v_i|| relative to the sphere's radius at the start of training, for the first and the last
             slot; log-uniform between. Two equal numbers give every slot the same speed.
+        log_forgetting_speeds: Learn the speeds as logarithms beside the vectors' directions, so that slow slots stay
+            slow in training. A departure from the paper.
         positions: "rotary", or "relative" for the simplified relative positions of the paper's first version.
         decoder_reads_memory: Let the decoder attend to the written slots too. A departure from the paper, after
             its authors' later code; off by default.
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
+        place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
+            the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
         dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
         attention_dropout: Probability of dropping an attention weight; null means `dropout`.
         embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
@@ -55,12 +62,15 @@ class MemformerConfig:
     segment_length: int = 128
     num_slots: int = 32
     write_temperature: float = 0.25
+    write_normalizer: Normalizer = "softmax"
     num_writer_heads: int | None = None
     forgetting: bool = True
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
+    log_forgetting_speeds: bool = False
     positions: PositionScheme = "rotary"
     decoder_reads_memory: bool = False
     convolution_kernel: int = 0
+    place_embedding: bool = False
     dropout: float = 0.0
     attention_dropout: float | None = None
     embedding_dropout: float | None = None
@@ -86,6 +96,10 @@ class MemformerConfig:
                 raise InputError(f"d_model ({self.d_model}) must be a multiple of {name} ({heads})")
         if self.positions not in get_args(PositionScheme):
             raise InputError(f"positions ({self.positions!r}) must be one of {', '.join(get_args(PositionScheme))}")
+        if self.write_normalizer not in get_args(Normalizer):
+            raise InputError(
+                f"write_normalizer ({self.write_normalizer!r}) must be one of {', '.join(get_args(Normalizer))}"
+            )
         if self.positions == "rotary" and (self.d_model // self.num_heads) % 2:
             raise InputError(
                 f"rotary positions need an even head width; d_model ({self.d_model}) / num_heads ({self.num_heads}) "

@@ -1,6 +1,7 @@
 """How well a model predicts documents, and what its memory is worth."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,33 @@ class Likelihood:
         }
 
 
+class Result(ABC):
+    """What an evaluation found, however it measured."""
+
+    @property
+    @abstractmethod
+    def score(self) -> float:
+        """One number to compare weights by; the lower the better."""
+
+    @abstractmethod
+    def to_log(self) -> dict[str, float]:
+        """Return what the run's log holds of it."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+
+    @abstractmethod
+    def to_line(self) -> str:
+        """Return the figures as one line."""
+
+    @abstractmethod
+    def to_table(self) -> str:
+        """Return the figures as a table for a terminal."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Result):
     """A likelihood with the memory, and beside it with the memory erased before every segment.
 
     Attributes:
@@ -68,6 +94,35 @@ class Evaluation:
     def memory_gain(self) -> float:
         """Bits per byte that the carried memory saves; negative if it does harm."""
         return self.memory_erased.bits_per_byte - self.with_memory.bits_per_byte
+
+    @property
+    def score(self) -> float:
+        """Bits per byte with the memory."""
+        return self.with_memory.bits_per_byte
+
+    def to_log(self) -> dict[str, float]:
+        """Return what the run's log holds of it."""
+        return {**self.with_memory.to_dict(), "bits_per_byte_memory_erased": self.memory_erased.bits_per_byte}
+
+    def to_line(self) -> str:
+        """Return the figures as one line."""
+        return (
+            f"held out {self.with_memory.bits_per_byte:.4f} bits/byte, "
+            f"memory erased {self.memory_erased.bits_per_byte:.4f}"
+        )
+
+    def to_table(self) -> str:
+        """Return the figures as a table for a terminal."""
+        rows = [("", "bits/byte", "bits/token", "perplexity")]
+        for label, figures in (("with memory", self.with_memory), ("memory erased", self.memory_erased)):
+            rows.append(
+                (label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}")
+            )
+        table = "\n".join(f"{row[0]:14}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+        return (
+            f"{table}\nthe memory is worth {self.memory_gain:.4f} bits per byte "
+            f"over {self.with_memory.num_tokens:,} held-out tokens"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""

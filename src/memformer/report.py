@@ -52,7 +52,7 @@ def write_report(folder: Path) -> Path:
 
 
 def draw_curve(lines: list[dict[str, Any]]) -> str:
-    """Return the loss curve of a run's log as SVG: training, held out, and held out with the memory erased."""
+    """Return the curve of a run's log as SVG: training loss, and what its evaluations found."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     training = [line for line in lines if line["kind"] == "training"]
@@ -66,8 +66,11 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
     for key, label, style in (
         ("bits_per_byte", "held out, with memory (bits per byte)", "o-"),
         ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
+        ("accuracy", "answers right (mean over distances)", "o-"),
     ):
-        axes.plot([line["update"] for line in evaluation], [line[key] for line in evaluation], style, label=label, ms=4)
+        measured = [line for line in evaluation if key in line]
+        if measured:
+            axes.plot([line["update"] for line in measured], [line[key] for line in measured], style, label=label, ms=4)
     axes.set_xlabel("update")
     axes.set_ylabel("bits")
     axes.grid(alpha=0.3)

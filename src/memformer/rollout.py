@@ -20,7 +20,8 @@ class Rollout:
         reset: (N, B) bool, True where a row starts a new document: its memory is the initial memory again
             before that timestep. None means nowhere.
         input_padding: (N, B, S) bool, True at padding of `inputs`. None means no padding.
-        target_padding: (N, B, T) bool, True at padding of `targets`. None means no padding.
+        target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are not to be predicted, whose
+            loss does not count. None means none.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.
@@ -70,6 +71,20 @@ class Rollout:
     def batch_size(self) -> int:
         """Number of rows B."""
         return self.inputs.shape[1]
+
+    def __getitem__(self, timesteps: slice) -> "Rollout":
+        """Return some of the timesteps, as views."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[timesteps]
+
+        return Rollout(
+            inputs=self.inputs[timesteps],
+            targets=self.targets[timesteps],
+            reset=cut(self.reset),
+            input_padding=cut(self.input_padding),
+            target_padding=cut(self.target_padding),
+        )
 
     def count_target_tokens(self) -> int:
         """Return the number of target tokens that are not padding."""

@@ -22,8 +22,9 @@ from memformer import InputError, Memformer, MemformerConfig
 from memformer.cli import main
 from memformer.data import SourceConfig, corpus_from_arrays
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
-from memformer.training.corpora import prepare_data
-from memformer.training.loop import first_documents, learning_rate_at, train
+from memformer.training.loop import train
+from memformer.training.optimizer import learning_rate_at
+from memformer.training.run_data import first_documents, prepare_data
 
 NUM_UPDATES = 10
 REPEATED = ("bits_per_token", "gradient_norm", "learning_rate", "num_tokens")

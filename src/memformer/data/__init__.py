@@ -4,16 +4,24 @@ from memformer.data.building import build_corpus
 from memformer.data.corpus import Corpus, corpus_from_arrays
 from memformer.data.documents import Document
 from memformer.data.lanes import LaneStream
+from memformer.data.recall import CurriculumConfig, RecallConfig, RecallStream, make_task, make_text_task
+from memformer.data.recall_tasks import RecallTask
 from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
+from memformer.data.stream import RolloutStream
 from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
 from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "Corpus",
+    "CurriculumConfig",
     "Document",
     "LaneStream",
     "PixelTokenizer",
+    "RecallConfig",
+    "RecallStream",
+    "RecallTask",
+    "RolloutStream",
     "SourceConfig",
     "TextTokenizer",
     "Tokenizer",
@@ -23,6 +31,8 @@ __all__ = [
     "image_shape",
     "iterate_documents",
     "load_tokenizer",
+    "make_task",
+    "make_text_task",
     "save_tokenizer",
     "source_levels",
     "train_tokenizer",

@@ -2,7 +2,7 @@
 
 import heapq
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.data.corpus import Corpus
+from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 
@@ -28,7 +29,7 @@ class _Lane(NamedTuple):
     timestep: int
 
 
-class LaneStream(Iterator[Rollout]):
+class LaneStream(RolloutStream):
     """Rollouts in which B lanes read whole documents, each lane the next free document when it has finished one.
 
     Documents are dealt in one global order: epoch after epoch, inside an epoch the corpus's order or, with a seed, a

@@ -1,8 +1,9 @@
 """Making a tokenizer from documents, and keeping it in a folder."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ class TokenizerConfig:
                 raise InputError(f"kind ({self.kind!r}) must be one of bytes, bpe, word")
 
 
-def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, text: str = "") -> Tokenizer:
     """Return the tokenizer that `config` asks for, learned from `documents`; kind bytes reads none of them.
 
     The same documents in the same order give the same tokenizer.
@@ -71,17 +72,18 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document]) -> T
     Args:
         config: What to make.
         documents: The training documents, read once.
+        text: Text to learn from besides them; kind word keeps all of its words, however rare.
 
     Raises:
-        InputError: A document is an image or not UTF-8.
+        InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`.
     """
     if config.kind == "bytes":
         return ByteTokenizer()
-    blocks = _text_blocks(documents, config.kind)
+    blocks = chain(blocks_of_lines(text), _text_blocks(documents, config.kind))
     if config.kind == "bpe":
         assert config.vocab_size is not None
         return TextTokenizer("bpe", _train_bpe(blocks, vocab_size=config.vocab_size))
-    return TextTokenizer("word", _train_words(blocks, vocab_size=config.vocab_size))
+    return TextTokenizer("word", _train_words(blocks, text.split(), vocab_size=config.vocab_size))
 
 
 def _text_blocks(documents: Iterable[Document], kind: str) -> Iterator[str]:
@@ -109,18 +111,26 @@ def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenize
     return tokenizer
 
 
-def _train_words(blocks: Iterator[str], *, vocab_size: int | None) -> tokenizers.Tokenizer:
-    counter = _word_level({UNKNOWN_WORD: 0})
+def _train_words(blocks: Iterator[str], kept_words: Sequence[str], *, vocab_size: int | None) -> tokenizers.Tokenizer:
+    kept = list(dict.fromkeys([UNKNOWN_WORD, END_OF_LINE, *kept_words]))
+    if vocab_size is not None and vocab_size < len(kept):
+        raise InputError(f"vocab_size ({vocab_size}) must be at least {len(kept)} to keep all words of the recall task")
+    counter = _word_level([UNKNOWN_WORD])
     # No limit here: <unk> and <eos> may stand among the words, and they must not push out two others.
     trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
     counter.train_from_iterator(blocks, trainer)
     ids = counter.get_vocab()
-    commonest_first = sorted(ids.keys() - {UNKNOWN_WORD, END_OF_LINE}, key=ids.__getitem__)
-    words = [UNKNOWN_WORD, END_OF_LINE, *commonest_first][:vocab_size]
-    return _word_level({word: index for index, word in enumerate(words)})
+    commonest_first = sorted(ids.keys() - set(kept), key=ids.__getitem__)
+    return _word_level([*kept, *commonest_first][:vocab_size])
 
 
-def _word_level(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+def word_tokenizer(words: Sequence[str]) -> TextTokenizer:
+    """Return a tokenizer of kind "word" with these words, in their order after <unk> and <eos>."""
+    return TextTokenizer("word", _word_level([UNKNOWN_WORD, END_OF_LINE, *words]))
+
+
+def _word_level(words: Sequence[str]) -> tokenizers.Tokenizer:
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_WORD))
     tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -21,6 +21,7 @@ class Encoder(nn.Module):
         super().__init__()
         width, kernel = config.d_model, config.convolution_kernel
         self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
+        self.place_embedding = nn.Embedding(config.segment_length, width) if config.place_embedding else None
         self.positions = make_positions(config)
         self.memory_norm = nn.LayerNorm(width) if config.num_slots else None
         self.layers = nn.ModuleList(
@@ -45,6 +46,8 @@ class Encoder(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)
         else:
             positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token stands at n wherever padding is
+        if self.place_embedding is not None:
+            x = x + self.place_embedding(positions.clamp(min=0))
         frame = self.positions(positions, key_positions=positions)
         keep_mask = keep_mask_of(padding_mask)
         # The memory may be wider than the parameters (float32 beside bfloat16); what is read of it need not be.

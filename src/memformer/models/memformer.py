@@ -40,12 +40,14 @@ class Memformer(Pretrained, RecurrentModel):
                 config.d_model,
                 num_heads=config.num_writer_heads or config.num_heads,
                 temperature=config.write_temperature,
+                normalizer=config.write_normalizer,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,
                 width=config.d_model,
                 forgetting_speeds=config.forgetting_speeds,
                 forgetting=config.forgetting,
+                log_speeds=config.log_forgetting_speeds,
             )
         self._initialise()
 

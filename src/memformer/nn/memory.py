@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from memformer.config import Normalizer
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
+from memformer.nn.entmax import normalize_scores
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
 
@@ -44,18 +46,21 @@ class MemoryWriter(nn.Module):
         a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(D/H) tau)) ;  m_i' = a_i [m_i ; V_x]
 
     The slot's own value is m_i itself and there is no output projection: a slot that looks only at itself keeps its
-    content exactly. Computed in the memory's dtype, whatever the autocast. Departure: none.
+    content exactly. Computed in the memory's dtype, whatever the autocast. Departure: in place of the softmax a sparse
+    relative of it may stand, whose weights can be exactly 0, so that a slot can keep its content exactly.
 
     Args:
         width: Model width D.
         num_heads: Number of heads H, a divisor of `width`.
         temperature: tau; below 1 sharpens.
+        normalizer: What turns scores into weights.
     """
 
-    def __init__(self, width: int, *, num_heads: int, temperature: float) -> None:
+    def __init__(self, width: int, *, num_heads: int, temperature: float, normalizer: Normalizer = "softmax") -> None:
         super().__init__()
         self.num_heads = num_heads
         self.temperature = temperature
+        self.normalizer = normalizer
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -78,7 +83,7 @@ class MemoryWriter(nn.Module):
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-            weights = torch.cat([own_score, token_scores], dim=-1).softmax(dim=-1)
+            weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:
                 record.writer = weights.detach()
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
@@ -101,30 +106,48 @@ class MemoryNormalization(nn.Module):
         width: Model width D.
         forgetting_speeds: ||v_i|| / radius of the first and the last slot at initialisation; log-uniform between.
         forgetting: False leaves v_i out of the update; it still is the initial state.
+        log_speeds: Learn v_i as a direction and the logarithm of its length. Departure: the paper learns the vector;
+            there a few steps of an optimizer like Adam, all of one size, make slow slots forget as fast as the others.
     """
 
     def __init__(
-        self, num_slots: int, *, width: int, forgetting_speeds: tuple[float, float], forgetting: bool = True
+        self,
+        num_slots: int,
+        *,
+        width: int,
+        forgetting_speeds: tuple[float, float],
+        forgetting: bool = True,
+        log_speeds: bool = False,
     ) -> None:
         super().__init__()
         self.radius = math.sqrt(width)
         self.forgetting = forgetting
         self.forgetting_speeds = forgetting_speeds
         self.slot_bias = nn.Parameter(torch.empty(num_slots, width))
+        self.log_speed = nn.Parameter(torch.empty(num_slots)) if log_speeds else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the slots' directions at random, and give them their speeds."""
         first, last = (math.log(speed) for speed in self.forgetting_speeds)
-        speeds = torch.linspace(first, last, self.slot_bias.shape[0]).exp()
+        log_speeds = torch.linspace(first, last, self.slot_bias.shape[0])
         with torch.no_grad():
             self.slot_bias.normal_()
-            self.slot_bias.copy_(self.radius * speeds[:, None] * F.normalize(self.slot_bias, dim=-1))
+            if self.log_speed is not None:
+                self.log_speed.copy_(log_speeds)
+            else:
+                self.slot_bias.copy_(self.radius * log_speeds.exp()[:, None] * F.normalize(self.slot_bias, dim=-1))
+
+    def forgetting_vectors(self) -> Float[Tensor, "K D"]:
+        """Return v_i of every slot."""
+        if self.log_speed is None:
+            return self.slot_bias
+        return self.radius * self.log_speed.exp()[:, None] * F.normalize(self.slot_bias, dim=-1)
 
     def forward(self, memory: Memory) -> Memory:
         """Return the slots, pulled towards their terminal states, on the sphere."""
         if self.forgetting:
-            memory = memory + self.slot_bias.to(memory.dtype)
+            memory = memory + self.forgetting_vectors().to(memory.dtype)
         return self.radius * F.normalize(memory, dim=-1)
 
     def initial_memory(self, batch_size: int) -> Memory:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from memformer.config import MemformerConfig
-from memformer.data import SourceConfig, TokenizerConfig
+from memformer.data import RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
 
@@ -33,6 +33,8 @@ class DataConfig:
         tokenizer: How text becomes tokens; images are their own tokens.
         max_document_tokens: Cut longer documents in pieces of this many tokens; null keeps them whole.
         seed: Chooses the held-out documents.
+        recall: A recall task made on the fly, in place of documents to predict; null predicts the documents above.
+            The tasks passkey and babi hide their facts in the documents above, the other tasks do not read them.
         cache: Folder for token ids, built once; null means `memformer` in the user's cache folder.
     """
 
@@ -42,6 +44,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     max_document_tokens: int | None = None
     seed: int = 0
+    recall: RecallConfig | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +60,8 @@ class TrainingConfig:
     Args:
         num_updates: Optimizer steps of the whole run.
         num_lanes: Documents read side by side (the batch).
-        rollout_length: Segments an update back-propagates through (paper: time horizon).
+        rollout_length: Segments an update back-propagates through (paper: time horizon). Of a recall task: at most; a
+            longer episode is cut, and no gradient crosses the cut.
         rollouts_per_update: Consecutive rollouts whose gradients are added up before an optimizer step; the
             memory's value goes on between them, its gradient does not.
         method: How gradients are computed: replay, bptt or checkpoint; all give the same.

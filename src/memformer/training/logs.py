@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from memformer.errors import CheckpointError
+from memformer.evaluation import Result
 from memformer.files import write_text
 
 LOG_FILE = "log.jsonl"
@@ -79,13 +80,10 @@ class RunLog:
             left = (self._total - num_updates) * values["seconds"] / max(num_updates, 1)
             self.say(f"update {num_updates}/{self._total}  {status}  about {left:,.0f} s left")
 
-    def evaluation(self, num_updates: int, values: dict[str, float]) -> None:
-        """Log an evaluation on held-out documents."""
-        self._record("evaluation", num_updates, values)
-        self.say(
-            f"update {num_updates}: held out {values['bits_per_byte']:.4f} bits/byte, "
-            f"memory erased {values['bits_per_byte_memory_erased']:.4f}"
-        )
+    def evaluation(self, num_updates: int, result: Result) -> None:
+        """Log an evaluation on what is held out."""
+        self._record("evaluation", num_updates, result.to_log())
+        self.say(f"update {num_updates}: {result.to_line()}")
 
     def sample(self, num_updates: int, text: str) -> None:
         """Log a sample of generated text."""

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from memformer.data import Corpus, LaneStream
 from memformer.errors import CheckpointError, InputError
-from memformer.evaluation import Evaluation, evaluate
+from memformer.evaluation import Result
 from memformer.files import write_json
 from memformer.models.memformer import Memformer
 from memformer.rollout import Rollout
@@ -27,11 +26,11 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
-from memformer.training.corpora import RunData
 from memformer.training.logs import RunLog, peak_memory_bytes
 from memformer.training.optimizer import learning_rate_at, make_optimizer
 from memformer.training.replay import backpropagate
 from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
+from memformer.training.run_data import RunData
 from memformer.training.samples import write_sample
 
 
@@ -47,12 +46,12 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False) -> Evaluation:
-    """Train to the end of the run; return the evaluation of the best weights on all held-out documents.
+def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False) -> Result:
+    """Train to the end of the run; return the evaluation of the best weights on all that is held out.
 
     Args:
         config: The run.
-        data: Its documents.
+        data: What it trains and is evaluated on.
         model: Fresh weights (replaced when resuming), on the run's device.
         resume: Go on from the newest whole checkpoint in the run folder.
 
@@ -71,21 +70,13 @@ class _Trainer:
         self.folder = Path(config.folder)
         self.data = data
         self.model = model
-        self.stream = LaneStream(
-            data.train,
-            num_lanes=config.training.num_lanes,
-            segment_length=model.segment_length,
-            rollout_length=config.training.rollout_length,
-            bos_token_id=model.bos_token_id,
-            seed=config.seed,
-        )
+        self.stream = data.make_stream(model, config)
         self.state = TrainingState(
             model=model,
             optimizer=make_optimizer(model, config.training),
             memory=model.initial_memory(config.training.num_lanes).detach().clone(),
-            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_bits_per_byte": None},
+            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_score": None},
         )
-        self.validation = first_documents(data.validation, config.training.evaluation_tokens)
         self.resumed_from = self._resume() if resume else None
 
     @property
@@ -100,35 +91,34 @@ class _Trainer:
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint
 
-    def run(self) -> Evaluation:
+    def run(self) -> Result:
         training = self.config.training
         progress = self.state.progress
-        with (
-            RunLog(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log,
-            _signals_noted() as received,
-        ):
+        with RunLog(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log:
             if self.resumed_from is not None:
                 log.say(f"going on from {self.resumed_from}, update {self.num_updates}")
-            while self.num_updates < training.num_updates:
-                started = time.monotonic()
-                values = self._update()
-                progress["num_updates"] += 1
-                progress["seconds"] += time.monotonic() - started
-                log.advance(self.num_updates)
-                is_last = self.num_updates == training.num_updates
-                if is_last or self.num_updates % training.log_every == 0:
-                    values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
-                    values["seconds"] = progress["seconds"]
-                    values["num_tokens"] = progress["num_tokens"]
-                    values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
-                    log.update(self.num_updates, values)
-                if is_last or self.num_updates % training.evaluate_every == 0:
-                    self._evaluate(log)
-                if is_last or received or self.num_updates % training.save_every == 0:
-                    checkpoint = self._save()
-                    log.flush()
-                    if received:
-                        raise Interrupted(received[0], checkpoint)
+            with _signals_noted() as received:
+                while self.num_updates < training.num_updates:
+                    started = time.monotonic()
+                    values = self._update()
+                    progress["num_updates"] += 1
+                    progress["seconds"] += time.monotonic() - started
+                    log.advance(self.num_updates)
+                    is_last = self.num_updates == training.num_updates
+                    if is_last or self.num_updates % training.log_every == 0:
+                        values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
+                        values["seconds"] = progress["seconds"]
+                        values["num_tokens"] = progress["num_tokens"]
+                        values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
+                        log.update(self.num_updates, values)
+                    if is_last or self.num_updates % training.evaluate_every == 0:
+                        self._evaluate(log)
+                    if is_last or received or self.num_updates % training.save_every == 0:
+                        checkpoint = self._save()
+                        log.flush()
+                        if received:
+                            raise Interrupted(received[0], checkpoint)
+            # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
             return self._conclude(log)
 
     def _update(self) -> dict[str, float]:
@@ -143,11 +133,13 @@ class _Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
         num_tokens = [rollout.count_target_tokens() for rollout in rollouts]
+        # A part of a recall episode may ask nothing.
+        total = max(sum(num_tokens), 1)
         model.train()
         nats = 0.0
         for rollout, count in zip(rollouts, num_tokens, strict=True):
-            nats += self._backpropagate(rollout, gradient_scale=count / sum(num_tokens)) * count
-        loss = nats / sum(num_tokens)
+            nats += self._backpropagate(rollout, gradient_scale=count / total) * count
+        loss = nats / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
         if not math.isfinite(loss) or not math.isfinite(gradient_norm):
@@ -158,6 +150,7 @@ class _Trainer:
         self.state.optimizer.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         self.state.progress["num_tokens"] += sum(num_tokens)
+        self.stream.observe(loss)
         return {
             "bits_per_token": loss / math.log(2),
             "gradient_norm": gradient_norm,
@@ -187,15 +180,12 @@ class _Trainer:
         return checkpoint
 
     def _evaluate(self, log: RunLog) -> None:
-        """Evaluate on some held-out documents, keep the weights if they are the best so far, write a sample."""
-        result = self._likelihood(self.model, self.validation)
-        log.evaluation(
-            self.num_updates,
-            {**result.with_memory.to_dict(), "bits_per_byte_memory_erased": result.memory_erased.bits_per_byte},
-        )
-        best = self.state.progress["best_bits_per_byte"]
-        if best is None or result.with_memory.bits_per_byte < best:
-            self.state.progress["best_bits_per_byte"] = result.with_memory.bits_per_byte
+        """Evaluate on some of what is held out, keep the weights if they are the best so far, write a sample."""
+        result = self.data.evaluate(self.model, self.config.training, is_final=False)
+        log.evaluation(self.num_updates, result)
+        best = self.state.progress["best_score"]
+        if best is None or result.score < best:
+            self.state.progress["best_score"] = result.score
             self.model.save_pretrained(self.folder / BEST)
         sample = write_sample(
             self.model,
@@ -208,26 +198,13 @@ class _Trainer:
             log.sample(self.num_updates, sample)
         log.flush()
 
-    def _conclude(self, log: RunLog) -> Evaluation:
-        """Evaluate the best weights on all held-out documents."""
-        log.say("evaluating the best weights on all held-out documents")
+    def _conclude(self, log: RunLog) -> Result:
+        """Evaluate the best weights on all that is held out."""
+        log.say("evaluating the best weights on all that is held out")
         best = Memformer.from_pretrained(self.folder / BEST, device=self.model.device)
-        result = self._likelihood(best, self.data.validation)
+        result = self.data.evaluate(best, self.config.training, is_final=True)
         write_json(self.folder / RESULT_FILE, result.to_dict())
         return result
-
-    def _likelihood(self, model: Memformer, corpus: Corpus) -> Evaluation:
-        training = self.config.training
-        return evaluate(model, corpus, num_lanes=training.num_lanes, rollout_length=training.rollout_length)
-
-
-def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:
-    """Return the first documents that together hold `num_tokens`, whole ones; None means all."""
-    if num_tokens is None:
-        return corpus
-    ends = corpus.document_lengths.cumsum()
-    count = min(int((ends < num_tokens).sum()) + 1, corpus.num_documents)
-    return corpus.subset(range(count))
 
 
 def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:

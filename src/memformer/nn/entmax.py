@@ -1,0 +1,45 @@
+"""Softmax and its sparse relatives: entmax of alpha 1 (softmax), 1.5 and 2 (sparsemax).
+
+p = argmax_p p.z + H_alpha(p): Tsallis entropies, sparse for alpha > 1 (Peters et al., arXiv 1905.05702; the exact
+solution by sorting for 2 is Martins and Astudillo's, arXiv 1602.02068).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def normalize_scores(scores: Float[Tensor, "*rows J"], normalizer: str) -> Float[Tensor, "*rows J"]:
+    """Return weights over the last dimension that sum to 1; a score of -inf gets none."""
+    if normalizer == "softmax":
+        return scores.softmax(dim=-1)
+    return _Entmax.apply(scores, 1.5 if normalizer == "entmax15" else 2.0)
+
+
+class _Entmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
+        # Weights do not change when all scores move together, and are zero far below the highest one.
+        z = (alpha - 1) * (scores - scores.amax(dim=-1, keepdim=True)).clamp(min=-1e3)
+        ordered = z.sort(dim=-1, descending=True).values
+        count = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+        mean = ordered.cumsum(dim=-1) / count
+        if alpha == 2.0:
+            threshold = mean - 1 / count
+        else:
+            variance = (ordered.square().cumsum(dim=-1) / count - mean.square()).clamp(min=0)
+            threshold = mean - (1 / count - variance).clamp(min=0).sqrt()
+        size = (threshold < ordered).sum(dim=-1, keepdim=True).clamp(min=1)
+        weights = (z - threshold.gather(-1, size - 1)).clamp(min=0) ** (1 / (alpha - 1))
+        ctx.alpha = alpha
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        slope = torch.where(weights > 0, weights ** (2 - ctx.alpha), 0)
+        through = grad * slope
+        return through - through.sum(dim=-1, keepdim=True) / slope.sum(dim=-1, keepdim=True) * slope, None

@@ -1,0 +1,245 @@
+"""From a data config to what a run trains on and is evaluated on: documents, or a recall task."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from memformer.data import (
+    Corpus,
+    LaneStream,
+    PixelTokenizer,
+    RecallConfig,
+    RecallStream,
+    RecallTask,
+    RolloutStream,
+    SourceConfig,
+    Tokenizer,
+    build_corpus,
+    image_shape,
+    iterate_documents,
+    make_task,
+    make_text_task,
+    source_levels,
+    train_tokenizer,
+)
+from memformer.data.recall import check_segment_length, task_text
+from memformer.errors import InputError
+from memformer.evaluation import Evaluation, Result, evaluate
+from memformer.models.recurrence import RecurrentModel
+from memformer.retention import Recall, measure_recall
+from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+
+_RECALL_EPISODES = 64
+_EVALUATION_TOKENS_AT_ONCE = 4096
+
+
+class RunData(ABC):
+    """What a run reads.
+
+    Attributes:
+        tokenizer: What the ids mean; trained on the training documents, or given.
+    """
+
+    tokenizer: Tokenizer
+
+    @abstractmethod
+    def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
+        """Return the rollouts to train on."""
+
+    @abstractmethod
+    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Result:
+        """Return how good a model is; the final evaluation of a run is the most thorough."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return what is trained on, and what is held out."""
+
+
+class DocumentData(RunData):
+    """Documents to predict.
+
+    Args:
+        tokenizer: What the ids mean.
+        train: Documents to train on.
+        validation: Held-out documents.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, train: Corpus, validation: Corpus) -> None:
+        self.tokenizer = tokenizer
+        self.train = train
+        self.validation = validation
+
+    def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
+        """Return lanes of documents."""
+        return LaneStream(
+            self.train,
+            num_lanes=config.training.num_lanes,
+            segment_length=model.segment_length,
+            rollout_length=config.training.rollout_length,
+            bos_token_id=model.bos_token_id,
+            seed=config.seed,
+        )
+
+    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Evaluation:
+        """Return the likelihood of the held-out documents: all of them finally, else `evaluation_tokens`."""
+        corpus = self.validation if is_final else first_documents(self.validation, training.evaluation_tokens)
+        # As many timesteps are read out together as make a few thousand tokens: short segments on few lanes are slow.
+        num_lanes = min(training.num_lanes, corpus.num_documents)
+        rollout_length = max(1, _EVALUATION_TOKENS_AT_ONCE // (num_lanes * model.segment_length))
+        return evaluate(model, corpus, num_lanes=num_lanes, rollout_length=rollout_length)
+
+    def describe(self) -> str:
+        """Return the numbers of documents and tokens."""
+        return (
+            f"training on {self.train.num_documents:,} documents of {self.train.num_tokens:,} tokens, "
+            f"held out {self.validation.num_documents:,} of {self.validation.num_tokens:,}"
+        )
+
+
+class RecallData(RunData):
+    """A recall task.
+
+    Args:
+        config: How episodes are laid out.
+        train: The task to train on.
+        validation: The task to evaluate on; the same where every episode is made up.
+    """
+
+    def __init__(self, config: RecallConfig, train: RecallTask, validation: RecallTask) -> None:
+        self.config = config
+        self.train = train
+        self.validation = validation
+        self.tokenizer = train.tokenizer
+
+    def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
+        """Return episodes.
+
+        Raises:
+            InputError: A segment cannot hold the facts or the question.
+        """
+        # Before hours of training, not after.
+        check_segment_length(self.validation, self.config, model.segment_length)
+        return RecallStream(
+            self.train,
+            self.config,
+            num_lanes=config.training.num_lanes,
+            segment_length=model.segment_length,
+            rollout_length=config.training.rollout_length,
+            bos_token_id=model.bos_token_id,
+            seed=config.seed,
+        )
+
+    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Recall:
+        """Return the accuracy at distances up to 4 times those trained on, finally 32 times."""
+        farthest = self.config.max_distance * (32 if is_final else 4)
+        return measure_recall(
+            model,
+            self.validation,
+            self.config,
+            distances=[*doubling_distances(farthest)],
+            num_facts=self.config.num_facts[1],
+            num_episodes=_RECALL_EPISODES,
+        )
+
+    def describe(self) -> str:
+        """Return the task and its size."""
+        fewest, most = self.config.num_facts
+        return (
+            f"training on the recall task {self.config.task!r}: {fewest} to {most} facts, "
+            f"at most {self.config.max_distance} segments ago"
+        )
+
+
+def doubling_distances(farthest: int) -> list[int]:
+    """Return 1, 2, 4, ... up to and including `farthest`."""
+    return sorted({*(1 << power for power in range(farthest.bit_length())), farthest})
+
+
+def prepare_data(
+    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Callable[[int], None] | None = None
+) -> RunData:
+    """Return what a run reads; token ids are built on disk at the first call and found there afterwards.
+
+    Args:
+        config: What to read.
+        tokenizer: One that was trained before; None trains it here. A recall task that is not in text brings its own.
+        progress: Called with the number of tokens just written.
+
+    Raises:
+        InputError: A source is missing, empty, undecodable, or too small to hold documents out; or a recall task in
+            text has no text, or malformed stories.
+        CheckpointError: Token ids on disk are damaged.
+        SaveError: Token ids cannot be written.
+    """
+    recall = config.recall
+    if recall is not None and not recall.is_in_text:
+        task = make_task(recall)
+        return RecallData(recall, task, task)
+    if recall is not None and image_shape(config.train) is not None:
+        raise InputError(
+            f"data.train.kind ({config.train.kind!r}) holds images; recall.task {recall.task!r} needs text"
+        )
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(config)
+    train = open_corpus(config, config.train, tokenizer=tokenizer, progress=progress)
+    if config.validation is None:
+        train, validation = train.split(config.validation_fraction, config.seed)
+    else:
+        validation = open_corpus(config, config.validation, tokenizer=tokenizer, progress=progress)
+    if recall is None:
+        return DocumentData(tokenizer, train, validation)
+    return RecallData(
+        recall,
+        make_text_task(recall, tokenizer, train, path=recall.path),
+        make_text_task(recall, tokenizer, validation, path=recall.validation_path),
+    )
+
+
+def open_corpus(
+    config: DataConfig,
+    source: SourceConfig,
+    *,
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """Return a source's documents as token ids.
+
+    Raises:
+        InputError: The source is missing, empty, undecodable, or its images have another shape than the tokenizer's.
+        CheckpointError: Token ids on disk are damaged.
+        SaveError: Token ids cannot be written.
+    """
+    shape = image_shape(source)
+    is_image_tokenizer = isinstance(tokenizer, PixelTokenizer)
+    if (shape is not None) != is_image_tokenizer:
+        raise InputError(f"data of kind {source.kind!r} does not fit the run's tokenizer of kind {tokenizer.kind!r}")
+    if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
+        raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
+    cache = Path(config.cache) if config.cache is not None else default_cache()
+    return build_corpus(
+        source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
+    )
+
+
+def default_cache() -> Path:
+    """Return the folder for token ids that are built once and used by many runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memformer"
+
+
+def _make_tokenizer(config: DataConfig) -> Tokenizer:
+    shape, levels = image_shape(config.train), source_levels(config.train)
+    if shape is not None and levels is not None:
+        return PixelTokenizer(levels, *shape)
+    documents = iterate_documents(config.train) if config.tokenizer.kind != "bytes" else iter(())
+    text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
+    return train_tokenizer(config.tokenizer, documents, text=text)
+
+
+def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:
+    """Return the first documents that together hold `num_tokens`, whole ones; None means all."""
+    if num_tokens is None:
+        return corpus
+    ends = corpus.document_lengths.cumsum()
+    count = min(int((ends < num_tokens).sum()) + 1, corpus.num_documents)
+    return corpus.subset(range(count))

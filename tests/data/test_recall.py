@@ -1,0 +1,231 @@
+"""Recall episodes: what is told can be answered, nothing gives the answer away, and the stream can stop anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from memformer import InputError
+from memformer.data import CurriculumConfig, RecallConfig, RecallStream, make_task
+from memformer.errors import CheckpointError
+
+SEGMENT_LENGTH = 6
+BOS = 1000
+
+
+def make_stream(config, *, rollout_length=1000, seed=3, num_lanes=5):
+    return RecallStream(
+        make_task(config),
+        config,
+        num_lanes=num_lanes,
+        segment_length=SEGMENT_LENGTH,
+        rollout_length=rollout_length,
+        bos_token_id=BOS,
+        seed=seed,
+    )
+
+
+CONFIGS = {
+    "fact": RecallConfig(task="fact", max_distance=9),
+    "associative": RecallConfig(task="associative", num_facts=(2, 5), num_keys=7, max_distance=9),
+    "many a segment": RecallConfig(
+        task="associative", num_facts=(1, 5), facts_per_segment=3, num_keys=7, max_distance=9
+    ),
+    "rewrite": RecallConfig(task="rewrite", num_facts=(4, 8), num_keys=3, max_fact_gap=2, max_distance=9),
+    "copy": RecallConfig(task="copy", num_facts=(1, 4), max_fact_gap=1, max_distance=9),
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request):
+    return request.param
+
+
+def words_of(config, tokens):
+    return make_task(config).tokenizer.decode(list(tokens)).decode().split()
+
+
+def rows_of(config, rollout):
+    """Each row as (words read, answer words or None) for every timestep after the first."""
+    for row in range(rollout.batch_size):
+        timesteps = []
+        for timestep in range(1, rollout.num_timesteps):
+            keep = ~rollout.target_padding[timestep, row]
+            answer = words_of(config, rollout.targets[timestep, row][keep].tolist()) if keep.any() else None
+            timesteps.append((words_of(config, rollout.inputs[timestep, row].tolist()), answer))
+        yield timesteps
+
+
+def expected_answer(config, told, question):
+    if config.task == "copy":
+        return told
+    key = question[1]
+    return [dict(zip(told[::2], told[1::2], strict=True))[key]]
+
+
+def test_every_answer_follows_from_what_was_told_and_is_never_shown_again(config):
+    num_questions = 0
+    stream = make_stream(config)
+    for _ in range(25):
+        for timesteps in rows_of(config, next(stream)):
+            told = []
+            for read, answer in timesteps:
+                if answer is None:
+                    assert "?" not in read
+                    told += [word for word in read if not word.startswith("filler")]
+                    continue
+                question = read[read.index("?") :]
+                # Before the question there is filler only: the answer has not been repeated.
+                assert all(word.startswith("filler") for word in read[: -len(question)])
+                assert answer == expected_answer(config, told, question)
+                num_questions += 1
+    assert num_questions > 100
+
+
+def test_facts_are_told_in_as_many_segments_as_asked_for():
+    config = RecallConfig(task="associative", num_facts=(5, 5), facts_per_segment=2, num_keys=9, max_distance=1)
+    for timesteps in rows_of(config, next(make_stream(config))):
+        told = [sum(word.startswith("key") for word in read) for read, answer in timesteps if answer is None]
+        assert told == [2, 2, 1]
+
+
+def test_the_first_timestep_is_that_of_every_document(config):
+    rollout = next(make_stream(config))
+    assert (rollout.inputs[0, :, 0] == BOS).all()
+    assert rollout.input_padding[0, :, 1:].all()
+    assert not rollout.input_padding[1:].any()
+    assert rollout.reset[0].all()
+    assert not rollout.reset[1:].any()
+    assert rollout.target_padding[0].all()
+
+
+def test_every_row_is_asked_at_the_horizon_and_horizons_reach_the_largest_distance():
+    config = RecallConfig(task="fact", max_distance=4, question_probability=0.0)
+    stream = make_stream(config)
+    distances = set()
+    for _ in range(60):
+        rollout = next(stream)
+        asked = (~rollout.target_padding).any(dim=-1)
+        assert asked[-1].all()
+        assert not asked[:-1].any()
+        distances.add(rollout.num_timesteps - 2)
+    assert distances == {1, 2, 3, 4}
+
+
+def assert_equal(rollout, other):
+    for name in ("inputs", "targets", "reset", "input_padding", "target_padding"):
+        assert torch.equal(getattr(rollout, name), getattr(other, name)), name
+
+
+def test_a_cut_changes_nothing_but_where_rollouts_end(config):
+    whole, cut = make_stream(config), make_stream(config, rollout_length=3)
+    for _ in range(5):
+        episode = next(whole)
+        parts = [next(cut) for _ in range(-(-episode.num_timesteps // 3))]
+        assert {part.num_timesteps for part in parts[:-1]} <= {3}
+        for name in ("inputs", "targets", "reset", "input_padding", "target_padding"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(episode, name)), name
+
+
+def test_the_cursor_goes_on_exactly_from_everywhere(config):
+    stream = make_stream(config, rollout_length=3)
+    for _ in range(12):
+        state = json.loads(json.dumps(stream.state()))
+        following = next(stream)
+        resumed = make_stream(config, rollout_length=3)
+        resumed.load_state(state)
+        assert_equal(next(resumed), following)
+        assert resumed.state() == stream.state()
+
+
+CURRICULUM = RecallConfig(
+    task="associative",
+    num_facts=(1, 4),
+    num_keys=8,
+    max_distance=12,
+    curriculum=CurriculumConfig(start_distance=1, start_facts=1, advance_below=0.5, window=3),
+)
+
+
+def test_the_curriculum_advances_when_the_loss_stays_small_and_ends_at_the_full_task():
+    stream = make_stream(CURRICULUM)
+    sizes = [(stream.most_facts, stream.max_distance)]
+    while not stream.is_hardest:
+        for loss in (0.4, 0.9, 0.4, 0.1):  # the mean of three is above 0.5 until the last
+            assert (stream.most_facts, stream.max_distance) == sizes[-1]
+            stream.observe(loss)
+        sizes.append((stream.most_facts, stream.max_distance))
+    assert sizes == [(1, 1), (2, 2), (3, 4), (4, 8), (4, 12)]
+    before = stream.state()
+    for _ in range(9):
+        stream.observe(0.0)
+    assert stream.state() == before
+
+
+def test_the_curriculum_goes_on_exactly_after_a_stop():
+    losses = np.random.default_rng(0).uniform(0.2, 0.7, size=40).tolist()
+    stream = make_stream(CURRICULUM, rollout_length=4)
+    for loss in losses:
+        resumed = make_stream(CURRICULUM, rollout_length=4)
+        resumed.load_state(json.loads(json.dumps(stream.state())))
+        for each in (stream, resumed):
+            each.observe(loss)
+        assert_equal(next(resumed), next(stream))
+    assert stream.level > 1
+
+
+def test_seeds_differ_and_repeat():
+    config = CONFIGS["rewrite"]
+    assert_equal(next(make_stream(config)), next(make_stream(config)))
+    first, other = next(make_stream(config)), next(make_stream(config, seed=4))
+    assert first.inputs.shape != other.inputs.shape or not torch.equal(first.inputs, other.inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 9}, "seed 9; this stream has 3"),
+        ({"segment_length": 7}, "segment_length 7; this stream has 6"),
+        ({"episode": -1}, "must be counts"),
+        ({"level": True}, "must be counts"),
+        ({"recent_losses": None}, "must be a list of numbers"),
+        ({"timestep": 500}, "timestep 500"),
+    ],
+)
+def test_a_cursor_of_another_stream_is_refused_and_changes_nothing(change, message):
+    stream = make_stream(CURRICULUM)
+    next(stream)
+    before = stream.state()
+    with pytest.raises(CheckpointError, match=message):
+        stream.load_state({**before, **change})
+    assert stream.state() == before
+    assert_equal(next(stream), next(resumed_from(before)))
+
+
+def resumed_from(state):
+    stream = make_stream(CURRICULUM)
+    stream.load_state(state)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_facts": (2, 1), "task": "copy"}, "num_facts"),
+        ({"num_facts": (1, 2)}, "one fact"),
+        ({"num_facts": (1, 40), "task": "associative"}, "different keys"),
+        ({"max_distance": 0}, "max_distance \\(0\\)"),
+        ({"question_probability": 1.5}, "question_probability"),
+        ({"max_fact_gap": -1}, "max_fact_gap"),
+    ],
+)
+def test_impossible_tasks_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        RecallConfig(**fields)
+
+
+def test_a_segment_too_short_for_its_facts_is_refused():
+    config = RecallConfig(task="associative", num_facts=(4, 4), facts_per_segment=4)
+    with pytest.raises(InputError, match="segment_length \\(6\\) must be at least 8"):
+        make_stream(config)
