@@ -471,6 +471,11 @@ def test_retention_of_a_recall_run(runs, tmp_path):
     printed = call_json("retention", runs["recall"], *options, "--output", tmp_path / "new" / "folder")
     assert_files(tmp_path / "new" / "folder", printed)
     assert [(point["distance"], point["num_questions"]) for point in printed["points"]] == [(3, 7), (40, 7)]
+    assert printed["max_fact_gap"] == 0
+    options = ["--distances", "1", "--max_fact_gap", "1000", "--num_episodes", "2", "--output", tmp_path]
+    printed = call_json("retention", runs["recall"], *options)
+    assert printed["max_fact_gap"] == 1000
+    assert 100 * 8 < printed["points"][0]["num_tokens"] <= (2 * 1001 + 2) * 8
     status, out, _ = call("retention", runs["recall"], "--distances", "3", "--output", tmp_path / "table")
     assert status == 0
     assert "associative, 3 facts; longest distance of training: 2" in out
@@ -509,6 +514,7 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
         ("recall", ["--distances", "0", "3"], "distances (0, 3) must be at least 1 segment each"),
         ("recall", ["--distances", "-2"], "distances (-2) must be at least 1 segment each"),
         ("recall", ["--num_facts", "6"], "num_facts (6) does not fit the task"),
+        ("recall", ["--max_fact_gap", "-1"], "max_fact_gap (-1) must be at least 0"),
         ("recall", ["--num_episodes", "0"], "num_episodes (0) must be at least 1"),
         ("recall", ["--questions", "0"], "questions (0) must be at least 1"),
         ("recall", ["--seed", "-1"], "seed (-1) must be from 0"),
@@ -517,6 +523,7 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
         ("recall", ["--distance", "3"], "unknown option --distance; did you mean --distances?"),
         ("recall", ["--distances", "1", "--output", "/proc/none"], "/proc/none/retention.json could not be written"),
         ("documents", ["--distances", "1"], "--distances has no meaning for a run on documents"),
+        ("documents", ["--max_fact_gap", "1"], "--max_fact_gap has no meaning for a run on documents"),
         ("documents", ["--num_facts", "1"], "--num_facts has no meaning for a run on documents"),
         ("documents", ["--num_episodes", "1"], "--num_episodes has no meaning for a run on documents"),
         ("documents", ["--questions", "1"], "--questions has no meaning for a run on documents"),

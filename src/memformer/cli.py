@@ -216,6 +216,7 @@ def run_retention(argv: list[str]) -> None:
         figures |= {
             "task": recall.task,
             "trained_distance": recall.max_distance,
+            "max_fact_gap": recall.max_fact_gap if options.max_fact_gap is None else options.max_fact_gap,
             "segment_length": run.model.segment_length,
         }
     figures |= result.to_dict()
@@ -239,7 +240,10 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
     assert isinstance(data, RecallData)
     if options.seed is not None:
         check_seed("seed", options.seed)
-    longest = data.config.max_distance
+    recall = data.config
+    if options.max_fact_gap is not None:
+        recall = dataclasses.replace(recall, max_fact_gap=options.max_fact_gap)
+    longest = recall.max_distance
     distances = options.distances or doubling_distances(32 * longest)
     given = {
         "num_episodes": options.num_episodes,
@@ -247,20 +251,21 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
         "seed": options.seed,
     }
     with SegmentProgress("reading on", max(distances)) as progress:
-        recall = measure_recall(
+        found = measure_recall(
             run.model,
             data.validation,
-            data.config,
+            recall,
             distances=distances,
-            num_facts=data.config.num_facts[1] if options.num_facts is None else options.num_facts,
+            num_facts=recall.num_facts[1] if options.num_facts is None else options.num_facts,
             progress=progress.advance_to,
             **{name: value for name, value in given.items() if value is not None},
         )
-    return recall, draw_recall(recall, trained_distance=longest, segment_length=run.model.segment_length)
+    return found, draw_recall(found, trained_distance=longest, segment_length=run.model.segment_length)
 
 
 def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> tuple[DocumentRetention, Figure]:
-    _refuse_options(options, ("distances", "num_facts", "num_episodes", "questions", "seed"), kind="on documents")
+    of_recall = ("distances", "num_facts", "max_fact_gap", "num_episodes", "questions", "seed")
+    _refuse_options(options, of_recall, kind="on documents")
     max_tokens = 200_000 if options.max_tokens is None else options.max_tokens
     num_lanes = 8 if options.num_lanes is None else options.num_lanes
     for name, value in (("max_tokens", max_tokens), ("num_lanes", num_lanes)):

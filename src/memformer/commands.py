@@ -160,6 +160,7 @@ def retention_parser() -> ArgumentParser:
     )
     numbers = (
         ("num_facts", recall + "facts of an episode; the most trained on if not given."),
+        ("max_fact_gap", recall + "segments of filler between two that tell facts, at most; as trained if not given."),
         ("num_episodes", recall + "episodes, read side by side; 64 if not given."),
         ("questions", recall + "different questions asked of each episode at each distance, at most; 4 if not given."),
         ("seed", recall + "decides the episodes; 0 if not given."),

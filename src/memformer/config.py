@@ -30,9 +30,15 @@ class MemformerConfig:
         write_temperature: Temperature tau of the memory writer's softmax; below 1 sharpens. 1 is an ablation.
         write_normalizer: What turns the writer's scores into weights: softmax (the paper), or entmax15 or sparsemax,
             whose weights can be exactly 0, so that a slot can keep its content exactly. A departure from the paper.
+        write_competition: Let slots compete for tokens: each token is written where it fits best and nowhere else. A
+            departure from the paper, where slots never see each other.
         num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
+        slot_similarity: Cosine between the slots' initial states at the start of training, about. Where they are alike,
+            what makes one free slot take a fact works for all.
         forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
             slots stay on their sphere, nothing pulls them back to their initial state.
+        forgetting_when_written: Forget only in the measure that a slot is written: one that looks only at itself keeps
+            its content for ever. A departure from the paper, where every slot forgets at every write.
         forgetting_speeds: ||v_i|| relative to the sphere's radius at the start of training, for the first and the last
             slot; log-uniform between. Two equal numbers give every slot the same speed.
         log_forgetting_speeds: Learn the speeds as logarithms beside the vectors' directions, so that slow slots stay
@@ -63,8 +69,11 @@ class MemformerConfig:
     num_slots: int = 32
     write_temperature: float = 0.25
     write_normalizer: Normalizer = "softmax"
+    write_competition: bool = False
     num_writer_heads: int | None = None
+    slot_similarity: float = 0.0
     forgetting: bool = True
+    forgetting_when_written: bool = False
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
     log_forgetting_speeds: bool = False
     positions: PositionScheme = "rotary"
@@ -109,6 +118,8 @@ class MemformerConfig:
             raise InputError(f"convolution_kernel ({self.convolution_kernel}) must be odd, or 0 for none")
         if self.decoder_reads_memory and self.num_slots == 0:
             raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
+        if self.forgetting_when_written and not self.forgetting:
+            raise InputError("forgetting_when_written is set, but forgetting is false: there is nothing to scale")
         _check_number("write_temperature", self.write_temperature)
         if not 0 < self.write_temperature < float("inf"):
             raise InputError(f"write_temperature ({self.write_temperature}) must be above 0 and finite")
@@ -118,7 +129,7 @@ class MemformerConfig:
             _check_number("forgetting_speeds", speed)
             if not 0 < speed < float("inf"):
                 raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be above 0 and finite")
-        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+        for name in ("slot_similarity", "dropout", "attention_dropout", "embedding_dropout"):
             probability = getattr(self, name)
             if probability is None:
                 continue

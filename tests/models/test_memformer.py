@@ -259,6 +259,7 @@ def test_wrong_tokens_and_memories_are_named():
         ({"vocab_size": 1}, InputError, r"vocab_size \(1\) must be at least 2"),
         ({"convolution_kernel": 2}, InputError, r"convolution_kernel \(2\) must be odd"),
         ({"num_slots": 0, "decoder_reads_memory": True}, InputError, "there is no memory to read"),
+        ({"forgetting": False, "forgetting_when_written": True}, InputError, "there is nothing to scale"),
         ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
         ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
         ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),

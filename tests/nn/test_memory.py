@@ -9,6 +9,7 @@ from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, Mem
 from tests.conftest import assert_close
 
 B, K, S, D, H = 2, 4, 5, 12, 3
+ALL_WRITTEN = torch.ones(B, H, K, 1)
 
 
 def write_by_hand(writer, memory, hidden, padding):
@@ -40,16 +41,17 @@ def test_writer_is_the_papers_equation(num_heads, padded):
     if padded:
         padding = torch.zeros(B, S, dtype=torch.bool)
         padding[0, 3:] = True
-    assert_close(writer(memory, hidden=hidden, padding_mask=padding), write_by_hand(writer, memory, hidden, padding))
+    looked, _ = writer(memory, hidden=hidden, padding_mask=padding)
+    assert_close(looked, write_by_hand(writer, memory, hidden, padding))
 
 
 def test_slots_never_interfere_in_the_writer():
     writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
-    before = writer(memory, hidden=hidden)
+    before, _ = writer(memory, hidden=hidden)
     changed = memory.clone()
     changed[:, 1] += 3.0
-    after = writer(changed, hidden=hidden)
+    after, _ = writer(changed, hidden=hidden)
     others = [0, 2, 3]
     assert torch.equal(before[:, others], after[:, others])
     assert not torch.allclose(before[:, 1], after[:, 1])
@@ -59,16 +61,50 @@ def test_a_slot_that_sees_only_itself_keeps_its_content_exactly():
     writer = MemoryWriter(D, num_heads=H, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
     everything = torch.ones(B, S, dtype=torch.bool)
-    assert torch.equal(writer(memory, hidden=hidden, padding_mask=everything), memory)
+    looked, written = writer(memory, hidden=hidden, padding_mask=everything)
+    assert torch.equal(looked, memory)
+    assert torch.equal(written, torch.zeros(B, H, K, 1))
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_competing_slots_take_a_token_only_where_it_beats_the_slot_itself_by_most(num_heads):
+    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, competition=True).double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    record = AttentionRecord()
+    writer(memory, hidden=hidden, record=record)
+    width = D // num_heads
+    for b in range(B):
+        for h in range(num_heads):
+            part = slice(h * width, (h + 1) * width)
+            queries = (memory[b] @ writer.query.weight.T)[:, part] / (math.sqrt(width) * 0.25)
+            own = (queries * (memory[b] @ writer.key.weight.T)[:, part]).sum(-1)
+            scores = queries @ (hidden[b] @ writer.key.weight.T)[:, part].T
+            for s in range(S):
+                winner = int((scores[:, s] - own).argmax())
+                for i in range(K):
+                    allowed = [x for x in range(S) if int((scores[:, x] - own).argmax()) == i]
+                    choices = torch.cat([own[i : i + 1], scores[i, allowed]]).softmax(0)
+                    expected = choices[1 + allowed.index(s)] if i == winner else torch.zeros(()).double()
+                    assert_close(record.writer[b, h, i, 1 + s], expected)
+
+
+def test_slots_that_compete_are_the_papers_where_there_is_one():
+    plain = MemoryWriter(D, num_heads=H, temperature=0.25).double()
+    competing = MemoryWriter(D, num_heads=H, temperature=0.25, competition=True).double()
+    competing.load_state_dict(plain.state_dict())
+    memory, hidden = torch.randn(B, 1, D).double(), torch.randn(B, S, D).double()
+    for one, other in zip(plain(memory, hidden=hidden), competing(memory, hidden=hidden), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_record_of_the_writer_sums_to_one_and_gives_the_result():
     writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     record = AttentionRecord()
-    result = writer(memory, hidden=hidden, record=record)
+    result, written = writer(memory, hidden=hidden, record=record)
     assert record.writer.shape == (B, H, K, 1 + S)
     assert_close(record.writer.sum(-1), torch.ones(B, H, K).double())
+    assert torch.equal(written, 1 - record.writer[..., :1])
     values = writer.value(hidden).unflatten(-1, (H, -1)).transpose(1, 2)
     own = memory.unflatten(-1, (H, -1)).transpose(1, 2)
     rebuilt = record.writer[..., :1] * own + record.writer[..., 1:] @ values
@@ -88,7 +124,7 @@ def test_record_of_the_reader_sums_to_one_and_changes_nothing():
 def test_normalization_is_the_papers_equation():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01)).double()
     memory = torch.randn(B, K, D).double()
-    result = normalization(memory)
+    result = normalization(memory, written=torch.rand(B, H, K, 1).double())
     for b in range(B):
         for i in range(K):
             moved = memory[b, i] + normalization.slot_bias[i]
@@ -100,7 +136,7 @@ def test_undisturbed_slots_stay_on_the_sphere_and_drift_to_their_terminal_state(
     memory = torch.randn(B, K, D).double()
     with torch.no_grad():
         for _ in range(2000):
-            memory = normalization(memory)
+            memory = normalization(memory, written=ALL_WRITTEN.double())
             assert_close(memory.norm(dim=-1), torch.full((B, K), math.sqrt(D), dtype=torch.float64))
     assert_close(memory, normalization.initial_memory(B).detach(), relative=1e-6)
 
@@ -113,10 +149,43 @@ def test_forgetting_speeds_are_spread_log_uniformly_or_all_the_same():
     assert torch.allclose(single.slot_bias.norm(dim=-1) / math.sqrt(D), torch.full((5,), 0.1))
 
 
+def test_slots_start_as_similar_as_asked():
+    normalization = MemoryNormalization(64, width=512, forgetting_speeds=(0.3, 1e-5), similarity=0.5)
+    directions = torch.nn.functional.normalize(normalization.slot_bias, dim=-1)
+    cosines = (directions @ directions.T)[~torch.eye(64, dtype=torch.bool)]
+    # Random directions in 512 dimensions are off a right angle by about 512 ** -0.5 = 0.044.
+    assert abs(cosines.mean().item() - 0.5) < 0.07
+    assert cosines.std().item() < 0.07
+    speeds = normalization.slot_bias.norm(dim=-1) / math.sqrt(512)
+    assert torch.allclose(speeds[[0, -1]], torch.tensor([0.3, 1e-5]), rtol=1e-4)
+
+
 def test_without_forgetting_a_slot_stays_where_it_is():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.05), forgetting=False).double()
-    memory = normalization(torch.randn(B, K, D).double())
-    assert_close(normalization(memory), memory)
+    written = ALL_WRITTEN.double()
+    memory = normalization(torch.randn(B, K, D).double(), written=written)
+    assert_close(normalization(memory, written=written), memory)
+
+
+def test_forgetting_only_when_written_moves_a_head_as_far_as_it_was_written():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), only_when_written=True).double()
+    memory, written = torch.randn(B, K, D).double(), torch.rand(B, H, K, 1).double()
+    result = normalization(memory, written=written)
+    for b in range(B):
+        for i in range(K):
+            share = written[b, :, i].repeat_interleave(D // H)
+            moved = memory[b, i] + share * normalization.slot_bias[i]
+            assert_close(result[b, i], math.sqrt(D) * moved / moved.norm())
+
+
+def test_forgetting_only_when_written_keeps_an_undisturbed_slot_for_ever():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), only_when_written=True)
+    memory = first = normalization(torch.randn(B, K, D), written=ALL_WRITTEN).detach()
+    with torch.no_grad():
+        for _ in range(10_000):
+            memory = normalization(memory, written=torch.zeros(B, H, K, 1))
+    # float32: rounding does not add up either.
+    assert torch.allclose(memory, first, rtol=1e-5)
 
 
 def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sphere():
@@ -125,6 +194,7 @@ def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sph
     memory = normalization.initial_memory(1).detach()
     with torch.no_grad():
         for _ in range(2000):
-            memory = normalization(writer(memory, hidden=10 * torch.randn(1, S, D)))
+            looked, written = writer(memory, hidden=10 * torch.randn(1, S, D))
+            memory = normalization(looked, written=written)
     assert memory.isfinite().all()
     assert torch.allclose(memory.norm(dim=-1), torch.full((1, K), math.sqrt(D)))

@@ -41,12 +41,15 @@ class Memformer(Pretrained, RecurrentModel):
                 num_heads=config.num_writer_heads or config.num_heads,
                 temperature=config.write_temperature,
                 normalizer=config.write_normalizer,
+                competition=config.write_competition,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,
                 width=config.d_model,
                 forgetting_speeds=config.forgetting_speeds,
+                similarity=config.slot_similarity,
                 forgetting=config.forgetting,
+                only_when_written=config.forgetting_when_written,
                 log_speeds=config.log_forgetting_speeds,
             )
         self._initialise()
@@ -115,8 +118,8 @@ class Memformer(Pretrained, RecurrentModel):
         hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
         if not self.config.num_slots:
             return hidden, memory
-        written = self.memory_writer(memory, hidden=hidden, padding_mask=padding_mask, record=attention)
-        next_memory = self.memory_normalization(written)
+        looked, written = self.memory_writer(memory, hidden=hidden, padding_mask=padding_mask, record=attention)
+        next_memory = self.memory_normalization(looked, written=written)
         if padding_mask is not None:
             next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)
         if self.config.decoder_reads_memory:

@@ -13,6 +13,8 @@ from memformer.nn.entmax import normalize_scores
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
 
+WrittenShare = Float[Tensor, "B H K 1"]
+
 
 class MemoryReader(nn.Module):
     """Cross-attention from tokens (queries) to memory slots (keys and values), v2 Eq. 1-3.
@@ -46,21 +48,37 @@ class MemoryWriter(nn.Module):
         a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(D/H) tau)) ;  m_i' = a_i [m_i ; V_x]
 
     The slot's own value is m_i itself and there is no output projection: a slot that looks only at itself keeps its
-    content exactly. Computed in the memory's dtype, whatever the autocast. Departure: in place of the softmax a sparse
-    relative of it may stand, whose weights can be exactly 0, so that a slot can keep its content exactly.
+    content exactly. Computed in the memory's dtype, whatever the autocast. Departures, each off by default:
+
+    - In place of the softmax a sparse relative of it, whose weights can be exactly 0, so that a slot can keep its
+      content exactly.
+    - Slots compete for tokens: each token (head by head) can be taken by one slot only, the one whose score of it
+      exceeds its score of itself by most. So a free slot is found without disturbing full ones, and a fact does not
+      fill the whole memory. Here slots do interfere. (Slot attention, arXiv 2006.15055, has a softmax over slots
+      instead: too soft here, where many free slots are alike and would all take the first fact.)
 
     Args:
         width: Model width D.
         num_heads: Number of heads H, a divisor of `width`.
         temperature: tau; below 1 sharpens.
         normalizer: What turns scores into weights.
+        competition: Whether slots compete for tokens.
     """
 
-    def __init__(self, width: int, *, num_heads: int, temperature: float, normalizer: Normalizer = "softmax") -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        temperature: float,
+        normalizer: Normalizer = "softmax",
+        competition: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.temperature = temperature
         self.normalizer = normalizer
+        self.competition = competition
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -72,8 +90,8 @@ class MemoryWriter(nn.Module):
         hidden: Hidden,
         padding_mask: Bool[Tensor, "B S"] | None = None,
         record: AttentionRecord | None = None,
-    ) -> Memory:
-        """Return m', the slots after looking; they are not on the sphere yet."""
+    ) -> tuple[Memory, WrittenShare]:
+        """Return m', the slots after looking, not on the sphere yet, and the share of each that is not its own."""
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
             query = self._project(memory, self.query) / (
@@ -81,13 +99,16 @@ class MemoryWriter(nn.Module):
             )
             own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)  # (B, H, K, 1)
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
+            if self.competition:
+                eagerness = token_scores - own_score
+                token_scores = token_scores.masked_fill(eagerness < eagerness.amax(dim=-2, keepdim=True), float("-inf"))
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:
                 record.writer = weights.detach()
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
-            return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value))
+            return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value)), 1 - weights[..., :1]
 
     def _project(self, x: Tensor, projection: nn.Linear) -> Tensor:
         return split_heads(F.linear(x, projection.weight.to(x.dtype)), self.num_heads)
@@ -105,7 +126,10 @@ class MemoryNormalization(nn.Module):
         num_slots: Number of slots K.
         width: Model width D.
         forgetting_speeds: ||v_i|| / radius of the first and the last slot at initialisation; log-uniform between.
+        similarity: Cosine between the slots' directions at initialisation.
         forgetting: False leaves v_i out of the update; it still is the initial state.
+        only_when_written: Scale v_i by the share of the slot (head by head) that its writer replaced. Departure: in the
+            paper every slot is pulled at every timestep; here one that looks only at itself is kept for ever.
         log_speeds: Learn v_i as a direction and the logarithm of its length. Departure: the paper learns the vector;
             there a few steps of an optimizer like Adam, all of one size, make slow slots forget as fast as the others.
     """
@@ -116,23 +140,31 @@ class MemoryNormalization(nn.Module):
         *,
         width: int,
         forgetting_speeds: tuple[float, float],
+        similarity: float = 0.0,
         forgetting: bool = True,
+        only_when_written: bool = False,
         log_speeds: bool = False,
     ) -> None:
         super().__init__()
         self.radius = math.sqrt(width)
         self.forgetting = forgetting
+        self.only_when_written = only_when_written
         self.forgetting_speeds = forgetting_speeds
+        self.similarity = similarity
         self.slot_bias = nn.Parameter(torch.empty(num_slots, width))
         self.log_speed = nn.Parameter(torch.empty(num_slots)) if log_speeds else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the slots' directions at random, and give them their speeds."""
+        """Draw the slots' directions at random, about as similar as they shall be, and give them their speeds."""
         first, last = (math.log(speed) for speed in self.forgetting_speeds)
         log_speeds = torch.linspace(first, last, self.slot_bias.shape[0])
         with torch.no_grad():
             self.slot_bias.normal_()
+            if self.similarity:
+                own = math.sqrt(1 - self.similarity) * F.normalize(self.slot_bias, dim=-1)
+                shared = math.sqrt(self.similarity) * F.normalize(torch.randn(self.slot_bias.shape[1]), dim=0)
+                self.slot_bias.copy_(own + shared)
             if self.log_speed is not None:
                 self.log_speed.copy_(log_speeds)
             else:
@@ -144,10 +176,13 @@ class MemoryNormalization(nn.Module):
             return self.slot_bias
         return self.radius * self.log_speed.exp()[:, None] * F.normalize(self.slot_bias, dim=-1)
 
-    def forward(self, memory: Memory) -> Memory:
-        """Return the slots, pulled towards their terminal states, on the sphere."""
+    def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
+        """Return the slots, pulled towards their terminal states, on the sphere; both arguments are the writer's."""
         if self.forgetting:
-            memory = memory + self.forgetting_vectors().to(memory.dtype)
+            forgetting = self.forgetting_vectors().to(memory.dtype)
+            if self.only_when_written:
+                forgetting = merge_heads(written * split_heads(forgetting[None], written.shape[1]))
+            memory = memory + forgetting
         return self.radius * F.normalize(memory, dim=-1)
 
     def initial_memory(self, batch_size: int) -> Memory:
