@@ -112,7 +112,7 @@ def accuracies(model, config, distances, **options):
 @pytest.mark.parametrize("task", ["fact", "associative", "rewrite"])
 def test_a_memory_that_forgets_on_time_answers_exactly_up_to_then(task, limit):
     num_facts = 1 if task == "fact" else 4
-    config = RecallConfig(task=task, num_facts=(num_facts, num_facts), facts_per_segment=num_facts)
+    config = RecallConfig(task=task, num_facts=(num_facts, num_facts), facts_per_segment=(num_facts, num_facts))
     measured = accuracies(Oracle(make_task(config), limit), config, range(1, 12))
     assert measured == {distance: float(distance <= limit) for distance in range(1, 12)}
 
@@ -121,7 +121,10 @@ def test_a_memory_that_forgets_on_time_answers_exactly_up_to_then(task, limit):
 @given(num_facts=st.integers(1, 6), facts_per_segment=st.integers(1, 3), limit=st.integers(1, 8))
 def test_distances_count_from_the_last_fact(num_facts, facts_per_segment, limit):
     config = RecallConfig(
-        task="associative", num_facts=(1, num_facts), facts_per_segment=facts_per_segment, num_keys=num_facts
+        task="associative",
+        num_facts=(1, num_facts),
+        facts_per_segment=(facts_per_segment, facts_per_segment),
+        num_keys=num_facts,
     )
     model = Oracle(make_task(config), limit)
     num_segments = math.ceil(num_facts / facts_per_segment)
@@ -147,7 +150,7 @@ def test_distance_1_is_the_segment_right_after_the_last_fact():
 
 @pytest.mark.parametrize("distances", [[6], [1, 6], [*range(1, 7)], [6, 3, 3, 1, 4]])
 def test_questions_leave_no_trace(distances):
-    config = RecallConfig(task="associative", num_facts=(2, 2), facts_per_segment=2)
+    config = RecallConfig(task="associative", num_facts=(2, 2), facts_per_segment=(2, 2))
     model = Oracle(make_task(config), 5, refreshed_by_questions=True)
     measured = accuracies(model, config, distances)
     assert measured == {distance: float(distance <= 5) for distance in sorted(set(distances))}
@@ -176,7 +179,7 @@ def test_what_is_found_at_a_distance_does_not_depend_on_the_others():
 
 
 def test_a_question_counts_once():
-    config = RecallConfig(task="rewrite", num_facts=(6, 6), facts_per_segment=6, num_keys=3)
+    config = RecallConfig(task="rewrite", num_facts=(6, 6), facts_per_segment=(6, 6), num_keys=3)
     model = Oracle(make_task(config), 100)
     for questions in (1, 2, 3, 9):
         recall = measure_recall(
@@ -249,7 +252,7 @@ def test_measuring_recall_leaves_mode_and_randomness_alone():
     ],
 )
 def test_what_cannot_be_asked_is_refused(task, options, message):
-    config = RecallConfig(task=task, num_keys=4 if task == "associative" else 32, facts_per_segment=4)
+    config = RecallConfig(task=task, num_keys=4 if task == "associative" else 32, facts_per_segment=(4, 4))
     with pytest.raises(InputError, match=message):
         measure_recall(random_model(config), make_task(config), config, **{"distances": [1], "num_facts": 1, **options})
 
@@ -476,6 +479,10 @@ def test_retention_of_a_recall_run(runs, tmp_path):
     printed = call_json("retention", runs["recall"], *options)
     assert printed["max_fact_gap"] == 1000
     assert 100 * 8 < printed["points"][0]["num_tokens"] <= (2 * 1001 + 2) * 8
+    options = ["--distances", "1", "--facts_per_segment", "2", "--output", tmp_path]
+    printed = call_json("retention", runs["recall"], *options)
+    assert printed["facts_per_segment"] == 2
+    assert printed["points"][0]["num_tokens"] == 4 * 8 - 8  # three facts in two segments
     status, out, _ = call("retention", runs["recall"], "--distances", "3", "--output", tmp_path / "table")
     assert status == 0
     assert "associative, 3 facts; longest distance of training: 2" in out
@@ -514,6 +521,8 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
         ("recall", ["--distances", "0", "3"], "distances (0, 3) must be at least 1 segment each"),
         ("recall", ["--distances", "-2"], "distances (-2) must be at least 1 segment each"),
         ("recall", ["--num_facts", "6"], "num_facts (6) does not fit the task"),
+        ("recall", ["--facts_per_segment", "0"], "facts_per_segment (0, 0) must be fewest and most, at least 1"),
+        ("recall", ["--num_slots", "9"], "num_slots (9) must be 4, as trained"),
         ("recall", ["--max_fact_gap", "-1"], "max_fact_gap (-1) must be at least 0"),
         ("recall", ["--num_episodes", "0"], "num_episodes (0) must be at least 1"),
         ("recall", ["--questions", "0"], "questions (0) must be at least 1"),
@@ -524,6 +533,7 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
         ("recall", ["--distances", "1", "--output", "/proc/none"], "/proc/none/retention.json could not be written"),
         ("documents", ["--distances", "1"], "--distances has no meaning for a run on documents"),
         ("documents", ["--max_fact_gap", "1"], "--max_fact_gap has no meaning for a run on documents"),
+        ("documents", ["--facts_per_segment", "1"], "--facts_per_segment has no meaning for a run on documents"),
         ("documents", ["--num_facts", "1"], "--num_facts has no meaning for a run on documents"),
         ("documents", ["--num_episodes", "1"], "--num_episodes has no meaning for a run on documents"),
         ("documents", ["--questions", "1"], "--questions has no meaning for a run on documents"),

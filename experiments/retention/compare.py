@@ -1,13 +1,16 @@
 """Train variants of one recall task over seeds, and tabulate accuracy against distance.
 
     python experiments/retention/compare.py experiments/retention/fact.yaml --variants config paper --seeds 0 1 2
-    python experiments/retention/compare.py experiments/retention/associative.yaml --num_facts 4 8 20 --distances 1
+    python experiments/retention/compare.py experiments/retention/associative.yaml --num_facts 4 20 --num_slots 32 64
+        --facts_per_segment 1 --distances 1 1000
 
 Runs land in runs/retention/NAME-VARIANT-seed-N; one that is there already is resumed or, if finished, taken as it is.
-The table goes to stdout, JSON to experiments/results/retention-NAME.json, beside the variants that are there already.
+Options that are not listed here go to `memformer train`. The table goes to stdout, JSON to
+experiments/results/retention-NAME.json, beside what was measured before.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -26,6 +29,15 @@ PAPER = {
     "write_competition": False,
     "num_writer_heads": None,
     "forgetting_when_written": False,
+    "exchangeable_slots": False,
+    "forgetting_speeds": [0.3, 1e-5],
+    "free_slot_eagerness": 0.0,
+}
+# How an evaluation lays facts out, and in how many slots.
+LAYOUT = {
+    "num_facts": "Facts of an episode",
+    "facts_per_segment": "Facts told in one segment",
+    "num_slots": "Memory slots to run with",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "config": {},
@@ -42,10 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no competition": {"write_competition": False},
     "heads": {"num_writer_heads": None},
     "always forgetting": {"forgetting_when_written": False},
-    "dissimilar slots": {"slot_similarity": 0.0},
-    # Capacity.
-    "half the slots": {"num_slots": 32},
-    "double the slots": {"num_slots": 128},
+    "a vector a slot": {"exchangeable_slots": False},
+    "no eagerness": {"free_slot_eagerness": 0.0},
 }
 
 
@@ -56,27 +66,36 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["config", "paper", "spread"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--distances", nargs="+", default=["1", "4", "16", "32", "100", "1000", "10000"])
-    parser.add_argument("--num_facts", nargs="+", default=[None], help="Facts of an episode; else as trained.")
+    for name, text in LAYOUT.items():
+        parser.add_argument(f"--{name}", nargs="+", default=[None], help=f"{text}; as trained if not given.")
     parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
     known = json.loads(output.read_text(encoding="utf-8"))["variants"] if output.exists() else {}
     for variant in options.variants:
+        model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", json.dumps(value))]
         folders = {seed: ROOT / "runs" / "retention" / f"{name}-{variant}-seed-{seed}" for seed in options.seeds}
         for seed, folder in folders.items():
-            train(options.config, folder, seed, [*model_options(variant), *further])
-        runs = [
-            {"seed": seed, **measure(folder, options.distances, num_facts)}
-            for num_facts in options.num_facts
-            for seed, folder in folders.items()
-        ]
-        known[variant] = {"options": [*model_options(variant), *further], "runs": runs}
-        summary = {"config": str(options.config), "machine": describe_machine(1), "variants": known}
-        output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        for num_facts in sorted({run["num_facts"] for run in runs}):
-            same = [run for run in runs if run["num_facts"] == num_facts]
-            print(format_row(f"{variant}, {num_facts} facts", same), flush=True)
+            train(options.config, folder, seed, [*model, *further])
+        for layout in itertools.product(*(getattr(options, name) for name in LAYOUT)):
+            asked = [word for name, value in zip(LAYOUT, layout, strict=True) if value for word in (f"--{name}", value)]
+            runs = [
+                {"seed": seed, **measure(folder, ["--distances", *options.distances, *asked])}
+                for seed, folder in folders.items()
+            ]
+            earlier = known.get(variant, {}).get("runs", [])
+            kept = [run for run in earlier if identity(run) not in {identity(run) for run in runs}]
+            known[variant] = {"options": [*model, *further], "runs": [*kept, *runs]}
+            summary = {"config": str(options.config), "machine": describe_machine(1), "variants": known}
+            output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            title = ", ".join(f"{name} {runs[0][name]}" for name in LAYOUT)
+            print(format_row(f"{variant}, {title}", runs), flush=True)
+
+
+def identity(run: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what makes a later measurement take the place of an earlier one."""
+    return run["seed"], *(run.get(name) for name in LAYOUT)
 
 
 def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
@@ -89,21 +108,14 @@ def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(folder: Path, distances: list[str], num_facts: str | None) -> dict[str, Any]:
+def measure(folder: Path, options: list[str]) -> dict[str, Any]:
     """Return a run's accuracy at every distance."""
-    command = [*MEMFORMER, "retention", str(folder), "--json", "--distances", *distances]
-    if num_facts is not None:
-        command += ["--num_facts", num_facts]
+    command = [*MEMFORMER, "retention", str(folder), "--json", *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
     # Where the weights lay on this machine is nobody's business.
     del result["weights"]
     return result
-
-
-def model_options(variant: str) -> list[str]:
-    """Return a variant as options of `memformer train`."""
-    return [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", json.dumps(value))]
 
 
 def format_row(title: str, runs: list[dict[str, Any]]) -> str:

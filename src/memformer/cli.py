@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from memformer import commands
-from memformer.data import PixelTokenizer, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.data import PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
 from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
 from memformer.evaluation import Result, evaluate
@@ -211,13 +211,15 @@ def run_retention(argv: list[str]) -> None:
         run, config, options
     )
     figures: dict[str, Any] = {"weights": str(run.weights), "seconds": time.monotonic() - started}
-    recall = config.data.recall
-    if recall is not None:
+    if config.data.recall is not None:
+        recall = _with_options(config.data.recall, options)
         figures |= {
             "task": recall.task,
             "trained_distance": recall.max_distance,
-            "max_fact_gap": recall.max_fact_gap if options.max_fact_gap is None else options.max_fact_gap,
+            "facts_per_segment": recall.facts_per_segment[1],
+            "max_fact_gap": recall.max_fact_gap,
             "segment_length": run.model.segment_length,
+            "num_slots": run.model.config.num_slots,
         }
     figures |= result.to_dict()
     output = Path(options.output or run.folder)
@@ -240,9 +242,7 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
     assert isinstance(data, RecallData)
     if options.seed is not None:
         check_seed("seed", options.seed)
-    recall = data.config
-    if options.max_fact_gap is not None:
-        recall = dataclasses.replace(recall, max_fact_gap=options.max_fact_gap)
+    recall = _with_options(data.config, options)
     longest = recall.max_distance
     distances = options.distances or doubling_distances(32 * longest)
     given = {
@@ -264,7 +264,7 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
 
 
 def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> tuple[DocumentRetention, Figure]:
-    of_recall = ("distances", "num_facts", "max_fact_gap", "num_episodes", "questions", "seed")
+    of_recall = ("distances", "num_facts", "facts_per_segment", "max_fact_gap", "num_episodes", "questions", "seed")
     _refuse_options(options, of_recall, kind="on documents")
     max_tokens = 200_000 if options.max_tokens is None else options.max_tokens
     num_lanes = 8 if options.num_lanes is None else options.num_lanes
@@ -280,6 +280,15 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
             run.model, corpus, delays=options.delays, num_lanes=num_lanes, progress=progress.advance_to
         )
     return result, draw_documents(result)
+
+
+def _with_options(recall: RecallConfig, options: Any) -> RecallConfig:
+    """Return the task with the layout that the options ask for."""
+    if options.max_fact_gap is not None:
+        recall = dataclasses.replace(recall, max_fact_gap=options.max_fact_gap)
+    if options.facts_per_segment is not None:
+        recall = dataclasses.replace(recall, facts_per_segment=(options.facts_per_segment, options.facts_per_segment))
+    return recall
 
 
 def _refuse_options(options: Any, names: Sequence[str], *, kind: str) -> None:
@@ -341,7 +350,9 @@ def run_report(argv: list[str]) -> None:
 def _load_run(options: Any) -> LoadedRun:
     """Load the run that the options name, on their device; without --threads it uses as many as it trained with."""
     device = _prepare_torch(options.device, options.threads)
-    run = load_run(Path(options.run), which=options.checkpoint, device=device, warn=print_warning)
+    run = load_run(
+        Path(options.run), which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
+    )
     trained_with = (run.run_config or {}).get("threads")
     if options.threads is None and isinstance(trained_with, int) and trained_with > 0:
         torch.set_num_threads(trained_with)

@@ -160,6 +160,7 @@ def retention_parser() -> ArgumentParser:
     )
     numbers = (
         ("num_facts", recall + "facts of an episode; the most trained on if not given."),
+        ("facts_per_segment", recall + "facts told in one segment; the most trained on if not given."),
         ("max_fact_gap", recall + "segments of filler between two that tell facts, at most; as trained if not given."),
         ("num_episodes", recall + "episodes, read side by side; 64 if not given."),
         ("questions", recall + "different questions asked of each episode at each distance, at most; 4 if not given."),
@@ -215,6 +216,12 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="Run folder, or folder from save_pretrained.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     parser.add_argument("--checkpoint", choices=["best", "last"], default="best", help="Which weights of a run.")
+    parser.add_argument(
+        "--num_slots",
+        type=int | None,
+        default=None,
+        help="Memory slots to run with, for a model of exchangeable_slots; as trained if not given.",
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--threads", type=int | None, default=None, help="CPU threads of torch; those of the run if not given."

@@ -30,11 +30,14 @@ class MemformerConfig:
         write_temperature: Temperature tau of the memory writer's softmax; below 1 sharpens. 1 is an ablation.
         write_normalizer: What turns the writer's scores into weights: softmax (the paper), or entmax15 or sparsemax,
             whose weights can be exactly 0, so that a slot can keep its content exactly. A departure from the paper.
-        write_competition: Let slots compete for tokens: each token is written where it fits best and nowhere else. A
-            departure from the paper, where slots never see each other.
+        write_competition: Let slots compete for tokens: each token is written into one slot, and each slot takes one
+            token of a segment. A departure from the paper, where slots never see each other.
+        free_slot_eagerness: How much lower a free slot scores itself at the start of training, so that facts go where
+            nothing is written yet; learned. 0 leaves it out, as the paper does.
         num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
-        slot_similarity: Cosine between the slots' initial states at the start of training, about. Where they are alike,
-            what makes one free slot take a fact works for all.
+        exchangeable_slots: Let all slots start from, and forget towards, one learned vector. What one free slot learns
+            then holds for all, and a trained model may be run with more or fewer slots. Needs `write_competition`,
+            which alone makes slots differ. A departure from the paper, where every slot has a vector of its own.
         forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
             slots stay on their sphere, nothing pulls them back to their initial state.
         forgetting_when_written: Forget only in the measure that a slot is written: one that looks only at itself keeps
@@ -70,8 +73,9 @@ class MemformerConfig:
     write_temperature: float = 0.25
     write_normalizer: Normalizer = "softmax"
     write_competition: bool = False
+    free_slot_eagerness: float = 0.0
     num_writer_heads: int | None = None
-    slot_similarity: float = 0.0
+    exchangeable_slots: bool = False
     forgetting: bool = True
     forgetting_when_written: bool = False
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
@@ -120,16 +124,26 @@ class MemformerConfig:
             raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
         if self.forgetting_when_written and not self.forgetting:
             raise InputError("forgetting_when_written is set, but forgetting is false: there is nothing to scale")
+        if self.exchangeable_slots and not self.write_competition:
+            raise InputError("exchangeable_slots is set, but write_competition is false: all slots would stay the same")
         _check_number("write_temperature", self.write_temperature)
         if not 0 < self.write_temperature < float("inf"):
             raise InputError(f"write_temperature ({self.write_temperature}) must be above 0 and finite")
+        _check_number("free_slot_eagerness", self.free_slot_eagerness)
+        if not 0 <= self.free_slot_eagerness < float("inf"):
+            raise InputError(f"free_slot_eagerness ({self.free_slot_eagerness}) must be at least 0 and finite")
         if len(self.forgetting_speeds) != 2:
             raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be two numbers: first and last slot")
         for speed in self.forgetting_speeds:
             _check_number("forgetting_speeds", speed)
             if not 0 < speed < float("inf"):
                 raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be above 0 and finite")
-        for name in ("slot_similarity", "dropout", "attention_dropout", "embedding_dropout"):
+        if self.exchangeable_slots and len(set(self.forgetting_speeds)) > 1:
+            raise InputError(
+                f"forgetting_speeds ({self.forgetting_speeds}) must be two equal numbers where exchangeable_slots is "
+                "set: slots that share one vector share its speed"
+            )
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
             probability = getattr(self, name)
             if probability is None:
                 continue

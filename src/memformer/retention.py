@@ -211,7 +211,9 @@ class _Walk:
         _, self.memory = model.encode(bos, memory=model.initial_memory(num_episodes))
         # Stories have as many facts as they have, at most those asked for; the distance counts from the last one told.
         self.num_facts = max(len(episode.facts) for episode in self.episodes)
-        fact_timesteps = draw_fact_timesteps(config, generator, self.num_facts)
+        fact_timesteps = draw_fact_timesteps(
+            config, generator, self.num_facts, facts_per_segment=config.facts_per_segment[1]
+        )
         told = tell(task, self.episodes, fact_timesteps, fact_timesteps[-1] + 1, model.segment_length, generator)
         for segment in told:
             _, self.memory = model.encode(self._tensor(segment), memory=self.memory)

@@ -30,7 +30,7 @@ CONFIGS = {
     "fact": RecallConfig(task="fact", max_distance=9),
     "associative": RecallConfig(task="associative", num_facts=(2, 5), num_keys=7, max_distance=9),
     "many a segment": RecallConfig(
-        task="associative", num_facts=(1, 5), facts_per_segment=3, num_keys=7, max_distance=9
+        task="associative", num_facts=(1, 5), facts_per_segment=(3, 3), num_keys=7, max_distance=9
     ),
     "rewrite": RecallConfig(task="rewrite", num_facts=(4, 8), num_keys=3, max_fact_gap=2, max_distance=9),
     "copy": RecallConfig(task="copy", num_facts=(1, 4), max_fact_gap=1, max_distance=9),
@@ -84,10 +84,23 @@ def test_every_answer_follows_from_what_was_told_and_is_never_shown_again(config
 
 
 def test_facts_are_told_in_as_many_segments_as_asked_for():
-    config = RecallConfig(task="associative", num_facts=(5, 5), facts_per_segment=2, num_keys=9, max_distance=1)
+    config = RecallConfig(task="associative", num_facts=(5, 5), facts_per_segment=(2, 2), num_keys=9, max_distance=1)
     for timesteps in rows_of(config, next(make_stream(config))):
         told = [sum(word.startswith("key") for word in read) for read, answer in timesteps if answer is None]
         assert told == [2, 2, 1]
+
+
+def test_each_rollout_draws_how_many_facts_a_segment_tells():
+    config = RecallConfig(task="associative", num_facts=(6, 6), facts_per_segment=(1, 3), num_keys=9, max_distance=1)
+    stream = make_stream(config)
+    seen = set()
+    for _ in range(40):
+        (told,) = {
+            tuple(sum(word.startswith("key") for word in read) for read, answer in timesteps if answer is None)
+            for timesteps in rows_of(config, next(stream))
+        }
+        seen.add(told)
+    assert seen == {(1,) * 6, (2,) * 3, (3,) * 2}
 
 
 def test_the_first_timestep_is_that_of_every_document(config):
@@ -226,6 +239,6 @@ def test_impossible_tasks_are_refused(fields, message):
 
 
 def test_a_segment_too_short_for_its_facts_is_refused():
-    config = RecallConfig(task="associative", num_facts=(4, 4), facts_per_segment=4)
+    config = RecallConfig(task="associative", num_facts=(4, 4), facts_per_segment=(4, 4))
     with pytest.raises(InputError, match="segment_length \\(6\\) must be at least 8"):
         make_stream(config)

@@ -254,7 +254,7 @@ def test_every_place_of_the_documents_is_equally_likely():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_facts_stay_whole_among_documents(path, kind):
-    config = babi(path, facts_per_segment=2)
+    config = babi(path, facts_per_segment=(2, 2))
     task = text_task(config, kind)
     generator = np.random.default_rng(0)
     for num_facts in (1, 2, 4):
@@ -279,7 +279,7 @@ def test_questions_of_fewer_facts_waste_no_segment(path):
 
 
 def test_a_segment_too_short_is_refused_with_the_numbers(path):
-    config = babi(path, facts_per_segment=2)
+    config = babi(path, facts_per_segment=(2, 2))
     with pytest.raises(
         InputError,
         match=re.escape(

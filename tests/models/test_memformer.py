@@ -206,6 +206,36 @@ def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+EXCHANGEABLE = {"write_competition": True, "exchangeable_slots": True, "forgetting_speeds": (0.1, 0.1)}
+
+
+def test_order_of_exchangeable_slots_means_nothing():
+    model = tiny_model(**EXCHANGEABLE)
+    memory = model.initial_memory(B).detach()
+    for _ in range(2):
+        _, memory = model.encode(tokens(), memory=memory)
+    order = torch.randperm(memory.shape[1])
+    segment = tokens()
+    hidden, next_memory = model.encode(segment, memory=memory)
+    hidden_of_permuted, permuted = model.encode(segment, memory=memory[:, order])
+    assert_close(hidden_of_permuted, hidden)
+    assert_close(permuted, next_memory[:, order])
+
+
+def test_exchangeable_slots_can_be_more_or_fewer_than_trained(tmp_path):
+    model = tiny_model(**EXCHANGEABLE).float().eval()
+    model.save_pretrained(tmp_path / "exchangeable")
+    for num_slots in (2, 5, 12):
+        resized = Memformer.from_pretrained(tmp_path / "exchangeable", num_slots=num_slots)
+        assert resized.initial_memory(B).shape[1] == resized.config.num_slots == num_slots
+        assert all(torch.equal(a, b) for a, b in zip(resized.parameters(), model.parameters(), strict=True))
+    with pytest.raises(InputError, match=r"num_slots \(0\) must be at least 1"):
+        Memformer.from_pretrained(tmp_path / "exchangeable", num_slots=0)
+    tiny_model().save_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match=r"num_slots \(12\) must be 5, as trained: only slots that share one vector"):
+        Memformer.from_pretrained(tmp_path / "own", num_slots=12)
+
+
 def test_damaged_or_foreign_files_are_refused(tmp_path):
     model = tiny_model().float()
     model.save_pretrained(tmp_path)
@@ -260,6 +290,9 @@ def test_wrong_tokens_and_memories_are_named():
         ({"convolution_kernel": 2}, InputError, r"convolution_kernel \(2\) must be odd"),
         ({"num_slots": 0, "decoder_reads_memory": True}, InputError, "there is no memory to read"),
         ({"forgetting": False, "forgetting_when_written": True}, InputError, "there is nothing to scale"),
+        ({"exchangeable_slots": True, "forgetting_speeds": (0.1, 0.1)}, InputError, "all slots would stay the same"),
+        ({"exchangeable_slots": True, "write_competition": True}, InputError, "share one vector share its speed"),
+        ({"free_slot_eagerness": -1.0}, InputError, r"free_slot_eagerness \(-1.0\) must be at least 0"),
         ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
         ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
         ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),

@@ -86,7 +86,8 @@ class RecallConfig:
         validation_path: For babi: the stories to evaluate on.
         num_facts: Facts of an episode in training, fewest and most. Of babi: an episode has as many as a question
             of the stories has, at most so many.
-        facts_per_segment: Facts told in one segment.
+        facts_per_segment: Facts told in one segment, fewest and most; each rollout draws its own number, log-uniform.
+            An evaluation tells the most.
         max_fact_gap: Segments of filler between two segments that tell facts, at most.
         max_distance: Segments from the last fact to the question in training, at most; each rollout draws its own
             horizon, log-uniform from 1.
@@ -106,7 +107,7 @@ class RecallConfig:
     path: str | list[str] | None = None
     validation_path: str | list[str] | None = None
     num_facts: tuple[int, int] = (1, 1)
-    facts_per_segment: int = 1
+    facts_per_segment: tuple[int, int] = (1, 1)
     max_fact_gap: int = 0
     max_distance: int = 32
     question_probability: float = 0.25
@@ -130,16 +131,18 @@ class RecallConfig:
                     f"recall.{field.name} ({value!r}) is not read by the task {self.task!r}, only by "
                     f"{', '.join(readers)}"
                 )
-        for name in ("facts_per_segment", "max_distance", "num_keys", "num_values", "num_fillers"):
+        for name in ("max_distance", "num_keys", "num_values", "num_fillers"):
             if getattr(self, name) < 1:
                 raise InputError(f"recall.{name} ({getattr(self, name)}) must be at least 1")
         if self.max_fact_gap < 0:
             raise InputError(f"recall.max_fact_gap ({self.max_fact_gap}) must be at least 0")
         if not 0 <= self.question_probability <= 1:
             raise InputError(f"recall.question_probability ({self.question_probability}) must be from 0 to 1")
+        for name in ("num_facts", "facts_per_segment"):
+            fewest, most = getattr(self, name)
+            if not 1 <= fewest <= most:
+                raise InputError(f"recall.{name} ({fewest}, {most}) must be fewest and most, at least 1")
         fewest, most = self.num_facts
-        if not 1 <= fewest <= most:
-            raise InputError(f"recall.num_facts ({fewest}, {most}) must be fewest and most, at least 1")
         if self.task in {"fact", "passkey"} and most > 1:
             raise InputError(f"recall.num_facts ({fewest}, {most}) must be (1, 1) for the task of one fact")
         if self.task == "associative" and most > self.num_keys:
@@ -299,7 +302,8 @@ class RecallStream(RolloutStream):
         episodes = [self.task.make_episode(generator, num_facts) for _ in range(self.num_lanes)]
         # Of stories there may be none of just so many facts.
         num_facts = max(len(episode.facts) for episode in episodes)
-        fact_timesteps = draw_fact_timesteps(self.config, generator, num_facts)
+        facts_per_segment = _draw_log_uniform(generator, *self.config.facts_per_segment)
+        fact_timesteps = draw_fact_timesteps(self.config, generator, num_facts, facts_per_segment=facts_per_segment)
         first_question = fact_timesteps[-1] + 1
         num_timesteps = first_question + horizon
         shape = num_timesteps, self.num_lanes
@@ -359,13 +363,17 @@ class RecallStream(RolloutStream):
         vars(self).update(vars(resumed))
 
 
+def _draw_log_uniform(generator: np.random.Generator, fewest: int, most: int) -> int:
+    return int(np.exp(generator.uniform(np.log(fewest), np.log(most + 1)))) if fewest < most else most
+
+
 def check_segment_length(task: RecallTask, config: RecallConfig, segment_length: int) -> None:
     """Check that segments can hold what a task puts into one.
 
     Raises:
         InputError: They cannot.
     """
-    num_facts = min(config.facts_per_segment, config.num_facts[1])
+    num_facts = min(config.facts_per_segment[1], config.num_facts[1])
     longest = max(task.question_length, num_facts * task.fact_length)
     if longest > segment_length:
         raise InputError(
@@ -375,9 +383,11 @@ def check_segment_length(task: RecallTask, config: RecallConfig, segment_length:
         )
 
 
-def draw_fact_timesteps(config: RecallConfig, generator: np.random.Generator, num_facts: int) -> list[int]:
+def draw_fact_timesteps(
+    config: RecallConfig, generator: np.random.Generator, num_facts: int, *, facts_per_segment: int
+) -> list[int]:
     """Return the timesteps that tell facts: `facts_per_segment` in each, gaps of filler between."""
-    num_segments = -(-num_facts // config.facts_per_segment)
+    num_segments = -(-num_facts // facts_per_segment)
     gaps = generator.integers(config.max_fact_gap + 1, size=num_segments - 1)
     return [0, *(int(timestep) for timestep in np.cumsum(gaps + 1))]
 

@@ -42,12 +42,13 @@ class Memformer(Pretrained, RecurrentModel):
                 temperature=config.write_temperature,
                 normalizer=config.write_normalizer,
                 competition=config.write_competition,
+                free_slot_eagerness=config.free_slot_eagerness,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,
                 width=config.d_model,
                 forgetting_speeds=config.forgetting_speeds,
-                similarity=config.slot_similarity,
+                exchangeable=config.exchangeable_slots,
                 forgetting=config.forgetting,
                 only_when_written=config.forgetting_when_written,
                 log_speeds=config.log_forgetting_speeds,
@@ -118,7 +119,13 @@ class Memformer(Pretrained, RecurrentModel):
         hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
         if not self.config.num_slots:
             return hidden, memory
-        looked, written = self.memory_writer(memory, hidden=hidden, padding_mask=padding_mask, record=attention)
+        looked, written = self.memory_writer(
+            memory,
+            hidden=hidden,
+            terminal=self.memory_normalization.forgetting_vectors(),
+            padding_mask=padding_mask,
+            record=attention,
+        )
         next_memory = self.memory_normalization(looked, written=written)
         if padding_mask is not None:
             next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)

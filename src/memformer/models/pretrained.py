@@ -1,5 +1,6 @@
 """Models as folders: config.json beside model.safetensors; nothing is ever unpickled."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +38,19 @@ class Pretrained(nn.Module):
         write_json(folder / CONFIG_FILE, {"model_type": "memformer", **self.config.to_dict()})
 
     @classmethod
-    def from_pretrained(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
+    def from_pretrained(
+        cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
+    ) -> Model:
         """Return the model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            folder: Where it was saved.
+            device: Where it goes.
+            num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
+            InputError: `num_slots` is given for a model whose slots each have a vector of their own, or is below 1.
         """
         folder = Path(folder)
         fields = read_json(folder / CONFIG_FILE)
@@ -50,11 +59,25 @@ class Pretrained(nn.Module):
                 f"{folder / CONFIG_FILE} does not describe a memformer: model_type must be 'memformer'"
             )
         try:
-            model = cls(MemformerConfig.from_dict(fields))
+            config = MemformerConfig.from_dict(fields)
         except InputError as error:
             raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+        if num_slots is not None:
+            config = _with_slots(config, num_slots)
+        model = cls(config)
         load_weights(model, folder / WEIGHTS_FILE)
         return model.to(device).eval()
+
+
+def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
+    if num_slots < 1:
+        raise InputError(f"num_slots ({num_slots}) must be at least 1")
+    if num_slots != config.num_slots and not config.exchangeable_slots:
+        raise InputError(
+            f"num_slots ({num_slots}) must be {config.num_slots}, as trained: only slots that share one vector "
+            "(exchangeable_slots) can be more or fewer"
+        )
+    return dataclasses.replace(config, num_slots=num_slots)
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

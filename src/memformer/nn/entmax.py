@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# How far below the highest score another one gets weight 0 (between two: a third only makes it nearer).
+REACH = {"softmax": float("inf"), "entmax15": 2.0, "sparsemax": 1.0}
+
 
 def normalize_scores(scores: Float[Tensor, "*rows J"], normalizer: str) -> Float[Tensor, "*rows J"]:
     """Return weights over the last dimension that sum to 1; a score of -inf gets none."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from memformer.config import Normalizer
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
-from memformer.nn.entmax import normalize_scores
+from memformer.nn.entmax import REACH, normalize_scores
+from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
 
@@ -52,10 +53,13 @@ class MemoryWriter(nn.Module):
 
     - In place of the softmax a sparse relative of it, whose weights can be exactly 0, so that a slot can keep its
       content exactly.
-    - Slots compete for tokens: each token (head by head) can be taken by one slot only, the one whose score of it
-      exceeds its score of itself by most. So a free slot is found without disturbing full ones, and a fact does not
-      fill the whole memory. Here slots do interfere. (Slot attention, arXiv 2006.15055, has a softmax over slots
-      instead: too soft here, where many free slots are alike and would all take the first fact.)
+    - Slots compete for tokens: head by head, a token can be taken by one slot only and a slot takes one token only,
+      matched by how far the slot's score of the token exceeds its score of itself. So a free slot is found without
+      disturbing full ones, a fact does not fill the whole memory, and facts told in one segment find a slot each. Here
+      slots do interfere. (Slot attention, arXiv 2006.15055, has a softmax over slots instead: too soft here, where
+      many free slots are alike and would all take the first fact.)
+    - A free slot scores itself lower, by a learned number times its cosine with its terminal state of forgetting, so
+      that facts go where nothing is written yet.
 
     Args:
         width: Model width D.
@@ -63,6 +67,8 @@ class MemoryWriter(nn.Module):
         temperature: tau; below 1 sharpens.
         normalizer: What turns scores into weights.
         competition: Whether slots compete for tokens.
+        free_slot_eagerness: Where a free slot starts with this, it takes a token in place of itself that much more
+            easily than a full one. 0 leaves it out.
     """
 
     def __init__(
@@ -73,12 +79,14 @@ class MemoryWriter(nn.Module):
         temperature: float,
         normalizer: Normalizer = "softmax",
         competition: bool = False,
+        free_slot_eagerness: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.temperature = temperature
         self.normalizer = normalizer
         self.competition = competition
+        self.free_slot_eagerness = nn.Parameter(torch.tensor(free_slot_eagerness)) if free_slot_eagerness else None
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
@@ -88,22 +96,35 @@ class MemoryWriter(nn.Module):
         memory: Memory,
         *,
         hidden: Hidden,
+        terminal: Float[Tensor, "slots D"],
         padding_mask: Bool[Tensor, "B S"] | None = None,
         record: AttentionRecord | None = None,
     ) -> tuple[Memory, WrittenShare]:
-        """Return m', the slots after looking, not on the sphere yet, and the share of each that is not its own."""
+        """Return m', the slots after looking, not on the sphere yet, and the share of each that is not its own.
+
+        Args:
+            memory: The slots.
+            hidden: The segment's tokens.
+            terminal: Each slot's terminal state of forgetting, or the one of all: what a free slot looks like.
+            padding_mask: True at padding.
+            record: Filled with the weights, (B, H, K, 1 + S), the slot's own first.
+        """
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
             query = self._project(memory, self.query) / (
                 math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature
             )
             own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)  # (B, H, K, 1)
+            if self.free_slot_eagerness is not None:
+                free_slot = split_heads(terminal.to(memory.dtype)[None], self.num_heads)
+                freedom = F.cosine_similarity(split_heads(memory, self.num_heads), free_slot, dim=-1)[..., None]
+                own_score = own_score - self.free_slot_eagerness * freedom
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
-            if self.competition:
-                eagerness = token_scores - own_score
-                token_scores = token_scores.masked_fill(eagerness < eagerness.amax(dim=-2, keepdim=True), float("-inf"))
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+            if self.competition:
+                matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer])
+                token_scores = token_scores.masked_fill(~matching, float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:
                 record.writer = weights.detach()
@@ -126,7 +147,7 @@ class MemoryNormalization(nn.Module):
         num_slots: Number of slots K.
         width: Model width D.
         forgetting_speeds: ||v_i|| / radius of the first and the last slot at initialisation; log-uniform between.
-        similarity: Cosine between the slots' directions at initialisation.
+        exchangeable: One v for all slots. Departure: in the paper every slot has its own.
         forgetting: False leaves v_i out of the update; it still is the initial state.
         only_when_written: Scale v_i by the share of the slot (head by head) that its writer replaced. Departure: in the
             paper every slot is pulled at every timestep; here one that looks only at itself is kept for ever.
@@ -140,38 +161,35 @@ class MemoryNormalization(nn.Module):
         *,
         width: int,
         forgetting_speeds: tuple[float, float],
-        similarity: float = 0.0,
+        exchangeable: bool = False,
         forgetting: bool = True,
         only_when_written: bool = False,
         log_speeds: bool = False,
     ) -> None:
         super().__init__()
+        self.num_slots = num_slots
         self.radius = math.sqrt(width)
         self.forgetting = forgetting
         self.only_when_written = only_when_written
         self.forgetting_speeds = forgetting_speeds
-        self.similarity = similarity
-        self.slot_bias = nn.Parameter(torch.empty(num_slots, width))
-        self.log_speed = nn.Parameter(torch.empty(num_slots)) if log_speeds else None
+        num_vectors = 1 if exchangeable else num_slots
+        self.slot_bias = nn.Parameter(torch.empty(num_vectors, width))
+        self.log_speed = nn.Parameter(torch.empty(num_vectors)) if log_speeds else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the slots' directions at random, about as similar as they shall be, and give them their speeds."""
+        """Draw the slots' directions at random, and give them their speeds."""
         first, last = (math.log(speed) for speed in self.forgetting_speeds)
         log_speeds = torch.linspace(first, last, self.slot_bias.shape[0])
         with torch.no_grad():
             self.slot_bias.normal_()
-            if self.similarity:
-                own = math.sqrt(1 - self.similarity) * F.normalize(self.slot_bias, dim=-1)
-                shared = math.sqrt(self.similarity) * F.normalize(torch.randn(self.slot_bias.shape[1]), dim=0)
-                self.slot_bias.copy_(own + shared)
             if self.log_speed is not None:
                 self.log_speed.copy_(log_speeds)
             else:
                 self.slot_bias.copy_(self.radius * log_speeds.exp()[:, None] * F.normalize(self.slot_bias, dim=-1))
 
-    def forgetting_vectors(self) -> Float[Tensor, "K D"]:
-        """Return v_i of every slot."""
+    def forgetting_vectors(self) -> Float[Tensor, "vectors D"]:
+        """Return v_i of every slot, or the one v of all."""
         if self.log_speed is None:
             return self.slot_bias
         return self.radius * self.log_speed.exp()[:, None] * F.normalize(self.slot_bias, dim=-1)
@@ -188,4 +206,4 @@ class MemoryNormalization(nn.Module):
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0, the terminal state of forgetting, for each row; at least float32."""
         slot_bias = self.slot_bias.to(torch.promote_types(self.slot_bias.dtype, torch.float32))
-        return (self.radius * F.normalize(slot_bias, dim=-1)).expand(batch_size, -1, -1)
+        return (self.radius * F.normalize(slot_bias, dim=-1)).expand(batch_size, self.num_slots, -1)

@@ -49,6 +49,7 @@ def load_run(
     *,
     which: str = "best",
     device: torch.device | str = "cpu",
+    num_slots: int | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> LoadedRun:
     """Load a run folder, or a folder from `save_pretrained` with a tokenizer beside the weights.
@@ -57,10 +58,11 @@ def load_run(
         folder: The folder.
         which: "best" on held-out documents, or "last"; a folder from `save_pretrained` has only itself.
         device: Where the model goes.
+        num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
         warn: Told of damaged checkpoints that are skipped.
 
     Raises:
-        InputError: The folder does not exist or is neither kind.
+        InputError: The folder does not exist or is neither kind, or the model cannot have so many slots.
         CheckpointError: What it holds is damaged or incomplete.
     """
     if not folder.is_dir():
@@ -76,7 +78,7 @@ def load_run(
         raise InputError(
             f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model"
         )
-    model = Memformer.from_pretrained(weights, device=device)
+    model = Memformer.from_pretrained(weights, device=device, num_slots=num_slots)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(
