@@ -22,6 +22,7 @@ VARIANTS = {
     "sparsemax writer": {"write_normalizer": "sparsemax"},
     "competing slots": {"write_competition": True},
     "competing slots, sparse": {"write_competition": True, "write_normalizer": "entmax15"},
+    "slots closed at random": {"write_dropout": 0.4, "write_competition": True},
     "exchangeable slots": {
         "write_competition": True,
         "exchangeable_slots": True,

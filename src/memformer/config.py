@@ -53,6 +53,8 @@ class MemformerConfig:
             A departure from the paper, for binding neighbouring tokens.
         place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
             the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
+        write_dropout: Probability that a slot cannot be written at a timestep, in training, so that facts also learn to
+            hold out where other slots are taken. A departure from the paper.
         dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
         attention_dropout: Probability of dropping an attention weight; null means `dropout`.
         embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
@@ -84,6 +86,7 @@ class MemformerConfig:
     decoder_reads_memory: bool = False
     convolution_kernel: int = 0
     place_embedding: bool = False
+    write_dropout: float = 0.0
     dropout: float = 0.0
     attention_dropout: float | None = None
     embedding_dropout: float | None = None
@@ -143,7 +146,7 @@ class MemformerConfig:
                 f"forgetting_speeds ({self.forgetting_speeds}) must be two equal numbers where exchangeable_slots is "
                 "set: slots that share one vector share its speed"
             )
-        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+        for name in ("write_dropout", "dropout", "attention_dropout", "embedding_dropout"):
             probability = getattr(self, name)
             if probability is None:
                 continue

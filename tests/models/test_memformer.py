@@ -296,6 +296,7 @@ def test_wrong_tokens_and_memories_are_named():
         ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
         ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
         ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),
+        ({"write_dropout": 1.0}, InputError, r"write_dropout \(1.0\) must be at least 0 and below 1"),
         ({"attention_dropout": -0.1}, InputError, r"attention_dropout \(-0.1\)"),
     ],
 )

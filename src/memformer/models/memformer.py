@@ -43,6 +43,7 @@ class Memformer(Pretrained, RecurrentModel):
                 normalizer=config.write_normalizer,
                 competition=config.write_competition,
                 free_slot_eagerness=config.free_slot_eagerness,
+                dropout=config.write_dropout,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,

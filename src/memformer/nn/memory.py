@@ -60,6 +60,8 @@ class MemoryWriter(nn.Module):
       many free slots are alike and would all take the first fact.)
     - A free slot scores itself lower, by a learned number times its cosine with its terminal state of forgetting, so
       that facts go where nothing is written yet.
+    - In training some slots are closed to writing, at random, anew at every timestep: what comes when the slots for it
+      are taken is then seen early, and written into what is left or refused.
 
     Args:
         width: Model width D.
@@ -67,8 +69,8 @@ class MemoryWriter(nn.Module):
         temperature: tau; below 1 sharpens.
         normalizer: What turns scores into weights.
         competition: Whether slots compete for tokens.
-        free_slot_eagerness: Where a free slot starts with this, it takes a token in place of itself that much more
-            easily than a full one. 0 leaves it out.
+        free_slot_eagerness: By how much a free slot scores itself lower, at initialisation. 0 leaves it out.
+        dropout: Probability that a slot cannot be written at a timestep, in training.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class MemoryWriter(nn.Module):
         normalizer: Normalizer = "softmax",
         competition: bool = False,
         free_slot_eagerness: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.temperature = temperature
         self.normalizer = normalizer
         self.competition = competition
+        self.dropout = dropout
         self.free_slot_eagerness = nn.Parameter(torch.tensor(free_slot_eagerness)) if free_slot_eagerness else None
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -122,6 +126,9 @@ class MemoryWriter(nn.Module):
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+            if self.training and self.dropout:
+                is_closed = torch.rand(*memory.shape[:2], device=memory.device) < self.dropout
+                token_scores = token_scores.masked_fill(is_closed[:, None, :, None], float("-inf"))
             if self.competition:
                 matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer])
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
