@@ -44,6 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # One scale for all forgetting vectors: the paper's norm of 1.15 at d 512 is 0.05 of the radius, 3.2 is 0.14.
     "paper": {**PAPER, "forgetting_speeds": [0.1, 0.1]},
     "spread": PAPER,
+    "spread to 1e-3": {**PAPER, "forgetting_speeds": [0.3, 1e-3]},
+    "spread to 1e-7": {**PAPER, "forgetting_speeds": [0.3, 1e-7]},
+    "spread, temperature 1": {**PAPER, "write_temperature": 1.0},
+    "spread, entmax": {**PAPER, "write_normalizer": "entmax15"},
+    "spread, decoder reads memory": {**PAPER, "decoder_reads_memory": True},
     "log": {**PAPER, "log_forgetting_speeds": True},
     "log+entmax": {**PAPER, "log_forgetting_speeds": True, "write_normalizer": "entmax15"},
     "no forgetting": {**PAPER, "forgetting": False},
@@ -51,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The config less one of its parts.
     "softmax": {"write_normalizer": "softmax"},
     "temperature 1": {"write_temperature": 1.0},
-    "no competition": {"write_competition": False},
+    "no competition": {"write_competition": False, "exchangeable_slots": False},
     "heads": {"num_writer_heads": None},
     "always forgetting": {"forgetting_when_written": False},
     "a vector a slot": {"exchangeable_slots": False},

@@ -53,8 +53,9 @@ class MemformerConfig:
             A departure from the paper, for binding neighbouring tokens.
         place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
             the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
-        write_dropout: Probability that a slot cannot be written at a timestep, in training, so that facts also learn to
-            hold out where other slots are taken. A departure from the paper.
+        write_dropout: Largest probability that a slot cannot be written at a timestep, in training, so that facts also
+            learn to hold out where other slots are taken; each row draws its own, uniform from 0 to it, anew at every
+            timestep. A departure from the paper.
         dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
         attention_dropout: Probability of dropping an attention weight; null means `dropout`.
         embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.

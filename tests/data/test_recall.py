@@ -1,5 +1,6 @@
 """Recall episodes: what is told can be answered, nothing gives the answer away, and the stream can stop anywhere."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -174,6 +175,21 @@ def test_the_curriculum_advances_when_the_loss_stays_small_and_ends_at_the_full_
     for _ in range(9):
         stream.observe(0.0)
     assert stream.state() == before
+
+
+def test_until_the_curriculum_ends_the_most_facts_are_told_half_of_the_time_and_by_chance():
+    easy_start = dataclasses.replace(CURRICULUM, curriculum=CurriculumConfig(start_facts=4, start_distance=1))
+    for config, share in ((easy_start, 1 / 2 + 1 / 8), (dataclasses.replace(easy_start, curriculum=None), 1 / 4)):
+        stream = make_stream(config)
+        counts = []
+        for _ in range(400):
+            (count,) = {
+                sum(word.startswith("key") for read, answer in timesteps if answer is None for word in read)
+                for timesteps in rows_of(config, next(stream))
+            }
+            counts.append(count)
+        assert set(counts) == {1, 2, 3, 4}
+        assert abs(counts.count(4) / len(counts) - share) < 0.08
 
 
 def test_the_curriculum_goes_on_exactly_after_a_stop():

@@ -124,7 +124,7 @@ def test_free_slots_score_themselves_lower_by_their_cosine_with_their_terminal_s
 
 
 def test_slots_closed_to_writing_keep_their_content_in_training_alone():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25, dropout=0.3).double()
+    writer = MemoryWriter(D, num_heads=H, temperature=0.25, dropout=0.6).double()
     plain = MemoryWriter(D, num_heads=H, temperature=0.25).double()
     plain.load_state_dict(writer.state_dict())
     memory, hidden = torch.randn(400, K, D).double(), torch.randn(400, S, D).double()

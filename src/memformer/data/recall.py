@@ -50,6 +50,9 @@ _PADDING_TOKEN_ID = 0
 class CurriculumConfig:
     """From easy to hard: the distance doubles and the facts grow by one whenever the loss has become small.
 
+    Until the end is reached half of the rollouts have the most facts of the level, the others any number up to it: what
+    is new is learned sooner, and a run of easy episodes does not pass for it.
+
     Args:
         start_distance: Largest distance at the start, in segments.
         start_facts: Most facts at the start.
@@ -298,6 +301,8 @@ class RecallStream(RolloutStream):
         generator = np.random.Generator(np.random.PCG64([self.seed, self._episode]))
         fewest, most = self.config.num_facts[0], self.most_facts
         num_facts = int(generator.integers(min(fewest, most), most + 1))
+        if not self.is_hardest and generator.random() < 0.5:
+            num_facts = most
         horizon = int(np.exp(generator.uniform(0, np.log(self.max_distance + 1))))
         episodes = [self.task.make_episode(generator, num_facts) for _ in range(self.num_lanes)]
         # Of stories there may be none of just so many facts.

@@ -70,7 +70,8 @@ class MemoryWriter(nn.Module):
         normalizer: What turns scores into weights.
         competition: Whether slots compete for tokens.
         free_slot_eagerness: By how much a free slot scores itself lower, at initialisation. 0 leaves it out.
-        dropout: Probability that a slot cannot be written at a timestep, in training.
+        dropout: Largest probability that a slot cannot be written at a timestep, in training; each row draws its own,
+            uniform from 0 to it.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class MemoryWriter(nn.Module):
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
             if self.training and self.dropout:
-                is_closed = torch.rand(*memory.shape[:2], device=memory.device) < self.dropout
+                share = self.dropout * torch.rand(memory.shape[0], 1, device=memory.device)
+                is_closed = torch.rand(memory.shape[:2], device=memory.device) < share
                 token_scores = token_scores.masked_fill(is_closed[:, None, :, None], float("-inf"))
             if self.competition:
                 matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer])
