@@ -22,7 +22,7 @@ VARIANTS = {
     "sparsemax writer": {"write_normalizer": "sparsemax"},
     "competing slots": {"write_competition": True},
     "competing slots, sparse": {"write_competition": True, "write_normalizer": "entmax15"},
-    "slots closed at random": {"write_dropout": 0.4, "write_competition": True},
+    "competing slots, shared": {"write_competition": True, "write_sharing": True, "write_normalizer": "entmax15"},
     "exchangeable slots": {
         "write_competition": True,
         "exchangeable_slots": True,
@@ -31,6 +31,7 @@ VARIANTS = {
         "free_slot_eagerness": 2.0,
     },
     "forgetting when written": {"forgetting_when_written": True},
+    "content addressing": {"content_addressing": True, "convolution_kernel": 3},
     "place embedding": {"place_embedding": True},
     "one slot": {"num_slots": 1},
     "all options": {"positions": "relative", "decoder_reads_memory": True, "convolution_kernel": 3},

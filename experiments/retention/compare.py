@@ -79,7 +79,7 @@ def main() -> None:
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
     known = json.loads(output.read_text(encoding="utf-8"))["variants"] if output.exists() else {}
     for variant in options.variants:
-        model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", json.dumps(value))]
+        model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
         folders = {seed: ROOT / "runs" / "retention" / f"{name}-{variant}-seed-{seed}" for seed in options.seeds}
         for seed, folder in folders.items():
             train(options.config, folder, seed, [*model, *further])
@@ -101,6 +101,11 @@ def main() -> None:
 def identity(run: dict[str, Any]) -> tuple[Any, ...]:
     """Return what makes a later measurement take the place of an earlier one."""
     return run["seed"], *(run.get(name) for name in LAYOUT)
+
+
+def as_option(value: Any) -> str:
+    """Return a value as it stands on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:

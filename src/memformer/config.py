@@ -35,6 +35,8 @@ class MemformerConfig:
         free_slot_eagerness: How much lower a free slot scores itself at the start of training, so that facts go where
             nothing is written yet; learned. 0 leaves it out, as the paper does.
         num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
+        write_sharing: Let tokens that want the same slot most share it, in place of giving it to one and letting the
+            others choose again. Fewer slots are written, but facts told in one segment may be mixed.
         exchangeable_slots: Let all slots start from, and forget towards, one learned vector. What one free slot learns
             then holds for all, and a trained model may be run with more or fewer slots. Needs `write_competition`,
             which alone makes slots differ. A departure from the paper, where every slot has a vector of its own.
@@ -51,11 +53,11 @@ class MemformerConfig:
             its authors' later code; off by default.
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
+        content_addressing: Start from weights with which a token finds the slot that holds what it holds: readers' keys
+            equal their queries, the writer copies what it writes, and the convolution adds neighbouring tokens. All of
+            it is learned on from there. A departure from the paper, for binding: else that starts by chance, late.
         place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
             the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
-        write_dropout: Largest probability that a slot cannot be written at a timestep, in training, so that facts also
-            learn to hold out where other slots are taken; each row draws its own, uniform from 0 to it, anew at every
-            timestep. A departure from the paper.
         dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
         attention_dropout: Probability of dropping an attention weight; null means `dropout`.
         embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
@@ -76,6 +78,7 @@ class MemformerConfig:
     write_temperature: float = 0.25
     write_normalizer: Normalizer = "softmax"
     write_competition: bool = False
+    write_sharing: bool = False
     free_slot_eagerness: float = 0.0
     num_writer_heads: int | None = None
     exchangeable_slots: bool = False
@@ -86,8 +89,8 @@ class MemformerConfig:
     positions: PositionScheme = "rotary"
     decoder_reads_memory: bool = False
     convolution_kernel: int = 0
+    content_addressing: bool = False
     place_embedding: bool = False
-    write_dropout: float = 0.0
     dropout: float = 0.0
     attention_dropout: float | None = None
     embedding_dropout: float | None = None
@@ -128,8 +131,14 @@ class MemformerConfig:
             raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
         if self.forgetting_when_written and not self.forgetting:
             raise InputError("forgetting_when_written is set, but forgetting is false: there is nothing to scale")
+        if self.content_addressing and self.num_slots == 0:
+            raise InputError("content_addressing is set, but num_slots is 0: there is no slot to find")
         if self.exchangeable_slots and not self.write_competition:
             raise InputError("exchangeable_slots is set, but write_competition is false: all slots would stay the same")
+        if self.write_sharing and not self.write_competition:
+            raise InputError(
+                "write_sharing is set, but write_competition is false: all slots share all tokens as it is"
+            )
         _check_number("write_temperature", self.write_temperature)
         if not 0 < self.write_temperature < float("inf"):
             raise InputError(f"write_temperature ({self.write_temperature}) must be above 0 and finite")
@@ -147,7 +156,7 @@ class MemformerConfig:
                 f"forgetting_speeds ({self.forgetting_speeds}) must be two equal numbers where exchangeable_slots is "
                 "set: slots that share one vector share its speed"
             )
-        for name in ("write_dropout", "dropout", "attention_dropout", "embedding_dropout"):
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
             probability = getattr(self, name)
             if probability is None:
                 continue

@@ -195,6 +195,24 @@ def test_bfloat16_parameters_keep_the_memory_in_float32():
     assert hidden.dtype == torch.bfloat16
 
 
+def test_a_token_finds_the_slot_that_holds_it_from_the_start():
+    """Each slot holds what one token looks like to the first reader; that token must look at it most."""
+    changes = {"d_model": 64, "num_encoder_layers": 1, "num_slots": VOCAB_SIZE}
+    found = {}
+    for content_addressing in (True, False):
+        model = tiny_model(**changes, content_addressing=content_addressing)
+        reader = model.encoder.layers[0].memory_reader.attention
+        looks = torch.nn.functional.layer_norm(model.embedding.weight[:VOCAB_SIZE], (64,))
+        keys, _ = reader.key_value(looks).chunk(2, dim=-1)
+        query = reader.query(looks).unflatten(-1, (2, 32))
+        scores = torch.einsum("qhw,khw->hqk", query, keys.unflatten(-1, (2, 32)))
+        found[content_addressing] = (scores.argmax(-1) == torch.arange(VOCAB_SIZE)).double().mean()
+        copies = torch.equal(model.memory_writer.value(looks), looks)
+        assert copies == content_addressing
+    assert found[True] == 1.0
+    assert found[False] < 0.5
+
+
 def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
     model = tiny_model(**variant).float().eval()
     model.save_pretrained(tmp_path / "saved")
@@ -296,7 +314,8 @@ def test_wrong_tokens_and_memories_are_named():
         ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
         ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
         ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),
-        ({"write_dropout": 1.0}, InputError, r"write_dropout \(1.0\) must be at least 0 and below 1"),
+        ({"content_addressing": True, "num_slots": 0}, InputError, "there is no slot to find"),
+        ({"write_sharing": True}, InputError, "all slots share all tokens as it is"),
         ({"attention_dropout": -0.1}, InputError, r"attention_dropout \(-0.1\)"),
     ],
 )

@@ -40,6 +40,13 @@ def test_pairs_that_are_not_eager_enough_are_not_matched():
     assert not match_slots(torch.full((2, 2), -INFINITY), least=-INFINITY).any()
 
 
+def test_tokens_that_share_go_to_the_slot_that_wants_them_most():
+    eagerness = torch.tensor([[5.0, 4.0, -3.0], [1.0, 2.0, -2.5], [0.0, 3.0, -2.5]])
+    matching = match_slots(eagerness, least=-2.0, sharing=True)
+    assert matching.tolist() == [[True, True, False], [False, False, False], [False, False, False]]
+    assert match_slots(eagerness, least=-4.0, sharing=True)[:, 2].tolist() == [False, True, False]  # the earlier one
+
+
 def test_rows_do_not_interfere():
     eagerness = torch.randn(4, 5, 6)
     together = match_slots(eagerness, least=0.0)

@@ -123,20 +123,6 @@ def test_free_slots_score_themselves_lower_by_their_cosine_with_their_terminal_s
                 assert_close(after.writer[b, h, i], expected)
 
 
-def test_slots_closed_to_writing_keep_their_content_in_training_alone():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25, dropout=0.6).double()
-    plain = MemoryWriter(D, num_heads=H, temperature=0.25).double()
-    plain.load_state_dict(writer.state_dict())
-    memory, hidden = torch.randn(400, K, D).double(), torch.randn(400, S, D).double()
-    open_everywhere, _ = plain(memory, terminal=TERMINAL, hidden=hidden)
-    looked, written = writer(memory, terminal=TERMINAL, hidden=hidden)
-    is_closed = (written == 0).squeeze(-1).all(dim=1)
-    assert 0.25 < is_closed.double().mean() < 0.35
-    assert torch.equal(looked[is_closed], memory[is_closed])
-    assert_close(looked[~is_closed], open_everywhere[~is_closed])
-    assert torch.equal(writer.eval()(memory, terminal=TERMINAL, hidden=hidden)[0], open_everywhere)
-
-
 def test_padding_is_matched_to_no_slot():
     writer = MemoryWriter(D, num_heads=1, temperature=0.25, competition=True).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()

@@ -11,7 +11,7 @@ from memformer.models.encoder import Encoder
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel, check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
-from memformer.nn.memory import MemoryNormalization, MemoryWriter
+from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 
 
@@ -42,8 +42,8 @@ class Memformer(Pretrained, RecurrentModel):
                 temperature=config.write_temperature,
                 normalizer=config.write_normalizer,
                 competition=config.write_competition,
+                sharing=config.write_sharing,
                 free_slot_eagerness=config.free_slot_eagerness,
-                dropout=config.write_dropout,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,
@@ -70,6 +70,17 @@ class Memformer(Pretrained, RecurrentModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if self.config.content_addressing:
+            self._address_by_content()
+
+    @torch.no_grad()
+    def _address_by_content(self) -> None:
+        nn.init.eye_(self.memory_writer.value.weight)
+        for module in self.encoder.modules():
+            if isinstance(module, MemoryReader):
+                module.attention.key_value.weight[: self.config.d_model] = module.attention.query.weight
+        if self.encoder.convolution is not None:
+            nn.init.ones_(self.encoder.convolution.weight)
 
     @property
     def vocab_size(self) -> int:

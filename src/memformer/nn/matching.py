@@ -13,7 +13,7 @@ _HEAD_START = 1e-3
 
 
 @torch.no_grad()
-def match_slots(eagerness: Eagerness, *, least: float) -> Matching:
+def match_slots(eagerness: Eagerness, *, least: float, sharing: bool = False) -> Matching:
     """Return True where a slot may take a token: a token is taken by one slot, and a slot takes one token.
 
     Greedy: the pair of the highest eagerness is matched, then the highest among the slots and tokens that are left, and
@@ -23,10 +23,13 @@ def match_slots(eagerness: Eagerness, *, least: float) -> Matching:
     Args:
         eagerness: How much each slot wants each token; -inf for never.
         least: Pairs at or below it are not matched.
+        sharing: Give each token to the slot that wants it most, whatever else that slot takes.
     """
     num_slots = eagerness.shape[-2]
     order = torch.arange(num_slots, device=eagerness.device, dtype=eagerness.dtype)
     left = (eagerness - _HEAD_START * order[:, None]).masked_fill(eagerness <= least, float("-inf"))
+    if sharing:
+        return (left == left.amax(dim=-2, keepdim=True)) & (left > float("-inf"))
     matching = torch.zeros_like(left, dtype=torch.bool)
     while True:
         best_slot, best_token = left.amax(dim=-2, keepdim=True), left.amax(dim=-1, keepdim=True)

@@ -55,13 +55,13 @@ class MemoryWriter(nn.Module):
       content exactly.
     - Slots compete for tokens: head by head, a token can be taken by one slot only and a slot takes one token only,
       matched by how far the slot's score of the token exceeds its score of itself. So a free slot is found without
-      disturbing full ones, a fact does not fill the whole memory, and facts told in one segment find a slot each. Here
-      slots do interfere. (Slot attention, arXiv 2006.15055, has a softmax over slots instead: too soft here, where
-      many free slots are alike and would all take the first fact.)
+      disturbing full ones, a fact does not fill the whole memory, and facts told in one segment find a slot each. With
+      `sharing`, tokens that want the same slot most all look at it: they compete with each other too, and few slots
+      are written, but facts told together may be mixed. Here slots do interfere. (Slot attention, arXiv 2006.15055,
+      has a softmax over slots instead: too soft here, where many free slots are alike and would all take the first
+      fact.)
     - A free slot scores itself lower, by a learned number times its cosine with its terminal state of forgetting, so
       that facts go where nothing is written yet.
-    - In training some slots are closed to writing, at random, anew at every timestep: what comes when the slots for it
-      are taken is then seen early, and written into what is left or refused.
 
     Args:
         width: Model width D.
@@ -69,9 +69,8 @@ class MemoryWriter(nn.Module):
         temperature: tau; below 1 sharpens.
         normalizer: What turns scores into weights.
         competition: Whether slots compete for tokens.
+        sharing: Whether several tokens that want the same slot most share it, in place of choosing again.
         free_slot_eagerness: By how much a free slot scores itself lower, at initialisation. 0 leaves it out.
-        dropout: Largest probability that a slot cannot be written at a timestep, in training; each row draws its own,
-            uniform from 0 to it.
     """
 
     def __init__(
@@ -82,15 +81,15 @@ class MemoryWriter(nn.Module):
         temperature: float,
         normalizer: Normalizer = "softmax",
         competition: bool = False,
+        sharing: bool = False,
         free_slot_eagerness: float = 0.0,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.temperature = temperature
         self.normalizer = normalizer
         self.competition = competition
-        self.dropout = dropout
+        self.sharing = sharing
         self.free_slot_eagerness = nn.Parameter(torch.tensor(free_slot_eagerness)) if free_slot_eagerness else None
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -127,12 +126,8 @@ class MemoryWriter(nn.Module):
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-            if self.training and self.dropout:
-                share = self.dropout * torch.rand(memory.shape[0], 1, device=memory.device)
-                is_closed = torch.rand(memory.shape[:2], device=memory.device) < share
-                token_scores = token_scores.masked_fill(is_closed[:, None, :, None], float("-inf"))
             if self.competition:
-                matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer])
+                matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer], sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:
