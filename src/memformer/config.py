@@ -32,11 +32,11 @@ class MemformerConfig:
             whose weights can be exactly 0, so that a slot can keep its content exactly. A departure from the paper.
         write_competition: Let slots compete for tokens: each token is written into one slot, and each slot takes one
             token of a segment. A departure from the paper, where slots never see each other.
+        write_sharing: Let tokens that want the same slot most share it, in place of giving it to one and letting the
+            others choose again. Fewer slots are written, but facts told in one segment may be mixed.
         free_slot_eagerness: How much lower a free slot scores itself at the start of training, so that facts go where
             nothing is written yet; learned. 0 leaves it out, as the paper does.
         num_writer_heads: Heads of the memory writer; null means `num_heads`. 1 is an ablation.
-        write_sharing: Let tokens that want the same slot most share it, in place of giving it to one and letting the
-            others choose again. Fewer slots are written, but facts told in one segment may be mixed.
         exchangeable_slots: Let all slots start from, and forget towards, one learned vector. What one free slot learns
             then holds for all, and a trained model may be run with more or fewer slots. Needs `write_competition`,
             which alone makes slots differ. A departure from the paper, where every slot has a vector of its own.
