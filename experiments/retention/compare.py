@@ -27,11 +27,13 @@ MEMFORMER = [sys.executable, "-m", "memformer"]
 PAPER = {
     "write_normalizer": "softmax",
     "write_competition": False,
+    "write_sharing": False,
     "num_writer_heads": None,
     "forgetting_when_written": False,
     "exchangeable_slots": False,
     "forgetting_speeds": [0.3, 1e-5],
     "free_slot_eagerness": 0.0,
+    "content_addressing": False,
 }
 # How an evaluation lays facts out, and in how many slots.
 LAYOUT = {
@@ -56,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The config less one of its parts.
     "softmax": {"write_normalizer": "softmax"},
     "temperature 1": {"write_temperature": 1.0},
-    "no competition": {"write_competition": False, "exchangeable_slots": False},
+    "no competition": {"write_competition": False, "write_sharing": False, "exchangeable_slots": False},
     "heads": {"num_writer_heads": None},
     "always forgetting": {"forgetting_when_written": False},
     "a vector a slot": {"exchangeable_slots": False},

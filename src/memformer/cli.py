@@ -206,13 +206,14 @@ def run_retention(argv: list[str]) -> None:
             f"{run.folder} has no {RUN_CONFIG_FILE}, which tells what to measure on; a run folder is needed"
         )
     config = _run_config(run)
+    recall = config.data.recall
+    if recall is not None:
+        recall = _with_options(recall, options)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, recall=recall))
     started = time.monotonic()
-    result, figure = (_retention_of_documents if config.data.recall is None else _retention_of_facts)(
-        run, config, options
-    )
+    result, figure = (_retention_of_documents if recall is None else _retention_of_facts)(run, config, options)
     figures: dict[str, Any] = {"weights": str(run.weights), "seconds": time.monotonic() - started}
-    if config.data.recall is not None:
-        recall = _with_options(config.data.recall, options)
+    if recall is not None:
         figures |= {
             "task": recall.task,
             "trained_distance": recall.max_distance,
@@ -242,7 +243,7 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
     assert isinstance(data, RecallData)
     if options.seed is not None:
         check_seed("seed", options.seed)
-    recall = _with_options(data.config, options)
+    recall = data.config
     longest = recall.max_distance
     distances = options.distances or doubling_distances(32 * longest)
     given = {
