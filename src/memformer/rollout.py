@@ -86,11 +86,13 @@ class Rollout:
             target_padding=cut(self.target_padding),
         )
 
+    def count_input_tokens(self) -> int:
+        """Return the number of input tokens that are not padding."""
+        return _count(self.inputs, self.input_padding)
+
     def count_target_tokens(self) -> int:
         """Return the number of target tokens that are not padding."""
-        if self.target_padding is None:
-            return self.targets.numel()
-        return int((~self.target_padding).sum())
+        return _count(self.targets, self.target_padding)
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the same rollout with all tensors on `device`."""
@@ -105,3 +107,7 @@ class Rollout:
             input_padding=move(self.input_padding),
             target_padding=move(self.target_padding),
         )
+
+
+def _count(tokens: Tensor, padding: Tensor | None) -> int:
+    return tokens.numel() if padding is None else int((~padding).sum())

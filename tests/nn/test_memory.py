@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, MemoryWriter
+from memformer.errors import InputError
+from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
 from tests.conftest import assert_close
 
 B, K, S, D, H = 2, 4, 5, 12, 3
@@ -130,6 +132,51 @@ def test_padding_is_matched_to_no_slot():
     padded, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
     alone, _ = writer(memory, terminal=TERMINAL, hidden=hidden[:, :2])
     assert_close(padded, alone)
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
+@pytest.mark.parametrize("competition", [False, True])
+def test_pressure_is_how_far_tokens_are_above_being_clearly_refused(num_heads, normalizer, competition):
+    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, normalizer=normalizer, competition=competition)
+    writer = writer.double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    padding = torch.arange(S).expand(B, S) >= torch.tensor([[2], [S]])
+    width, reach = D // num_heads, {"entmax15": 2.0, "sparsemax": 1.0}[normalizer]
+    expected = 0.0
+    for b, s in torch.nonzero(~padding).tolist():
+        for h in range(num_heads):
+            part = slice(h * width, (h + 1) * width)
+            excess = []
+            for i in range(K):
+                query = (writer.query.weight @ memory[b, i])[part] / (math.sqrt(width) * 0.25)
+                own, token = writer.key.weight @ memory[b, i], writer.key.weight @ hidden[b, s]
+                excess.append(query @ token[part] - query @ own[part])
+            expected = expected + torch.log1p(F.relu(max(excess) + reach + 1)) / num_heads
+    pressure = WritePressure()
+    writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, pressure=pressure)
+    assert expected > 0
+    assert_close(pressure.total, expected)
+
+
+def test_without_pressure_nothing_is_written():
+    writer = MemoryWriter(D, num_heads=1, temperature=0.25, normalizer="entmax15").double()
+    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+    with torch.no_grad():
+        writer.key.weight.copy_(writer.query.weight)  # a slot's own score is then its query's square, never negative
+        hidden *= 1e-3
+    pressure, record = WritePressure(), AttentionRecord()
+    memory *= 10
+    writer(memory, terminal=TERMINAL, hidden=hidden, record=record, pressure=pressure)
+    assert pressure.total == 0
+    assert (record.writer[..., 0] == 1).all()
+
+
+def test_a_price_on_a_write_that_cannot_be_zero_is_refused():
+    writer = MemoryWriter(D, num_heads=1, temperature=0.25)
+    memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
+    with pytest.raises(InputError, match=r"write_normalizer \('softmax'\) writes every token"):
+        writer(memory, terminal=TERMINAL, hidden=hidden, pressure=WritePressure())
 
 
 def test_record_of_the_writer_sums_to_one_and_gives_the_result():

@@ -29,6 +29,10 @@ from memformer.training.config import DataConfig, RunConfig, TrainingConfig
         ("final_learning_rate", 1.5),
         ("weight_decay", -0.1),
         ("max_gradient_norm", float("nan")),
+        ("write_price", -0.1),
+        ("write_price", float("inf")),
+        ("write_price_below", 0.0),
+        ("write_price_below", float("nan")),
         ("betas", (0.9, 1.0)),
         ("betas", (-0.1, 0.9)),
     ],
@@ -54,6 +58,14 @@ def test_seeds_out_of_range(kind, name, seed):
 def test_threads_out_of_range():
     with pytest.raises(InputError, match=r"threads \(0\) must be at least 1"):
         RunConfig(threads=0)
+
+
+@pytest.mark.parametrize("model", [{"num_slots": 0}, {"write_normalizer": "softmax"}])
+def test_a_price_on_writing_needs_slots_and_a_sparse_write(model):
+    training = TrainingConfig(write_price=0.1)
+    RunConfig(model=MemformerConfig(write_normalizer="entmax15"), training=training)
+    with pytest.raises(InputError, match=r"training\.write_price \(0\.1\) needs slots and a sparse write"):
+        RunConfig(model=MemformerConfig(**{"write_normalizer": "entmax15", **model}), training=training)
 
 
 def test_a_config_is_frozen():

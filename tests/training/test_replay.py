@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memformer import InputError, InputTypeError, Rollout, backpropagate
+from memformer.nn import WritePressure
 from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 
 
@@ -81,6 +82,65 @@ def test_every_method_equals_a_loop_written_by_hand(variant, method, padding):
         assert_close(result.memory_grad, memory_grad)
     for name, grad in expected.items():
         assert_close(grads[name], grad)
+
+
+@pytest.mark.parametrize("competition", [False, True])
+def test_with_a_price_on_writing_replay_and_checkpoint_equal_bptt(competition):
+    model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=competition)
+    memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
+    rollout = random_rollout(5, 3, resets=True, padding=True)
+    free, *runs = [
+        gradients(model, rollout, memory, method, readout_timesteps=2, write_price=price, gradient_scale=0.3)
+        for method, price in (("bptt", 0.0), ("bptt", 0.5), ("checkpoint", 0.5), ("replay", 0.5))
+    ]
+    for run in runs[1:]:
+        assert_same_gradients(run, runs[0])
+    assert_close(runs[0][0].loss, free[0].loss)
+    assert (runs[0][1]["memory_writer.key.weight"] - free[1]["memory_writer.key.weight"]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_the_price_on_writing_is_its_weight_times_the_mean_pressure_of_the_tokens_read(method):
+    model = tiny_model(write_normalizer="entmax15")
+    memory = model.initial_memory(3).detach()
+    rollout = random_rollout(4, 3, resets=True, padding=True)
+    model.zero_grad()
+    state, total = memory, 0.0
+    for t in range(rollout.num_timesteps):
+        pressure = WritePressure()
+        state = model.reset_memory(state, rollout.reset[t])
+        padding = rollout.input_padding[t]
+        _, state = model.encode(rollout.inputs[t], memory=state, padding_mask=padding, pressure=pressure)
+        total = total + pressure.total
+    (0.7 * total / (~rollout.input_padding).sum()).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    _, free, _ = gradients(model, rollout, memory, method)
+    _, priced, _ = gradients(model, rollout, memory, method, write_price=0.7)
+    for name, grad in free.items():
+        assert_close(priced[name], grad + expected.get(name, 0))
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_writing_has_its_price_only_where_the_loss_is_small(method):
+    model = tiny_model(write_normalizer="entmax15")
+    rollout = random_rollout(3, 2)
+    memory = model.initial_memory(2)
+    free = gradients(model, rollout, memory, method)
+    always = gradients(model, rollout, memory, method, write_price=1.0)
+    loss = float(free[0].loss)
+    asked = gradients(model, rollout, memory, method, write_price=1.0, write_price_below=loss * 1.01)
+    spared = gradients(model, rollout, memory, method, write_price=1.0, write_price_below=loss * 0.99)
+    assert_same_gradients(asked, always)
+    assert_same_gradients(spared, free)
+    assert (always[1]["memory_writer.key.weight"] - free[1]["memory_writer.key.weight"]).norm() > 1e-3
+
+
+def test_a_model_whose_writes_have_no_price_is_refused():
+    rollout = random_rollout(2, 2)
+    with pytest.raises(InputError, match=r"num_slots is 0: a price on writing needs a memory"):
+        backpropagate(tiny_model(num_slots=0), rollout, write_price=1.0)
+    with pytest.raises(InputError, match=r"write_normalizer \('softmax'\) writes every token"):
+        backpropagate(tiny_model(), rollout, write_price=1.0)
 
 
 def test_loss_and_gradient_do_not_depend_on_the_chunk_without_dropout():

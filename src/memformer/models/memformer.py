@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from memformer.config import MemformerConfig
+from memformer.errors import InputError
 from memformer.models.decoder import Decoder, Past
 from memformer.models.encoder import Encoder
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel, check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
-from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
+from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 
 
@@ -111,6 +112,7 @@ class Memformer(Pretrained, RecurrentModel):
         memory: Memory,
         padding_mask: SegmentPadding | None = None,
         attention: AttentionRecord | None = None,
+        pressure: WritePressure | None = None,
     ) -> tuple[Hidden, Memory]:
         """Read one segment; return its hidden states and the memory that leaves it.
 
@@ -121,15 +123,19 @@ class Memformer(Pretrained, RecurrentModel):
             memory: The memory that enters.
             padding_mask: True at padding, which may stand before or after the tokens, not between; None for none.
             attention: Filled with the attention weights of memory readers and writer, if given.
+            pressure: Filled with how much the tokens press to be written, if given.
 
         Raises:
-            InputError: A token id or a shape is out of range, or the memory is another model's.
+            InputError: A token id or a shape is out of range, the memory is another model's, or `pressure` is given
+                and the model has no slots or writes every token (`write_normalizer: softmax`).
             InputTypeError: A dtype is wrong.
         """
         check_tokens(segment, largest=self.bos_token_id, name="segment")
         self.check_memory(memory, batch_size=segment.shape[0])
         hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
         if not self.config.num_slots:
+            if pressure is not None:
+                raise InputError("num_slots is 0: a price on writing needs a memory to write to")
             return hidden, memory
         looked, written = self.memory_writer(
             memory,
@@ -137,6 +143,7 @@ class Memformer(Pretrained, RecurrentModel):
             terminal=self.memory_normalization.forgetting_vectors(),
             padding_mask=padding_mask,
             record=attention,
+            pressure=pressure,
         )
         next_memory = self.memory_normalization(looked, written=written)
         if padding_mask is not None:

@@ -1,6 +1,7 @@
 """The memory: how it is read, written and forgotten (arXiv 2010.06891v2, sections 3.2-3.4)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.config import Normalizer
+from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
 from memformer.nn.entmax import REACH, normalize_scores
 from memformer.nn.matching import match_slots
@@ -15,6 +17,23 @@ from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
 
 WrittenShare = Float[Tensor, "B H K 1"]
+
+# A token whose best score is this far below being written pays nothing.
+_MARGIN = 1.0
+
+
+@dataclass
+class WritePressure:
+    """How much the tokens of one timestep press to be written, filled by `Memformer.encode` when it is passed in.
+
+    Attributes:
+        total: Scalar with gradient, summed over tokens and averaged over the writer's heads: ln(1 + e), where e is how
+            far the score of the slot that wants a token most lies above the highest one that writes nothing, plus a
+            margin of 1; 0 for a token that is clearly refused. Unlike what is written it has a gradient where a write
+            is whole; and with the logarithm one whole write costs less than two halves.
+    """
+
+    total: Tensor | None = None
 
 
 class MemoryReader(nn.Module):
@@ -103,6 +122,7 @@ class MemoryWriter(nn.Module):
         terminal: Float[Tensor, "slots D"],
         padding_mask: Bool[Tensor, "B S"] | None = None,
         record: AttentionRecord | None = None,
+        pressure: WritePressure | None = None,
     ) -> tuple[Memory, WrittenShare]:
         """Return m', the slots after looking, not on the sphere yet, and the share of each that is not its own.
 
@@ -112,7 +132,16 @@ class MemoryWriter(nn.Module):
             terminal: Each slot's terminal state of forgetting, or the one of all: what a free slot looks like.
             padding_mask: True at padding.
             record: Filled with the weights, (B, H, K, 1 + S), the slot's own first.
+            pressure: Filled with how much the tokens press to be written.
+
+        Raises:
+            InputError: `pressure` is given and the normalizer is the softmax, where every token is written.
         """
+        reach = REACH[self.normalizer]
+        if pressure is not None and reach == math.inf:
+            raise InputError(
+                f"write_normalizer ({self.normalizer!r}) writes every token: a price on writing needs a sparse one"
+            )
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
             query = self._project(memory, self.query) / (
@@ -126,8 +155,11 @@ class MemoryWriter(nn.Module):
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+            if pressure is not None:
+                most = (token_scores - own_score).amax(dim=-2)  # (B, H, S), of the slot that wants the token most
+                pressure.total = F.relu(most + reach + _MARGIN).log1p().sum() / self.num_heads
             if self.competition:
-                matching = match_slots(token_scores - own_score, least=-REACH[self.normalizer], sharing=self.sharing)
+                matching = match_slots(token_scores - own_score, least=-reach, sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:

@@ -71,6 +71,11 @@ class TrainingConfig:
         warmup_updates: Updates of linear warm-up.
         weight_decay: Decoupled weight decay, on matrices only (not on embeddings, norms, biases, forgetting vectors).
         betas: AdamW's decay rates.
+        write_price: Nats that a token pays for each unit of `memformer.nn.WritePressure`, added to the loss that is
+            differentiated, not to the one that is logged: what need not be known is then not written. Needs a sparse
+            model.write_normalizer; 0 asks nothing.
+        write_price_below: The price is due in rollouts whose loss is below this many nats per token only: writing must
+            first be learned. null: always.
         max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
         precision: float32, or bfloat16 for autocast compute (the memory stays float32).
         log_every: Updates between two lines of the log.
@@ -93,6 +98,8 @@ class TrainingConfig:
     warmup_updates: int = 50
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
+    write_price: float = 0.0
+    write_price_below: float | None = 0.1
     max_gradient_norm: float = 1.0
     precision: Precision = "float32"
     log_every: int = 10
@@ -122,7 +129,11 @@ class TrainingConfig:
             raise InputError(
                 f"training.evaluation_tokens ({self.evaluation_tokens}) must be at least 1, or null for all"
             )
-        for name in ("learning_rate", "weight_decay", "max_gradient_norm"):
+        if self.write_price_below is not None and not 0 < self.write_price_below < float("inf"):
+            raise InputError(
+                f"training.write_price_below ({self.write_price_below}) must be above 0 and finite, or null for always"
+            )
+        for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_price"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")
         if not 0 <= self.final_learning_rate <= 1:
@@ -159,6 +170,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads ({self.threads}) must be at least 1")
+        price, model = self.training.write_price, self.model
+        if price and (model.num_slots == 0 or model.write_normalizer == "softmax"):
+            raise InputError(
+                f"training.write_price ({price}) needs slots and a sparse write; model.num_slots is {model.num_slots}, "
+                f"model.write_normalizer {model.write_normalizer!r}"
+            )
         check_seed("seed", self.seed)
 
     def to_dict(self) -> dict[str, Any]:

@@ -168,6 +168,8 @@ class _Trainer:
                 method=training.method,
                 readout_timesteps=training.readout_timesteps,
                 gradient_scale=gradient_scale,
+                write_price=training.write_price,
+                write_price_below=math.inf if training.write_price_below is None else training.write_price_below,
             )
         self.state.memory = result.memory
         return float(result.loss)

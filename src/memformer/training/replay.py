@@ -8,10 +8,13 @@ A rollout's loss is differentiated exactly by all three: through every timestep,
     2. read out all timesteps in chunks, with gradient: loss, and d loss / d hidden;
     3. from the last timestep to the first, encode again with gradient and carry d loss / d memory backwards.
 
+A price on writing (a departure: the paper has none) is part of what is differentiated, not of the loss returned.
+
 Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
 depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel
+from memformer.nn.memory import WritePressure
 from memformer.rollout import Rollout
 from memformer.training.randomness import capture_randomness, restore_randomness
 
@@ -56,6 +60,8 @@ def backpropagate(
     method: str = "replay",
     readout_timesteps: int = 1,
     gradient_scale: float = 1.0,
+    write_price: float = 0.0,
+    write_price_below: float = math.inf,
 ) -> RolloutResult:
     """Add the gradient of the rollout's loss to every parameter's `.grad`; return the loss and the memory.
 
@@ -70,9 +76,14 @@ def backpropagate(
         method: "replay", "bptt" or "checkpoint"; all give the same gradient.
         readout_timesteps: Timesteps read out together: more is faster and takes more memory.
         gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
+        write_price: Nats for each unit of `WritePressure`, as a mean over the rollout's non-padding input
+            tokens, added to the loss that is differentiated. Above 0 the model must be a Memformer with a sparse write.
+        write_price_below: The price is due only where the rollout's loss is below this, in nats per token: what is
+            not learned yet needs its writes.
 
     Raises:
-        InputError: The method is unknown, `readout_timesteps` is below 1, or the memory is another model's.
+        InputError: The method is unknown, `readout_timesteps` is below 1, the memory is another model's, or writing has
+            a price and the model has no sparse write.
         InputTypeError: The memory has the wrong dtype.
     """
     if method not in get_args(Method):
@@ -105,7 +116,15 @@ def backpropagate(
         enabled=torch.is_autocast_enabled(device_type),
     )
     with torch.autocast(device_type, enabled=False):
-        work = _Work(model, rollout, gradient_scale / max(num_tokens, 1), readout_timesteps, autocast)
+        work = _Work(
+            model,
+            rollout,
+            nats_scale=gradient_scale / max(num_tokens, 1),
+            readout_timesteps=readout_timesteps,
+            autocast=autocast,
+            price_scale=gradient_scale * write_price / max(rollout.count_input_tokens(), 1),
+            price_below=write_price_below * num_tokens if num_tokens else 0.0,
+        )
         if method == "replay":
             total_nats, memory, memory_grad = _replay(work, memory)
         else:
@@ -124,18 +143,27 @@ class _Work:
     nats_scale: float
     readout_timesteps: int
     autocast: NewAutocast
+    price_scale: float
+    price_below: float
 
-    def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, S, D) hidden and the next memory (B, K, D)."""
+    def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (B, S, D) hidden, the next memory (B, K, D) and the pressure that has its price, a scalar."""
+        pressure = WritePressure()
         with self.autocast():
             if self.rollout.reset is not None:
                 memory = self.model.reset_memory(memory, self.rollout.reset[timestep])
             padding = self.rollout.input_padding
-            return self.model.encode(
+            hidden, memory = self.model.encode(
                 self.rollout.inputs[timestep],
                 memory=memory,
                 padding_mask=None if padding is None else padding[timestep],
+                **({"pressure": pressure} if self.price_scale else {}),
             )
+        return hidden, memory, memory.new_zeros(()) if pressure.total is None else pressure.total
+
+    def price_of(self, total_nats: Tensor) -> float:
+        """Return the factor that a unit of pressure costs, where the rollout's targets took so many nats."""
+        return self.price_scale if self.price_scale and float(total_nats) < self.price_below else 0.0
 
     def read_out(self, chunk: slice, *hiddens: Tensor) -> Tensor:
         """Return the summed nats of the targets of a chunk of timesteps, given their hidden states (B, S, D)."""
@@ -164,12 +192,13 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
     """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it."""
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
     entering = memory.requires_grad_()
-    hiddens = []
+    hiddens, total_pressure = [], memory.new_zeros(())
     for timestep in range(work.rollout.num_timesteps):
-        hidden, memory = run(work.encode, timestep, memory)
+        hidden, memory, pressure = run(work.encode, timestep, memory)
         hiddens.append(hidden)
+        total_pressure = total_pressure + pressure
     total_nats = sum((run(work.read_out, chunk, *hiddens[chunk]) for chunk in work.chunks), start=memory.new_zeros(()))
-    (total_nats * work.nats_scale).backward()
+    (total_nats * work.nats_scale + total_pressure * work.price_of(total_nats.detach())).backward()
     return total_nats.detach(), memory.detach(), _grad_of(entering)
 
 
@@ -185,7 +214,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for timestep in range(work.rollout.num_timesteps):
             randomness.append(capture_randomness(device))
             replay_buffer.append(memory)
-            hidden, memory = work.encode(timestep, memory)
+            hidden, memory, _ = work.encode(timestep, memory)
             hiddens.append(hidden)
     last_memory = memory
 
@@ -202,15 +231,16 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         del leaves, nats
 
     after = capture_randomness(device)
+    price = memory.new_tensor(work.price_of(total_nats))
     memory_grad: Tensor | None = None
     for timestep in reversed(range(work.rollout.num_timesteps)):
         restore_randomness(randomness.pop(), device=device)
         entering = replay_buffer.pop().requires_grad_()
-        hidden, next_memory = work.encode(timestep, entering)
-        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad))
+        hidden, next_memory, pressure = work.encode(timestep, entering)
+        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (pressure, price))
         memory_grad = _grad_of(entering)
         # The next timestep must not be built while this one's graph is still held.
-        del hidden, next_memory, entering
+        del hidden, next_memory, pressure, entering
     restore_randomness(after, device=device)
     assert memory_grad is not None
     return total_nats, last_memory.detach(), memory_grad
