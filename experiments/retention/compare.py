@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spread, entmax": {**PAPER, "write_normalizer": "entmax15"},
     "spread, decoder reads memory": {**PAPER, "decoder_reads_memory": True},
     "log": {**PAPER, "log_forgetting_speeds": True},
+    "when written": {**PAPER, "forgetting_when_written": True},
+    "when written+log": {**PAPER, "forgetting_when_written": True, "log_forgetting_speeds": True},
     "log+entmax": {**PAPER, "log_forgetting_speeds": True, "write_normalizer": "entmax15"},
     "no forgetting": {**PAPER, "forgetting": False},
     "no forgetting+entmax": {**PAPER, "forgetting": False, "write_normalizer": "entmax15"},
@@ -82,6 +84,8 @@ def main() -> None:
     known = json.loads(output.read_text(encoding="utf-8"))["variants"] if output.exists() else {}
     for variant in options.variants:
         model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
+        if VARIANTS[variant].get("write_normalizer") == "softmax":
+            model += ["--training.write_price", "0"]  # where every token is written, a price has nothing to refuse
         folders = {seed: ROOT / "runs" / "retention" / f"{name}-{variant}-seed-{seed}" for seed in options.seeds}
         for seed, folder in folders.items():
             train(options.config, folder, seed, [*model, *further])
