@@ -379,6 +379,18 @@ def test_other_ways_to_train(base, tmp_path, unbroken, options):
         assert training[0][2] == pytest.approx(expected[0][2], rel=3 * relative)
 
 
+def test_a_price_on_writing_is_paid_in_training_and_not_logged_as_loss(base, tmp_path):
+    config = config_file(run_config(base, num_updates=1, warmup_updates=0, sample_tokens=0))
+    runs = {}
+    for name, price, below in (("free", "0", "null"), ("due", "1", "null"), ("spared", "1", "1e-3")):
+        argv = ["train", config, "--folder", str(tmp_path / name), "--model.write_normalizer", "entmax15"]
+        assert main([*argv, "--training.write_price", price, "--training.write_price_below", below]) == 0
+        runs[name] = logged(tmp_path / name)[0][0]
+    assert runs["spared"] == runs["free"]
+    assert runs["due"][1] == runs["free"][1], "the loss is that of the predictions alone"
+    assert runs["due"][2] != runs["free"][2], "the gradient is that of the price too"
+
+
 @pytest.mark.parametrize(("num_tokens", "expected"), [(1, 1), (5, 1), (6, 2), (8, 2), (9, 3), (100, 3), (None, 3)])
 def test_first_documents_are_whole_and_reach_the_number(num_tokens, expected):
     corpus = corpus_from_arrays([np.zeros(length, dtype=np.int64) for length in (5, 3, 4)], 2)
