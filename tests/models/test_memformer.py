@@ -213,6 +213,14 @@ def test_a_token_finds_the_slot_that_holds_it_from_the_start():
     assert found[False] < 0.5
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_content_addressing_starts_with_tokens_that_know_those_before_them(kernel):
+    convolution = tiny_model(content_addressing=True, convolution_kernel=kernel).encoder.convolution
+    x = torch.randn(1, 16, 9).double()
+    before = torch.stack([x[..., max(0, t - kernel // 2) : t + 1].sum(-1) for t in range(9)], dim=-1)
+    assert_close(convolution(x), before + convolution.bias[:, None])
+
+
 def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
     model = tiny_model(**variant).float().eval()
     model.save_pretrained(tmp_path / "saved")
@@ -307,7 +315,6 @@ def test_wrong_tokens_and_memories_are_named():
         ({"vocab_size": 1}, InputError, r"vocab_size \(1\) must be at least 2"),
         ({"convolution_kernel": 2}, InputError, r"convolution_kernel \(2\) must be odd"),
         ({"num_slots": 0, "decoder_reads_memory": True}, InputError, "there is no memory to read"),
-        ({"forgetting": False, "forgetting_when_written": True}, InputError, "there is nothing to scale"),
         ({"exchangeable_slots": True, "forgetting_speeds": (0.1, 0.1)}, InputError, "all slots would stay the same"),
         ({"exchangeable_slots": True, "write_competition": True}, InputError, "share one vector share its speed"),
         ({"free_slot_eagerness": -1.0}, InputError, r"free_slot_eagerness \(-1.0\) must be at least 0"),

@@ -81,7 +81,10 @@ class Memformer(Pretrained, RecurrentModel):
             if isinstance(module, MemoryReader):
                 module.attention.key_value.weight[: self.config.d_model] = module.attention.query.weight
         if self.encoder.convolution is not None:
-            nn.init.ones_(self.encoder.convolution.weight)
+            # Tokens before, not after: a key that knew its value too would be written beside it, in a second slot.
+            centre = self.config.convolution_kernel // 2
+            nn.init.ones_(self.encoder.convolution.weight[..., : centre + 1])
+            nn.init.zeros_(self.encoder.convolution.weight[..., centre + 1 :])
 
     @property
     def vocab_size(self) -> int:
