@@ -8,7 +8,8 @@ torch.set_num_threads(1)
 
 # Every option of the model's config that changes what is computed, one at a time on top of the defaults.
 VARIANTS = {
-    "paper": {},
+    "default": {},
+    "paper": {"forgetting_when_written": False, "forgetting_speeds": (0.1, 0.1)},
     "relative positions": {"positions": "relative"},
     "decoder reads memory": {"decoder_reads_memory": True},
     "convolution": {"convolution_kernel": 3},
@@ -16,7 +17,6 @@ VARIANTS = {
     "temperature 1": {"write_temperature": 1.0},
     "without forgetting": {"forgetting": False},
     "single-head writer": {"num_writer_heads": 1},
-    "one forgetting speed": {"forgetting_speeds": (0.1, 0.1)},
     "log speeds": {"log_forgetting_speeds": True},
     "entmax writer": {"write_normalizer": "entmax15"},
     "sparsemax writer": {"write_normalizer": "sparsemax"},
@@ -30,7 +30,7 @@ VARIANTS = {
         "log_forgetting_speeds": True,
         "free_slot_eagerness": 2.0,
     },
-    "forgetting when written": {"forgetting_when_written": True},
+    "always forgetting": {"forgetting_when_written": False},
     "content addressing": {"content_addressing": True, "convolution_kernel": 3},
     "place embedding": {"place_embedding": True},
     "one slot": {"num_slots": 1},

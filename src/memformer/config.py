@@ -43,7 +43,8 @@ class MemformerConfig:
         forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
             slots stay on their sphere, nothing pulls them back to their initial state.
         forgetting_when_written: Forget only in the measure that a slot is written: one that looks only at itself keeps
-            its content for ever. A departure from the paper, where every slot forgets at every write.
+            its content for ever. A departure from the paper, where every slot forgets at every timestep (False). Of no
+            effect without `forgetting`.
         forgetting_speeds: ||v_i|| relative to the sphere's radius at the start of training, for the first and the last
             slot; log-uniform between. Two equal numbers give every slot the same speed.
         log_forgetting_speeds: Learn the speeds as logarithms beside the vectors' directions, so that slow slots stay
@@ -54,8 +55,8 @@ class MemformerConfig:
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
         content_addressing: Start from weights with which a token finds the slot that holds what it holds: readers' keys
-            equal their queries, the writer copies what it writes, and the convolution adds neighbouring tokens. All of
-            it is learned on from there. A departure from the paper, for binding: else that starts by chance, late.
+            equal their queries, the writer copies what it writes, and the convolution adds the tokens before. All of it
+            is learned on from there. A departure from the paper, for binding: else that starts by chance, late.
         place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
             the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
         dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
@@ -83,7 +84,7 @@ class MemformerConfig:
     num_writer_heads: int | None = None
     exchangeable_slots: bool = False
     forgetting: bool = True
-    forgetting_when_written: bool = False
+    forgetting_when_written: bool = True
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
     log_forgetting_speeds: bool = False
     positions: PositionScheme = "rotary"
@@ -129,8 +130,6 @@ class MemformerConfig:
             raise InputError(f"convolution_kernel ({self.convolution_kernel}) must be odd, or 0 for none")
         if self.decoder_reads_memory and self.num_slots == 0:
             raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
-        if self.forgetting_when_written and not self.forgetting:
-            raise InputError("forgetting_when_written is set, but forgetting is false: there is nothing to scale")
         if self.content_addressing and self.num_slots == 0:
             raise InputError("content_addressing is set, but num_slots is 0: there is no slot to find")
         if self.exchangeable_slots and not self.write_competition:
