@@ -30,6 +30,7 @@ PAPER = {
     "write_sharing": False,
     "num_writer_heads": None,
     "forgetting_when_written": False,
+    "log_forgetting_speeds": False,
     "exchangeable_slots": False,
     "forgetting_speeds": [0.3, 1e-5],
     "free_slot_eagerness": 0.0,

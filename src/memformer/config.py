@@ -43,12 +43,11 @@ class MemformerConfig:
         forgetting: Add the learned forgetting vectors at every write. False is the ablation "without forgetting":
             slots stay on their sphere, nothing pulls them back to their initial state.
         forgetting_when_written: Forget only in the measure that a slot is written: one that looks only at itself keeps
-            its content for ever. A departure from the paper, where every slot forgets at every timestep (False). Of no
-            effect without `forgetting`.
+            its content for ever. A departure from the paper, where every slot forgets at every timestep.
         forgetting_speeds: ||v_i|| relative to the sphere's radius at the start of training, for the first and the last
             slot; log-uniform between. Two equal numbers give every slot the same speed.
         log_forgetting_speeds: Learn the speeds as logarithms beside the vectors' directions, so that slow slots stay
-            slow in training. A departure from the paper.
+            slow in training. A departure from the paper, which learns the vectors (False).
         positions: "rotary", or "relative" for the simplified relative positions of the paper's first version.
         decoder_reads_memory: Let the decoder attend to the written slots too. A departure from the paper, after
             its authors' later code; off by default.
@@ -84,9 +83,9 @@ class MemformerConfig:
     num_writer_heads: int | None = None
     exchangeable_slots: bool = False
     forgetting: bool = True
-    forgetting_when_written: bool = True
+    forgetting_when_written: bool = False
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
-    log_forgetting_speeds: bool = False
+    log_forgetting_speeds: bool = True
     positions: PositionScheme = "rotary"
     decoder_reads_memory: bool = False
     convolution_kernel: int = 0
@@ -130,6 +129,8 @@ class MemformerConfig:
             raise InputError(f"convolution_kernel ({self.convolution_kernel}) must be odd, or 0 for none")
         if self.decoder_reads_memory and self.num_slots == 0:
             raise InputError("decoder_reads_memory is set, but num_slots is 0: there is no memory to read")
+        if self.forgetting_when_written and not self.forgetting:
+            raise InputError("forgetting_when_written is set, but forgetting is false: there is nothing to scale")
         if self.content_addressing and self.num_slots == 0:
             raise InputError("content_addressing is set, but num_slots is 0: there is no slot to find")
         if self.exchangeable_slots and not self.write_competition:

@@ -319,6 +319,7 @@ def test_wrong_tokens_and_memories_are_named():
         ({"exchangeable_slots": True, "write_competition": True}, InputError, "share one vector share its speed"),
         ({"free_slot_eagerness": -1.0}, InputError, r"free_slot_eagerness \(-1.0\) must be at least 0"),
         ({"write_temperature": 0.0}, InputError, r"write_temperature \(0.0\) must be above 0"),
+        ({"forgetting": False, "forgetting_when_written": True}, InputError, "there is nothing to scale"),
         ({"forgetting_speeds": (0.0, 1.0)}, InputError, "forgetting_speeds .* must be above 0"),
         ({"dropout": 1.0}, InputError, r"dropout \(1.0\) must be at least 0 and below 1"),
         ({"content_addressing": True, "num_slots": 0}, InputError, "there is no slot to find"),
