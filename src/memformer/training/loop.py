@@ -160,6 +160,7 @@ class _Trainer:
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
         """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
         training = self.config.training
+        is_priced = self.num_updates < training.write_price_until * training.num_updates
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
             result = backpropagate(
                 self.model,
@@ -168,7 +169,7 @@ class _Trainer:
                 method=training.method,
                 readout_timesteps=training.readout_timesteps,
                 gradient_scale=gradient_scale,
-                write_price=training.write_price,
+                write_price=training.write_price if is_priced else 0.0,
                 write_price_below=math.inf if training.write_price_below is None else training.write_price_below,
             )
         self.state.memory = result.memory
