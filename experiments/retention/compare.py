@@ -78,11 +78,13 @@ def main() -> None:
     parser.add_argument("--distances", nargs="+", default=["1", "4", "16", "32", "100", "1000", "10000"])
     for name, text in LAYOUT.items():
         parser.add_argument(f"--{name}", nargs="+", default=[None], help=f"{text}; as trained if not given.")
+    parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="Which weights of a run.")
     parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
     known = json.loads(output.read_text(encoding="utf-8"))["variants"] if output.exists() else {}
+    how = ["--checkpoint", options.checkpoint, "--distances", *options.distances]
     for variant in options.variants:
         model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
         if VARIANTS[variant].get("write_normalizer") == "softmax":
@@ -93,7 +95,7 @@ def main() -> None:
         for layout in itertools.product(*(getattr(options, name) for name in LAYOUT)):
             asked = [word for name, value in zip(LAYOUT, layout, strict=True) if value for word in (f"--{name}", value)]
             runs = [
-                {"seed": seed, **measure(folder, ["--distances", *options.distances, *asked])}
+                {"seed": seed, "checkpoint": options.checkpoint, **measure(folder, [*how, *asked])}
                 for seed, folder in folders.items()
             ]
             earlier = known.get(variant, {}).get("runs", [])
@@ -107,7 +109,7 @@ def main() -> None:
 
 def identity(run: dict[str, Any]) -> tuple[Any, ...]:
     """Return what makes a later measurement take the place of an earlier one."""
-    return run["seed"], *(run.get(name) for name in LAYOUT)
+    return run["seed"], run.get("checkpoint", "best"), *(run.get(name) for name in LAYOUT)
 
 
 def as_option(value: Any) -> str:

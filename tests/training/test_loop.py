@@ -24,7 +24,7 @@ from memformer.data import SourceConfig, corpus_from_arrays
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.loop import train
 from memformer.training.optimizer import learning_rate_at
-from memformer.training.run_data import first_documents, prepare_data
+from memformer.training.run_data import DocumentData, first_documents, prepare_data
 
 NUM_UPDATES = 10
 REPEATED = ("bits_per_token", "gradient_norm", "learning_rate", "num_tokens")
@@ -142,6 +142,10 @@ def logged(folder):
     training = [tuple(line[key] for key in ("update", *REPEATED)) for line in lines if line["kind"] == "training"]
     evaluation = [(line["update"], line["bits_per_byte"]) for line in lines if line["kind"] == "evaluation"]
     return training, evaluation
+
+
+def model_of(folder, update):
+    return load_file(checkpoint_of(folder, update) / "model.safetensors")
 
 
 def saved_tensors(checkpoint):
@@ -398,6 +402,29 @@ def test_a_price_on_writing_is_paid_in_training_and_not_logged_as_loss(base, tmp
     norms = {name: [update[2] for update in run] for name, run in runs.items()}
     assert norms["due"][0] != norms["free"][0], "the gradient is that of the price too"
     assert norms["ended"] == [norms["due"][0], norms["free"][1]]
+
+
+@pytest.mark.parametrize(("scores", "kept"), [([0.5, 0.5], 2), ([0.5, 0.6], 1), ([0.6, 0.5], 2)])
+def test_the_best_weights_are_the_later_of_equals(base, tmp_path, monkeypatch, scores, kept):
+    results = iter([*scores, 0.0])
+    evaluate = DocumentData.evaluate
+
+    def scored(self, model, training, *, is_final):
+        result = evaluate(self, model, training, is_final=is_final)
+        score = next(results)
+        monkeypatch.setattr(type(result), "score", property(lambda self: score))
+        return result
+
+    monkeypatch.setattr(DocumentData, "evaluate", scored)
+    config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0, evaluate_every=1, save_every=1)
+    assert main(["train", config_file(config), "--folder", str(tmp_path)]) == 0
+    weights = load_file(tmp_path / "best" / "model.safetensors")
+    same = [
+        update
+        for update in (1, 2)
+        if all(torch.equal(weights[name], tensor) for name, tensor in model_of(tmp_path, update).items())
+    ]
+    assert same == [kept]
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(1, 1), (5, 1), (6, 2), (8, 2), (9, 3), (100, 3), (None, 3)])

@@ -187,7 +187,8 @@ class _Trainer:
         result = self.data.evaluate(self.model, self.config.training, is_final=False)
         log.evaluation(self.num_updates, result)
         best = self.state.progress["best_score"]
-        if best is None or result.score < best:
+        # Of equals the later: where every answer is right the score says no more, and training went on.
+        if best is None or result.score <= best:
             self.state.progress["best_score"] = result.score
             self.model.save_pretrained(self.folder / BEST)
         sample = write_sample(
