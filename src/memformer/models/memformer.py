@@ -12,6 +12,7 @@ from memformer.models.encoder import Encoder
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel, check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
+from memformer.nn.linear import linear
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 
@@ -206,4 +207,4 @@ class Memformer(Pretrained, RecurrentModel):
         return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
 
     def _logits(self, features: Hidden) -> Logits:
-        return nn.functional.linear(features, self.embedding.weight[: self.vocab_size])
+        return linear(features, self.embedding.weight[: self.vocab_size])

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
 from memformer.nn.attention import AttentionRecord, CrossAttention, HeadTokens, KeyValueCache, SelfAttention
+from memformer.nn.linear import Linear
 from memformer.nn.memory import MemoryReader
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
@@ -20,9 +21,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, *, d_ff: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(width, d_ff)
+        self.expand = Linear(width, d_ff)
         self.activation = nn.GELU()
-        self.output = nn.Linear(d_ff, width)
+        self.output = Linear(d_ff, width)
 
     def forward(self, x: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q D"]:
         """Return the token-wise map of x."""

@@ -12,6 +12,7 @@ from memformer.config import Normalizer
 from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
 from memformer.nn.entmax import REACH, normalize_scores
+from memformer.nn.linear import Linear, linear
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
@@ -110,9 +111,9 @@ class MemoryWriter(nn.Module):
         self.competition = competition
         self.sharing = sharing
         self.free_slot_eagerness = nn.Parameter(torch.tensor(free_slot_eagerness)) if free_slot_eagerness else None
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.query = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
 
     def forward(
         self,
@@ -167,8 +168,8 @@ class MemoryWriter(nn.Module):
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
             return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value)), 1 - weights[..., :1]
 
-    def _project(self, x: Tensor, projection: nn.Linear) -> Tensor:
-        return split_heads(F.linear(x, projection.weight.to(x.dtype)), self.num_heads)
+    def _project(self, x: Tensor, projection: Linear) -> Tensor:
+        return split_heads(linear(x, projection.weight.to(x.dtype)), self.num_heads)
 
 
 class MemoryNormalization(nn.Module):

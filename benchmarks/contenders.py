@@ -1,0 +1,386 @@
+"""The models that are compared, behind one face; run by `turns.py`, each in a process of its own.
+
+    python benchmarks/contenders.py NAME '{"batch_size": 4, ...}'
+
+builds one, prints its facts as a line of JSON, and then answers each line on stdin (train, evaluate) with a line of
+JSON: the seconds and the tokens of one unit of work, `num_segments` segments of every row. All are byte models of the
+same width and the same number of layers, with random weights, reading random bytes; training is forward and backward
+without optimizer.
+"""
+
+# ruff: noqa: D102 - what the methods do is said once, at Contender.
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+VOCABULARY = 256
+
+
+class Contender(ABC):
+    """A model and its unit of work.
+
+    Args:
+        options: batch_size, segment_length, num_segments, width, heads, layers, threads, precision, and what one
+            contender alone reads.
+    """
+
+    model: nn.Module
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.batch_size, self.length = options["batch_size"], options["segment_length"]
+        self.num_segments = options["num_segments"]
+        # One token more than is read: every token has one that follows.
+        self.tokens = torch.randint(0, VOCABULARY, (self.batch_size, self.num_segments * self.length + 1))
+        self.model = self.build()
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the model."""
+
+    @abstractmethod
+    def train(self) -> None:
+        """Add the gradient of the mean loss over all tokens."""
+
+    @abstractmethod
+    def evaluate(self) -> float:
+        """Return the mean loss over all tokens."""
+
+    def state_bytes(self) -> int:
+        """Bytes that one row carries from segment to segment."""
+        return 0
+
+    def useful_flops(self) -> int:
+        """Floating-point operations of forward and backward, without what is computed twice."""
+        # On a CPU the counter knows attention only where it is spelled out.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.train()
+        return counter.get_total_flops()
+
+    def segments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what is read and what follows each token, segment by segment."""
+        inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
+        return list(zip(inputs.split(self.length, dim=1), targets.split(self.length, dim=1), strict=True))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of forward computation."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options["precision"] == "bfloat16")
+
+
+class Memformer(Contender):
+    """This project: `method` and `readout_timesteps` as in `backpropagate`."""
+
+    def build(self) -> nn.Module:
+        import memformer
+
+        options = self.options
+        config = memformer.MemformerConfig(
+            vocab_size=VOCABULARY,
+            d_model=options["width"],
+            num_heads=options["heads"],
+            d_ff=4 * options["width"],
+            num_encoder_layers=options["layers"] // 2,
+            num_decoder_layers=options["layers"] // 2,
+            segment_length=self.length,
+            num_slots=options["num_slots"],
+        )
+        # Segment t is predicted from segment t - 1; the first one from the memory that enters, as in a long document.
+        segments = self.tokens[:, 1:].unflatten(1, (self.num_segments, self.length)).movedim(1, 0)
+        self.rollout = memformer.Rollout(inputs=segments.roll(1, dims=0), targets=segments.clone())
+        self.model = memformer.Memformer(config)
+        self.memory = self.model.initial_memory(self.batch_size).detach().clone()
+        return self.model
+
+    def train(self) -> None:
+        self._train(self.options["method"])
+
+    def _train(self, method: str) -> None:
+        from memformer import backpropagate
+
+        with self.autocast():
+            backpropagate(
+                self.model,
+                self.rollout,
+                memory=self.memory,
+                method=method,
+                readout_timesteps=self.options["readout_timesteps"],
+            )
+
+    def useful_flops(self) -> int:
+        # Counted with torch's own products: the counter does not know oneDNN's.
+        torch.backends.mkldnn.enabled = False
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self._train("bptt")
+        torch.backends.mkldnn.enabled = True
+        return counter.get_total_flops()
+
+    def evaluate(self) -> float:
+        hiddens, memory = [], self.memory
+        with self.autocast():
+            for segment in self.rollout.inputs:
+                hidden, memory = self.model.encode(segment, memory=memory)
+                hiddens.append(hidden)
+            nats = self.model.token_nats(self.rollout.targets.flatten(0, 1), hidden=torch.cat(hiddens))
+        return float(nats.mean())
+
+    def state_bytes(self) -> int:
+        return self.memory[0].nbytes
+
+
+class Lucidrains(Contender):
+    """lucidrains/memformer with its replay; its own loop has a loss on the last segment only, this one on each."""
+
+    def build(self) -> nn.Module:
+        from memformer import Memformer
+
+        options, half = self.options, self.options["layers"] // 2
+        shape = {"num_tokens": VOCABULARY, "heads": options["heads"], "depth": half}
+        model = Memformer(
+            dim=options["width"],
+            num_memory_slots=options["num_slots"],
+            mem_update_attn_heads=options["heads"],
+            **{f"enc_{key}": value for key, value in {**shape, "max_seq_len": self.length}.items()},
+            # Its wrapper cuts the first token off the targets: segments of one token more.
+            **{f"dec_{key}": value for key, value in {**shape, "max_seq_len": self.length + 1}.items()},
+        )
+        # The decoder predicts the segment after the one the encoder read; its wrapper needs the token before it.
+        segments = self.tokens[:, 1:].split(self.length, dim=1)
+        before = [segments[-1], *segments[:-1]]
+        self.pairs = [
+            (source, torch.cat([source[:, -1:], target], dim=1))
+            for source, target in zip(before, segments, strict=True)
+        ]
+        return model
+
+    def train(self) -> None:
+        memories = [self.model.get_initial_mem(self.batch_size)]
+        with torch.no_grad(), self.autocast():
+            for source, _ in self.pairs[:-1]:
+                memories.append(self.model(source, mems=memories[-1]).mem)
+        memory_grad = torch.zeros_like(memories[0])
+        for source, target in reversed(self.pairs):
+            memory = memories.pop().detach().requires_grad_()
+            with self.autocast():
+                _, next_memory, loss = self.model(src=source, tgt=target, mems=memory)
+            torch.autograd.backward([loss / len(self.pairs), next_memory], [None, memory_grad.to(next_memory.dtype)])
+            memory_grad = memory.grad
+
+    def evaluate(self) -> float:
+        memory, losses = self.model.get_initial_mem(self.batch_size), []
+        with self.autocast():
+            for source, target in self.pairs:
+                _, memory, loss = self.model(src=source, tgt=target, mems=memory)
+                losses.append(float(loss))
+        return sum(losses) / len(losses)
+
+    def useful_flops(self) -> int:
+        def unrolled() -> None:
+            memory, total = self.model.get_initial_mem(self.batch_size), 0
+            for source, target in self.pairs:
+                _, memory, loss = self.model(src=source, tgt=target, mems=memory)
+                total = total + loss
+            total.backward()
+
+        with FlopCounterMode(display=False) as counter:
+            unrolled()
+        return counter.get_total_flops()
+
+    def state_bytes(self) -> int:
+        return self.model.get_initial_mem(1).nbytes
+
+
+class TransformerXL(Contender):
+    """Transformer-XL of `transformers`, with the hidden states of the last `memory_length` tokens of each layer."""
+
+    def build(self) -> nn.Module:
+        from transformers.models.deprecated.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
+
+        _mend_type_as()
+        options = self.options
+        config = TransfoXLConfig(
+            vocab_size=VOCABULARY,
+            d_model=options["width"],
+            d_embed=options["width"],
+            n_head=options["heads"],
+            d_head=options["width"] // options["heads"],
+            d_inner=4 * options["width"],
+            n_layer=options["layers"],
+            mem_len=options["memory_length"],
+            cutoffs=[],
+            div_val=1,
+            adaptive=False,
+            proj_share_all_but_first=False,
+            dropout=0.0,
+            dropatt=0.0,
+        )
+        self.memory: list[Tensor] | None = None
+        model = TransfoXLLMHeadModel(config)
+        self.model = model
+        with torch.no_grad():
+            while self.memory is None or self.memory[0].shape[0] < config.mem_len:
+                self._read(self.segments()[0][0])
+        return model
+
+    def _read(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        with self.autocast():
+            output = self.model.transformer(tokens, mems=self.memory)
+            self.memory = output.mems
+            if labels is None:
+                return output.last_hidden_state
+            log_probabilities = self.model.crit(output.last_hidden_state.flatten(0, 1))
+            return F.nll_loss(log_probabilities.float(), labels.flatten())
+
+    def train(self) -> None:
+        for tokens, following in self.segments():
+            (self._read(tokens, following) / self.num_segments).backward()
+
+    def evaluate(self) -> float:
+        losses = [float(self._read(tokens, following)) for tokens, following in self.segments()]
+        return sum(losses) / len(losses)
+
+    def state_bytes(self) -> int:
+        assert self.memory is not None
+        return sum(layer[:, 0].nbytes for layer in self.memory)
+
+
+def _mend_type_as() -> None:
+    """Let `type_as` take a dtype: the model's last version calls it so, which no torch has allowed."""
+    original = torch.Tensor.type_as
+
+    def type_as(tensor: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(dtype) if other is None else original(tensor, other)
+
+    torch.Tensor.type_as = type_as
+
+
+class GPT2(Contender):
+    """GPT-2 of `transformers`, which sees nothing beyond the segment; the exact GELU, which is faster on a CPU."""
+
+    def build(self) -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        options = self.options
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=self.length,
+            n_embd=options["width"],
+            n_layer=options["layers"],
+            n_head=options["heads"],
+            activation_function="gelu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="sdpa",
+        )
+        return GPT2LMHeadModel(config)
+
+    def _loss(self, tokens: Tensor, following: Tensor) -> Tensor:
+        with self.autocast():
+            logits = self.model(tokens, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), following.flatten())
+
+    def train(self) -> None:
+        for tokens, following in self.segments():
+            (self._loss(tokens, following) / self.num_segments).backward()
+
+    def evaluate(self) -> float:
+        losses = [float(self._loss(tokens, following)) for tokens, following in self.segments()]
+        return sum(losses) / len(losses)
+
+
+class MatrixProduct(Contender):
+    """No model: what this processor reaches in matrix products of the size that the models have."""
+
+    SHAPES = ((4096, 256, 1024), (4096, 1024, 256), (1024, 1024, 1024), (2048, 2048, 2048))
+
+    def build(self) -> nn.Module:
+        dtype = torch.bfloat16 if self.options["precision"] == "bfloat16" else torch.float32
+        self.factors = [
+            (torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype))
+            for rows, inner, columns in self.SHAPES
+        ]
+        return nn.Identity()
+
+    def train(self) -> None:
+        """Not a model."""
+
+    def evaluate(self) -> float:
+        """Not a model."""
+        return 0.0
+
+    def useful_flops(self) -> int:
+        return 0
+
+    def peak(self) -> float:
+        """Return floating-point operations per second of the fastest of the products."""
+        return max(
+            self._flops_per_second(product, *factors)
+            for factors in self.factors
+            for product in (torch.matmul, self._by_onednn)
+        )
+
+    @staticmethod
+    def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+
+    @staticmethod
+    def _flops_per_second(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
+        flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        repeats = max(1, int(4e9 / flops))
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product(left, right)
+        return flops * repeats / (time.perf_counter() - started)
+
+
+CONTENDERS: dict[str, Callable[[dict[str, Any]], Contender]] = {
+    "memformer": Memformer,
+    "lucidrains": Lucidrains,
+    "transformer-xl": TransformerXL,
+    "gpt2": GPT2,
+    "matrix-product": MatrixProduct,
+}
+
+
+def main() -> None:
+    """Build, say so, and work at every line until stdin ends."""
+    name, options = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(options["threads"])
+    torch.manual_seed(0)
+    contender = CONTENDERS[name](options)
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in contender.model.parameters()),
+        "state_bytes": contender.state_bytes(),
+        "useful_flops": contender.useful_flops(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(facts), flush=True)
+    tokens = contender.batch_size * contender.num_segments * contender.length
+    for line in sys.stdin:
+        if isinstance(contender, MatrixProduct):
+            print(json.dumps({"seconds": 1.0, "tokens": 0, "peak": contender.peak()}), flush=True)
+            continue
+        contender.model.train(line.strip() == "train")
+        contender.model.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        if line.strip() == "train":
+            contender.train()
+        else:
+            with torch.no_grad():
+                contender.evaluate()
+        print(json.dumps({"seconds": time.perf_counter() - started, "tokens": tokens}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Linear maps, forward and backward, by torch's matrix products (MKL on x86) and by oneDNN.
+
+    python benchmarks/linear.py          # table; JSON to benchmarks/results/linear.json
+
+Both take turns in one process, round after round; a ratio is one of the same round.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe_machine
+from torch import Tensor
+from turns import spread
+
+from memformer.nn import linear as ours
+
+# Rows, inputs and outputs: from one token to a chunk of four thousand.
+SHAPES = [
+    *((rows, 256, 1024) for rows in (1, 4, 16, 64, 512, 1024, 4096)),
+    *((rows, 1024, 256) for rows in (64, 512, 4096)),
+    *((rows, 128, 128) for rows in (16, 64, 256, 2048)),
+]
+
+
+def main() -> None:
+    """Measure, print the table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default="benchmarks/results/linear.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [measure(shape, options.rounds) for shape in SHAPES]
+    print("| rows x inputs x outputs | torch GFLOP/s | oneDNN GFLOP/s | oneDNN is faster by |\n|---|---|---|---|")
+    for row in rows:
+        ratio = row["ratio"]
+        print(
+            f"| {' x '.join(map(str, row['shape']))} | {row['torch_gflops']:.0f} | {row['onednn_gflops']:.0f} "
+            f"| x{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+        )
+    result = {"machine": describe_machine(options.threads), "rounds": options.rounds, "rows": rows}
+    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
+    """Return the speed of both, and their ratio."""
+    rows, inner, columns = shape
+    x, weight, grad = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+    flops = 6 * rows * inner * columns
+    repeats = max(1, int(2e8 / flops))
+
+    def by_torch() -> None:
+        run(F.linear, x, weight, grad)
+
+    def by_onednn() -> None:
+        run(ours._OneDNNLinear.apply, x, weight, grad)
+
+    seconds: dict[Callable[[], None], list[float]] = {by_torch: [], by_onednn: []}
+    ours._LEAST_PRODUCTS, least = 0, ours._LEAST_PRODUCTS  # in the backward pass too, whatever its size
+    for count in range(rounds + 1):
+        for function, own in seconds.items():
+            started = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            if count:
+                own.append((time.perf_counter() - started) / repeats)
+    ours._LEAST_PRODUCTS = least
+    return {
+        "shape": list(shape),
+        "torch_gflops": flops / statistics.median(seconds[by_torch]) / 1e9,
+        "onednn_gflops": flops / statistics.median(seconds[by_onednn]) / 1e9,
+        "ratio": spread([base / own for base, own in zip(seconds[by_torch], seconds[by_onednn], strict=True)]),
+    }
+
+
+def run(function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """Map, and differentiate by both factors."""
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    torch.autograd.grad(function(x, weight, None), (x, weight), grad)
+
+
+if __name__ == "__main__":
+    main()

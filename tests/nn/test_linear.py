@@ -1,0 +1,98 @@
+"""A linear map is the same by either library, and so are its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memformer.nn.linear import Linear, linear
+
+onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"
+)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def uses_onednn(function):
+    with Operators() as operators:
+        function()
+    return "mkldnn._linear_pointwise.default" in operators.names
+
+
+def data(*rows, inner=64, columns=96, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (*rows, inner), (columns, inner), (columns,)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def derivatives(function, x, weight, bias):
+    """What a map gives, its gradients, and the gradients of a function of its gradients."""
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    result = function(x, weight, bias)
+    first = torch.autograd.grad((result**3).mean(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum((grad**2).sum() for grad in first), inputs[:2])
+    return [result, *first, *second]
+
+
+@onednn
+@pytest.mark.parametrize("rows", [(512,), (4, 128), (2, 2, 128)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_map_and_gradients_are_those_of_float64(rows, has_bias):
+    x, weight, bias = data(*rows)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    bias, exact_bias = (bias, exact[2]) if has_bias else (None, None)
+    assert uses_onednn(lambda: linear(x, weight, bias))
+    ours = derivatives(linear, x, weight, bias)
+    theirs = derivatives(F.linear, exact[0], exact[1], exact_bias)
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@onednn
+def test_tensors_need_not_be_contiguous():
+    x, weight, bias = data(96, 4, 64, inner=64)
+    strided = x.transpose(1, 2)[:, ::2], weight[::2], bias[::2]
+    assert uses_onednn(lambda: linear(*strided))
+    assert torch.allclose(linear(*strided), F.linear(*strided), atol=1e-4)
+
+
+@onednn
+def test_a_tensor_without_gradient_gets_none():
+    x, weight, bias = data(4, 128)
+    linear(x.detach(), weight, bias.detach()).sum().backward()
+    assert x.grad is None
+    assert bias.grad is None
+    assert torch.allclose(weight.grad, x.sum(dim=(0, 1)).expand_as(weight), atol=1e-3)
+
+
+@onednn
+def test_where_onednn_is_not_asked():
+    x, weight, bias = data(4, 128)
+    assert uses_onednn(lambda: linear(x, weight, bias))
+    assert not uses_onednn(lambda: linear(x[:1, :1], weight, bias)), "a small product"
+    assert not uses_onednn(lambda: linear(x.double(), weight.double(), bias.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+        assert not uses_onednn(lambda: linear(x, weight, bias))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        assert not uses_onednn(lambda: linear(x, weight, bias))
+
+
+def test_module_is_torchs():
+    module = Linear(64, 96)
+    assert isinstance(module, torch.nn.Linear)
+    x = torch.randn(4, 128, 64)
+    assert torch.equal(module(x), linear(x, module.weight, module.bias))
