@@ -33,7 +33,6 @@ from memformer.training.config import DataConfig, RunConfig, TrainingConfig
         ("write_price", float("inf")),
         ("write_price_below", 0.0),
         ("write_price_below", float("nan")),
-        ("write_price_until", 1.1),
         ("betas", (0.9, 1.0)),
         ("betas", (-0.1, 0.9)),
     ],

@@ -24,6 +24,7 @@ from memformer.data import SourceConfig, corpus_from_arrays
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.loop import train
 from memformer.training.optimizer import learning_rate_at
+from memformer.training.replay import backpropagate
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
 
 NUM_UPDATES = 10
@@ -384,24 +385,29 @@ def test_other_ways_to_train(base, tmp_path, unbroken, options):
 
 
 def test_a_price_on_writing_is_paid_in_training_and_not_logged_as_loss(base, tmp_path):
-    config = config_file(run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0, learning_rate=0.0))
+    config = config_file(run_config(base, num_updates=1, warmup_updates=0, sample_tokens=0))
     runs = {}
-    for name, price, below, until in (
-        ("free", "0", "null", "1"),
-        ("due", "1", "null", "1"),
-        ("spared", "1", "1e-3", "1"),
-        ("ended", "1", "null", "0.5"),
-    ):
+    for name, price, below in (("free", "0", "null"), ("due", "1", "null"), ("spared", "1", "1e-3")):
         argv = ["train", config, "--folder", str(tmp_path / name), "--model.write_normalizer", "entmax15"]
-        argv += ["--training.write_price", price, "--training.write_price_below", below]
-        assert main([*argv, "--training.write_price_until", until]) == 0
-        runs[name] = logged(tmp_path / name)[0]
+        assert main([*argv, "--training.write_price", price, "--training.write_price_below", below]) == 0
+        runs[name] = logged(tmp_path / name)[0][0]
     assert runs["spared"] == runs["free"]
-    losses = {name: [update[1] for update in run] for name, run in runs.items()}
-    assert losses["due"] == losses["free"], "the loss is that of the predictions alone"
-    norms = {name: [update[2] for update in run] for name, run in runs.items()}
-    assert norms["due"][0] != norms["free"][0], "the gradient is that of the price too"
-    assert norms["ended"] == [norms["due"][0], norms["free"][1]]
+    assert runs["due"][1] == runs["free"][1], "the loss is that of the predictions alone"
+    assert runs["due"][2] != runs["free"][2], "the gradient is that of the price too"
+
+
+def test_the_price_on_writing_falls_over_the_run(base, tmp_path, monkeypatch):
+    prices = []
+
+    def backpropagate_and_note(*args, write_price, **options):
+        prices.append(write_price)
+        return backpropagate(*args, write_price=write_price, **options)
+
+    monkeypatch.setattr("memformer.training.loop.backpropagate", backpropagate_and_note)
+    config = config_file(run_config(base, num_updates=4, rollouts_per_update=1, sample_tokens=0))
+    argv = ["train", config, "--folder", str(tmp_path), "--model.write_normalizer", "entmax15"]
+    assert main([*argv, "--training.write_price", "2"]) == 0
+    assert prices == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
 
 
 @pytest.mark.parametrize(("scores", "kept"), [([0.5, 0.5], 2), ([0.5, 0.6], 1), ([0.6, 0.5], 2)])

@@ -72,12 +72,11 @@ class TrainingConfig:
         weight_decay: Decoupled weight decay, on matrices only (not on embeddings, norms, biases, forgetting vectors).
         betas: AdamW's decay rates.
         write_price: Nats that a token pays for each unit of `memformer.nn.WritePressure`, added to the loss that is
-            differentiated, not to the one that is logged: what need not be known is then not written. Needs a sparse
-            model.write_normalizer; 0 asks nothing.
+            differentiated, not to the one that is logged: what need not be known is then not written. Falls to 0 with
+            half a cosine over the run: once every answer is right nothing but the price moves the weights, and what
+            must be known would be written ever less surely. Needs a sparse model.write_normalizer; 0 asks nothing.
         write_price_below: The price is due in rollouts whose loss is below this many nats per token only: writing must
             first be learned. null: always.
-        write_price_until: Fraction of the updates after which the price ends. Once every answer is right nothing but
-            the price moves the weights, and what must be known would be written ever less surely.
         max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
         precision: float32, or bfloat16 for autocast compute (the memory stays float32).
         log_every: Updates between two lines of the log.
@@ -102,7 +101,6 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     write_price: float = 0.0
     write_price_below: float | None = 0.1
-    write_price_until: float = 0.6
     max_gradient_norm: float = 1.0
     precision: Precision = "float32"
     log_every: int = 10
@@ -139,9 +137,8 @@ class TrainingConfig:
         for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_price"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")
-        for name in ("final_learning_rate", "write_price_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"training.{name} ({getattr(self, name)}) must be from 0 to 1")
+        if not 0 <= self.final_learning_rate <= 1:
+            raise InputError(f"training.final_learning_rate ({self.final_learning_rate}) must be from 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"training.betas ({self.betas}) must be at least 0 and below 1")
         for name, choices in (("method", get_args(Method)), ("precision", get_args(Precision))):

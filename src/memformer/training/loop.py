@@ -27,7 +27,7 @@ from memformer.training.checkpoint import (
 )
 from memformer.training.config import RunConfig
 from memformer.training.logs import RunLog, peak_memory_bytes
-from memformer.training.optimizer import learning_rate_at, make_optimizer
+from memformer.training.optimizer import learning_rate_at, make_optimizer, write_price_at
 from memformer.training.replay import backpropagate
 from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.run_data import RunData
@@ -160,7 +160,6 @@ class _Trainer:
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
         """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
         training = self.config.training
-        is_priced = self.num_updates < training.write_price_until * training.num_updates
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
             result = backpropagate(
                 self.model,
@@ -169,7 +168,7 @@ class _Trainer:
                 method=training.method,
                 readout_timesteps=training.readout_timesteps,
                 gradient_scale=gradient_scale,
-                write_price=training.write_price if is_priced else 0.0,
+                write_price=write_price_at(self.num_updates, training),
                 write_price_below=math.inf if training.write_price_below is None else training.write_price_below,
             )
         self.state.memory = result.memory

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, linear warm-up, cosine decay."""
+"""AdamW with weight decay on matrices only; what changes over a run: the learning rate and the price on writing."""
 
 import math
 
@@ -28,6 +28,14 @@ def learning_rate_at(update: int, config: TrainingConfig) -> float:
     if update < config.warmup_updates:
         return config.learning_rate * (update + 1) / config.warmup_updates
     span = max(config.num_updates - config.warmup_updates, 1)
-    progress = min((update - config.warmup_updates) / span, 1.0)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+    remaining = _half_cosine((update - config.warmup_updates) / span)
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * remaining)
+
+
+def write_price_at(update: int, config: TrainingConfig) -> float:
+    """Return the price on writing of an update, counted from 0: half a cosine down to 0."""
+    return config.write_price * _half_cosine(update / config.num_updates)
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
