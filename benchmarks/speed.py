@@ -32,6 +32,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2, nothing beyond the segment": ("gpt2", {}),
     "GPT-2, nothing beyond the segment, bfloat16": ("gpt2", {"precision": "bfloat16"}),
 }
+SCRIPT = "contenders.py"
 BASE, PEAK = "lucidrains/memformer, replay", "matrix product"
 
 
@@ -40,12 +41,12 @@ def main() -> None:
     options = parse_arguments()
     setting = {key: value for key, value in vars(options).items() if key not in {"output", "peers_python", "rounds"}}
     setting["precision"] = "float32"
-    contenders = {PEAK: Contender(sys.executable, "matrix-product", setting)}
+    contenders = {PEAK: Contender(sys.executable, SCRIPT, "matrix-product", setting)}
     for name, own in OURS.items():
-        contenders[name] = Contender(sys.executable, "memformer", {**setting, **own})
+        contenders[name] = Contender(sys.executable, SCRIPT, "memformer", {**setting, **own})
     if options.peers_python:
         for name, (kind, own) in PEERS.items():
-            contenders[name] = Contender(options.peers_python, kind, {**setting, **own})
+            contenders[name] = Contender(options.peers_python, SCRIPT, kind, {**setting, **own})
     measured = {what: take_turns(contenders, what, rounds=options.rounds) for what in ("train", "evaluate")}
     for contender in contenders.values():
         contender.close()

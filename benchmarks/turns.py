@@ -12,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).parent / "contenders.py"
-
 
 class Contender:
     """A process that works when it is told to.
 
     Args:
         python: The interpreter of its environment.
-        name: Which of `contenders.CONTENDERS`.
+        script: The file beside this one that builds it and works: it is called with name and options (JSON), prints a
+            line of facts, and answers each line on stdin with a line.
+        name: Which of the script's contenders.
         options: Its setting.
     """
 
-    def __init__(self, python: str, name: str, options: Mapping[str, Any]) -> None:
-        command = [python, str(WORKER), name, json.dumps(dict(options))]
+    def __init__(self, python: str, script: str, name: str, options: Mapping[str, Any]) -> None:
+        command = [python, str(Path(__file__).parent / script), name, json.dumps(dict(options))]
         self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._answer()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memformer.nn.attention import CrossAttention, SelfAttention, keep_mask_of
-from memformer.nn.positions import RelativePositions, RotaryPositions
+from memformer.nn.positions import Frame, RelativePositions, RotaryPositions
 from tests.conftest import assert_close
 
 B, S, D, H = 2, 5, 12, 3
@@ -112,3 +112,37 @@ def test_a_row_of_padding_alone_is_finite_with_finite_gradient():
     assert result.isfinite().all()
     assert x.grad.isfinite().all()
     assert x.grad[0].norm() == 0
+
+
+@pytest.mark.parametrize("num_keys", [5, 12, 2000], ids=["fewer", "as many", "too many to spell out"])
+@pytest.mark.parametrize("masking", ["nothing", "causal", "padding", "causal and padding"])
+def test_bfloat16_attention_on_a_cpu_is_that_of_float32(num_keys, masking):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 2, 12, 8), (2, 2, num_keys, 8), (2, 2, num_keys, 8)
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    padding = torch.zeros(2, num_keys, dtype=torch.bool)
+    padding[1, 3:] = True
+    keep_mask = keep_mask_of(padding) if "padding" in masking else None
+    if "causal" in masking and keep_mask is not None:
+        # The fused kernel takes one of the two only.
+        keep_mask = keep_mask & torch.ones(12, num_keys, dtype=torch.bool).tril()
+
+    def attend(dtype):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        result = Frame().attend(*leaves, keep_mask=keep_mask, is_causal=masking == "causal")
+        weight = torch.arange(result.numel()).view_as(result) % 7 - 3.0
+        (result * weight).sum().backward()
+        return [result, *(leaf.grad for leaf in leaves)]
+
+    for ours, exact in zip(attend(torch.bfloat16), attend(torch.float32), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+def test_bfloat16_attention_drops_weights():
+    query, key = torch.ones(1, 1, 1, 8).bfloat16(), torch.ones(1, 1, 500, 8).bfloat16()
+    value = torch.eye(500).bfloat16()[None, None]
+    torch.manual_seed(0)
+    weights = Frame().attend(query, key, value, dropout=0.4).float() * 500
+    assert 0.3 < (weights == 0).float().mean() < 0.5
+    assert weights[weights > 0].mean() == pytest.approx(1 / 0.6, rel=0.02)

@@ -1,0 +1,118 @@
+"""Decoding beside the peers: milliseconds a token and bytes of state, by the tokens of context before it.
+
+    python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers-requirements.txt
+    python benchmarks/generation.py --peers_python .venv-peers/bin/python   # JSON: benchmarks/results/generation.json
+
+Each model is a process of its own (`generators.py`); they take turns, round after round, and a ratio is one of the same
+round. Decoding is greedy. What has a state of one size is measured after 1,024 tokens and, this project's, after a
+million too; what keeps every token at growing contexts.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+from turns import Contender, ratios, spread, take_turns
+
+SCRIPT = "generators.py"
+OURS = "memformer"
+PEERS = {
+    "GPT-2, transformers' cache": "gpt2",
+    "GPT-2, preallocated cache": "gpt2-preallocated",
+    "Mamba": "mamba",
+    "RWKV-4": "rwkv",
+}
+GROWING = ("GPT-2, transformers' cache", "GPT-2, preallocated cache")
+
+
+def main() -> None:
+    """Measure, print the table and write JSON."""
+    options = parse_arguments()
+    setting = {key: value for key, value in vars(options).items() if key not in {"output", "peers_python", "rounds"}}
+    contenders = {OURS: Contender(sys.executable, SCRIPT, "memformer", setting)}
+    if options.peers_python:
+        for name, kind in PEERS.items():
+            contenders[name] = Contender(options.peers_python, SCRIPT, kind, setting)
+    rows = []
+    for context in [1024, options.longest_context, options.million]:
+        here = {
+            name: contender
+            for name, contender in contenders.items()
+            if name == OURS or context == 1024 or (name in GROWING and context <= options.longest_context)
+        }
+        measured = take_turns(here, str(context), rounds=options.rounds)
+        rows += [describe(name, context, measured) for name in here]
+    flat = growth(contenders[OURS], options.million, options.rounds)
+    for contender in contenders.values():
+        contender.close()
+    print(format_table(rows))
+    print(f"\n{OURS}: a token after {options.million:,} takes {format_spread(flat)} of one after 1,024")
+    result = {
+        "setting": {**setting, "rounds": options.rounds},
+        "machine": describe_machine(options.threads),
+        "rows": rows,
+        "growth": flat,
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the setting."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--segment_length", type=int, default=128)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=8, help="In all: half of them encode in an encoder-decoder.")
+    parser.add_argument("--num_slots", type=int, default=32)
+    parser.add_argument("--num_tokens", type=int, default=128, help="Decoded at each turn.")
+    parser.add_argument("--longest_context", type=int, default=8192, help="Of the models that keep every token.")
+    parser.add_argument("--million", type=int, default=1_000_000, help="Longest context of this project.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peers_python", default=None, help="Interpreter of the environment with the peers.")
+    parser.add_argument("--output", default="benchmarks/results/generation.json")
+    return parser.parse_args()
+
+
+def growth(contender: Contender, context: int, rounds: int) -> dict[str, float]:
+    """Return how many times as long as after 1,024 tokens a token takes after `context`."""
+    pairs = [(contender.work("1024"), contender.work(str(context))) for _ in range(rounds)]
+    return spread([far["seconds"] / near["seconds"] for near, far in pairs])
+
+
+def describe(name: str, context: int, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return a row of the result; its ratio is how many times as fast as it this project decodes."""
+    rounds = measured[name]
+    return {
+        "name": name,
+        "context": context,
+        "ms_per_token": spread([1000 * turn["seconds"] / turn["tokens"] for turn in rounds]),
+        "state_bytes": rounds[-1]["state_bytes"],
+        "slower_than_memformer": ratios(measured[OURS], rounds),
+    }
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| model | context | ms a token | memformer is faster by | state KiB |", "|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row["name"] == OURS else f"x{format_spread(row['slower_than_memformer'])}"
+        lines.append(
+            f"| {row['name']} | {row['context']:,} | {row['ms_per_token']['median']:.2f} | {ratio} "
+            f"| {row['state_bytes'] / 1024:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def format_spread(values: dict[str, float]) -> str:
+    """Return a median and its range."""
+    return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
+
+
+if __name__ == "__main__":
+    main()
