@@ -143,6 +143,21 @@ def test_a_model_whose_writes_have_no_price_is_refused():
         backpropagate(tiny_model(), rollout, write_price=1.0)
 
 
+@pytest.mark.parametrize("num_timesteps", [1, 2, 5])
+def test_replay_encodes_the_last_timestep_once_and_the_others_twice(num_timesteps):
+    model, rollout = tiny_model(), random_rollout(num_timesteps, batch_size=2)
+    encode, segments = model.encode, []
+
+    def encode_and_note(segment, **options):
+        segments.append(segment)
+        return encode(segment, **options)
+
+    model.encode = encode_and_note
+    backpropagate(model, rollout, method="replay")
+    read = [[timestep for timestep, inputs in enumerate(rollout.inputs) if torch.equal(inputs, s)] for s in segments]
+    assert read == [[timestep] for timestep in [*range(num_timesteps), *reversed(range(num_timesteps - 1))]]
+
+
 def test_loss_and_gradient_do_not_depend_on_the_chunk_without_dropout():
     model = tiny_model()
     rollout = random_rollout(5, 2, resets=True, padding=True)

@@ -4,14 +4,15 @@ A rollout's loss is differentiated exactly by all three: through every timestep,
 
 - "bptt" keeps the whole graph. "checkpoint" keeps it in pieces that are recomputed (torch.utils.checkpoint).
 - "replay" keeps memories and hidden states only:
-    1. without gradient, encode the timesteps in order;
+    1. without gradient, encode the timesteps in order; the last one with gradient;
     2. read out all timesteps in chunks, with gradient: loss, and d loss / d hidden;
-    3. from the last timestep to the first, encode again with gradient and carry d loss / d memory backwards.
+    3. differentiate the last timestep; then from the one before it to the first, encode again with gradient and carry
+       d loss / d memory backwards.
 
 A price on writing (a departure: the paper has none) is part of what is differentiated, not of the loss returned.
 
 Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
-depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward.
+depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward, less the last timestep's.
 """
 
 import math
@@ -209,41 +210,46 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate one piece at a time; see the module's docstring for the three steps."""
     device = memory.device
+    last = work.rollout.num_timesteps - 1
     replay_buffer, randomness, hiddens = [], [], []
     with torch.no_grad():
-        for timestep in range(work.rollout.num_timesteps):
+        for timestep in range(last):
             randomness.append(capture_randomness(device))
             replay_buffer.append(memory)
             hidden, memory, _ = work.encode(timestep, memory)
             hiddens.append(hidden)
-    last_memory = memory
+    # The last timestep is the first to be differentiated: its graph is kept, so it is not encoded twice.
+    entering = memory.requires_grad_()
+    hidden, next_memory, pressure = work.encode(last, entering)
+    hiddens.append(hidden.detach())
+    last_memory = next_memory.detach()
 
     total_nats = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []
     for chunk in work.chunks:
-        leaves = [hidden.requires_grad_() for hidden in hiddens[chunk]]
+        leaves = [leaf.requires_grad_() for leaf in hiddens[chunk]]
         nats = work.read_out(chunk, *leaves)
         (nats * work.nats_scale).backward()
         total_nats += nats.detach()
         hidden_grads.extend(leaf.grad for leaf in leaves)
         # Free the hidden states that were read out, and the chunk's graph.
-        hiddens[chunk] = [hidden.new_empty(0) for hidden in leaves]
+        hiddens[chunk] = [leaf.new_empty(0) for leaf in leaves]
         del leaves, nats
 
     after = capture_randomness(device)
     price = memory.new_tensor(work.price_of(total_nats))
-    memory_grad: Tensor | None = None
-    for timestep in reversed(range(work.rollout.num_timesteps)):
+    _backward((hidden, hidden_grads.pop()), (pressure, price))
+    memory_grad = _grad_of(entering)
+    for timestep in reversed(range(last)):
+        # The next timestep must not be built while this one's graph is still held.
+        del hidden, next_memory, pressure, entering
         restore_randomness(randomness.pop(), device=device)
         entering = replay_buffer.pop().requires_grad_()
         hidden, next_memory, pressure = work.encode(timestep, entering)
         _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (pressure, price))
         memory_grad = _grad_of(entering)
-        # The next timestep must not be built while this one's graph is still held.
-        del hidden, next_memory, pressure, entering
     restore_randomness(after, device=device)
-    assert memory_grad is not None
-    return total_nats, last_memory.detach(), memory_grad
+    return total_nats, last_memory, memory_grad
 
 
 def _backward(*outputs_and_grads: tuple[Tensor, Tensor | None]) -> None:
