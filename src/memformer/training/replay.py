@@ -12,7 +12,8 @@ A rollout's loss is differentiated exactly by all three: through every timestep,
 A price on writing (a departure: the paper has none) is part of what is differentiated, not of the loss returned.
 
 Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
-depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward, less the last timestep's.
+depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward of all
+timesteps but the last.
 """
 
 import math
