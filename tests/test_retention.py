@@ -374,6 +374,7 @@ def test_units_of_documents():
 
 
 def test_memory_held_does_not_grow_with_the_documents(monkeypatch):
+    monkeypatch.setattr("memformer.document_retention._TOKENS_AT_ONCE", 80 * SEGMENT_LENGTH)
     sizes = []
 
     class Spied(type(tiny_model())):
@@ -383,11 +384,11 @@ def test_memory_held_does_not_grow_with_the_documents(monkeypatch):
 
     model = tiny_model()
     model.__class__ = Spied
-    for num_segments in (5, 50):
+    for num_segments in (20, 50):
         corpus = corpus_from_arrays(documents([num_segments * SEGMENT_LENGTH] * 2), VOCAB_SIZE)
         measure_documents(model, corpus, delays=[0, 1, 4])
-    # One batch at each timestep: two lanes, each with the initial memory and those of three delays.
-    assert sizes == [8] * 55
+    # Two lanes at each timestep; and then ten timesteps of both, with the initial memory and those of two delays.
+    assert sizes == [*[2] * 10, 60] * 7
 
 
 def test_measuring_documents_leaves_mode_and_randomness_alone():

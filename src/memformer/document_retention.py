@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from memformer.training.logs import peak_memory_bytes
 
 DEFAULT_DELAYS = (0, 1, 2, 4, 8, 16, 32)
 
-_ROLLOUT_LENGTH = 8
+_TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +204,12 @@ def measure_documents(
             f"delays go up to {delays[-1]} segments of {model.segment_length} tokens, and the longest of the documents "
             f"has {longest_document}: nothing in them has so much before it"
         )
+    num_lanes = min(num_lanes, corpus.num_documents)
     stream = LaneStream(
         corpus,
-        num_lanes=min(num_lanes, corpus.num_documents),
+        num_lanes=num_lanes,
         segment_length=model.segment_length,
-        rollout_length=_ROLLOUT_LENGTH,
+        rollout_length=max(1, _TOKENS_AT_ONCE // (num_lanes * model.segment_length * (1 + len(delays)))),
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
@@ -262,65 +262,56 @@ class _Walk:
         self._model = model
         self._delays = delays
         self._initial = model.initial_memory(num_lanes)
-        self._memory = self._initial
+        self._memory = self._initial.clone()
         # A ring of the memories that entered the last segments of the lanes. Where a lane began another document since,
         # they are those of the one before; nothing counts there.
         self._past = torch.stack([self._initial] * (delays[-1] + 1))
         self._timestep = 0
 
     def read(self, rollout: Rollout) -> NDArray[np.float64]:
-        """Return the nats of each segment with each memory, (N, memories, B)."""
-        assert rollout.reset is not None
-        # Where no row has padding there is no mask; one of zeros says the same.
-        input_padding, target_padding = (
-            torch.zeros_like(tokens, dtype=torch.bool) if padding is None else padding
-            for tokens, padding in (
-                (rollout.inputs, rollout.input_padding),
-                (rollout.targets, rollout.target_padding),
-            )
-        )
-        nats = [
-            self._read_segment(
-                rollout.inputs[timestep],
-                rollout.targets[timestep],
-                reset=rollout.reset[timestep],
-                input_padding=input_padding[timestep],
-                target_padding=target_padding[timestep],
-            )
-            for timestep in range(rollout.num_timesteps)
-        ]
-        return torch.stack(nats).cpu().numpy()
+        """Return the nats of each segment with each memory, (N, memories, B); 0 where a lane has no document."""
+        nats = np.zeros((rollout.num_timesteps, 1 + len(self._delays), rollout.batch_size))
+        rows = np.arange(rollout.batch_size)
+        if rollout.target_padding is not None:
+            rows = rows[~rollout.target_padding.all(dim=-1).all(dim=0).numpy()]
+        nats[..., rows] = self._read_rows(rollout.select_rows(rows).to(self._model.device), rows)
+        return nats
 
-    def _read_segment(
-        self,
-        segment: Int64[Tensor, "B S"],
-        targets: Int64[Tensor, "B T"],
-        *,
-        reset: Bool[Tensor, " B"],
-        input_padding: Bool[Tensor, "B S"],
-        target_padding: Bool[Tensor, "B T"],
-    ) -> Tensor:
-        device = self._model.device
-        self._memory = self._model.reset_memory(self._memory, reset.to(device))
-        self._past[self._timestep % len(self._past)] = self._memory
-        past = [self._past[(self._timestep - delay) % len(self._past)] for delay in self._delays]
-        memories = [self._initial, *past]
-        count = len(memories)
-        padding = input_padding.repeat(count, 1).to(device)
-        # The rows of one memory after those of another: they are independent, so one batch reads them all.
-        hidden, written = self._model.encode(
-            segment.repeat(count, 1).to(device), memory=torch.cat(memories), padding_mask=padding
+    def _read_rows(self, rollout: Rollout, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the nats of the lanes `rows`, which are the rows of the rollout."""
+        assert rollout.reset is not None
+        present, memories = [], []
+        for timestep, segment in enumerate(rollout.inputs):
+            memory = self._model.reset_memory(self._memory[rows], rollout.reset[timestep])
+            self._past[self._timestep % len(self._past), rows] = memory
+            past = [self._past[(self._timestep - delay) % len(self._past), rows] for delay in self._delays[1:]]
+            memories.append(torch.stack([self._initial[rows], *past]))
+            padding = None if rollout.input_padding is None else rollout.input_padding[timestep]
+            hidden, self._memory[rows] = self._model.encode(segment, memory=memory, padding_mask=padding)
+            present.append(hidden)
+            self._timestep += 1
+        # What is read with another memory leads nowhere: no timestep waits for another, so one batch reads them all.
+        count = len(self._delays)
+        hidden, _ = self._model.encode(
+            _repeat(rollout.inputs, count),
+            memory=torch.stack(memories).flatten(0, 2),
+            padding_mask=None if rollout.input_padding is None else _repeat(rollout.input_padding, count),
         )
-        # Delay 0 is what goes on: the chain of memories is the one that every other reading has.
-        self._memory = written.chunk(count)[1]
-        self._timestep += 1
+        others = hidden.unflatten(0, (-1, count, len(rows)))
+        # The initial memory, then that of delay 0, then those of the others.
+        hidden = torch.cat([others[:, :1], torch.stack(present)[:, None], others[:, 1:]], dim=1).flatten(0, 2)
         nats = self._model.token_nats(
-            targets.repeat(count, 1).to(device),
+            _repeat(rollout.targets, 1 + count),
             hidden=hidden,
-            hidden_padding_mask=padding,
-            target_padding_mask=target_padding.repeat(count, 1).to(device),
+            hidden_padding_mask=None if rollout.input_padding is None else _repeat(rollout.input_padding, 1 + count),
+            target_padding_mask=None if rollout.target_padding is None else _repeat(rollout.target_padding, 1 + count),
         )
-        return nats.double().sum(dim=-1).view(count, -1)
+        return nats.double().sum(dim=-1).view(-1, 1 + count, len(rows)).cpu().numpy()
+
+
+def _repeat(tokens: Tensor, count: int) -> Tensor:
+    """Return (N * count * B, S) of (N, B, S): each timestep's rows so many times."""
+    return tokens[:, None].expand(-1, count, -1, -1).flatten(0, 2)
 
 
 class _Totals:

@@ -1,8 +1,13 @@
 """The segments that one update back-propagates through."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
@@ -96,17 +101,16 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the same rollout with all tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def select_rows(self, rows: Sequence[int] | NDArray[np.integer]) -> "Rollout":
+        """Return the rollout of these rows alone."""
+        return self._map(lambda tensor: tensor[:, rows])
 
-        return Rollout(
-            inputs=self.inputs.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            reset=move(self.reset),
-            input_padding=move(self.input_padding),
-            target_padding=move(self.target_padding),
-        )
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
+        return Rollout(**changed)
 
 
 def _count(tokens: Tensor, padding: Tensor | None) -> int:
