@@ -279,11 +279,15 @@ class _Decoding:
         """Decode what is pending and not yet decoded; return the logits that follow each row's last token."""
         model, device = self.model, self.model.device
         if self.past is None:
-            self.past = model.look_back(hidden, hidden_padding_mask=hidden_padding)
+            # A mask costs time at every token; after the first segment there is nothing to mask.
+            padding = hidden_padding if hidden_padding.any() else None
+            self.past = model.look_back(hidden, hidden_padding_mask=padding)
         # The decoder's inputs are [BOS] and the pending tokens; each row has decoded some of them already.
         todo = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
         width = max(todo)
         if width > 0:
+            abreast = min(todo) == width and min(self.num_decoded) == max(self.num_decoded)
+            num_cached = self.num_decoded[0] if abreast else None
             inputs = torch.full((len(todo), width), model.bos_token_id)
             positions = torch.full((len(todo), width), model.segment_length)  # marks padding
             for row, (count, done) in enumerate(zip(todo, self.num_decoded, strict=True)):
@@ -292,12 +296,19 @@ class _Decoding:
                 positions[row, :count] = torch.arange(done, done + count)
                 self.num_decoded[row] += count
             logits = model.decode_step(
-                inputs.to(device), past=self.past, caches=self.caches, positions=positions.to(device)
+                inputs.to(device),
+                past=self.past,
+                caches=self.caches,
+                positions=positions.to(device),
+                num_cached=num_cached,
             )
-            last = torch.tensor([max(count - 1, 0) for count in todo], device=device)
-            latest = logits[torch.arange(len(todo), device=device), last]
-            waiting = torch.tensor([count == 0 for count in todo], device=device)[:, None]
-            self.logits = latest if self.logits is None else torch.where(waiting, self.logits, latest)
+            if abreast:
+                self.logits = logits[:, -1]
+            else:
+                last = torch.tensor([max(count - 1, 0) for count in todo], device=device)
+                latest = logits[torch.arange(len(todo), device=device), last]
+                waiting = torch.tensor([count == 0 for count in todo], device=device)[:, None]
+                self.logits = latest if self.logits is None else torch.where(waiting, self.logits, latest)
         assert self.logits is not None
         return self.logits
 

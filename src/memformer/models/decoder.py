@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
-from memformer.nn.attention import HeadTokens, KeyValueCache, keep_mask_of
+from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, keep_mask_of
 from memformer.nn.layers import DecoderLayer
-from memformer.nn.positions import Frame, PositionSchemes, RelativePositions, RotaryPositions
+from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
 from memformer.shapes import Hidden, SegmentPadding
 
 
@@ -81,31 +81,42 @@ class Decoder(nn.Module):
         """Return features of each target from the targets before it and the past; `x` starts with `[BOS]`."""
         positions = torch.arange(x.shape[1], device=x.device)
         frame = self.positions(positions, key_positions=positions)
-        return self._run_layers(x, past=past, frame=frame, positions=positions)
+        return self._run_layers(x, past=past, frame=frame)
 
     def step(
-        self, x: Float[Tensor, "B Q D"], *, past: Past, caches: list[KeyValueCache], positions: Tensor
+        self,
+        x: Float[Tensor, "B Q D"],
+        *,
+        past: Past,
+        caches: list[KeyValueCache],
+        positions: Tensor,
+        num_cached: int | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return features of further targets at `positions` (B, Q), those before them being in the caches.
 
-        A position equal to the caches' length marks padding; its features mean nothing.
+        A position equal to the caches' length marks padding; its features mean nothing. `num_cached` is the number of
+        targets before, where it is the same for all rows: then no key is read that has no token yet.
         """
-        key_positions = torch.arange(caches[0].keys.shape[2], device=x.device)
+        num_new = x.shape[1]
+        num_keys = caches[0].keys.shape[2] if num_cached is None else num_cached + num_new
+        key_positions = torch.arange(num_keys, device=x.device)
         frame = self.positions(positions, key_positions=key_positions, new_key_positions=positions)
-        keep_mask = (key_positions <= positions[..., None])[:, None]  # (B, 1, Q, J)
-        return self._run_layers(x, past=past, frame=frame, positions=positions, keep_mask=keep_mask, caches=caches)
+        keep_mask = None
+        if num_cached is None or num_new > 1:
+            keep_mask = (key_positions <= positions[..., None])[:, None]  # (B, 1, Q, J)
+        windows = [CacheWindow(cache, positions, num_keys) for cache in caches]
+        return self._run_layers(x, past=past, frame=frame, keep_mask=keep_mask, caches=windows)
 
     def _run_layers(
         self,
         x: Float[Tensor, "B Q D"],
         *,
         past: Past,
-        frame: Frame,
-        positions: Tensor,
+        frame: RotaryFrame | RelativeFrame,
         keep_mask: Tensor | None = None,
-        caches: list[KeyValueCache] | None = None,
+        caches: list[CacheWindow] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        past_frame = self.positions(positions, key_positions=past.positions)
+        past_frame = frame.towards(past.positions)
         for index, layer in enumerate(self.layers):
             x = layer(
                 x,
@@ -116,6 +127,5 @@ class Decoder(nn.Module):
                 frame=frame,
                 keep_mask=keep_mask,
                 cache=None if caches is None else caches[index],
-                cache_positions=positions,
             )
         return self.norm(x)

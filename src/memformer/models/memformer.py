@@ -177,7 +177,15 @@ class Memformer(Pretrained, RecurrentModel):
         """Return what `decode_step` looks back at, projected once for a whole segment."""
         return self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
 
-    def decode_step(self, tokens: Segment, *, past: Past, caches: list[KeyValueCache], positions: Segment) -> Logits:
+    def decode_step(
+        self,
+        tokens: Segment,
+        *,
+        past: Past,
+        caches: list[KeyValueCache],
+        positions: Segment,
+        num_cached: int | None = None,
+    ) -> Logits:
         """Return the logits of what follows each token; `decode` a few tokens at a time.
 
         Args:
@@ -185,9 +193,11 @@ class Memformer(Pretrained, RecurrentModel):
             past: From `look_back`.
             caches: From `make_caches`; the tokens' keys and values are added.
             positions: Place of each token in its segment; `segment_length` marks padding.
+            num_cached: Tokens decoded before, where they are as many in all rows and there is no padding; saves time.
         """
         x = self._embed(tokens)
-        return self._logits(self.decoder.step(x, past=past, caches=caches, positions=positions))
+        features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
+        return self._logits(features)
 
     def make_caches(self, batch_size: int) -> list[KeyValueCache]:
         """Return an empty key-value cache of one segment for each decoder layer."""

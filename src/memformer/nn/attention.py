@@ -58,17 +58,33 @@ class KeyValueCache:
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
 
-    def write(self, key: HeadTokens, value: HeadTokens, *, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of tokens at `positions` (B, J); return those of all positions."""
-        index = positions[:, None, :, None].expand_as(key)
-        self.keys.scatter_(2, index, key.to(self.keys.dtype))
-        self.values.scatter_(2, index, value.to(self.values.dtype))
-        return self.keys, self.values
-
     @property
     def num_bytes(self) -> int:
         """Bytes held, whatever is filled."""
         return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True)
+class CacheWindow:
+    """Where the tokens of one step stand in a cache, and how much of it they look at.
+
+    Args:
+        cache: The cache of one layer.
+        positions: Places of the new tokens, (B, Q).
+        num_keys: Positions from the first on that hold all that is looked at.
+    """
+
+    cache: KeyValueCache
+    positions: Tensor
+    num_keys: int
+
+    def write(self, key: HeadTokens, value: HeadTokens) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the new tokens; return those of the first positions."""
+        keys, values = self.cache.keys, self.cache.values
+        index = self.positions[:, None, :, None].expand_as(key)
+        keys.scatter_(2, index, key.to(keys.dtype))
+        values.scatter_(2, index, value.to(values.dtype))
+        return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
 
 
 class SelfAttention(nn.Module):
@@ -95,15 +111,13 @@ class SelfAttention(nn.Module):
         frame: Frame,
         keep_mask: Tensor | None = None,
         is_causal: bool = False,
-        cache: KeyValueCache | None = None,
-        cache_positions: Tensor | None = None,
+        cache: CacheWindow | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return what each token reads from the others; with a cache, from those decoded before it too."""
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
         query, key = frame.place_queries(query), frame.place_keys(key)
         if cache is not None:
-            assert cache_positions is not None
-            key, value = cache.write(key, value, positions=cache_positions)
+            key, value = cache.write(key, value)
         dropout = self.dropout if self.training else 0.0
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout)
         return self.output(merge_heads(read))

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
-from memformer.nn.attention import AttentionRecord, CrossAttention, HeadTokens, KeyValueCache, SelfAttention
+from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention, HeadTokens, SelfAttention
 from memformer.nn.linear import Linear
 from memformer.nn.memory import MemoryReader
 from memformer.nn.positions import Frame
@@ -102,8 +102,7 @@ class DecoderLayer(nn.Module):
         slots: Memory | None,
         frame: Frame,
         keep_mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        cache_positions: Tensor | None = None,
+        cache: CacheWindow | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the targets' features after one layer; `past` are the previous segment's keys and values."""
         x = x + self.dropout(
@@ -113,7 +112,6 @@ class DecoderLayer(nn.Module):
                 keep_mask=keep_mask,
                 is_causal=cache is None,
                 cache=cache,
-                cache_positions=cache_positions,
             )
         )
         key, value = past

@@ -72,24 +72,28 @@ class RotaryFrame(Frame):
         self.key_positions = key_positions
         self.head_width = head_width
         self.base = base
+        self._known_turns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def towards(self, key_positions: Tensor) -> "RotaryFrame":
+        """Return the frame of the same queries and other keys, placed already: a query is turned alike for all."""
+        del key_positions
+        return self
 
     def place_queries(self, query: Tensor) -> Tensor:
         """Return the queries turned by their positions."""
-        return _rotate(query, turns=self._query_turns)
+        return _rotate(query, turns=self._turns_of(self.query_positions, query.dtype))
 
     def place_keys(self, key: Tensor) -> Tensor:
         """Return the keys turned by their positions."""
-        return _rotate(key, turns=self._key_turns)
+        return _rotate(key, turns=self._turns_of(self.key_positions, key.dtype))
 
-    @cached_property
-    def _query_turns(self) -> tuple[Tensor, Tensor]:
-        return _turns(self.query_positions, head_width=self.head_width, base=self.base)
-
-    @cached_property
-    def _key_turns(self) -> tuple[Tensor, Tensor]:
-        if self.key_positions is self.query_positions:
-            return self._query_turns
-        return _turns(self.key_positions, head_width=self.head_width, base=self.base)
+    def _turns_of(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the turns in one dtype: every layer asks for the same ones."""
+        known = self._known_turns.get((id(positions), dtype))
+        if known is None:
+            cos, sin = _turns(positions, head_width=self.head_width, base=self.base)
+            known = self._known_turns[id(positions), dtype] = cos.to(dtype), sin.to(dtype)
+        return known
 
 
 def _turns(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -105,7 +109,7 @@ def _turns(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, 
 
 def _rotate(x: Tensor, *, turns: tuple[Tensor, Tensor]) -> Tensor:
     # Pairs are (i, i + half); the sine carries the minus sign of its first half, so one roll replaces split and cat.
-    cos, sin = (part.to(x.dtype) for part in turns)
+    cos, sin = turns
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -144,6 +148,12 @@ class RelativeFrame(Frame):
         self.key_positions = key_positions
         self.num_heads = num_heads
         self.head_width = head_width
+
+    def towards(self, key_positions: Tensor) -> "RelativeFrame":
+        """Return the frame of the same queries and other keys."""
+        return RelativeFrame(
+            self.query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width
+        )
 
     @cached_property
     def _distances(self) -> tuple[Tensor, Tensor]:
