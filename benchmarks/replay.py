@@ -12,6 +12,7 @@ resident set over what the process held before the rollout. Setting: byte vocabu
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -55,10 +56,13 @@ def main() -> None:
     for row in rows:
         row["memory_ratio"] = row["memory_growth_mib"] / rows[0]["memory_growth_mib"]
     print(format_table(rows))
+    horizons = [measure_horizon(options, num_timesteps) for num_timesteps in options.horizons]
+    print(format_horizons(horizons))
     result = {
         "setting": {key: value for key, value in vars(options).items() if key not in {"output", "measure_memory"}},
         "machine": describe_machine(options.threads),
         "rows": rows,
+        "horizons": horizons,
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -73,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="Encoder layers, and decoder layers.")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--horizons", type=int, nargs="*", default=[4, 16, 64], help="Timesteps of replay, for memory.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="benchmarks/results/replay.json")
     parser.add_argument("--measure_memory", default=None, help="Internal: METHOD:READOUT_TIMESTEPS in this process.")
@@ -124,11 +129,39 @@ def measure_memory(options: argparse.Namespace, method: str, readout_timesteps: 
     return memory_mib("VmHWM") - before
 
 
-def run_memory_child(variant: tuple[str, int]) -> float:
-    """Measure a variant's memory in a process of its own, with this process's arguments."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure_memory", f"{variant[0]}:{variant[1]}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def run_memory_child(variant: tuple[str, int], *further: str) -> float:
+    """Measure a variant's memory in a process of its own, with this process's arguments and further ones."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure_memory", f"{variant[0]}:{variant[1]}", *further]
+    # Freed tensors go back to the system at once: what is counted is what is held, not what the allocator keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(json.loads(done.stdout))
+
+
+def measure_horizon(options: argparse.Namespace, num_timesteps: int) -> dict[str, float]:
+    """Return what replay of so many timesteps holds, and what its memories and hidden states alone take."""
+    model, _ = build(options)
+    memory = model.initial_memory(options.batch_size)
+    hidden_bytes = options.batch_size * options.segment_length * options.width * memory.element_size()
+    return {
+        "num_timesteps": num_timesteps,
+        "memory_growth_mib": run_memory_child(("replay", 1), "--num_timesteps", str(num_timesteps)),
+        "memories_and_hiddens_mib": num_timesteps * (memory.nbytes + hidden_bytes) / 2**20,
+    }
+
+
+def format_horizons(rows: list[dict[str, float]]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        "",
+        "| replay over timesteps | memory growth MiB | memories and hidden states of them MiB |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['num_timesteps']} | {row['memory_growth_mib']:,.0f} | {row['memories_and_hiddens_mib']:,.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
