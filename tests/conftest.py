@@ -34,6 +34,7 @@ VARIANTS = {
     "content addressing": {"content_addressing": True, "convolution_kernel": 3},
     "place embedding": {"place_embedding": True},
     "one slot": {"num_slots": 1},
+    "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
     "all options": {"positions": "relative", "decoder_reads_memory": True, "convolution_kernel": 3},
 }
 VOCAB_SIZE = 11

@@ -11,6 +11,9 @@ from memformer.errors import InputError, InputTypeError
 Normalizer = Literal["softmax", "entmax15", "sparsemax"]
 PositionScheme = Literal["rotary", "relative"]
 
+# Lists in JSON.
+_TUPLES = {"adaptive_cutoffs", "forgetting_speeds"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemformerConfig:
@@ -20,6 +23,9 @@ class MemformerConfig:
 
     Args:
         vocab_size: Number of token ids V; tokens are 0 .. V-1, and V itself is the built-in `[BOS]`.
+        adaptive_cutoffs: For large vocabularies sorted by frequency: ids at which clusters of rarer words begin. Their
+            embeddings are narrower, a quarter for each cluster, and the softmax takes two steps. Empty for one softmax
+            over all tokens. A departure from the paper, which does not say.
         d_model: Width D of tokens and memory slots.
         num_heads: Attention heads H; they split the width.
         d_ff: Width F inside the feed-forward layers.
@@ -68,6 +74,7 @@ class MemformerConfig:
     """
 
     vocab_size: int = 256
+    adaptive_cutoffs: tuple[int, ...] = ()
     d_model: int = 256
     num_heads: int = 4
     d_ff: int = 1024
@@ -108,6 +115,10 @@ class MemformerConfig:
             ("convolution_kernel", 0),
         ):
             _check_integer(name, getattr(self, name), minimum)
+        for cutoff in self.adaptive_cutoffs:
+            _check_integer("adaptive_cutoffs", cutoff, 1)
+        if list(self.adaptive_cutoffs) != sorted(set(self.adaptive_cutoffs)):
+            raise InputError(f"adaptive_cutoffs ({list(self.adaptive_cutoffs)}) must ascend")
         if self.num_writer_heads is not None:
             _check_integer("num_writer_heads", self.num_writer_heads, 1)
         for name in ("num_heads", "num_writer_heads"):
@@ -182,7 +193,8 @@ class MemformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         fields = dataclasses.asdict(self)
-        fields["forgetting_speeds"] = list(self.forgetting_speeds)
+        for name in _TUPLES:
+            fields[name] = list(fields[name])
         return fields
 
     @classmethod
@@ -195,12 +207,10 @@ class MemformerConfig:
         """
         refuse_unknown_keys(fields, valid=[field.name for field in dataclasses.fields(cls)], owner="model config")
         fields = dict(fields)
-        if "forgetting_speeds" in fields:
-            if not isinstance(fields["forgetting_speeds"], list | tuple):
-                raise InputTypeError(
-                    f"forgetting_speeds ({fields['forgetting_speeds']!r}) must be a list of two numbers"
-                )
-            fields["forgetting_speeds"] = tuple(fields["forgetting_speeds"])
+        for name in _TUPLES & fields.keys():
+            if not isinstance(fields[name], list | tuple):
+                raise InputTypeError(f"{name} ({fields[name]!r}) must be a list of numbers")
+            fields[name] = tuple(fields[name])
         return cls(**fields)
 
 

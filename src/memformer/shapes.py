@@ -23,6 +23,7 @@ from torch import Tensor
 Segment = Int64[Tensor, "B S"]
 Targets = Int64[Tensor, "B T"]
 SegmentPadding = Bool[Tensor, "B S"]
+TargetPadding = Bool[Tensor, "B T"]
 Memory = Float[Tensor, "B K D"]
 Hidden = Float[Tensor, "B R D"]
 Logits = Float[Tensor, "B T V"]

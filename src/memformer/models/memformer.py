@@ -3,7 +3,8 @@
 import math
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
 from memformer.errors import InputError
@@ -12,9 +13,9 @@ from memformer.models.encoder import Encoder
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel, check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
-from memformer.nn.linear import linear
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
 
 
 class Memformer(Pretrained, RecurrentModel):
@@ -32,8 +33,11 @@ class Memformer(Pretrained, RecurrentModel):
 
     def __init__(self, config: MemformerConfig) -> None:
         super().__init__(config)
-        # One row more than the vocabulary: [BOS] can be read but never predicted.
-        self.embedding = nn.Embedding(config.vocab_size + 1, config.d_model)
+        self.embedding = (
+            AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
+            if config.adaptive_cutoffs
+            else TiedEmbedding(config.vocab_size, config.d_model)
+        )
         self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -71,7 +75,7 @@ class Memformer(Pretrained, RecurrentModel):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        self.embedding.reset_parameters()
         if self.config.content_addressing:
             self._address_by_content()
 
@@ -105,8 +109,9 @@ class Memformer(Pretrained, RecurrentModel):
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0 for each row, every slot in its terminal state; float32 (float64 if the model is)."""
         if not self.config.num_slots:
-            dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-            return self.embedding.weight.new_zeros((batch_size, 0, self.config.d_model), dtype=dtype)
+            weight = self.encoder.norm.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return weight.new_zeros((batch_size, 0, self.config.d_model), dtype=dtype)
         return self.memory_normalization.initial_memory(batch_size)
 
     def encode(
@@ -168,10 +173,37 @@ class Memformer(Pretrained, RecurrentModel):
             InputError: A token id or a shape is out of range.
             InputTypeError: A dtype is wrong.
         """
+        return self.embedding.logits(self._features(targets, hidden, hidden_padding_mask))
+
+    def token_nats(
+        self,
+        targets: Targets,
+        *,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None = None,
+        target_padding_mask: TargetPadding | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
+        if isinstance(self.embedding, TiedEmbedding):
+            return super().token_nats(
+                targets,
+                hidden=hidden,
+                hidden_padding_mask=hidden_padding_mask,
+                target_padding_mask=target_padding_mask,
+            )
+        # The likelihood of one word is cheaper than that of all.
+        nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask), targets)
+        return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
+
+    def _features(
+        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
+    ) -> Float[Tensor, "B T D"]:
+        """Return what each target is predicted from."""
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
         bos = targets.new_full((targets.shape[0], 1), self.bos_token_id)
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
-        return self._logits(self.decoder(self._embed(torch.cat([bos, targets[:, :-1]], dim=1)), past=past))
+        features: Tensor = self.decoder(self._embed(torch.cat([bos, targets[:, :-1]], dim=1)), past=past)
+        return features
 
     def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
         """Return what `decode_step` looks back at, projected once for a whole segment."""
@@ -197,7 +229,7 @@ class Memformer(Pretrained, RecurrentModel):
         """
         x = self._embed(tokens)
         features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
-        return self._logits(features)
+        return self.embedding.logits(features)
 
     def make_caches(self, batch_size: int) -> list[KeyValueCache]:
         """Return an empty key-value cache of one segment for each decoder layer."""
@@ -207,7 +239,7 @@ class Memformer(Pretrained, RecurrentModel):
                 num_heads=self.config.num_heads,
                 length=self.segment_length,
                 head_width=self.config.head_width,
-                like=self.embedding.weight.detach(),
+                like=self.encoder.norm.weight.detach(),
             )
             for _ in range(self.config.num_decoder_layers)
         ]
@@ -215,6 +247,3 @@ class Memformer(Pretrained, RecurrentModel):
     def _embed(self, tokens: Segment) -> Hidden:
         # sqrt(D) gives the residual stream a variance near one while the shared output projection starts small.
         return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
-
-    def _logits(self, features: Hidden) -> Logits:
-        return linear(features, self.embedding.weight[: self.vocab_size])

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
 
 
 class RecurrentModel(nn.Module, ABC):
@@ -49,6 +49,21 @@ class RecurrentModel(nn.Module, ABC):
     def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
         """Return the logits of each target, given the targets before it and the hidden states of the past."""
 
+    def token_nats(
+        self,
+        targets: Targets,
+        *,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None = None,
+        target_padding_mask: TargetPadding | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
+        logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
+        if target_padding_mask is not None:
+            targets = targets.masked_fill(target_padding_mask, -100)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -62,21 +77,6 @@ class RecurrentModel(nn.Module, ABC):
     def reset_memory(self, memory: Memory, reset: Bool[Tensor, " B"]) -> Memory:
         """Return the memory with the rows in `reset` started again."""
         return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
-
-    def token_nats(
-        self,
-        targets: Targets,
-        *,
-        hidden: Hidden,
-        hidden_padding_mask: SegmentPadding | None = None,
-        target_padding_mask: Bool[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T"]:
-        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
-        logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
-        if target_padding_mask is not None:
-            targets = targets.masked_fill(target_padding_mask, -100)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def check_memory(self, memory: Tensor, *, batch_size: int) -> None:
         """Check that a memory is one of this model.

@@ -10,7 +10,8 @@ from memformer.training.config import TrainingConfig
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW; embeddings, norms, biases and forgetting vectors are not decayed."""
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)}
+    embedded = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("embedding.")}
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)} - embedded
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [

@@ -1,0 +1,106 @@
+"""Words in and out: a proper distribution, tied to the embeddings, with fewer numbers for rare words."""
+
+import pytest
+import torch
+
+from memformer import InputError, Memformer
+from memformer.nn.vocabulary import AdaptiveEmbedding
+from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
+
+CUTOFFS = (4, 8)
+
+
+def adaptive_embedding():
+    return AdaptiveEmbedding(VOCAB_SIZE, 16, cutoffs=CUTOFFS).double()
+
+
+def test_probabilities_are_by_hand_those_of_two_steps():
+    embedding = adaptive_embedding()
+    features = torch.randn(2, 3, 16, dtype=torch.float64)
+    head, tail = embedding.softmax.head.weight, embedding.softmax.tail
+    first_step = (features @ head.T).softmax(dim=-1)  # four words, and an entry for each of the two clusters
+    expected = [first_step[..., :4]]
+    for index, (narrow, wide) in enumerate(tail):
+        within = (features @ narrow.weight.T @ wide.weight.T).softmax(dim=-1)
+        expected.append(first_step[..., 4 + index, None] * within)
+    expected = torch.cat(expected, dim=-1)
+    assert_close(embedding.logits(features).exp(), expected)
+    assert_close(expected.sum(dim=-1), torch.ones(2, 3, dtype=torch.float64))
+    targets = torch.randint(0, VOCAB_SIZE, (2, 3))
+    assert_close(embedding.nats(features, targets), -expected.log().gather(-1, targets[..., None])[..., 0])
+
+
+def test_a_word_is_read_as_it_is_predicted():
+    # The score of a rare word within its cluster is the product of the features with its embedding.
+    embedding = adaptive_embedding()
+    features = torch.randn(1, 1, 16, dtype=torch.float64)
+    ids = torch.arange(VOCAB_SIZE)[None]
+    scores = embedding(ids) @ features[0, 0]
+    log_probabilities = embedding.logits(features)[0, 0]
+    for first, end in ((0, 4), (4, 8), (8, VOCAB_SIZE)):
+        difference = (scores[0, first:end] - log_probabilities[first:end]).detach()
+        assert_close(difference, difference[0].expand_as(difference))
+
+
+def test_bos_has_a_vector_of_its_own_and_every_vector_starts_near_length_one():
+    embedding = AdaptiveEmbedding(50_000, 64, cutoffs=(1_000, 10_000))
+    vectors = embedding(torch.arange(50_001)[None])[0].detach()
+    assert torch.equal(vectors[-1], embedding.bos)
+    for first, end in ((0, 1_000), (1_000, 10_000), (10_000, 50_000)):
+        assert vectors[first:end].square().sum(dim=-1).mean() == pytest.approx(1.0, rel=0.5)
+
+
+def test_rare_words_cost_less():
+    plain = Memformer(tiny_config(vocab_size=10_000, d_model=64))
+    adaptive = Memformer(tiny_config(vocab_size=10_000, d_model=64, adaptive_cutoffs=(1_000, 4_000)))
+    saved = plain.num_parameters - adaptive.num_parameters
+    # Three thousand words of width 16 and six thousand of width 4; two projections, two entries of the first softmax.
+    assert saved == 3_000 * (64 - 16) + 6_000 * (64 - 4) - 64 * (16 + 4) - 2 * 64
+
+
+def test_gradient_reaches_every_cluster_that_occurs():
+    embedding = adaptive_embedding()
+    embedding.nats(torch.randn(1, 2, 16, dtype=torch.float64), torch.tensor([[0, 9]])).sum().backward()
+    assert embedding.softmax.head.weight.grad.abs().sum() > 0
+    assert embedding.softmax.tail[1][1].weight.grad.abs().sum() > 0
+    assert embedding.softmax.tail[0][1].weight.grad is None
+
+
+def test_padding_has_no_loss():
+    model = tiny_model(adaptive_cutoffs=CUTOFFS)
+    rollout = random_rollout(1, batch_size=3, padding=True)
+    hidden, _ = model.encode(rollout.inputs[0], memory=model.initial_memory(3), padding_mask=rollout.input_padding[0])
+    nats = model.token_nats(
+        rollout.targets[0],
+        hidden=hidden,
+        hidden_padding_mask=rollout.input_padding[0],
+        target_padding_mask=rollout.target_padding[0],
+    )
+    assert (nats == 0).equal(rollout.target_padding[0])
+    logits = model.decode(rollout.targets[0], hidden=hidden, hidden_padding_mask=rollout.input_padding[0])
+    expected = -logits.log_softmax(dim=-1).gather(-1, rollout.targets[0][..., None])[..., 0]
+    assert_close(nats, expected.masked_fill(rollout.target_padding[0], 0))
+
+
+def test_under_autocast_the_likelihood_is_float32():
+    model = Memformer(tiny_config(adaptive_cutoffs=CUTOFFS))
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, _ = model.encode(tokens, memory=model.initial_memory(2))
+        nats = model.token_nats(tokens, hidden=hidden)
+    assert nats.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adaptive_cutoffs": (4, 4)}, r"adaptive_cutoffs \(\[4, 4\]\) must ascend"),
+        ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs \(\[8, 4\]\) must ascend"),
+        ({"adaptive_cutoffs": (0,)}, r"adaptive_cutoffs \(0\) must be at least 1"),
+        ({"adaptive_cutoffs": (VOCAB_SIZE,)}, r"adaptive_cutoffs \(\[11\]\) must be below vocab_size \(11\)"),
+        ({"adaptive_cutoffs": (2, 4, 6)}, r"d_model \(16\) is too small"),
+    ],
+)
+def test_wrong_cutoffs_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        Memformer(tiny_config(**changes))
