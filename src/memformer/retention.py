@@ -214,10 +214,11 @@ class _Walk:
         fact_timesteps = draw_fact_timesteps(
             config, generator, self.num_facts, facts_per_segment=config.facts_per_segment[1]
         )
-        told = tell(task, self.episodes, fact_timesteps, fact_timesteps[-1] + 1, model.segment_length, generator)
-        for segment in told:
-            _, self.memory = model.encode(self._tensor(segment), memory=self.memory)
-        self.timestep = len(told)
+        self.timestep = fact_timesteps[-1] + 1
+        for start in range(0, self.timestep, _SEGMENTS_AHEAD):
+            window = range(start, min(start + _SEGMENTS_AHEAD, self.timestep))
+            for segment in tell(task, self.episodes, fact_timesteps, window, model.segment_length, generator):
+                _, self.memory = model.encode(self._tensor(segment), memory=self.memory)
         self.distance = 0
         # Text runs on over some segments, as it does in training.
         self._ahead: list[Tokens] = []

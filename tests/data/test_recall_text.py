@@ -260,13 +260,30 @@ def test_facts_stay_whole_among_documents(path, kind):
     for num_facts in (1, 2, 4):
         episodes = [task.make_episode(generator, num_facts) for _ in range(3)]
         timesteps = list(range(-(-num_facts // 2)))
-        told = tell(task, episodes, timesteps, 6, 70, generator)
+        told = tell(task, episodes, timesteps, range(6), 70, generator)
         for row, episode in enumerate(episodes):
             read = text_of(task, told[:, row].ravel())
             positions = [read.index(text_of(task, fact)) for fact in episode.facts]
             assert positions == sorted(positions)
             rest = text_of(task, told[len(timesteps) :, row].ravel())
             assert not any(text_of(task, fact) in rest for fact in episode.facts)
+
+
+def test_windows_tell_each_fact_once_at_its_timestep(path):
+    task = text_task(babi(path), KINDS[0])
+    generator = np.random.default_rng(0)
+    episodes = [task.make_episode(generator, 3) for _ in range(4)]
+    timesteps = [0, 7, 12]
+    windows = [tell(task, episodes, timesteps, range(start, start + 5), 70, generator) for start in (0, 5, 10)]
+    told = np.concatenate(windows)
+    assert told.shape == (15, 4, 70)
+    for row, episode in enumerate(episodes):
+        for segment, timestep in zip(told[:, row], range(15), strict=True):
+            found = [fact for fact in episode.facts if text_of(task, fact) in text_of(task, segment)]
+            index = timesteps.index(timestep) if timestep in timesteps else len(episode.facts)
+            assert [text_of(task, fact) for fact in found] == [
+                text_of(task, f) for f in episode.facts[index : index + 1]
+            ]
 
 
 def test_questions_of_fewer_facts_waste_no_segment(path):

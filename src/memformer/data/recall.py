@@ -315,7 +315,7 @@ class RecallStream(RolloutStream):
         asks = generator.random(shape) < self.config.question_probability
         asks[:first_question] = False
         asks[-1] = True
-        inputs = tell(self.task, episodes, fact_timesteps, num_timesteps, self.segment_length, generator)
+        inputs = tell(self.task, episodes, fact_timesteps, range(num_timesteps), self.segment_length, generator)
         answers = [np.empty(0, np.int64)] * asks.size
         for timestep, row in np.argwhere(asks):
             questions = episodes[row].questions
@@ -401,19 +401,19 @@ def tell(
     task: RecallTask,
     episodes: Sequence[Episode],
     timesteps: Sequence[int],
-    num_timesteps: int,
+    window: range,
     segment_length: int,
     generator: np.random.Generator,
 ) -> Tokens:
-    """Return segments of filler, (timesteps, rows, tokens), in which each row's facts are told at `timesteps`."""
-    shape = len(episodes), num_timesteps, segment_length
-    inputs = np.stack([task.make_filler(generator, num_timesteps * segment_length) for _ in episodes]).reshape(shape)
+    """Return a window of filler, (timesteps, rows, tokens), in which each row's facts are told at `timesteps`."""
+    shape = len(episodes), len(window), segment_length
+    inputs = np.stack([task.make_filler(generator, shape[1] * shape[2]) for _ in episodes]).reshape(shape)
     for row, episode in zip(inputs, episodes, strict=True):
         share = -(-len(episode.facts) // len(timesteps))
         for index, timestep in enumerate(timesteps):
             facts = episode.facts[index * share : (index + 1) * share]
-            if facts:
-                place(row[timestep], facts, generator)
+            if facts and timestep in window:
+                place(row[timestep - window.start], facts, generator)
     return inputs.swapaxes(0, 1)
 
 
