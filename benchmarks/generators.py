@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256
+SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 class Generator(ABC):
@@ -70,21 +71,11 @@ class MemformerSession(Generator):
     """This project's `Session`; half of the layers read, the other half decode."""
 
     def build(self) -> nn.Module:
-        from memformer import Memformer, MemformerConfig
+        from sizes import half_and_half
 
-        options = self.options
-        return Memformer(
-            MemformerConfig(
-                vocab_size=VOCABULARY,
-                d_model=options["width"],
-                num_heads=options["heads"],
-                d_ff=4 * options["width"],
-                num_encoder_layers=options["layers"] // 2,
-                num_decoder_layers=options["layers"] // 2,
-                segment_length=options["segment_length"],
-                num_slots=options["num_slots"],
-            )
-        )
+        from memformer import Memformer
+
+        return Memformer(half_and_half(**{key: self.options[key] for key in SIZES}))
 
     def make_state(self, context: int) -> Any:
         from memformer import Session

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from machine import describe_machine, memory_mib
+from sizes import half_and_half
 
-from memformer import Memformer, MemformerConfig, Rollout, backpropagate
+from memformer import Memformer, Rollout, backpropagate
 
 # Plain sequential BPTT reads out one timestep at a time; so does the first row of each method.
 VARIANTS = [("bptt", 1), ("bptt", 8), ("checkpoint", 1), ("replay", 1), ("replay", 2), ("replay", 4), ("replay", 8)]
@@ -87,18 +88,8 @@ def parse_arguments() -> argparse.Namespace:
 def build(options: argparse.Namespace) -> tuple[Memformer, Rollout]:
     """Return the model and a rollout of random bytes."""
     torch.manual_seed(0)
-    model = Memformer(
-        MemformerConfig(
-            vocab_size=256,
-            d_model=options.width,
-            num_heads=4,
-            d_ff=4 * options.width,
-            num_encoder_layers=options.layers,
-            num_decoder_layers=options.layers,
-            segment_length=options.segment_length,
-            num_slots=32,
-        )
-    ).train()
+    config = half_and_half(width=options.width, layers=2 * options.layers, segment_length=options.segment_length)
+    model = Memformer(config).train()
     shape = (options.num_timesteps, options.batch_size, options.segment_length)
     return model, Rollout(inputs=torch.randint(0, 256, shape), targets=torch.randint(0, 256, shape))
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from machine import describe_machine, memory_mib
+from sizes import half_and_half
 from turns import spread
 
-from memformer import Memformer, MemformerConfig, Rollout, backpropagate
+from memformer import Memformer, Rollout, backpropagate
 
 VARIANTS = {"one softmax": (), "adaptive": (20_000, 60_000)}
 
@@ -78,16 +79,12 @@ def parse_arguments() -> argparse.Namespace:
 def build(options: argparse.Namespace, name: str) -> tuple[Memformer, Rollout]:
     """Return a model, and a rollout of words drawn by Zipf's law."""
     torch.manual_seed(0)
-    config = MemformerConfig(
+    config = half_and_half(
+        width=options.width,
+        layers=2 * options.layers,
+        segment_length=options.segment_length,
         vocab_size=options.vocab_size,
         adaptive_cutoffs=VARIANTS[name],
-        d_model=options.width,
-        num_heads=4,
-        d_ff=4 * options.width,
-        num_encoder_layers=options.layers,
-        num_decoder_layers=options.layers,
-        segment_length=options.segment_length,
-        num_slots=32,
     )
     frequency = 1 / torch.arange(1, options.vocab_size + 1)
     shape = options.num_timesteps, options.batch_size, options.segment_length

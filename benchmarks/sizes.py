@@ -1,0 +1,21 @@
+"""The model that the benchmarks measure."""
+
+from typing import Any
+
+from memformer import MemformerConfig
+
+
+def half_and_half(
+    *, width: int, layers: int, segment_length: int, heads: int = 4, num_slots: int = 32, **further: Any
+) -> MemformerConfig:
+    """Return a model half of whose `layers` encode and half decode; bytes unless said otherwise."""
+    return MemformerConfig(
+        d_model=width,
+        num_heads=heads,
+        d_ff=4 * width,
+        num_encoder_layers=layers // 2,
+        num_decoder_layers=layers // 2,
+        segment_length=segment_length,
+        num_slots=num_slots,
+        **further,
+    )
