@@ -91,6 +91,21 @@ def test_where_onednn_is_not_asked():
         assert not uses_onednn(lambda: linear(x, weight, bias))
 
 
+@onednn
+def test_a_compiled_map_leaves_the_choice_to_the_compiler():
+    x, weight, bias = (tensor.detach() for tensor in data(4, 128))
+    graphs = []
+
+    def note(graph, example_inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(linear, backend=note, fullgraph=True)
+    assert torch.allclose(compiled(x, weight, bias), linear(x, weight, bias), atol=1e-4)
+    assert len(graphs) == 1
+    assert "_linear_pointwise" not in graphs[0]
+
+
 def test_module_is_torchs():
     module = Linear(64, 96)
     assert isinstance(module, torch.nn.Linear)

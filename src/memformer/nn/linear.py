@@ -43,6 +43,8 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and _ONEDNN_LINEAR is not None
+        # torch.compile chooses the library itself, and refuses the operator where weights may change.
+        and not torch.compiler.is_compiling()
     )
 
 
