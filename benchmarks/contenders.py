@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 VOCABULARY = 256
-SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 class Contender(ABC):
@@ -83,11 +82,11 @@ class Memformer(Contender):
     """This project: `method` and `readout_timesteps` as in `backpropagate`."""
 
     def build(self) -> nn.Module:
-        from sizes import half_and_half
+        from sizes import sized
 
         import memformer
 
-        config = half_and_half(**{key: self.options[key] for key in SIZES})
+        config = sized(self.options)
         # Segment t is predicted from segment t - 1; the first one from the memory that enters, as in a long document.
         segments = self.tokens[:, 1:].unflatten(1, (self.num_segments, self.length)).movedim(1, 0)
         self.rollout = memformer.Rollout(inputs=segments.roll(1, dims=0), targets=segments.clone())

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256
-SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 class Generator(ABC):
@@ -71,11 +70,11 @@ class MemformerSession(Generator):
     """This project's `Session`; half of the layers read, the other half decode."""
 
     def build(self) -> nn.Module:
-        from sizes import half_and_half
+        from sizes import sized
 
         from memformer import Memformer
 
-        return Memformer(half_and_half(**{key: self.options[key] for key in SIZES}))
+        return Memformer(sized(self.options))
 
     def make_state(self, context: int) -> Any:
         from memformer import Session

@@ -1,8 +1,11 @@
 """The model that the benchmarks measure."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from memformer import MemformerConfig
+
+SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 def half_and_half(
@@ -19,3 +22,8 @@ def half_and_half(
         num_slots=num_slots,
         **further,
     )
+
+
+def sized(options: Mapping[str, Any]) -> MemformerConfig:
+    """Return that model in the sizes that a benchmark's options name."""
+    return half_and_half(**{key: options[key] for key in SIZES})

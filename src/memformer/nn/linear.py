@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The operator that torch.compile emits for a linear map on a CPU; torch builds without oneDNN lack it.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Multiplications from which on oneDNN is faster: a call takes it ten microseconds before it begins.
 _LEAST_PRODUCTS = 1 << 20
 
@@ -42,7 +42,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
-        and _ONEDNN_LINEAR is not None
+        and _HAS_ONEDNN_LINEAR
         # torch.compile chooses the library itself, and refuses the operator where weights may change.
         and not torch.compiler.is_compiling()
     )
