@@ -24,6 +24,7 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/compiled
 
 check: setup
 	$(BIN)/ruff format --check .

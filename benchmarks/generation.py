@@ -18,7 +18,7 @@ from machine import describe_machine
 from turns import Contender, ratios, spread, take_turns
 
 SCRIPT = "generators.py"
-OURS = "memformer"
+OURS = {"memformer": "memformer", "memformer, compiled": "memformer-compiled"}
 PEERS = {
     "GPT-2, transformers' cache": "gpt2",
     "GPT-2, preallocated cache": "gpt2-preallocated",
@@ -32,7 +32,7 @@ def main() -> None:
     """Measure, print the table and write JSON."""
     options = parse_arguments()
     setting = {key: value for key, value in vars(options).items() if key not in {"output", "peers_python", "rounds"}}
-    contenders = {OURS: Contender(sys.executable, SCRIPT, "memformer", setting)}
+    contenders = {name: Contender(sys.executable, SCRIPT, kind, setting) for name, kind in OURS.items()}
     if options.peers_python:
         for name, kind in PEERS.items():
             contenders[name] = Contender(options.peers_python, SCRIPT, kind, setting)
@@ -41,15 +41,16 @@ def main() -> None:
         here = {
             name: contender
             for name, contender in contenders.items()
-            if name == OURS or context == 1024 or (name in GROWING and context <= options.longest_context)
+            if name in OURS or context == 1024 or (name in GROWING and context <= options.longest_context)
         }
         measured = take_turns(here, str(context), rounds=options.rounds)
         rows += [describe(name, context, measured) for name in here]
-    flat = growth(contenders[OURS], options.million, options.rounds)
+    flat = {name: growth(contenders[name], options.million, options.rounds) for name in OURS}
     for contender in contenders.values():
         contender.close()
     print(format_table(rows))
-    print(f"\n{OURS}: a token after {options.million:,} takes {format_spread(flat)} of one after 1,024")
+    for name, values in flat.items():
+        print(f"\n{name}: a token after {options.million:,} takes {format_spread(values)} of one after 1,024")
     result = {
         "setting": {**setting, "rounds": options.rounds},
         "machine": describe_machine(options.threads),
@@ -86,24 +87,27 @@ def growth(contender: Contender, context: int, rounds: int) -> dict[str, float]:
 
 
 def describe(name: str, context: int, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return a row of the result; its ratio is how many times as fast as it this project decodes."""
+    """Return a row of the result; its ratios are how many times as fast as it this project decodes."""
     rounds = measured[name]
     return {
         "name": name,
         "context": context,
         "ms_per_token": spread([1000 * turn["seconds"] / turn["tokens"] for turn in rounds]),
         "state_bytes": rounds[-1]["state_bytes"],
-        "slower_than_memformer": ratios(measured[OURS], rounds),
+        "ours_faster_by": {ours: ratios(measured[ours], rounds) for ours in OURS},
     }
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table."""
-    lines = ["| model | context | ms a token | memformer is faster by | state KiB |", "|---|---|---|---|---|"]
+    lines = [
+        "| model | context | ms a token | " + " | ".join(f"{ours} is faster by" for ours in OURS) + " | state KiB |",
+        "|---|---|---|" + "---|" * len(OURS) + "---|",
+    ]
     for row in rows:
-        ratio = "" if row["name"] == OURS else f"x{format_spread(row['slower_than_memformer'])}"
+        faster = " | ".join("" if row["name"] in OURS else f"x{format_spread(row['ours_faster_by'][o])}" for o in OURS)
         lines.append(
-            f"| {row['name']} | {row['context']:,} | {row['ms_per_token']['median']:.2f} | {ratio} "
+            f"| {row['name']} | {row['context']:,} | {row['ms_per_token']['median']:.2f} | {faster} "
             f"| {row['state_bytes'] / 1024:,.0f} |"
         )
     return "\n".join(lines)

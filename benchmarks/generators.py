@@ -69,6 +69,8 @@ class Generator(ABC):
 class MemformerSession(Generator):
     """This project's `Session`; half of the layers read, the other half decode."""
 
+    compiled = False
+
     def build(self) -> nn.Module:
         from sizes import sized
 
@@ -79,7 +81,7 @@ class MemformerSession(Generator):
     def make_state(self, context: int) -> Any:
         from memformer import Session
 
-        session = Session(self.model, batch_size=self.batch_size)
+        session = Session(self.model, batch_size=self.batch_size, compiled=self.compiled)
         session.feed(torch.randint(0, VOCABULARY, (self.batch_size, context)))
         return session
 
@@ -89,6 +91,12 @@ class MemformerSession(Generator):
 
     def state_bytes(self, state: Any) -> int:
         return state.state_bytes
+
+
+class CompiledSession(MemformerSession):
+    """This project's `Session` with its step compiled."""
+
+    compiled = True
 
 
 class GPT2(Generator):
@@ -217,6 +225,7 @@ class Rwkv(Generator):
 
 GENERATORS: dict[str, Callable[[dict[str, Any]], Generator]] = {
     "memformer": MemformerSession,
+    "memformer-compiled": CompiledSession,
     "gpt2": GPT2,
     "gpt2-preallocated": GPT2Preallocated,
     "mamba": Mamba,

@@ -308,14 +308,16 @@ def run_generate(argv: list[str]) -> None:
     sampling = _sampling_options(options)
     run = _load_run(options)
     if isinstance(run.tokenizer, PixelTokenizer):
+        if options.compiled:
+            raise InputError("--compiled has no meaning for a run on images")
         _draw(run.model, run.tokenizer, options, sampling)
         return
     _refuse_options(options, ("output", "num_images"), kind="on text")
     prompt = _read_prompt(options, run.tokenizer)
     if options.load_session is None:
-        session = Session(run.model)
+        session = Session(run.model, compiled=options.compiled)
     else:
-        session = Session.load(options.load_session, model=run.model)
+        session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
     session.feed(prompt)
     ids: list[int] = []
     num_tokens = commands.NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from memformer.decoding import Decoding
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.files import read_tensors, write_tensors
-from memformer.models.decoder import Past
 from memformer.models.memformer import Memformer
-from memformer.nn.attention import KeyValueCache
 from memformer.sampling import check_sampling, sample
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
@@ -34,12 +33,16 @@ class Session:
     Args:
         model: The model that reads.
         batch_size: Number of rows.
+        compiled: Compile the decoding step: from the second segment on a token takes a fraction of the time where rows
+            are few, and weights are held twice. Compiling takes some seconds, once for a model and a number of rows,
+            and once more when a segment starts with other weights. Needs a C++ compiler.
     """
 
-    def __init__(self, model: Memformer, *, batch_size: int = 1) -> None:
+    def __init__(self, model: Memformer, *, batch_size: int = 1, compiled: bool = False) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size ({batch_size}) must be at least 1")
         self.model = model.eval()
+        self.compiled = compiled
         self.batch_size = batch_size
         device, length = model.device, model.segment_length
         self._tokens = torch.zeros((batch_size, length), dtype=torch.int64)  # on the CPU: read one by one
@@ -56,7 +59,7 @@ class Session:
         self._hidden[:, length:] = hidden[:, 1:]
         self._hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=device)
         self._hidden_padding[:, 0] = False
-        self._decoding: _Decoding | None = None
+        self._decoding: Decoding | None = None
 
     @property
     def memory(self) -> Float[Tensor, "B K D"]:
@@ -90,7 +93,7 @@ class Session:
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the logits of each row's next token, given everything fed so far."""
         if self._decoding is None:
-            self._decoding = _Decoding(self.model, self.batch_size)
+            self._decoding = Decoding(self.model, self.batch_size, compiled=self.compiled)
         with torch.no_grad():
             return self._decoding.advance(
                 self._tokens, self._num_pending, hidden=self._hidden, hidden_padding=self._hidden_padding
@@ -154,8 +157,8 @@ class Session:
         write_tensors(Path(path), self._state(), metadata={"format": FORMAT, "version": FORMAT_VERSION})
 
     @classmethod
-    def load(cls, path: str | Path, *, model: Memformer) -> "Session":
-        """Return the session that `save` wrote.
+    def load(cls, path: str | Path, *, model: Memformer, compiled: bool = False) -> "Session":
+        """Return the session that `save` wrote; `compiled` as for a new one.
 
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
@@ -166,7 +169,7 @@ class Session:
         batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
         if batch_size < 1:
             raise CheckpointError(f"{path} holds no memory; it is not a session")
-        session = cls(model, batch_size=batch_size)
+        session = cls(model, batch_size=batch_size, compiled=compiled)
         fresh = session._state()
         for name, expected in fresh.items():
             found = state.get(name)
@@ -255,62 +258,6 @@ class Session:
             self._num_pending[row] = 0
         if self._decoding is not None:
             self._decoding.restart(rows)
-
-
-class _Decoding:
-    """The decoder's work on the present segments: derived from the state, so it is never saved."""
-
-    def __init__(self, model: Memformer, batch_size: int) -> None:
-        self.model = model
-        self.caches: list[KeyValueCache] = model.make_caches(batch_size)
-        self.num_decoded = [0] * batch_size
-        self.past: Past | None = None
-        self.logits: Tensor | None = None
-
-    def restart(self, rows: list[int]) -> None:
-        """Forget what was decoded in these rows: their past has changed."""
-        self.past = None
-        for row in rows:
-            self.num_decoded[row] = 0
-
-    def advance(
-        self, tokens: Int64[Tensor, "B S"], num_pending: list[int], *, hidden: Tensor, hidden_padding: Tensor
-    ) -> Float[Tensor, "B V"]:
-        """Decode what is pending and not yet decoded; return the logits that follow each row's last token."""
-        model, device = self.model, self.model.device
-        if self.past is None:
-            # A mask costs time at every token; after the first segment there is nothing to mask.
-            padding = hidden_padding if hidden_padding.any() else None
-            self.past = model.look_back(hidden, hidden_padding_mask=padding)
-        # The decoder's inputs are [BOS] and the pending tokens; each row has decoded some of them already.
-        todo = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
-        width = max(todo)
-        if width > 0:
-            abreast = min(todo) == width and min(self.num_decoded) == max(self.num_decoded)
-            num_cached = self.num_decoded[0] if abreast else None
-            inputs = torch.full((len(todo), width), model.bos_token_id)
-            positions = torch.full((len(todo), width), model.segment_length)  # marks padding
-            for row, (count, done) in enumerate(zip(todo, self.num_decoded, strict=True)):
-                first_token = 1 if done == 0 else 0
-                inputs[row, first_token:count] = tokens[row, done - 1 + first_token : done - 1 + count]
-                positions[row, :count] = torch.arange(done, done + count)
-                self.num_decoded[row] += count
-            logits = model.decode_step(
-                inputs.to(device),
-                past=self.past,
-                caches=self.caches,
-                positions=positions.to(device),
-                num_cached=num_cached,
-            )
-            if abreast:
-                self.logits = logits[:, -1]
-            else:
-                last = torch.tensor([max(count - 1, 0) for count in todo], device=device)
-                latest = logits[torch.arange(len(todo), device=device), last]
-                waiting = torch.tensor([count == 0 for count in todo], device=device)[:, None]
-                self.logits = latest if self.logits is None else torch.where(waiting, self.logits, latest)
-        assert self.logits is not None
-        return self.logits
 
 
 def _has_length(value: object) -> bool:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from memformer import InputError, Memformer
-from memformer.nn.vocabulary import AdaptiveEmbedding
+from memformer import InputError, Memformer, backpropagate
+from memformer.nn import vocabulary
+from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
 from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
 
 CUTOFFS = (4, 8)
@@ -104,3 +105,34 @@ def test_under_autocast_the_likelihood_is_float32():
 def test_wrong_cutoffs_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Memformer(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("most_logits", [1, 5 * (VOCAB_SIZE + 1)], ids=["a token at a time", "five tokens at a time"])
+def test_logits_in_parts_change_nothing(most_logits, monkeypatch):
+    model = tiny_model()
+    rollout = random_rollout(3, batch_size=2, padding=True)
+    whole = backpropagate(model, rollout)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for method in ("replay", "bptt", "checkpoint"):
+        model.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr(vocabulary, "_MOST_LOGITS", most_logits)
+            assert_close(backpropagate(model, rollout, method=method).loss, whole.loss)
+        for name, parameter in model.named_parameters():
+            assert_close(parameter.grad, expected[name])
+
+
+def test_logits_in_parts_are_not_held_for_the_backward_pass(monkeypatch):
+    embedding = TiedEmbedding(1_000, 8)
+    features = torch.randn(2, 64, 8, requires_grad=True)
+    targets = torch.randint(0, 1_000, (2, 64))
+
+    def largest_held():
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+            embedding.nats(features, targets)
+        return max(held)
+
+    assert largest_held() == 2 * 64 * 1_000
+    monkeypatch.setattr(vocabulary, "_MOST_LOGITS", 16 * 1_001)
+    assert largest_held() <= features.numel()

@@ -184,14 +184,6 @@ class Memformer(Pretrained, RecurrentModel):
         target_padding_mask: TargetPadding | None = None,
     ) -> Float[Tensor, "B T"]:
         """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
-        if isinstance(self.embedding, TiedEmbedding):
-            return super().token_nats(
-                targets,
-                hidden=hidden,
-                hidden_padding_mask=hidden_padding_mask,
-                target_padding_mask=target_padding_mask,
-            )
-        # The likelihood of one word is cheaper than that of all.
         nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask), targets)
         return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
 

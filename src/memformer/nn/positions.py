@@ -72,7 +72,7 @@ class RotaryFrame(Frame):
         self.key_positions = key_positions
         self.head_width = head_width
         self.base = base
-        self._known_turns: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._known_turns: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def towards(self, key_positions: Tensor) -> "RotaryFrame":
         """Return the frame of the same queries and other keys, placed already: a query is turned alike for all."""
@@ -81,18 +81,20 @@ class RotaryFrame(Frame):
 
     def place_queries(self, query: Tensor) -> Tensor:
         """Return the queries turned by their positions."""
-        return _rotate(query, turns=self._turns_of(self.query_positions, query.dtype))
+        return _rotate(query, turns=self._turns(query.dtype, of_keys=False))
 
     def place_keys(self, key: Tensor) -> Tensor:
         """Return the keys turned by their positions."""
-        return _rotate(key, turns=self._turns_of(self.key_positions, key.dtype))
+        return _rotate(key, turns=self._turns(key.dtype, of_keys=True))
 
-    def _turns_of(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _turns(self, dtype: torch.dtype, *, of_keys: bool) -> tuple[Tensor, Tensor]:
         """Return the turns in one dtype: every layer asks for the same ones."""
-        known = self._known_turns.get((id(positions), dtype))
+        of_keys = of_keys and self.key_positions is not self.query_positions
+        known = self._known_turns.get((of_keys, dtype))
         if known is None:
+            positions = self.key_positions if of_keys else self.query_positions
             cos, sin = _turns(positions, head_width=self.head_width, base=self.base)
-            known = self._known_turns[id(positions), dtype] = cos.to(dtype), sin.to(dtype)
+            known = self._known_turns[of_keys, dtype] = cos.to(dtype), sin.to(dtype)
         return known
 
 

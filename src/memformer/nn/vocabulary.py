@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memformer.errors import InputError
 from memformer.nn.linear import linear
+
+# Logits held at once, 256 MiB in float32: fewer would add up the weights' gradient too often.
+_MOST_LOGITS = 1 << 26
 
 Tokens = Int64[Tensor, "B Q"]
 Features = Float[Tensor, "B Q D"]
@@ -33,6 +37,24 @@ class TiedEmbedding(nn.Embedding):
     def logits(self, features: Features) -> Float[Tensor, "B Q V"]:
         """Return the logits of each next token."""
         return linear(features, self.weight[: self.num_embeddings - 1])
+
+    def nats(self, features: Features, targets: Tokens) -> Float[Tensor, "B Q"]:
+        """Return the negative log-likelihood of each target, in float32 or better.
+
+        Where tokens times words are many the logits are computed a part at a time, and once more in the backward pass:
+        they are never held all at once.
+        """
+        rows_at_once = max(1, _MOST_LOGITS // self.num_embeddings)
+        parts = zip(features.flatten(0, 1).split(rows_at_once), targets.flatten().split(rows_at_once), strict=True)
+        if targets.numel() <= rows_at_once:
+            nats = [self._nats(*part) for part in parts]
+        else:
+            nats = [checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat(nats).view_as(targets)
+
+    def _nats(self, features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
+        logits = self.logits(features[None])[0]
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
 class AdaptiveEmbedding(nn.Module):

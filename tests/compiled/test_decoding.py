@@ -1,0 +1,109 @@
+"""A compiled decoding step is the eager one, is compiled once, and notices other weights."""
+
+import gc
+import shutil
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from memformer import InputError, Session
+from memformer.decoding import _compiled_steps
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+
+has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
+# torch's own compiler uses what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="torch.compile needs a C++ compiler")
+
+DECODER_VARIANTS = {
+    "default": {},
+    "decoder reads memory, adaptive softmax": {"decoder_reads_memory": True, "adaptive_cutoffs": (4, 8)},
+}
+
+
+def make_pair(batch_size=1, **changes):
+    # One layer: compiling takes seconds a layer.
+    model = tiny_model(num_encoder_layers=1, num_decoder_layers=1, **changes).float()
+    return [Session(model, batch_size=batch_size, compiled=compiled) for compiled in (False, True)]
+
+
+def random_rows(*lengths):
+    return [torch.randint(0, VOCAB_SIZE, (length,)).tolist() for length in lengths]
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", DECODER_VARIANTS.values(), ids=DECODER_VARIANTS.keys())
+def test_compiled_gives_the_logits_of_eager_at_every_position(changes):
+    eager, compiled = make_pair(**changes)
+    for (token,) in zip(*random_rows(3 * SEGMENT_LENGTH), strict=True):
+        for session in (eager, compiled):
+            session.feed([token])
+        assert_close(compiled.next_token_logits(), eager.next_token_logits(), relative=1e-5)
+
+
+@needs_compiler
+def test_rows_at_different_positions_are_decoded_together_without_compiling_again():
+    eager, compiled = make_pair(batch_size=3)
+    # The first row is still in its first segment, whose past has padding; then all are beyond it.
+    rows = random_rows(2, SEGMENT_LENGTH + 4, 3 * SEGMENT_LENGTH)
+    for session in (eager, compiled):
+        session.feed(rows)
+    assert compiled.generate(SEGMENT_LENGTH, temperature=0) == eager.generate(SEGMENT_LENGTH, temperature=0)
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert compiled.generate(3 * SEGMENT_LENGTH, temperature=0) == eager.generate(3 * SEGMENT_LENGTH, temperature=0)
+    # Nor for another session with the same model.
+    other = Session(compiled.model, batch_size=3, compiled=True)
+    other.feed(rows)
+    assert other.generate(4 * SEGMENT_LENGTH, temperature=0) == decoded_by(eager.model, rows, 4 * SEGMENT_LENGTH)
+    assert counters["stats"]["unique_graphs"] == num_graphs > 0
+
+
+def decoded_by(model, rows, num_tokens):
+    session = Session(model, batch_size=len(rows))
+    session.feed(rows)
+    return session.generate(num_tokens, temperature=0)
+
+
+@needs_compiler
+def test_a_model_that_is_gone_leaves_nothing_behind():
+    eager, compiled = make_pair()
+    compiled.feed(random_rows(SEGMENT_LENGTH)[0])
+    compiled.next_token_logits()
+    num_models = len(_compiled_steps)
+    del eager, compiled
+    gc.collect()
+    assert len(_compiled_steps) == num_models - 1
+
+
+@needs_compiler
+def test_other_weights_are_used_from_the_next_segment_on():
+    # Wide enough for the weights to be laid out anew: smaller ones are used where they are.
+    eager, compiled = make_pair(d_model=128, d_ff=512)
+    (tokens,) = random_rows(2 * SEGMENT_LENGTH)
+    for session in (eager, compiled):
+        session.feed(tokens)
+        session.next_token_logits()
+    with torch.no_grad():
+        eager.model.decoder.layers[0].feed_forward.output.weight.mul_(2)
+    (tokens,) = random_rows(SEGMENT_LENGTH)
+    before = compiled.next_token_logits()
+    for session in (eager, compiled):
+        session.feed(tokens)
+    assert_close(compiled.next_token_logits(), eager.next_token_logits(), relative=1e-5)
+    assert not torch.allclose(compiled.next_token_logits(), before)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(inductor_config.cpp, "cxx", ("/no/such/compiler",))
+    _, compiled = make_pair()
+    compiled.feed(random_rows(SEGMENT_LENGTH)[0])
+    with fresh_cache(), pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
+        compiled.next_token_logits()
+
+
+def test_relative_positions_are_refused():
+    with pytest.raises(InputError, match="'relative' cannot be compiled"):
+        make_pair(positions="relative")[1].next_token_logits()
