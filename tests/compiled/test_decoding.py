@@ -14,8 +14,8 @@ from memformer.decoding import _compiled_steps
 from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
 has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
-# torch's own compiler uses what torch has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch's compiler warns of what torch itself does.
+pytestmark = pytest.mark.filterwarnings("default")
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="torch.compile needs a C++ compiler")
 
 DECODER_VARIANTS = {

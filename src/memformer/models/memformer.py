@@ -1,6 +1,7 @@
 """The Memformer: encoder with memory, memory writer, decoder (arXiv 2010.06891v2)."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -105,6 +106,21 @@ class Memformer(Pretrained, RecurrentModel):
     def segment_length(self) -> int:
         """Tokens of a full segment."""
         return self.config.segment_length
+
+    def compile(self, **options: Any) -> None:
+        """Compile encoder and decoder in place, by `torch.compile` for the shapes that occur; writing stays as it is.
+
+        Weights may change and are shared; dropout draws what it would draw uncompiled, so that replay can draw it
+        again. Compiling takes some seconds when a shape first occurs, and needs a C++ compiler on a CPU.
+
+        Args:
+            options: Of `torch.compile`.
+        """
+        options = {"dynamic": False, **options}
+        if options.get("backend", "inductor") == "inductor" and "mode" not in options:
+            options["options"] = {"fallback_random": True, **options.get("options", {})}
+        self.encoder.compile(**options)
+        self.decoder.compile(**options)
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0 for each row, every slot in its terminal state; float32 (float64 if the model is)."""

@@ -72,6 +72,13 @@ class _OneDNNLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         return (
             linear(grad, weight.t()) if needs_x else None,
-            linear(rows.t(), x.flatten(0, -2).t()) if needs_weight else None,
+            _multiply_transposed(rows, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(dim=0) if needs_bias else None,
         )
+
+
+def _multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """Return left^T right; oneDNN copies what stands on its left, so that is the narrower of the two."""
+    if left.shape[1] <= right.shape[1]:
+        return linear(left.t(), right.t())
+    return linear(right.t(), left.t()).t().contiguous()

@@ -79,6 +79,8 @@ class TrainingConfig:
             first be learned. null: always.
         max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
         precision: float32, or bfloat16 for autocast compute (the memory stays float32).
+        compiled: Compile encoder and decoder with torch.compile: up to a minute when a shape first occurs. On a CPU it
+            is slower than without (README); on CUDA it has not been measured.
         log_every: Updates between two lines of the log.
         evaluate_every: Updates between two evaluations on held-out documents; one always ends the run.
         evaluation_tokens: Held-out tokens (whole documents, the first that reach this) of a periodic evaluation;
@@ -103,6 +105,7 @@ class TrainingConfig:
     write_price_below: float | None = 0.1
     max_gradient_norm: float = 1.0
     precision: Precision = "float32"
+    compiled: bool = False
     log_every: int = 10
     evaluate_every: int = 250
     evaluation_tokens: int | None = 100_000

@@ -78,6 +78,8 @@ class _Trainer:
             progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_score": None},
         )
         self.resumed_from = self._resume() if resume else None
+        if config.training.compiled:
+            model.compile()
 
     @property
     def num_updates(self) -> int:

@@ -1,0 +1,71 @@
+"""A compiled model computes what the eager one does, compiles once for each shape, and draws the same dropout."""
+
+import json
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from memformer import Memformer, backpropagate
+from memformer.cli import main
+from tests.compiled.test_decoding import needs_compiler
+from tests.conftest import assert_close, random_rollout, tiny_model
+from tests.training.test_loop import config_file, run_config, write_documents
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def gradients_of(model, rollout, method):
+    model.zero_grad()
+    torch.manual_seed(3)
+    result = backpropagate(model, rollout, method=method, readout_timesteps=2)
+    return result, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@needs_compiler
+def test_compiled_replay_and_bptt_give_the_gradients_of_eager_with_dropout():
+    model, compiled = (tiny_model(num_encoder_layers=1, num_decoder_layers=1, dropout=0.2) for _ in range(2))
+    compiled.compile()
+    rollout = random_rollout(3, batch_size=2, resets=True)
+    expected, expected_gradients = gradients_of(model, rollout, "replay")
+    for method in ("replay", "bptt"):
+        result, gradients = gradients_of(compiled, rollout, method)
+        assert_close(result.loss, expected.loss)
+        assert_close(result.memory, expected.memory)
+        assert_close(result.memory_grad, expected.memory_grad)
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected_gradients[name])
+
+
+def test_further_updates_compile_nothing():
+    model = tiny_model()
+    model.compile(backend="aot_eager")
+    rollouts = [random_rollout(3, batch_size=2, seed=seed) for seed in range(3)]
+    gradients_of(model, rollouts[0], "replay")
+    num_graphs = counters["stats"]["unique_graphs"]
+    for rollout in rollouts:
+        gradients_of(model, rollout, "replay")
+    assert counters["stats"]["unique_graphs"] == num_graphs > 0
+
+
+def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path, monkeypatch):
+    monkeypatch.setattr("memformer.cli.write_report", lambda folder: folder / "summary.html")
+    compile_modules = Memformer.compile
+    # Without a C++ compiler: what torch does with the graph is not what is tested here.
+    monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="aot_eager"))
+    write_documents(tmp_path / "texts")
+    curves = []
+    for name, is_compiled in (("eager", False), ("compiled", True)):
+        counters.clear()
+        config = run_config(tmp_path, name, compiled=is_compiled)
+        assert main(["train", config_file(config)]) == 0
+        assert (counters["stats"]["unique_graphs"] > 0) == is_compiled
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        curves.append([line["bits_per_token"] for line in lines if line["kind"] == "training"])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_weights_are_saved_under_the_same_names():
+    model, compiled = tiny_model(), tiny_model()
+    compiled.compile(backend="aot_eager")
+    assert model.state_dict().keys() == compiled.state_dict().keys()
