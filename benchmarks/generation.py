@@ -37,7 +37,7 @@ def main() -> None:
         for name, kind in PEERS.items():
             contenders[name] = Contender(options.peers_python, SCRIPT, kind, setting)
     rows = []
-    for context in [1024, options.longest_context, options.million]:
+    for context in [128, 1024, options.longest_context, options.million]:
         here = {
             name: contender
             for name, contender in contenders.items()

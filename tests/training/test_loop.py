@@ -22,6 +22,7 @@ from memformer import InputError, Memformer, MemformerConfig
 from memformer.cli import main
 from memformer.data import SourceConfig, corpus_from_arrays
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.logs import read_log
 from memformer.training.loop import train
 from memformer.training.optimizer import learning_rate_at
 from memformer.training.replay import backpropagate
@@ -349,24 +350,27 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(copied, capsys, limi
     assert [line[0] for line in logged(copied)[0]] == list(range(1, 12))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights(base, tmp_path):
-    config = dataclasses.replace(run_config(base), folder=str(tmp_path))
+def test_losses_that_are_not_finite_end_the_run_and_leave_the_weights(base, tmp_path):
+    config = run_config(base, max_skipped_in_a_row=3)
+    config = dataclasses.replace(config, folder=str(tmp_path))
     model = Memformer(config.model)
     with torch.no_grad():
         model.embedding.weight.mul_(1e30)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(InputError, match=r"update 1: loss .* must be finite\. The weights were not changed"):
+    with pytest.raises(
+        InputError, match=r"update 4: loss .* must be finite\. 4 updates in a row .* changed no weights"
+    ):
         train(config, prepare_data(config.data), model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not (tmp_path / "checkpoints").exists()
+    assert [line["update"] for line in read_log(tmp_path) if line["kind"] == "skipped"] == [1, 2, 3]
 
 
 def test_a_learning_rate_far_too_high_is_one_line(base, tmp_path, capsys):
     argv = ["train", config_file(run_config(base)), "--folder", str(tmp_path), "--training.learning_rate", "1e30"]
-    assert main(argv) == 2
+    assert main([*argv, "--training.max_skipped_in_a_row", "2"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("memformer: error:")] == lines[-1:]
-    assert "try a lower training.learning_rate" in lines[-1]
+    assert "Try a lower training.learning_rate" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ class TrainingConfig:
         write_price_below: The price is due in rollouts whose loss is below this many nats per token only: writing must
             first be learned. null: always.
         max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
+        max_skipped_in_a_row: An update whose loss or gradient is not finite is skipped and counted: weights stay, lanes
+            whose memory is not finite go on with the one before. More of them in a row than this end the run.
+        skip_above: Also skip an update whose loss is more than so many times its running mean (of about the last 100
+            updates; none is skipped in the first 100); null skips none. A curriculum's steps look like spikes too.
         precision: float32, or bfloat16 for autocast compute (the memory stays float32).
         compiled: Compile encoder and decoder with torch.compile: up to a minute when a shape first occurs. On a CPU it
             is slower than without (README); on CUDA it has not been measured.
@@ -104,6 +108,8 @@ class TrainingConfig:
     write_price: float = 0.0
     write_price_below: float | None = 0.1
     max_gradient_norm: float = 1.0
+    max_skipped_in_a_row: int = 10
+    skip_above: float | None = None
     precision: Precision = "float32"
     compiled: bool = False
     log_every: int = 10
@@ -125,6 +131,7 @@ class TrainingConfig:
             ("evaluate_every", 1),
             ("sample_tokens", 0),
             ("save_every", 1),
+            ("max_skipped_in_a_row", 0),
             ("keep_checkpoints", 1),
         ):
             if getattr(self, name) < minimum:
@@ -137,6 +144,8 @@ class TrainingConfig:
             raise InputError(
                 f"training.write_price_below ({self.write_price_below}) must be above 0 and finite, or null for always"
             )
+        if self.skip_above is not None and not 1 < self.skip_above < float("inf"):
+            raise InputError(f"training.skip_above ({self.skip_above}) must be above 1 and finite, or null for none")
         for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_price"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")

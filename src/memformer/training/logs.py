@@ -85,6 +85,12 @@ class RunLog:
         self._record("evaluation", num_updates, result.to_log())
         self.say(f"update {num_updates}: {result.to_line()}")
 
+    def skipped(self, num_updates: int, reason: str, *, num_skipped: int) -> None:
+        """Log an update that was skipped; they are counted from the beginning of the run."""
+        self._lines.write(json.dumps({"kind": "skipped", "update": num_updates, "reason": reason}) + "\n")
+        self._writer.add_scalar("training/skipped_updates", num_skipped, num_updates)
+        self.say(f"update {num_updates} was skipped ({num_skipped} so far): {reason}")
+
     def sample(self, num_updates: int, text: str) -> None:
         """Log a sample of generated text."""
         self._writer.add_text("sample", text, num_updates)

@@ -33,6 +33,10 @@ from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newe
 from memformer.training.run_data import RunData
 from memformer.training.samples import write_sample
 
+# Updates that the running mean of the loss goes back, about.
+_UPDATES_OF_MEAN = 100
+_NOTHING_SKIPPED = {"num_skipped": 0, "num_skipped_in_a_row": 0, "mean_loss": 0.0, "num_in_mean": 0}
+
 
 class Interrupted(Exception):
     """The run was asked to stop, has saved a checkpoint, and stopped.
@@ -56,7 +60,7 @@ def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = 
         resume: Go on from the newest whole checkpoint in the run folder.
 
     Raises:
-        InputError: The loss or the gradient is not finite, or the data does not fit the model.
+        InputError: In too many updates in a row loss or gradient is not finite, or the data does not fit the model.
         CheckpointError: There is nothing to resume from, or it is of another run.
         SaveError: A checkpoint cannot be written.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
@@ -75,7 +79,7 @@ class _Trainer:
             model=model,
             optimizer=make_optimizer(model, config.training),
             memory=model.initial_memory(config.training.num_lanes).detach().clone(),
-            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_score": None},
+            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_score": None, **_NOTHING_SKIPPED},
         )
         self.resumed_from = self._resume() if resume else None
         if config.training.compiled:
@@ -90,6 +94,7 @@ class _Trainer:
     def _resume(self) -> Path:
         checkpoint = newest_checkpoint(self.folder, warn=print_warning)
         load_checkpoint(checkpoint, self.state)
+        self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress}  # of a run begun before updates were skipped
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint
 
@@ -102,12 +107,12 @@ class _Trainer:
             with _signals_noted() as received:
                 while self.num_updates < training.num_updates:
                     started = time.monotonic()
-                    values = self._update()
+                    values = self._update(log)
                     progress["num_updates"] += 1
                     progress["seconds"] += time.monotonic() - started
                     log.advance(self.num_updates)
                     is_last = self.num_updates == training.num_updates
-                    if is_last or self.num_updates % training.log_every == 0:
+                    if values is not None and (is_last or self.num_updates % training.log_every == 0):
                         values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
                         values["seconds"] = progress["seconds"]
                         values["num_tokens"] = progress["num_tokens"]
@@ -123,11 +128,11 @@ class _Trainer:
             # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
             return self._conclude(log)
 
-    def _update(self) -> dict[str, float]:
-        """Make one optimizer step; return what to log about it.
+    def _update(self, log: RunLog) -> dict[str, float] | None:
+        """Make one optimizer step and return what to log about it; None if it was skipped.
 
         Raises:
-            InputError: The loss or the gradient is not finite.
+            InputError: Too many updates in a row were skipped.
         """
         training, model = self.config.training, self.model
         rollouts = [next(self.stream).to(model.device) for _ in range(training.rollouts_per_update)]
@@ -144,20 +149,52 @@ class _Trainer:
         loss = nats / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            raise InputError(
-                f"update {self.num_updates + 1}: loss {loss} nats per token, gradient norm {gradient_norm}; both must "
-                "be finite. The weights were not changed; try a lower training.learning_rate, then --resume"
-            )
-        self.state.optimizer.step()
+        reason = self._reason_to_skip(loss, gradient_norm)
+        if reason is None:
+            self.state.optimizer.step()
+            self.state.progress["num_tokens"] += sum(num_tokens)
+            self.stream.observe(loss)
         self.state.optimizer.zero_grad(set_to_none=True)
-        self.state.progress["num_tokens"] += sum(num_tokens)
-        self.stream.observe(loss)
+        self._count(loss, reason, log)
+        if reason is not None:
+            return None
         return {
             "bits_per_token": loss / math.log(2),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
         }
+
+    def _reason_to_skip(self, loss: float, gradient_norm: float) -> str | None:
+        """Return what is wrong with an update, if anything is."""
+        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+            return f"loss {loss} nats per token, gradient norm {gradient_norm}; both must be finite"
+        factor, mean = self.config.training.skip_above, self.state.progress["mean_loss"]
+        is_settled = self.state.progress["num_in_mean"] >= _UPDATES_OF_MEAN
+        if factor is not None and is_settled and loss > factor * mean:
+            return f"loss {loss:.4g} nats per token is more than {factor} times the running mean, {mean:.4g}"
+        return None
+
+    def _count(self, loss: float, reason: str | None, log: RunLog) -> None:
+        """Note that an update was made or, for a reason, skipped.
+
+        Raises:
+            InputError: Too many in a row were skipped.
+        """
+        progress, number = self.state.progress, self.num_updates + 1
+        if reason is None:
+            progress["num_skipped_in_a_row"] = 0
+            progress["num_in_mean"] += 1
+            progress["mean_loss"] += (loss - progress["mean_loss"]) / min(progress["num_in_mean"], _UPDATES_OF_MEAN)
+            return
+        progress["num_skipped"] += 1
+        progress["num_skipped_in_a_row"] += 1
+        if progress["num_skipped_in_a_row"] > self.config.training.max_skipped_in_a_row:
+            raise InputError(
+                f"update {number}: {reason}. {progress['num_skipped_in_a_row']} updates in a row were as bad (the run "
+                f"allows {self.config.training.max_skipped_in_a_row}) and changed no weights. Try a lower "
+                "training.learning_rate, then --resume"
+            )
+        log.skipped(number, reason, num_skipped=progress["num_skipped"])
 
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
         """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
@@ -173,7 +210,9 @@ class _Trainer:
                 write_price=write_price_at(self.num_updates, training),
                 write_price_below=math.inf if training.write_price_below is None else training.write_price_below,
             )
-        self.state.memory = result.memory
+        # A lane whose memory broke goes on with the one before; the others do not notice.
+        is_finite = result.memory.isfinite().all(dim=-1).all(dim=-1)
+        self.state.memory = torch.where(is_finite[:, None, None], result.memory, self.state.memory)
         return float(result.loss)
 
     def _save(self) -> Path:
@@ -189,7 +228,7 @@ class _Trainer:
         log.evaluation(self.num_updates, result)
         best = self.state.progress["best_score"]
         # Of equals the later: where every answer is right the score says no more, and training went on.
-        if best is None or result.score <= best:
+        if best is None or not math.isfinite(best) or result.score <= best:
             self.state.progress["best_score"] = result.score
             self.model.save_pretrained(self.folder / BEST)
         sample = write_sample(
