@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memformer import InputError, InputTypeError, Rollout, backpropagate
+from memformer import InputError, InputTypeError, Memformer, Rollout, backpropagate
 from memformer.nn import WritePressure
 from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 
@@ -156,6 +156,25 @@ def test_replay_encodes_the_last_timestep_once_and_the_others_twice(num_timestep
     backpropagate(model, rollout, method="replay")
     read = [[timestep for timestep, inputs in enumerate(rollout.inputs) if torch.equal(inputs, s)] for s in segments]
     assert read == [[timestep] for timestep in [*range(num_timesteps), *reversed(range(num_timesteps - 1))]]
+
+
+@pytest.mark.parametrize(
+    ("readout_timesteps", "together"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (4, [4, 2, 1]), (7, [7]), (9, [7])]
+)
+def test_the_last_timestep_is_read_out_by_itself_unless_all_are_read_out_together(
+    monkeypatch, readout_timesteps, together
+):
+    model = tiny_model()
+    rows = []
+    token_nats = Memformer.token_nats
+
+    def noted(self, targets, **past):
+        rows.append(len(targets))
+        return token_nats(self, targets, **past)
+
+    monkeypatch.setattr(Memformer, "token_nats", noted)
+    backpropagate(model, random_rollout(7, batch_size=2), readout_timesteps=readout_timesteps)
+    assert rows == [2 * timesteps for timesteps in together]
 
 
 def test_loss_and_gradient_do_not_depend_on_the_chunk_without_dropout():

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from memformer.errors import InputError
 from memformer.nn.linear import linear
 
-# Logits held at once, 256 MiB in float32: fewer would add up the weights' gradient too often.
-_MOST_LOGITS = 1 << 26
+# Logits held at once, 1 GiB in float32: parts are computed twice, and slower (benchmarks/vocabulary.py).
+_MOST_LOGITS = 1 << 28
 
 Tokens = Int64[Tensor, "B Q"]
 Features = Float[Tensor, "B Q D"]

@@ -4,10 +4,10 @@ A rollout's loss is differentiated exactly by all three: through every timestep,
 
 - "bptt" keeps the whole graph. "checkpoint" keeps it in pieces that are recomputed (torch.utils.checkpoint).
 - "replay" keeps memories and hidden states only:
-    1. without gradient, encode the timesteps in order; the last one with gradient;
-    2. read out all timesteps in chunks, with gradient: loss, and d loss / d hidden;
-    3. differentiate the last timestep; then from the one before it to the first, encode again with gradient and carry
-       d loss / d memory backwards.
+    1. without gradient, encode the timesteps in order, all but the last;
+    2. read them out in chunks, with gradient: loss, and d loss / d hidden;
+    3. encode the last timestep with gradient, read it out and differentiate it; then from the one before it to the
+       first, encode again with gradient and carry d loss / d memory backwards.
 
 A price on writing (a departure: the paper has none) is part of what is differentiated, not of the loss returned.
 
@@ -76,7 +76,8 @@ def backpropagate(
         rollout: What is read and predicted, on the model's device.
         memory: The memory that enters; None means the initial memory, as if every row were reset first.
         method: "replay", "bptt" or "checkpoint"; all give the same gradient.
-        readout_timesteps: Timesteps read out together: more is faster and takes more memory.
+        readout_timesteps: Timesteps read out together: more is faster and takes more memory. The last timestep is
+            read out by itself, unless all are read out together.
         gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
         write_price: Nats for each unit of `WritePressure`, as a mean over the rollout's non-padding input
             tokens, added to the loss that is differentiated. Above 0 the model must be a Memformer with a sparse write.
@@ -181,9 +182,14 @@ class _Work:
 
     @property
     def chunks(self) -> list[slice]:
-        """The timesteps, in groups that are read out together."""
-        size, stop = self.readout_timesteps, self.rollout.num_timesteps
-        return [slice(start, min(start + size, stop)) for start in range(0, stop, size)]
+        """The timesteps, in groups that are read out together.
+
+        The last timestep is read out while its encoding is held: unless all are read out together, by itself.
+        """
+        size, last = self.readout_timesteps, self.rollout.num_timesteps - 1
+        if size > last:
+            return [slice(0, last + 1)]
+        return [slice(start, min(start + size, last)) for start in range(0, last, size)] + [slice(last, last + 1)]
 
 
 def _rows(mask: Tensor | None, chunk: slice) -> Tensor | None:
@@ -194,12 +200,19 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
     """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it."""
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
     entering = memory.requires_grad_()
-    hiddens, total_pressure = [], memory.new_zeros(())
-    for timestep in range(work.rollout.num_timesteps):
+    hiddens: list[Tensor] = []
+    total_pressure, total_nats = memory.new_zeros(()), memory.new_zeros(())
+    *earlier_chunks, last_chunk = work.chunks
+    last = work.rollout.num_timesteps - 1
+    # In the order of `_replay`, which decides what dropout draws.
+    for timestep in range(last + 1):
+        if timestep == last:
+            for chunk in earlier_chunks:
+                total_nats = total_nats + run(work.read_out, chunk, *hiddens[chunk])
         hidden, memory, pressure = run(work.encode, timestep, memory)
         hiddens.append(hidden)
         total_pressure = total_pressure + pressure
-    total_nats = sum((run(work.read_out, chunk, *hiddens[chunk]) for chunk in work.chunks), start=memory.new_zeros(()))
+    total_nats = total_nats + run(work.read_out, last_chunk, *hiddens[last_chunk])
     (total_nats * work.nats_scale + total_pressure * work.price_of(total_nats.detach())).backward()
     return total_nats.detach(), memory.detach(), _grad_of(entering)
 
@@ -212,6 +225,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate one piece at a time; see the module's docstring for the three steps."""
     device = memory.device
     last = work.rollout.num_timesteps - 1
+    *earlier_chunks, last_chunk = work.chunks
     replay_buffer, randomness, hiddens = [], [], []
     with torch.no_grad():
         for timestep in range(last):
@@ -219,23 +233,27 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             replay_buffer.append(memory)
             hidden, memory, _ = work.encode(timestep, memory)
             hiddens.append(hidden)
+
+    total_nats = memory.new_zeros(())
+    hidden_grads: list[Tensor | None] = []
+
+    def read_out(chunk: slice) -> None:
+        leaves = [leaf.requires_grad_() for leaf in hiddens[chunk]]
+        nats = work.read_out(chunk, *leaves)
+        (nats * work.nats_scale).backward()
+        total_nats.add_(nats.detach())
+        hidden_grads.extend(leaf.grad for leaf in leaves)
+        # Free the hidden states that were read out.
+        hiddens[chunk] = [leaf.new_empty(0) for leaf in leaves]
+
+    for chunk in earlier_chunks:
+        read_out(chunk)
     # The last timestep is the first to be differentiated: its graph is kept, so it is not encoded twice.
     entering = memory.requires_grad_()
     hidden, next_memory, pressure = work.encode(last, entering)
     hiddens.append(hidden.detach())
     last_memory = next_memory.detach()
-
-    total_nats = memory.new_zeros(())
-    hidden_grads: list[Tensor | None] = []
-    for chunk in work.chunks:
-        leaves = [leaf.requires_grad_() for leaf in hiddens[chunk]]
-        nats = work.read_out(chunk, *leaves)
-        (nats * work.nats_scale).backward()
-        total_nats += nats.detach()
-        hidden_grads.extend(leaf.grad for leaf in leaves)
-        # Free the hidden states that were read out, and the chunk's graph.
-        hiddens[chunk] = [leaf.new_empty(0) for leaf in leaves]
-        del leaves, nats
+    read_out(last_chunk)
 
     after = capture_randomness(device)
     price = memory.new_tensor(work.price_of(total_nats))
