@@ -4,19 +4,30 @@ Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 2 a 
 explains, 128 + the signal's number if a run was interrupted (it saved a checkpoint first).
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from memformer import commands
-from memformer.data import PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.data import (
+    PixelTokenizer,
+    RecallConfig,
+    Tokenizer,
+    encode_stream,
+    load_tokenizer,
+    save_tokenizer,
+)
 from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
 from memformer.evaluation import Result, evaluate
@@ -313,12 +324,14 @@ def run_generate(argv: list[str]) -> None:
         _draw(run.model, run.tokenizer, options, sampling)
         return
     _refuse_options(options, ("output", "num_images"), kind="on text")
-    prompt = _read_prompt(options, run.tokenizer)
     if options.load_session is None:
         session = Session(run.model, compiled=options.compiled)
     else:
         session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
-    session.feed(prompt)
+    prompt_tokens = 0
+    for part in _read_prompt(options, run.tokenizer):
+        session.feed(part)
+        prompt_tokens += len(part)
     ids: list[int] = []
     num_tokens = commands.NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
     new_ids = _noted((step[0] for step in session.stream(num_tokens, **sampling)), ids)
@@ -332,7 +345,7 @@ def run_generate(argv: list[str]) -> None:
     if options.json:
         print(
             json.dumps(
-                {"prompt_tokens": len(prompt), "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
+                {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
             )
         )
     else:
@@ -400,21 +413,28 @@ def _sampling_options(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
 
 
-def _read_prompt(options: Any, tokenizer: Tokenizer) -> list[int]:
+def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the prompt's token ids part by part: it may be longer than what fits in memory.
+
+    Raises:
+        InputError: It cannot be read, or two are given.
+    """
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given; one prompt is read")
-    if options.prompt_file == "-":
-        content, name = sys.stdin.buffer.read(), "stdin"
-    elif options.prompt_file is not None:
-        name = options.prompt_file
-        try:
-            content = Path(name).read_bytes()
-        except OSError as error:
-            raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
-    else:
-        # Bytes of the command line that are not UTF-8 arrive as surrogates; they are given back as they were.
-        content, name = (options.prompt or "").encode("utf-8", "surrogateescape"), "prompt"
-    return tokenizer.encode(content, name).tolist() if content else []
+    with contextlib.ExitStack() as stack:
+        stream: Any  # io.BufferedIOBase, which typeshed calls something else
+        if options.prompt_file == "-":
+            stream, name = sys.stdin.buffer, "stdin"
+        elif options.prompt_file is not None:
+            name = options.prompt_file
+            try:
+                stream = stack.enter_context(Path(name).open("rb"))
+            except OSError as error:
+                raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
+        else:
+            # Bytes of the command line that are not UTF-8 arrive as surrogates; they are given back as they were.
+            stream, name = io.BytesIO((options.prompt or "").encode("utf-8", "surrogateescape")), "prompt"
+        yield from encode_stream(tokenizer, stream, name=name)
 
 
 def _draw(model: Memformer, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from memformer.data import (
     SourceConfig,
     TextTokenizer,
     TokenizerConfig,
+    encode_stream,
     iterate_documents,
     load_tokenizer,
     save_tokenizer,
@@ -282,3 +284,30 @@ def test_wikitext_2_has_its_published_vocabulary() -> None:
     assert tokenizer.vocab_size == 33_278
     (valid,) = iterate_documents(SourceConfig(path=str(path.with_name("valid.txt"))))
     assert tokenizer.encode(valid.content, valid.name).size == 217_646
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("ab \n\r\u00e9", max_size=60), size=st.integers(1, 20), kind=st.sampled_from(["bytes", "bpe", "word"])
+)
+def test_a_stream_read_in_parts_has_the_ids_of_the_whole(text: str, size: int, kind: str) -> None:
+    tokenizer = {"bytes": ByteTokenizer(), "bpe": LINES_BPE, "word": WORD}[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers_module, "STREAM_BLOCK_BYTES", size)
+        parts = list(encode_stream(tokenizer, io.BytesIO(text.encode()), name="a"))
+    whole = tokenizer.encode(text.encode(), "a").tolist() if text else []
+    assert [token for part in parts for token in part.tolist()] == whole
+    assert all(len(part) for part in parts)
+
+
+def test_bytes_of_a_stream_are_never_held_all_at_once() -> None:
+    parts = encode_stream(ByteTokenizer(), io.BytesIO(bytes(3 * tokenizers_module.STREAM_BLOCK_BYTES + 1)), name="a")
+    assert [len(part) for part in parts] == [tokenizers_module.STREAM_BLOCK_BYTES] * 3 + [1]
+
+
+def test_bad_utf8_in_a_later_part_of_a_stream_is_refused_by_offset(monkeypatch) -> None:
+    monkeypatch.setattr(tokenizers_module, "STREAM_BLOCK_BYTES", 4)
+    parts = encode_stream(BPE, io.BytesIO(b"aa\nbb\xff\n"), name="a")
+    assert len(next(parts)) > 0
+    with pytest.raises(InputError, match=r"document a, from byte 3 on, is not UTF-8 at byte offset 2 \(0xff\)"):
+        next(parts)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from memformer import InputError, Memformer, MemformerConfig
 from memformer.cli import main
 from memformer.data import SourceConfig, corpus_from_arrays
+from memformer.training import loop
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.logs import read_log
 from memformer.training.loop import train
@@ -224,6 +225,19 @@ def test_interrupted_and_resumed_is_the_unbroken_run(base, unbroken, monkeypatch
     assert f"stopped by {number.name}; go on with --resume" in capsys.readouterr().err
     assert main(["train", config_file(config), "--resume"]) == 0
     assert_same_run(folder, unbroken)
+
+
+def test_the_log_is_on_disk_before_the_checkpoint_that_follows_it(base, tmp_path, monkeypatch):
+    # Found by tests/soak/kills.py: killed between the two, a resumed run lacked the lines in between for ever.
+    save_checkpoint, ends = loop.save_checkpoint, []
+
+    def noted(folder, state):
+        ends.append((state.progress["num_updates"], read_log(tmp_path / "run")[-1]["update"]))
+        save_checkpoint(folder, state)
+
+    monkeypatch.setattr(loop, "save_checkpoint", noted)
+    assert main(["train", config_file(run_config(base, "logged")), "--folder", str(tmp_path / "run")]) == 0
+    assert ends == [(update, update) for update in (3, 6, 9, 10)]
 
 
 def test_going_on_from_an_older_checkpoint_repeats_what_followed(copied, unbroken):

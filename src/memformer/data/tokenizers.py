@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,6 +21,7 @@ END_OF_LINE = "<eos>"
 # enough that the package's bookkeeping (hundreds of bytes a token) stays small however long the document.
 _BLOCK_CHARACTERS = 1 << 16
 _BLOCKS_IN_BATCH = 32
+STREAM_BLOCK_BYTES = 1 << 20
 
 
 @runtime_checkable
@@ -264,6 +266,29 @@ def blocks_of_lines(text: str) -> Iterator[str]:
             end = end or text.find("\n", start + _BLOCK_CHARACTERS) + 1 or len(text)
         yield text[start:end]
         start = end
+
+
+def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the ids of a stream's bytes part by part; together they are those of the whole.
+
+    Texts are cut where a line ends, so a line longer than a part is held whole; bytes are cut anywhere.
+
+    Raises:
+        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer reads text.
+    """
+    rest, start = b"", 0
+    while True:
+        try:
+            block = stream.read(STREAM_BLOCK_BYTES)
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+        end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
+        content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
+        if content:
+            yield tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
+            start += len(content)
+        if not block:
+            return
 
 
 def _text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> bytes:

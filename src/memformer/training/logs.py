@@ -1,6 +1,7 @@
 """What a run says while it goes on: a progress bar, TensorBoard, and one JSON line per event."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -100,8 +101,9 @@ class RunLog:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def flush(self) -> None:
-        """Make what was logged so far survive a crash of the process."""
+        """Make what was logged so far survive a crash."""
         self._lines.flush()
+        os.fsync(self._lines.fileno())
         self._writer.flush()
 
     def _record(self, kind: str, num_updates: int, values: dict[str, float]) -> None:

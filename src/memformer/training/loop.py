@@ -121,8 +121,9 @@ class _Trainer:
                     if is_last or self.num_updates % training.evaluate_every == 0:
                         self._evaluate(log)
                     if is_last or received or self.num_updates % training.save_every == 0:
-                        checkpoint = self._save()
+                        # First the log: a run that goes on from the checkpoint does not make its lines again.
                         log.flush()
+                        checkpoint = self._save()
                         if received:
                             raise Interrupted(received[0], checkpoint)
             # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
