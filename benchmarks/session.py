@@ -33,7 +33,9 @@ def main() -> None:
     rows = []
     done, started = 0, time.perf_counter()
     for mark in MARKS:
-        session.feed(stream[done:mark])
+        for start in range(done, mark, MARKS[0]):
+            # Parts of one size: what is fed at once is held at once.
+            session.feed(stream[start : start + MARKS[0]])
         session.next_token_logits()
         done = mark
         rows.append(
