@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test check packages format clean
+.PHONY: setup demo test soak check packages format clean
 
 setup: .venv/.complete
 
@@ -30,6 +30,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Long campaigns: kills at random moments, documents of growing length.
+soak: setup
+	$(BIN)/python -m tests.soak.kills --kills 200
+	$(BIN)/python -m tests.soak.flat_memory
 
 # The sdist and the wheel build, and the installed wheel works outside the tree.
 packages: setup

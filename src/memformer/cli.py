@@ -20,14 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from memformer import commands
-from memformer.data import (
-    PixelTokenizer,
-    RecallConfig,
-    Tokenizer,
-    encode_stream,
-    load_tokenizer,
-    save_tokenizer,
-)
+from memformer.data import PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.data.tokenizers import encode_stream
 from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
 from memformer.evaluation import Result, evaluate
@@ -42,6 +36,7 @@ from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import DataConfig, RunConfig, check_seed
 from memformer.training.loop import Interrupted, check_same_run, print_warning, train
+from memformer.training.processes import Processes, processes_started, were_restarted
 from memformer.training.run import (
     CHECKPOINTS,
     RUN_CONFIG_FILE,
@@ -143,27 +138,40 @@ def run_train(argv: list[str]) -> None:
         commands.parse(commands.train_parser(), argv)
     config, options = commands.parse_run_config(argv)
     device = _prepare_torch(config.device, config.threads)
+    with processes_started(device.type) as processes:
+        _train(config, options, device, processes)
+
+
+def _train(config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
     folder = Path(config.folder)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
-    if started_before and not options.resume:
+    # Nobody writes before everybody has looked.
+    processes.wait_for_all()
+    resume = options.resume or (started_before and were_restarted())
+    if started_before and not resume:
         raise InputError(f"{folder} already holds a run; go on with --resume, or choose another --folder")
     tokenizer = None
-    if options.resume:
+    if resume:
         saved = read_run_config(folder)
         tokenizer = load_tokenizer(folder)
         check_same_run(saved, dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer)))
-    print(f"preparing the data for {folder}", file=sys.stderr)
-    data = prepare_data(config.data, tokenizer=tokenizer)
+    if processes.is_first:
+        print(f"preparing the data for {folder}", file=sys.stderr)
+        data = prepare_data(config.data, tokenizer=tokenizer)
+    processes.wait_for_all()
+    if not processes.is_first:
+        # From what the first one has put into the cache.
+        data = prepare_data(config.data, tokenizer=tokenizer)
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
     model = Memformer(config.model).to(device)
-    print(
-        f"{model.num_parameters:,} parameters; {data.describe()}",
-        file=sys.stderr,
-    )
-    save_tokenizer(data.tokenizer, folder)
-    write_run_config(folder, config.to_dict())
-    result = train(config, data, model, resume=options.resume)
+    if processes.is_first:
+        print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
+        save_tokenizer(data.tokenizer, folder)
+        write_run_config(folder, config.to_dict())
+    result = train(config, data, model, resume=resume, processes=processes)
+    if result is None:
+        return
     summary = write_report(folder)
     if options.json:
         print(json.dumps({"run": str(folder), **result.to_dict()}))

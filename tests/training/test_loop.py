@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from memformer.training.replay import backpropagate
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
 
 NUM_UPDATES = 10
+GOLDEN_CURVE = Path(__file__).with_name("golden_curve.json")
 REPEATED = ("bits_per_token", "gradient_norm", "learning_rate", "num_tokens")
 CHILD = """
 import os, signal, sys
@@ -455,3 +457,27 @@ def test_the_best_weights_are_the_later_of_equals(base, tmp_path, monkeypatch, s
 def test_first_documents_are_whole_and_reach_the_number(num_tokens, expected):
     corpus = corpus_from_arrays([np.zeros(length, dtype=np.int64) for length in (5, 3, 4)], 2)
     assert first_documents(corpus, num_tokens).num_documents == expected
+
+
+def test_the_golden_curve_is_reproduced(tmp_path):
+    """A committed curve of losses; `python -m tests.training.test_loop` makes it anew, after a change that is meant."""
+    golden = json.loads(GOLDEN_CURVE.read_text(encoding="utf-8"))
+    if golden["torch"] != torch.__version__.partition("+")[0]:
+        pytest.skip(f"the curve is of torch {golden['torch']}, this is {torch.__version__}")
+    assert golden_curve(tmp_path) == pytest.approx(golden["bits_per_token"], rel=golden["tolerance"])
+
+
+def golden_curve(base):
+    write_documents(base / "texts")
+    assert main(["train", config_file(run_config(base, num_updates=40, evaluate_every=40, save_every=40))]) == 0
+    return [line[1] for line in logged(base / "run")[0]]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        curve = golden_curve(Path(name))
+    GOLDEN_CURVE.write_text(
+        json.dumps({"torch": torch.__version__.partition("+")[0], "tolerance": 1e-3, "bits_per_token": curve}, indent=2)
+        + "\n",
+        encoding="utf-8",
+    )

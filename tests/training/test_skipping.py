@@ -9,6 +9,7 @@ from memformer import InputError, Memformer
 from memformer.training import loop
 from memformer.training.checkpoint import load_checkpoint
 from memformer.training.logs import RunLog, read_log
+from memformer.training.processes import Processes
 from memformer.training.run_data import prepare_data
 from tests.training.test_loop import run_config, write_documents
 
@@ -28,11 +29,11 @@ def make_trainer(base, folder, **training):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
     model = Memformer(config.model)
-    return loop._Trainer(config, prepare_data(config.data), model, resume=False)
+    return loop._Trainer(config, prepare_data(config.data), model, resume=False, processes=Processes())
 
 
 def update(trainer, log):
-    values = trainer._update(log)
+    values = trainer._update(log, [])
     trainer.state.progress["num_updates"] += 1
     return values
 

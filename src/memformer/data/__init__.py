@@ -9,7 +9,7 @@ from memformer.data.recall_tasks import RecallTask
 from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
 from memformer.data.stream import RolloutStream
 from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
-from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer, encode_stream
+from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -28,7 +28,6 @@ __all__ = [
     "TokenizerConfig",
     "build_corpus",
     "corpus_from_arrays",
-    "encode_stream",
     "image_shape",
     "iterate_documents",
     "load_tokenizer",

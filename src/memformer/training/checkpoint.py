@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from memformer.errors import CheckpointError, SaveError
 from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
 from memformer.models.memformer import Memformer
 from memformer.models.pretrained import WEIGHTS_FILE, load_weights
-from memformer.training.randomness import capture_randomness, restore_randomness
+from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -42,8 +42,13 @@ class TrainingState:
     progress: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, state: TrainingState) -> None:
+def save_checkpoint(folder: Path, state: TrainingState, *, randomness: Sequence[RandomState] | None = None) -> None:
     """Write a checkpoint folder: aside, made durable, then renamed into place.
+
+    Args:
+        folder: Where it will stand.
+        state: What is saved, with the memory of all lanes.
+        randomness: The random generators' state of every process; this one's if not given.
 
     Raises:
         SaveError: Writing failed; no folder appears, and what was there before is intact.
@@ -53,10 +58,11 @@ def save_checkpoint(folder: Path, state: TrainingState) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         state.model.save_pretrained(partial)
         write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
-        cpu_state, cuda_state = capture_randomness(state.memory.device)
-        tensors = {"memory": state.memory, "cpu_randomness": cpu_state}
-        if cuda_state is not None:
-            tensors["cuda_randomness"] = cuda_state
+        tensors = {"memory": state.memory}
+        for rank, (cpu_state, cuda_state) in enumerate(randomness or [capture_randomness(state.memory.device)]):
+            tensors[_of_process("cpu_randomness", rank)] = cpu_state
+            if cuda_state is not None:
+                tensors[_of_process("cuda_randomness", rank)] = cuda_state
         write_tensors(partial / STATE_FILE, tensors)
         write_json(partial / PROGRESS_FILE, {"progress": state.progress})
         files = {file.name: _description(file) for file in sorted(partial.iterdir())}
@@ -97,8 +103,17 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
 
 
-def load_checkpoint(folder: Path, state: TrainingState) -> None:
+def _of_process(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> None:
     """Put a training state back to where the checkpoint was made, the random generators included.
+
+    Args:
+        folder: The checkpoint.
+        state: What is put back; its memory is that of all lanes.
+        rank: Which process's random generators to put back; as they are where the checkpoint has none of it.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or belongs to another model.
@@ -116,8 +131,10 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     device = state.memory.device
     state.memory = tensors["memory"].to(device)
     state.progress = saved["progress"]
-    cuda_state = tensors.get("cuda_randomness")
-    restore_randomness((tensors["cpu_randomness"], cuda_state if device.type == "cuda" else None), device=device)
+    cpu_state = tensors.get(_of_process("cpu_randomness", rank))
+    cuda_state = tensors.get(_of_process("cuda_randomness", rank))
+    if cpu_state is not None:
+        restore_randomness((cpu_state, cuda_state if device.type == "cuda" else None), device=device)
 
 
 def checkpoints_newest_first(folder: Path) -> Iterator[Path]:

@@ -112,6 +112,36 @@ class RunLog:
             self._writer.add_scalar(f"{kind}/{name}", value, num_updates)
 
 
+class NoLog(RunLog):
+    """What the other processes of a run log: nothing."""
+
+    def __init__(self, folder: Path, *, total_updates: int, num_updates: int) -> None:
+        """Open nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def advance(self, num_updates: int) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def say(self, message: str) -> None:
+        """Do nothing."""
+
+    def skipped(self, num_updates: int, reason: str, *, num_skipped: int) -> None:
+        """Do nothing."""
+
+    def update(self, num_updates: int, values: dict[str, float]) -> None:
+        """Do nothing."""
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log; a last line that a crash cut short is left out.
 

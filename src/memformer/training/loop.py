@@ -1,5 +1,6 @@
 """The training loop: rollouts in, updates out, with everything needed to stop and go on at any update."""
 
+import dataclasses
 import math
 import signal
 import sys
@@ -26,8 +27,9 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
-from memformer.training.logs import RunLog, peak_memory_bytes
+from memformer.training.logs import NoLog, RunLog, peak_memory_bytes
 from memformer.training.optimizer import learning_rate_at, make_optimizer, write_price_at
+from memformer.training.processes import Processes
 from memformer.training.replay import backpropagate
 from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.run_data import RunData
@@ -50,14 +52,19 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False) -> Result:
+def train(
+    config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False, processes: Processes | None = None
+) -> Result | None:
     """Train to the end of the run; return the evaluation of the best weights on all that is held out.
+
+    Of several processes only the first one evaluates; the others return None.
 
     Args:
         config: The run.
         data: What it trains and is evaluated on.
         model: Fresh weights (replaced when resuming), on the run's device.
         resume: Go on from the newest whole checkpoint in the run folder.
+        processes: Those that train together; None for this one alone.
 
     Raises:
         InputError: In too many updates in a row loss or gradient is not finite, or the data does not fit the model.
@@ -65,12 +72,18 @@ def train(config: RunConfig, data: RunData, model: Memformer, *, resume: bool = 
         SaveError: A checkpoint cannot be written.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
     """
-    return _Trainer(config, data, model, resume=resume).run()
+    return _Trainer(config, data, model, resume=resume, processes=processes or Processes()).run()
 
 
 class _Trainer:
-    def __init__(self, config: RunConfig, data: RunData, model: Memformer, *, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, data: RunData, model: Memformer, *, resume: bool, processes: Processes
+    ) -> None:
+        if processes.count > 1 and config.training.write_price:
+            raise InputError("training.write_price needs the loss of all lanes at once: train in one process")
         self.config = config
+        self.processes = processes
+        self.lanes = processes.lanes_of(config.training.num_lanes)
         self.folder = Path(config.folder)
         self.data = data
         self.model = model
@@ -79,9 +92,20 @@ class _Trainer:
             model=model,
             optimizer=make_optimizer(model, config.training),
             memory=model.initial_memory(config.training.num_lanes).detach().clone(),
-            progress={"num_updates": 0, "num_tokens": 0, "seconds": 0.0, "best_score": None, **_NOTHING_SKIPPED},
+            progress={
+                "num_updates": 0,
+                "num_tokens": 0,
+                "seconds": 0.0,
+                "best_score": None,
+                "num_processes": processes.count,
+                **_NOTHING_SKIPPED,
+            },
         )
+        if processes.rank:
+            # The weights are everybody's; what dropout draws is not.
+            torch.manual_seed(config.seed + processes.rank)
         self.resumed_from = self._resume() if resume else None
+        self.state.memory = self.state.memory[self.lanes]
         if config.training.compiled:
             model.compile()
 
@@ -93,21 +117,29 @@ class _Trainer:
 
     def _resume(self) -> Path:
         checkpoint = newest_checkpoint(self.folder, warn=print_warning)
-        load_checkpoint(checkpoint, self.state)
+        load_checkpoint(checkpoint, self.state, rank=self.processes.rank)
+        before = self.state.progress.get("num_processes", 1)
+        if before != self.processes.count and self.processes.is_first:
+            print_warning(
+                f"the run had {before} processes and goes on with {self.processes.count}: lanes are shared out anew, "
+                "weights, memory and documents go on exactly; what dropout draws does not"
+            )
+        self.state.progress["num_processes"] = self.processes.count
         self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress}  # of a run begun before updates were skipped
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint
 
-    def run(self) -> Result:
+    def run(self) -> Result | None:
         training = self.config.training
         progress = self.state.progress
-        with RunLog(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log:
+        make_log = RunLog if self.processes.is_first else NoLog
+        with make_log(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log:
             if self.resumed_from is not None:
                 log.say(f"going on from {self.resumed_from}, update {self.num_updates}")
             with _signals_noted() as received:
                 while self.num_updates < training.num_updates:
                     started = time.monotonic()
-                    values = self._update(log)
+                    values = self._update(log, received)
                     progress["num_updates"] += 1
                     progress["seconds"] += time.monotonic() - started
                     log.advance(self.num_updates)
@@ -119,7 +151,9 @@ class _Trainer:
                         values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
                         log.update(self.num_updates, values)
                     if is_last or self.num_updates % training.evaluate_every == 0:
-                        self._evaluate(log)
+                        if self.processes.is_first:
+                            self._evaluate(log)
+                        self.processes.wait_for_all()
                     if is_last or received or self.num_updates % training.save_every == 0:
                         # First the log: a run that goes on from the checkpoint does not make its lines again.
                         log.flush()
@@ -127,16 +161,16 @@ class _Trainer:
                         if received:
                             raise Interrupted(received[0], checkpoint)
             # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
-            return self._conclude(log)
+            return self._conclude(log) if self.processes.is_first else None
 
-    def _update(self, log: RunLog) -> dict[str, float] | None:
+    def _update(self, log: RunLog, received: list[int]) -> dict[str, float] | None:
         """Make one optimizer step and return what to log about it; None if it was skipped.
 
         Raises:
             InputError: Too many updates in a row were skipped.
         """
         training, model = self.config.training, self.model
-        rollouts = [next(self.stream).to(model.device) for _ in range(training.rollouts_per_update)]
+        rollouts = [next(self.stream) for _ in range(training.rollouts_per_update)]
         learning_rate = learning_rate_at(self.num_updates, training)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -145,8 +179,14 @@ class _Trainer:
         total = max(sum(num_tokens), 1)
         model.train()
         nats = 0.0
-        for rollout, count in zip(rollouts, num_tokens, strict=True):
-            nats += self._backpropagate(rollout, gradient_scale=count / total) * count
+        for rollout in rollouts:
+            own = rollout if self.processes.count == 1 else rollout.select_rows(self.lanes)
+            count = own.count_target_tokens()
+            nats += self._backpropagate(own.to(model.device), gradient_scale=count / total) * count
+        nats, num_signals = self.processes.sum_up(model, [nats, float(len(received))])
+        if num_signals and not received:
+            # Another process was asked to stop: so are all.
+            received.append(signal.SIGTERM)
         loss = nats / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
@@ -217,10 +257,16 @@ class _Trainer:
         return float(result.loss)
 
     def _save(self) -> Path:
+        processes = self.processes
         self.state.progress["stream"] = self.stream.state()
         checkpoint = self.folder / CHECKPOINTS / checkpoint_name(self.num_updates)
-        save_checkpoint(checkpoint, self.state)
-        prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
+        processes.check_agreement(self.model)
+        whole = dataclasses.replace(self.state, memory=processes.gather_lanes(self.state.memory))
+        randomness = processes.gather_randomness(self.model.device)
+        if processes.is_first:
+            save_checkpoint(checkpoint, whole, randomness=randomness)
+            prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
+        processes.wait_for_all()
         return checkpoint
 
     def _evaluate(self, log: RunLog) -> None:

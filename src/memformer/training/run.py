@@ -1,6 +1,7 @@
 """A run folder: where everything about one run lands, and where it is found again."""
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,11 +150,15 @@ def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; auto is CUDA where there is one, else the CPU.
 
+    Of several processes on a machine each takes the CUDA device of its number among them, unless the name has one.
+
     Raises:
         InputError: The name is unknown, or there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

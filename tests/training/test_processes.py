@@ -1,0 +1,154 @@
+"""Several processes make the updates that one makes, go on in another number, and end together."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memformer import InputError
+from memformer.cli import main
+from memformer.training.processes import Processes
+from tests.conftest import assert_close
+from tests.training.test_loop import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
+
+ROOT = Path(__file__).parents[2]
+# A process that dies in the middle of the seventh update, the first time that it is there.
+DYING = """
+import os, signal, sys
+from memformer.cli import main
+from memformer.training import loop
+
+backpropagate, calls = loop.backpropagate, []
+
+def die(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 13 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backpropagate(*args, **kwargs)
+
+loop.backpropagate = die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Documents, and a run of one process without dropout."""
+    base = tmp_path_factory.mktemp("processes")
+    write_documents(base / "texts", num_documents=9)
+    assert main(["train", config_of(base, "one")]) == 0
+    return base
+
+
+def config_of(base, folder, **training):
+    config = run_config(base, folder, num_lanes=4, **training)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    return config_file(config)
+
+
+def torchrun(*arguments, count=2, options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def train(*arguments, **options):
+    done = torchrun("-m", "memformer", "train", *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def assert_nearly_same_run(folder, other):
+    (ours, our_evaluation), (theirs, their_evaluation) = logged(folder), logged(other)
+    assert [line[0] for line in ours] == [line[0] for line in theirs]
+    for our_line, their_line in zip([*ours, *our_evaluation], [*theirs, *their_evaluation], strict=True):
+        assert our_line == pytest.approx(their_line, rel=1e-3)
+    our_tensors, their_tensors = (saved_tensors(checkpoint_of(each, 10)) for each in (folder, other))
+    assert_close(our_tensors["state: memory"], their_tensors["state: memory"], relative=1e-2)
+
+
+@pytest.mark.parametrize("method", ["replay", "bptt"])
+def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_an_update(base, tmp_path, method):
+    for count in (1, 2):
+        done = torchrun(
+            "-m", "tests.training.process_worker", base, tmp_path / f"{count}.safetensors", method, count=count
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        assert_close(two[name], expected)
+    assert one["memory"].shape[0] == 4
+
+
+def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(base):
+    train(config_of(base, "two"))
+    assert_nearly_same_run(base / "two", base / "one")
+    for update in (9, 10):
+        for file in checkpoint_of(base / "two", update).iterdir():
+            file.unlink()
+        checkpoint_of(base / "two", update).rmdir()
+    assert main(["train", config_of(base, "two"), "--resume"]) == 0
+    assert_nearly_same_run(base / "two", base / "one")
+
+
+def test_resumed_in_the_same_number_the_run_is_the_same_bit_for_bit_dropout_on(base):
+    config = config_file(run_config(base, "dropout", num_lanes=4))
+    train(config)
+    expected = saved_tensors(checkpoint_of(base / "dropout", 10))
+    assert {"state: cpu_randomness", "state: cpu_randomness.1"} <= expected.keys()
+    for file in checkpoint_of(base / "dropout", 10).iterdir():
+        file.unlink()
+    done = train(config, "--resume")
+    assert "going on from" in done.stderr
+    ours = saved_tensors(checkpoint_of(base / "dropout", 10))
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+
+
+def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = torchrun(script, "train", config_of(base, "down"))
+    assert done.returncode != 0
+    assert re.search(r"exitcode\s*:\s*-9", done.stderr)
+    assert sorted(path.name for path in (base / "down" / "checkpoints").iterdir()) == [
+        "update-000000003",
+        "update-000000006",
+    ]
+    done = torchrun(script, "train", config_of(base, "restarted"), options=["--max-restarts=1"])
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert_nearly_same_run(base / "restarted", base / "one")
+
+
+def test_lanes_that_cannot_be_shared_out_are_refused():
+    processes = Processes()
+    processes.count, processes.rank = 3, 1
+    assert processes.lanes_of(6) == [2, 3]
+    with pytest.raises(InputError, match=r"training\.num_lanes \(4\) must be a multiple of the 3 processes"):
+        processes.lanes_of(4)
+
+
+def test_asked_to_stop_all_processes_save_and_stop(base, tmp_path):
+    script = tmp_path / "stopping.py"
+    script.write_text(DYING.replace("signal.SIGKILL", "signal.SIGINT").replace("len(calls) == 13", "len(calls) == 9"))
+    done = torchrun(script, "train", config_of(base, "stopped"))
+    assert done.returncode != 0
+    assert "stopped by SIGINT" in done.stderr
+    assert checkpoint_of(base / "stopped", 5).is_dir()
+    assert signal.SIGINT  # asked of one process alone; the other one stopped by the same update
