@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from memformer import MemformerConfig
 from memformer.cli import main as memformer
 from memformer.data import CurriculumConfig, RecallConfig
 from memformer.errors import CheckpointError
@@ -74,16 +73,6 @@ def document_run(base: Path) -> RunConfig:
 
 def curriculum_run(base: Path) -> RunConfig:
     """Return a run over a recall task that gets harder while it is learned."""
-    model = MemformerConfig(
-        d_model=16,
-        num_heads=2,
-        d_ff=32,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        segment_length=8,
-        num_slots=4,
-        dropout=0.1,
-    )
     # Any loss is good enough: so it does get harder within the few updates.
     recall = RecallConfig(
         task="fact", num_values=4, max_distance=8, curriculum=CurriculumConfig(advance_below=10.0, window=5)
@@ -102,7 +91,7 @@ def curriculum_run(base: Path) -> RunConfig:
         folder=str(base / "curriculum"),
         threads=1,
         device="cpu",
-        model=model,
+        model=run_config(base).model,
         data=DataConfig(recall=recall, cache=str(base / "cache")),
         training=training,
     )
