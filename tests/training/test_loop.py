@@ -233,9 +233,9 @@ def test_the_log_is_on_disk_before_the_checkpoint_that_follows_it(base, tmp_path
     # Found by tests/soak/kills.py: killed between the two, a resumed run lacked the lines in between for ever.
     save_checkpoint, ends = loop.save_checkpoint, []
 
-    def noted(folder, state):
+    def noted(folder, state, **options):
         ends.append((state.progress["num_updates"], read_log(tmp_path / "run")[-1]["update"]))
-        save_checkpoint(folder, state)
+        save_checkpoint(folder, state, **options)
 
     monkeypatch.setattr(loop, "save_checkpoint", noted)
     assert main(["train", config_file(run_config(base, "logged")), "--folder", str(tmp_path / "run")]) == 0
