@@ -24,7 +24,7 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/compiled
+	$(BIN)/pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/untyped
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -35,6 +35,7 @@ check: setup
 soak: setup
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
+	$(BIN)/python -m tests.soak.fuzz --cases 1000000
 
 # The sdist and the wheel build, and the installed wheel works outside the tree.
 packages: setup

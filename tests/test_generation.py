@@ -153,7 +153,7 @@ def test_damaged_and_foreign_sessions_are_refused(tmp_path):
     path.write_bytes(content.replace(b"memformer-session", b"memformer-sassion"))
     with pytest.raises(CheckpointError, match="not a saved session"):
         Session.load(path, model=session.model)
-    path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
+    path.write_bytes(content.replace(b'"version":"2"', b'"version":"9"'))
     with pytest.raises(CheckpointError, match="session format version '9'"):
         Session.load(path, model=session.model)
     session.model.save_pretrained(tmp_path / "model")

@@ -115,6 +115,10 @@ class MemformerConfig:
             ("convolution_kernel", 0),
         ):
             _check_integer(name, getattr(self, name), minimum)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise InputTypeError(f"{field.name} ({value!r}) must be true or false")
         for cutoff in self.adaptive_cutoffs:
             _check_integer("adaptive_cutoffs", cutoff, 1)
         if list(self.adaptive_cutoffs) != sorted(set(self.adaptive_cutoffs)):
@@ -169,7 +173,7 @@ class MemformerConfig:
             )
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
             probability = getattr(self, name)
-            if probability is None:
+            if probability is None and name != "dropout":
                 continue
             _check_number(name, probability)
             if not 0 <= probability < 1:
@@ -214,6 +218,10 @@ class MemformerConfig:
         return cls(**fields)
 
 
+# Far beyond any use; what is larger is a slip or damage, and the product of two still fits an integer.
+_LARGEST = 1 << 24
+
+
 def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
     """Check that every given key is a valid one.
 
@@ -233,6 +241,8 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
         raise InputTypeError(f"{name} ({value!r}) must be an integer")
     if value < minimum:
         raise InputError(f"{name} ({value}) must be at least {minimum}")
+    if value > _LARGEST:
+        raise InputError(f"{name} ({value}) must be at most {_LARGEST}")
 
 
 def _check_number(name: str, value: object) -> None:

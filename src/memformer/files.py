@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -8,11 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memformer.errors import CheckpointError, SaveError
+
+CHECKSUM = "sha256"
 
 
 @contextlib.contextmanager
@@ -95,13 +99,23 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole.
+    """Write a safetensors file whole, with a checksum of what it holds among its metadata.
 
     Raises:
         SaveError: Writing failed; see `write_whole`.
     """
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), CHECKSUM: _checksum(contiguous)}
     write_whole(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -121,15 +135,45 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
+def read_names(file: Path) -> list[str]:
+    """Return the names of the tensors of a safetensors file.
 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        return load_file(file)
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, checked where it has a checksum: what others wrote has none.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return read_tensors_and_metadata(file)[0]
+
+
+def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, checked as by `read_tensors`, and its metadata.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    with _reading(file):
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+    if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
+        raise CheckpointError(f"{file} is damaged: what it holds has not the checksum it was written with")
+    return tensors, metadata

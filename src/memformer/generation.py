@@ -7,19 +7,18 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memformer.decoding import Decoding
 from memformer.errors import CheckpointError, InputError, InputTypeError
-from memformer.files import read_tensors, write_tensors
+from memformer.files import CHECKSUM, read_tensors_and_metadata, write_tensors
 from memformer.models.memformer import Memformer
 from memformer.sampling import check_sampling, sample
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
 
 FORMAT = "memformer-session"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 FEED_CHUNK_TOKENS = 1 << 20
 
 
@@ -164,8 +163,8 @@ class Session:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
         """
         path = Path(path)
-        state = read_tensors(path)
-        _check_format(path)
+        state, metadata = read_tensors_and_metadata(path)
+        _check_format(path, metadata)
         batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
         if batch_size < 1:
             raise CheckpointError(f"{path} holds no memory; it is not a session")
@@ -268,15 +267,12 @@ def _is_nested(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
     return len(token_ids) > 0 and _has_length(token_ids[0])
 
 
-def _check_format(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a saved session; its format is {metadata.get('format')!r}")
     if metadata.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has session format version {metadata.get('version')!r}; this memformer reads {FORMAT_VERSION!r}"
         )
+    if CHECKSUM not in metadata:
+        raise CheckpointError(f"{path} is damaged: it has no checksum")

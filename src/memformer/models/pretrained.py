@@ -9,7 +9,7 @@ from torch import nn
 
 from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError
-from memformer.files import read_json, read_tensors, write_json, write_tensors
+from memformer.files import read_json, read_names, read_tensors, write_json, write_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -64,9 +64,21 @@ class Pretrained(nn.Module):
             raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
         if num_slots is not None:
             config = _with_slots(config, num_slots)
-        model = cls(config)
-        load_weights(model, folder / WEIGHTS_FILE)
+        weights = folder / WEIGHTS_FILE
+        _check_layers(config, weights)
+        # Shapes are compared before memory is taken for them: a damaged config may ask for any amount.
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, weights)
         return model.to(device).eval()
+
+
+def _check_layers(config: MemformerConfig, file: Path) -> None:
+    names = read_names(file)
+    for stack, asked in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+        found = len({name.split(".")[2] for name in names if name.startswith(f"{stack}.layers.")})
+        if asked != found:
+            raise CheckpointError(f"{file} has {found} {stack} layers; its config says {asked}")
 
 
 def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
@@ -100,4 +112,5 @@ def load_weights(model: nn.Module, file: Path) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    model.load_state_dict(tensors)
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(tensors, assign=is_empty)

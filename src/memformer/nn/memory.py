@@ -110,7 +110,9 @@ class MemoryWriter(nn.Module):
         self.normalizer = normalizer
         self.competition = competition
         self.sharing = sharing
-        self.free_slot_eagerness = nn.Parameter(torch.tensor(free_slot_eagerness)) if free_slot_eagerness else None
+        self.free_slot_eagerness = (
+            nn.Parameter(torch.tensor(float(free_slot_eagerness))) if free_slot_eagerness else None
+        )
         self.query = Linear(width, width, bias=False)
         self.key = Linear(width, width, bias=False)
         self.value = Linear(width, width, bias=False)

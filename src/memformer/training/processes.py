@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from memformer.errors import CheckpointError, InputError
 from memformer.training.randomness import RandomState, capture_randomness
@@ -110,7 +111,11 @@ class Processes:
 
 def were_restarted() -> bool:
     """Whether `torchrun --max-restarts` has started the processes again after one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _num_restarts() > 0
+
+
+def _num_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
@@ -123,7 +128,11 @@ def processes_started(device_type: str) -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Processes()
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
+    # The store outlives a restart: without a name of their own the new processes would look for the old ones' ports.
+    store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:
         yield Processes()
     finally:

@@ -8,9 +8,9 @@ from torch._dynamo.utils import counters
 
 from memformer import Memformer, backpropagate
 from memformer.cli import main
-from tests.compiled.test_decoding import needs_compiler
 from tests.conftest import assert_close, random_rollout, tiny_model
 from tests.training.test_loop import config_file, run_config, write_documents
+from tests.untyped.test_decoding import needs_compiler
 
 pytestmark = pytest.mark.filterwarnings("default")
 
