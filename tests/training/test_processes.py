@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,4 +150,4 @@ def test_asked_to_stop_all_processes_save_and_stop(base, tmp_path):
     assert done.returncode != 0
     assert "stopped by SIGINT" in done.stderr
     assert checkpoint_of(base / "stopped", 5).is_dir()
-    assert signal.SIGINT  # asked of one process alone; the other one stopped by the same update
+    assert "stopped by SIGTERM" in done.stderr  # the other process, which was not asked itself

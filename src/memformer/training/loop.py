@@ -84,6 +84,7 @@ class _Trainer:
         self.config = config
         self.processes = processes
         self.lanes = processes.lanes_of(config.training.num_lanes)
+        self.all_stop = False
         self.folder = Path(config.folder)
         self.data = data
         self.model = model
@@ -154,12 +155,14 @@ class _Trainer:
                         if self.processes.is_first:
                             self._evaluate(log)
                         self.processes.wait_for_all()
-                    if is_last or received or self.num_updates % training.save_every == 0:
+                    # Several processes stop together: by what all of them knew in the update.
+                    stops = bool(received) if self.processes.count == 1 else self.all_stop
+                    if is_last or stops or self.num_updates % training.save_every == 0:
                         # First the log: a run that goes on from the checkpoint does not make its lines again.
                         log.flush()
                         checkpoint = self._save()
-                        if received:
-                            raise Interrupted(received[0], checkpoint)
+                        if stops:
+                            raise Interrupted(received[0] if received else signal.SIGTERM, checkpoint)
             # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
             return self._conclude(log) if self.processes.is_first else None
 
@@ -184,9 +187,7 @@ class _Trainer:
             count = own.count_target_tokens()
             nats += self._backpropagate(own.to(model.device), gradient_scale=count / total) * count
         nats, num_signals = self.processes.sum_up(model, [nats, float(len(received))])
-        if num_signals and not received:
-            # Another process was asked to stop: so are all.
-            received.append(signal.SIGTERM)
+        self.all_stop = num_signals > 0
         loss = nats / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
