@@ -96,11 +96,11 @@ def test_other_weights_are_used_from_the_next_segment_on():
     assert not torch.allclose(compiled.next_token_logits(), before)
 
 
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(inductor_config.cpp, "cxx", ("/no/such/compiler",))
+def test_a_missing_compiler_is_named():
     _, compiled = make_pair()
     compiled.feed(random_rows(SEGMENT_LENGTH)[0])
-    with fresh_cache(), pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
+    nothing = inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with nothing, fresh_cache(), pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
         compiled.next_token_logits()
 
 
