@@ -31,10 +31,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Long campaigns: kills at random moments, documents of growing length.
+# Long campaigns: kills at random moments, documents of growing length, long streams, damaged files.
 soak: setup
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
+	$(BIN)/python -m tests.soak.long_horizon
 	$(BIN)/python -m tests.soak.fuzz --cases 1000000
 
 # The sdist and the wheel build, and the installed wheel works outside the tree.
