@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memformer.errors import CheckpointError, SaveError
@@ -170,10 +170,9 @@ def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    with _reading(file):
-        tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            metadata: dict[str, str] = opened.metadata() or {}
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        metadata: dict[str, str] = opened.metadata() or {}
     if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
         raise CheckpointError(f"{file} is damaged: what it holds has not the checksum it was written with")
     return tensors, metadata

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from memformer import Memformer, MemformerConfig, Session
+from memformer import Memformer, Session
 from memformer.errors import InputError
 from memformer.files import read_json
 from memformer.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from memformer.training.config import TrainingConfig
 from memformer.training.optimizer import make_optimizer
+from tests.conftest import tiny_config
 
 Damage = Callable[[bytes, random.Random], bytes]
 SLOW_SECONDS = 5.0
@@ -150,18 +151,9 @@ DAMAGES: list[Damage] = [
 ]
 
 
-def tiny_config() -> MemformerConfig:
-    """Return the config of a model that is saved and read in a millisecond."""
-    return MemformerConfig(
-        vocab_size=11,
-        d_model=8,
-        num_heads=2,
-        d_ff=8,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        segment_length=4,
-        num_slots=2,
-    )
+def small_model() -> Memformer:
+    """Return a model that is saved and read in a millisecond."""
+    return Memformer(tiny_config(num_encoder_layers=1, num_decoder_layers=1))
 
 
 class SessionFile:
@@ -170,9 +162,9 @@ class SessionFile:
     name = "session"
 
     def __init__(self, base: Path) -> None:
-        self.model = Memformer(tiny_config())
+        self.model = small_model()
         self.session = Session(self.model)
-        self.session.feed([1, 2, 3, 4, 5, 6])
+        self.session.feed([1, 2, 3, 4, 5, 6, 7, 8])
         self.files = [base / "session"]
         self.session.save(self.files[0])
 
@@ -188,7 +180,7 @@ class WeightsFile:
     name = "weights"
 
     def __init__(self, base: Path) -> None:
-        self.model, self.folder = Memformer(tiny_config()), base / "model"
+        self.model, self.folder = small_model(), base / "model"
         self.model.save_pretrained(self.folder)
         self.files = [self.folder / "model.safetensors"]
 
@@ -228,7 +220,7 @@ class CheckpointFolder:
 
     def fresh_state(self) -> TrainingState:
         """Return a state to save, or to load into."""
-        model = Memformer(tiny_config())
+        model = small_model()
         memory = model.initial_memory(2).detach().clone()
         return TrainingState(model, make_optimizer(model, TrainingConfig()), memory, {"num_updates": 1})
 

@@ -11,7 +11,6 @@ Processes are forked from one that has torch loaded, so a kill costs the time of
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -29,8 +28,10 @@ import yaml
 from memformer.cli import main as memformer
 from memformer.data import CurriculumConfig, RecallConfig
 from memformer.errors import CheckpointError
-from memformer.training.checkpoint import check_checkpoint
+from memformer.files import read_json
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.logs import read_log
+from memformer.training.run import newest_checkpoint
 from tests.training.test_loop import checkpoint_of, run_config, saved_tensors, write_documents
 
 NUM_UPDATES = 40
@@ -182,13 +183,10 @@ def is_saving(checkpoints: Path, since: float) -> bool:
 
 def newest_whole(folder: Path) -> str | None:
     """Return the name of the newest checkpoint that is whole, if there is one."""
-    for checkpoint in sorted(folder.glob("checkpoints/update-*"), reverse=True):
-        try:
-            check_checkpoint(checkpoint)
-        except CheckpointError:
-            continue
-        return checkpoint.name
-    return None
+    try:
+        return newest_checkpoint(folder).name
+    except CheckpointError:
+        return None
 
 
 def differences(folder: Path, unbroken: Path, kind: str) -> list[str]:
@@ -213,15 +211,13 @@ def evaluation_of(folder: Path) -> list[str]:
 
 def logged_values(folder: Path) -> object:
     """Return what the log says of losses; a recall task's evaluation has no bits per byte."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     timing = {"seconds", "tokens_per_second", "peak_memory_bytes"}
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+    return [{key: value for key, value in line.items() if key not in timing} for line in read_log(folder)]
 
 
 def progress_of(folder: Path) -> dict[str, object]:
     """Return counters and cursor, without the time that passed."""
-    file = checkpoint_of(folder, NUM_UPDATES) / "progress.json"
-    progress: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))["progress"]
+    progress: dict[str, object] = read_json(checkpoint_of(folder, NUM_UPDATES) / "progress.json")["progress"]
     return {key: value for key, value in progress.items() if key != "seconds"}
 
 

@@ -130,6 +130,7 @@ def processes_started(device_type: str) -> Iterator[Processes]:
         return
     store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
     # The store outlives a restart: without a name of their own the new processes would look for the old ones' ports.
+    # torch documents PrefixStore here and does not mark it as exported.
     store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
