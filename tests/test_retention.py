@@ -49,8 +49,12 @@ class Oracle(RecurrentModel):
     def bos_token_id(self):
         return self.vocab_size
 
+    @property
+    def memory_shape(self):
+        return self.vocab_size, 2
+
     def initial_memory(self, batch_size):
-        return torch.zeros(batch_size, self.vocab_size, 2)
+        return torch.zeros(batch_size, *self.memory_shape)
 
     def encode(self, segment, *, memory, padding_mask=None):
         self.segments.append(segment)
@@ -88,6 +92,7 @@ class Recorded(RecurrentModel):
     vocab_size = property(lambda self: self.model.vocab_size)
     bos_token_id = property(lambda self: self.model.bos_token_id)
     segment_length = property(lambda self: self.model.segment_length)
+    memory_shape = property(lambda self: self.model.memory_shape)
 
     def initial_memory(self, batch_size):
         return self.model.initial_memory(batch_size)

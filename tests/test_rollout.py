@@ -31,3 +31,24 @@ def test_counts():
     assert (rollout.num_timesteps, rollout.batch_size, rollout.count_target_tokens()) == (2, 3, 20)
     assert Rollout(inputs=TOKENS, targets=TOKENS).count_target_tokens() == 24
     assert rollout.to("cpu").target_padding is not None
+
+
+def test_shifted_by_one_token_each_target_is_beside_the_token_before_it():
+    bos = 9
+    inputs = torch.tensor([[[bos, 0, 0], [0, 0, bos]], [[1, 2, 3], [4, 5, 6]]])
+    targets = torch.tensor([[[1, 2, 3], [4, 5, 6]], [[4, 5, 0], [7, 8, 9]]])
+    input_padding = torch.tensor([[[False, True, True], [True, True, False]], [[False] * 3] * 2])
+    target_padding = torch.tensor([[[False] * 3] * 2, [[False, False, True], [False] * 3]])
+    reset = torch.tensor([[True, True], [False, False]])
+    rollout = Rollout(
+        inputs=inputs, targets=targets, reset=reset, input_padding=input_padding, target_padding=target_padding
+    )
+    shifted = rollout.shifted_by_one_token()
+    assert shifted.inputs.tolist() == [[[bos, 1, 2], [bos, 4, 5]], [[3, 4, 5], [6, 7, 8]]]
+    assert shifted.input_padding is not None
+    assert shifted.input_padding.equal(target_padding)
+    assert shifted.targets is targets
+    assert shifted.reset is reset
+    whole = Rollout(inputs=inputs[1:], targets=targets[1:])
+    assert whole.shifted_by_one_token().input_padding is None
+    assert whole.shifted_by_one_token().inputs.tolist() == [[[3, 4, 5], [6, 7, 8]]]

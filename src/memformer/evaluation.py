@@ -173,7 +173,7 @@ def evaluate(
     memory: Tensor | None = None
     try:
         for cpu_rollout in stream:
-            rollout = cpu_rollout.to(model.device)
+            rollout = model.arrange(cpu_rollout.to(model.device))
             if memory is None:
                 memory = model.initial_memory(rollout.batch_size)
             erased = _encode_erased(model, rollout)

@@ -107,6 +107,22 @@ class Rollout:
         """Return the rollout of these rows alone."""
         return self._map(lambda tensor: tensor[:, rows])
 
+    def shifted_by_one_token(self) -> "Rollout":
+        """Return the same targets, each beside the token before it as its input: how next-token models read.
+
+        A timestep's inputs are the last token that it read and all its targets but the last; where a target does not
+        count its input is padding. So targets that must be read but not predicted (recall tasks) cannot be shifted.
+        """
+        length = self.inputs.shape[-1]
+        last = torch.full(self.inputs.shape[:2], length - 1, device=self.inputs.device)
+        if self.input_padding is not None:
+            places = torch.arange(length, device=self.inputs.device)
+            last = places.masked_fill(self.input_padding, 0).amax(dim=-1)
+        before = self.inputs.gather(-1, last[..., None])
+        return dataclasses.replace(
+            self, inputs=torch.cat([before, self.targets[..., :-1]], dim=-1), input_padding=self.target_padding
+        )
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}

@@ -107,6 +107,11 @@ class Memformer(Pretrained, RecurrentModel):
         """Tokens of a full segment."""
         return self.config.segment_length
 
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """Slots K and width D."""
+        return self.config.num_slots, self.config.d_model
+
     def compile(self, **options: Any) -> None:
         """Compile encoder and decoder in place, by `torch.compile` for the shapes that occur; writing stays as it is.
 
@@ -125,9 +130,7 @@ class Memformer(Pretrained, RecurrentModel):
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0 for each row, every slot in its terminal state; float32 (float64 if the model is)."""
         if not self.config.num_slots:
-            weight = self.encoder.norm.weight
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            return weight.new_zeros((batch_size, 0, self.config.d_model), dtype=dtype)
+            return torch.zeros((batch_size, *self.memory_shape), dtype=self.memory_dtype, device=self.device)
         return self.memory_normalization.initial_memory(batch_size)
 
     def encode(

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
+from memformer.rollout import Rollout
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
 
 
@@ -35,9 +36,23 @@ class RecurrentModel(nn.Module, ABC):
     def segment_length(self) -> int:
         """Tokens of a full segment."""
 
+    @property
+    @abstractmethod
+    def memory_shape(self) -> tuple[int, int]:
+        """Slots K and width of one row's memory."""
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """float32, or float64 if the parameters are: the state must not drift over thousands of timesteps."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
     @abstractmethod
     def initial_memory(self, batch_size: int) -> Memory:
         """Return the memory that a document starts from, for each row."""
+
+    def arrange(self, rollout: Rollout) -> Rollout:
+        """Return a rollout as this model reads it: the same targets in the same timesteps, perhaps other inputs."""
+        return rollout
 
     @abstractmethod
     def encode(
@@ -85,14 +100,14 @@ class RecurrentModel(nn.Module, ABC):
             InputError: The shape is not (batch_size, slots, width) of this model.
             InputTypeError: The dtype is not that of this model's memory.
         """
-        expected = self.initial_memory(1)
-        if memory.shape != (batch_size, *expected.shape[1:]):
+        expected = (batch_size, *self.memory_shape)
+        if memory.shape != expected:
             raise InputError(
-                f"memory has shape {tuple(memory.shape)}; this model's is {(batch_size, *expected.shape[1:])} "
+                f"memory has shape {tuple(memory.shape)}; this model's is {expected} "
                 "(rows, slots, width): it may be the memory of another model"
             )
-        if memory.dtype != expected.dtype:
-            raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {expected.dtype}")
+        if memory.dtype != self.memory_dtype:
+            raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {self.memory_dtype}")
 
 
 def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:

@@ -105,6 +105,7 @@ def backpropagate(
             input_padding=rollout.input_padding,
             target_padding=rollout.target_padding,
         )
+    rollout = model.arrange(rollout)
     model.check_memory(memory, batch_size=rollout.batch_size)
     # The one place where gradient is cut. A clone, so that asking for its gradient leaves the caller's tensor alone.
     memory = memory.detach().clone()
