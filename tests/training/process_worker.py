@@ -1,11 +1,12 @@
 """What `test_processes.py` starts several of: one update of a float64 model; the first one writes what came of it."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer import Memformer
 from memformer.training import loop
@@ -15,13 +16,10 @@ from memformer.training.run_data import prepare_data
 from tests.training.test_loop import run_config
 
 
-def main(base: Path, target: Path, method: str) -> None:
+def main(base: Path, target: Path, method: str, sharding: str) -> None:
     """Make two updates of two rollouts each; write the gradients of the second one and the memory of all lanes."""
     torch.set_num_threads(1)
-    reductions = []
-    all_reduce = dist.all_reduce
-    dist.all_reduce = lambda tensor: reductions.append(tensor.numel()) or all_reduce(tensor)
-    config = run_config(base, num_lanes=4, method=method)
+    config = run_config(base, num_lanes=4, method=method, sharding=sharding)
     model_config = type(config.model)(**{**config.model.to_dict(), "dropout": 0.0})
     with processes_started("cpu") as processes:
         torch.manual_seed(0)
@@ -30,14 +28,40 @@ def main(base: Path, target: Path, method: str) -> None:
         trainer._update(NoLog(base, total_updates=2, num_updates=0), [])
         gradients = {}
         trainer.state.optimizer.step = lambda: gradients.update(
-            {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
         )
-        trainer._update(NoLog(base, total_updates=2, num_updates=0), [])
+        with Exchanges() as exchanges:
+            trainer._update(NoLog(base, total_updates=2, num_updates=0), [])
         memory = processes.gather_lanes(trainer.state.memory)
-        assert len(reductions) == (2 if processes.count > 1 else 0), reductions
+        names = ("allreduce_", "_reduce_scatter_base_", "_allgather_base_")
+        found = [exchanges.counts[f"c10d::{name}"] for name in names]
+        if sharding == "none":
+            assert found == [int(processes.count > 1), 0, 0], found
+        else:
+            # The loss; the gradients of two layers and of the rest, this once more where lanes start again.
+            assert found[:2] == [1, 4], found
+            # The weights of the same: once an update, or whenever they are used.
+            assert found[2] == 3 if sharding == "moments" else found[2] > 30, found
         if processes.is_first:
             save_file({**gradients, "memory": memory}, target)
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts what processes say to each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace in {"c10d", "_c10d_functional"}:
+            self.counts[operator.name()] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def whole(gradient):
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -3,16 +3,20 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from memformer import InputError
+from memformer import InputError, Memformer, commands
 from memformer.cli import main
+from memformer.training.checkpoint import TrainingState, load_checkpoint
+from memformer.training.optimizer import make_optimizer
 from memformer.training.processes import Processes
 from tests.conftest import assert_close
 from tests.training.test_loop import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
@@ -77,16 +81,19 @@ def assert_nearly_same_run(folder, other):
     assert [line[0] for line in ours] == [line[0] for line in theirs]
     for our_line, their_line in zip([*ours, *our_evaluation], [*theirs, *their_evaluation], strict=True):
         assert our_line == pytest.approx(their_line, rel=1e-3)
-    our_tensors, their_tensors = (saved_tensors(checkpoint_of(each, 10)) for each in (folder, other))
-    assert_close(our_tensors["state: memory"], their_tensors["state: memory"], relative=1e-2)
+    ours, theirs = (load_file(checkpoint_of(each, 10) / "state.safetensors") for each in (folder, other))
+    assert_close(ours["memory"], theirs["memory"], relative=1e-2)
 
 
-@pytest.mark.parametrize("method", ["replay", "bptt"])
-def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_an_update(base, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "sharding"), [("replay", "none"), ("bptt", "none"), ("replay", "moments"), ("replay", "weights")]
+)
+def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_an_update(
+    base, tmp_path, method, sharding
+):
     for count in (1, 2):
-        done = torchrun(
-            "-m", "tests.training.process_worker", base, tmp_path / f"{count}.safetensors", method, count=count
-        )
+        file, shared_out = tmp_path / f"{count}.safetensors", sharding if count > 1 else "none"
+        done = torchrun("-m", "tests.training.process_worker", base, file, method, shared_out, count=count)
         assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
     assert one.keys() == two.keys()
@@ -98,10 +105,7 @@ def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_a
 def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(base):
     train(config_of(base, "two"))
     assert_nearly_same_run(base / "two", base / "one")
-    for update in (9, 10):
-        for file in checkpoint_of(base / "two", update).iterdir():
-            file.unlink()
-        checkpoint_of(base / "two", update).rmdir()
+    drop_checkpoints_after(base / "two", 6)
     assert main(["train", config_of(base, "two"), "--resume"]) == 0
     assert_nearly_same_run(base / "two", base / "one")
 
@@ -111,12 +115,68 @@ def test_resumed_in_the_same_number_the_run_is_the_same_bit_for_bit_dropout_on(b
     train(config)
     expected = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert {"state: cpu_randomness", "state: cpu_randomness.1"} <= expected.keys()
-    for file in checkpoint_of(base / "dropout", 10).iterdir():
-        file.unlink()
+    drop_checkpoints_after(base / "dropout", 9)
     done = train(config, "--resume")
     assert "going on from" in done.stderr
     ours = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+
+
+def test_what_two_processes_share_out_is_the_run_of_one_and_goes_on_in_one_and_back(base):
+    config = config_of(base, "shared", sharding="moments")
+    train(config)
+    assert_nearly_same_run(base / "shared", base / "one")
+    expected = whole_state(base / "shared", 10)
+    # From what two shared out one goes on, and from what that one wrote two that share out more.
+    for update, command in (
+        (6, lambda: main(["train", config, "--resume"])),
+        (9, lambda: train(config, "--resume", "--training.sharding=weights").returncode),
+    ):
+        drop_checkpoints_after(base / "shared", update)
+        assert command() == 0
+        assert_nearly_same_run(base / "shared", base / "one")
+        ours = whole_state(base / "shared", 10)
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(ours[name], value, relative=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["moments", "weights"])
+def test_shared_out_and_resumed_in_the_same_number_the_run_is_the_same_bit_for_bit_dropout_on(base, sharding):
+    config = config_file(run_config(base, f"dropout-{sharding}", num_lanes=4, sharding=sharding))
+    train(config)
+    folder = base / f"dropout-{sharding}"
+    expected = whole_state(folder, 10)
+    drop_checkpoints_after(folder, 9)
+    done = train(config, "--resume")
+    assert "going on from" in done.stderr
+    ours = whole_state(folder, 10)
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+
+
+def drop_checkpoints_after(folder, update):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name > checkpoint_of(folder, update).name:
+            shutil.rmtree(checkpoint)
+
+
+def whole_state(folder, update):
+    """The weights, moments and lane memory of a checkpoint, whoever wrote it, as one process reads them."""
+    run = yaml.safe_load((folder / "config.yaml").read_text())
+    config = commands.parse_run_config([str(folder / "config.yaml")])[0]
+    model = Memformer(config.model)
+    optimizer = make_optimizer(model, config.training)
+    memory = model.initial_memory(run["training"]["num_lanes"]).detach().clone()
+    state = TrainingState(model, optimizer, memory, {})
+    with torch.random.fork_rng():
+        load_checkpoint(checkpoint_of(folder, update), state)
+    moments = {
+        f"{name}: {key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    assert moments
+    return {**model.state_dict(), **moments, "memory": state.memory}
 
 
 def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_path):

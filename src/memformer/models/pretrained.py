@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError
@@ -98,6 +98,20 @@ def load_weights(model: nn.Module, file: Path) -> None:
     Raises:
         CheckpointError: The file is missing, damaged, or of another model; the model is as it was.
     """
+    tensors = read_weights(model, file)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(tensors, assign=is_empty)
+
+
+def read_weights(model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file that has exactly a model's names and shapes.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or of another model.
+    """
     tensors = read_tensors(file)
     expected = model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -109,8 +123,4 @@ def load_weights(model: nn.Module, file: Path) -> None:
             raise CheckpointError(
                 f"{file}: {name} has shape {tuple(tensor.shape)}; this model's is {tuple(expected[name].shape)}"
             )
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())
-    is_empty = any(parameter.is_meta for parameter in model.parameters())
-    model.load_state_dict(tensors, assign=is_empty)
+    return tensors

@@ -15,14 +15,17 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
 from memformer.models.memformer import Memformer
-from memformer.models.pretrained import WEIGHTS_FILE, load_weights
+from memformer.models.pretrained import WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
+from memformer.training.sharding import is_sharded, load_moments, scatter_like, scatter_weights
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 STATE_FILE = "state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# In place of the optimizer's file: what several processes wrote of it, each its share.
+MOMENTS = "moments"
 
 
 @dataclass
@@ -42,13 +45,20 @@ class TrainingState:
     progress: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, state: TrainingState, *, randomness: Sequence[RandomState] | None = None) -> None:
+def save_checkpoint(
+    folder: Path,
+    state: TrainingState,
+    *,
+    randomness: Sequence[RandomState] | None = None,
+    moments: Path | None = None,
+) -> None:
     """Write a checkpoint folder: aside, made durable, then renamed into place.
 
     Args:
         folder: Where it will stand.
         state: What is saved, with the memory of all lanes.
         randomness: The random generators' state of every process; this one's if not given.
+        moments: A folder that `save_moments` has written beside, which is moved in; None saves the optimizer's own.
 
     Raises:
         SaveError: Writing failed; no folder appears, and what was there before is intact.
@@ -57,7 +67,11 @@ def save_checkpoint(folder: Path, state: TrainingState, *, randomness: Sequence[
     try:
         shutil.rmtree(partial, ignore_errors=True)
         state.model.save_pretrained(partial)
-        write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
+        if moments is None:
+            write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
+        else:
+            moments.rename(partial / MOMENTS)
+            sync_folder(partial / MOMENTS)
         tensors = {"memory": state.memory}
         for rank, (cpu_state, cuda_state) in enumerate(randomness or [capture_randomness(state.memory.device)]):
             tensors[_of_process("cpu_randomness", rank)] = cpu_state
@@ -65,7 +79,8 @@ def save_checkpoint(folder: Path, state: TrainingState, *, randomness: Sequence[
                 tensors[_of_process("cuda_randomness", rank)] = cuda_state
         write_tensors(partial / STATE_FILE, tensors)
         write_json(partial / PROGRESS_FILE, {"progress": state.progress})
-        files = {file.name: _description(file) for file in sorted(partial.iterdir())}
+        written = sorted(file for file in partial.rglob("*") if file.is_file())
+        files = {file.relative_to(partial).as_posix(): _description(file) for file in written}
         write_json(partial / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
         sync_folder(partial)
         if folder.exists():
@@ -93,7 +108,9 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} has checkpoint format {manifest.get('format_version')!r}; this memformer reads {FORMAT_VERSION}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, PROGRESS_FILE} <= files.keys():
+    if not isinstance(files, dict) or not {WEIGHTS_FILE, STATE_FILE, PROGRESS_FILE} <= files.keys():
+        raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
+    if OPTIMIZER_FILE not in files and not any(name.startswith(f"{MOMENTS}/") for name in files):
         raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
     for name, expected in files.items():
         file = folder / name
@@ -119,9 +136,15 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
         CheckpointError: The checkpoint is damaged, or belongs to another model.
     """
     check_checkpoint(folder)
-    load_weights(state.model, folder / WEIGHTS_FILE)
+    if is_sharded(state.model):
+        scatter_weights(state.model, read_weights(state.model, folder / WEIGHTS_FILE))
+    else:
+        load_weights(state.model, folder / WEIGHTS_FILE)
     saved = read_json(folder / PROGRESS_FILE)
-    _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE))
+    if (folder / MOMENTS).is_dir():
+        load_moments(folder / MOMENTS, state.model, state.optimizer)
+    else:
+        _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE))
     tensors = read_tensors(folder / STATE_FILE)
     if tensors["memory"].shape != state.memory.shape:
         raise CheckpointError(
@@ -167,10 +190,11 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+        entries.setdefault(int(index), {})[name] = scatter_like(parameters[int(index)], value)
     # The groups are the config's: what it says now about decay and betas holds from here on.
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 

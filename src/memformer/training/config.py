@@ -8,6 +8,7 @@ from memformer.config import MemformerConfig
 from memformer.data import RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
+from memformer.training.sharding import Sharding
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -83,6 +84,9 @@ class TrainingConfig:
         skip_above: Also skip an update whose loss is more than so many times its running mean (of about the last 100
             updates; none is skipped in the first 100); null skips none. A curriculum's steps look like spikes too.
         precision: float32, or bfloat16 for autocast compute (the memory stays float32).
+        sharding: What `torchrun`'s processes share out: "none" (each holds all), "moments" (each holds its share of
+            weights and moments; whole weights and gradients during an update), "weights" (whole weights a layer at a
+            time). Needs method "replay" and no `compiled`. With one process there is nothing to share out.
         compiled: Compile encoder and decoder with torch.compile: up to a minute when a shape first occurs. On a CPU it
             is slower than without (README); on CUDA it has not been measured.
         log_every: Updates between two lines of the log.
@@ -111,6 +115,7 @@ class TrainingConfig:
     max_skipped_in_a_row: int = 10
     skip_above: float | None = None
     precision: Precision = "float32"
+    sharding: Sharding = "none"
     compiled: bool = False
     log_every: int = 10
     evaluate_every: int = 250
@@ -153,9 +158,15 @@ class TrainingConfig:
             raise InputError(f"training.final_learning_rate ({self.final_learning_rate}) must be from 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"training.betas ({self.betas}) must be at least 0 and below 1")
-        for name, choices in (("method", get_args(Method)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"training.{name} ({getattr(self, name)!r}) must be one of {', '.join(choices)}")
+        for name, kind in (("method", Method), ("precision", Precision), ("sharding", Sharding)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise InputError(f"training.{name} ({getattr(self, name)!r}) must be one of {choices}")
+        if self.sharding != "none" and (self.method != "replay" or self.compiled):
+            raise InputError(
+                f"training.sharding ({self.sharding!r}) needs training.method 'replay' and no training.compiled; "
+                f"they are {self.method!r} and {self.compiled}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,12 +29,21 @@ from memformer.training.checkpoint import (
 )
 from memformer.training.config import RunConfig
 from memformer.training.logs import NoLog, RunLog, peak_memory_bytes
-from memformer.training.optimizer import learning_rate_at, make_optimizer, write_price_at
+from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, write_price_at
 from memformer.training.processes import Processes
 from memformer.training.replay import backpropagate
 from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.run_data import RunData
 from memformer.training.samples import write_sample
+from memformer.training.sharding import (
+    free_weights,
+    gather_model,
+    is_sharded,
+    pile_up_gradients,
+    save_moments,
+    shard,
+    sum_gradients_in_next_backward,
+)
 
 # Updates that the running mean of the loss goes back, about.
 _UPDATES_OF_MEAN = 100
@@ -89,10 +99,13 @@ class _Trainer:
         self.data = data
         self.model = model
         self.stream = data.make_stream(model, config)
+        memory = model.initial_memory(config.training.num_lanes).detach().clone()
+        if processes.count > 1 and config.training.sharding != "none":
+            shard(model, frees_weights=config.training.sharding == "weights")
         self.state = TrainingState(
             model=model,
             optimizer=make_optimizer(model, config.training),
-            memory=model.initial_memory(config.training.num_lanes).detach().clone(),
+            memory=memory,
             progress={
                 "num_updates": 0,
                 "num_tokens": 0,
@@ -152,8 +165,9 @@ class _Trainer:
                         values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
                         log.update(self.num_updates, values)
                     if is_last or self.num_updates % training.evaluate_every == 0:
-                        if self.processes.is_first:
-                            self._evaluate(log)
+                        whole = self._whole_model()
+                        if whole is not None:
+                            self._evaluate(whole, log)
                         self.processes.wait_for_all()
                     # Several processes stop together: by what all of them knew in the update.
                     stops = bool(received) if self.processes.count == 1 else self.all_stop
@@ -182,15 +196,18 @@ class _Trainer:
         total = max(sum(num_tokens), 1)
         model.train()
         nats = 0.0
-        for rollout in rollouts:
+        pile_up_gradients(model)
+        for number, rollout in enumerate(rollouts, start=1):
             own = rollout if self.processes.count == 1 else rollout.select_rows(self.lanes)
             count = own.count_target_tokens()
-            nats += self._backpropagate(own.to(model.device), gradient_scale=count / total) * count
+            is_last = number == len(rollouts)
+            nats += self._backpropagate(own.to(model.device), gradient_scale=count / total, is_last=is_last) * count
+        free_weights(model)
         nats, num_signals = self.processes.sum_up(model, [nats, float(len(received))])
         self.all_stop = num_signals > 0
         loss = nats / total
         limit = training.max_gradient_norm or math.inf
-        gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        gradient_norm = clip_gradients(model, limit)
         reason = self._reason_to_skip(loss, gradient_norm)
         if reason is None:
             self.state.optimizer.step()
@@ -238,7 +255,7 @@ class _Trainer:
             )
         log.skipped(number, reason, num_skipped=progress["num_skipped"])
 
-    def _backpropagate(self, rollout: Rollout, *, gradient_scale: float) -> float:
+    def _backpropagate(self, rollout: Rollout, *, gradient_scale: float, is_last: bool) -> float:
         """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
         training = self.config.training
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
@@ -251,6 +268,7 @@ class _Trainer:
                 gradient_scale=gradient_scale,
                 write_price=write_price_at(self.num_updates, training),
                 write_price_below=math.inf if training.write_price_below is None else training.write_price_below,
+                before_last_backward=partial(sum_gradients_in_next_backward, self.model) if is_last else None,
             )
         # A lane whose memory broke goes on with the one before; the others do not notice.
         is_finite = result.memory.isfinite().all(dim=-1).all(dim=-1)
@@ -262,25 +280,37 @@ class _Trainer:
         self.state.progress["stream"] = self.stream.state()
         checkpoint = self.folder / CHECKPOINTS / checkpoint_name(self.num_updates)
         processes.check_agreement(self.model)
-        whole = dataclasses.replace(self.state, memory=processes.gather_lanes(self.state.memory))
+        memory = processes.gather_lanes(self.state.memory)
         randomness = processes.gather_randomness(self.model.device)
-        if processes.is_first:
-            save_checkpoint(checkpoint, whole, randomness=randomness)
+        moments = None
+        if is_sharded(self.model):
+            moments = checkpoint.with_name(f".{checkpoint.name}.moments")
+            save_moments(moments, self.model, self.state.optimizer)
+        model = self._whole_model()
+        if model is not None:
+            whole = dataclasses.replace(self.state, model=model, memory=memory)
+            save_checkpoint(checkpoint, whole, randomness=randomness, moments=moments)
             prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
         processes.wait_for_all()
         return checkpoint
 
-    def _evaluate(self, log: RunLog) -> None:
+    def _whole_model(self) -> Memformer | None:
+        """Return the model with all its weights in the first process, None in the others; all must call it."""
+        if is_sharded(self.model):
+            return gather_model(self.model)
+        return self.model if self.processes.is_first else None
+
+    def _evaluate(self, model: Memformer, log: RunLog) -> None:
         """Evaluate on some of what is held out, keep the weights if they are the best so far, write a sample."""
-        result = self.data.evaluate(self.model, self.config.training, is_final=False)
+        result = self.data.evaluate(model, self.config.training, is_final=False)
         log.evaluation(self.num_updates, result)
         best = self.state.progress["best_score"]
         # Of equals the later: where every answer is right the score says no more, and training went on.
         if best is None or not math.isfinite(best) or result.score <= best:
             self.state.progress["best_score"] = result.score
-            self.model.save_pretrained(self.folder / BEST)
+            model.save_pretrained(self.folder / BEST)
         sample = write_sample(
-            self.model,
+            model,
             self.data.tokenizer,
             self.folder / SAMPLES / f"update-{self.num_updates:09d}",
             num_tokens=self.config.training.sample_tokens,

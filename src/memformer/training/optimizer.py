@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from memformer.training.config import TrainingConfig
 
@@ -22,6 +23,12 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
         betas=config.betas,
         fused=True,
     )
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients down to a norm, if it is exceeded; return the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def learning_rate_at(update: int, config: TrainingConfig) -> float:

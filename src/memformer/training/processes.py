@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from memformer.errors import CheckpointError, InputError
 from memformer.training.randomness import RandomState, capture_randomness
+from memformer.training.sharding import is_sharded
 
 # Long enough for an evaluation that the others wait for; torchrun ends a job at once when one of its processes dies.
 _TIMEOUT = timedelta(hours=12)
@@ -51,9 +52,16 @@ class Processes:
         return list(range(self.rank * share, (self.rank + 1) * share))
 
     def sum_up(self, model: nn.Module, values: list[float]) -> list[float]:
-        """Sum every gradient over the processes, in place, and some numbers with them; one reduction in all."""
+        """Sum every gradient over the processes, in place, and some numbers with them; one reduction in all.
+
+        Where the model is shared out its gradients are summed already, and only the numbers are left.
+        """
         if self.count == 1:
             return values
+        if is_sharded(model):
+            numbers = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
+            dist.all_reduce(numbers)
+            return [float(number) for number in numbers]
         parameters = list(model.parameters())
         for parameter in parameters:
             if parameter.grad is None:
@@ -85,12 +93,12 @@ class Processes:
         return [(cpu, cuda) for cpu, cuda in zip(cpu_states, cuda_states, strict=True) if cpu is not None]
 
     def check_agreement(self, model: nn.Module) -> None:
-        """Check that all processes have the same weights.
+        """Check that all processes have the same weights, unless each has its own share of them.
 
         Raises:
             CheckpointError: They have not.
         """
-        if self.count == 1:
+        if self.count == 1 or is_sharded(model):
             return
         own = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
         first, *others = self._gather(own)

@@ -64,6 +64,7 @@ def backpropagate(
     gradient_scale: float = 1.0,
     write_price: float = 0.0,
     write_price_below: float = math.inf,
+    before_last_backward: Callable[[], object] | None = None,
 ) -> RolloutResult:
     """Add the gradient of the rollout's loss to every parameter's `.grad`; return the loss and the memory.
 
@@ -83,6 +84,8 @@ def backpropagate(
             tokens, added to the loss that is differentiated. Above 0 the model must be a Memformer with a sparse write.
         write_price_below: The price is due only where the rollout's loss is below this, in nats per token: what is
             not learned yet needs its writes.
+        before_last_backward: Called once, before the last backward pass of the several that replay makes: where
+            gradients are summed over processes, that pass is the one to do it.
 
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory is another model's, or writing has
@@ -128,6 +131,7 @@ def backpropagate(
             autocast=autocast,
             price_scale=gradient_scale * write_price / max(rollout.count_input_tokens(), 1),
             price_below=write_price_below * num_tokens if num_tokens else 0.0,
+            before_last_backward=before_last_backward or _do_nothing,
         )
         if method == "replay":
             total_nats, memory, memory_grad = _replay(work, memory)
@@ -149,6 +153,7 @@ class _Work:
     autocast: NewAutocast
     price_scale: float
     price_below: float
+    before_last_backward: Callable[[], object]
 
     def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B, S, D) hidden, the next memory (B, K, D) and the pressure that has its price, a scalar."""
@@ -214,8 +219,13 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
         hiddens.append(hidden)
         total_pressure = total_pressure + pressure
     total_nats = total_nats + run(work.read_out, last_chunk, *hiddens[last_chunk])
+    work.before_last_backward()
     (total_nats * work.nats_scale + total_pressure * work.price_of(total_nats.detach())).backward()
     return total_nats.detach(), memory.detach(), _grad_of(entering)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -258,6 +268,8 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     after = capture_randomness(device)
     price = memory.new_tensor(work.price_of(total_nats))
+    if last == 0:
+        work.before_last_backward()
     _backward((hidden, hidden_grads.pop()), (pressure, price))
     memory_grad = _grad_of(entering)
     for timestep in reversed(range(last)):
@@ -266,6 +278,8 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         restore_randomness(randomness.pop(), device=device)
         entering = replay_buffer.pop().requires_grad_()
         hidden, next_memory, pressure = work.encode(timestep, entering)
+        if timestep == 0:
+            work.before_last_backward()
         _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (pressure, price))
         memory_grad = _grad_of(entering)
     restore_randomness(after, device=device)
