@@ -1,25 +1,22 @@
-"""The shape of a Memformer; checked when it is made, stored as JSON beside the weights."""
+"""The shape of a model; checked when it is made, stored as JSON beside the weights. What all models have; Memformer."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from memformer.errors import InputError, InputTypeError
 
 Normalizer = Literal["softmax", "entmax15", "sparsemax"]
 PositionScheme = Literal["rotary", "relative"]
-
-# Lists in JSON.
-_TUPLES = {"adaptive_cutoffs", "forgetting_speeds"}
+# Not typing.Self: the run-time checks of the tests do not know it in a class method.
+Config = TypeVar("Config", bound="ModelConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemformerConfig:
-    """Everything that decides what a Memformer computes (arXiv 2010.06891v2, section 3).
-
-    The defaults are a small byte-level model; the paper's own sizes and the ablations of its Table 1 are configs.
+class ModelConfig:
+    """What the config of every model has.
 
     Args:
         vocab_size: Number of token ids V; tokens are 0 .. V-1, and V itself is the built-in `[BOS]`.
@@ -27,11 +24,130 @@ class MemformerConfig:
             embeddings are narrower, a quarter for each cluster, and the softmax takes two steps. Empty for one softmax
             over all tokens. A departure from the paper, which does not say.
         d_model: Width D of tokens and memory slots.
+        segment_length: Tokens per segment (paper: L).
+        dropout: Probability of dropping, after every sub-layer; other dropouts follow it where they are null.
+        embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
+
+    Raises:
+        InputError: A value is out of its range, or two contradict each other.
+        InputTypeError: A value has the wrong type.
+    """
+
+    model_type: ClassVar[str]
+
+    vocab_size: int = 256
+    adaptive_cutoffs: tuple[int, ...] = ()
+    d_model: int = 256
+    segment_length: int = 128
+    dropout: float = 0.0
+    embedding_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_integers(vocab_size=2, d_model=1, segment_length=1)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise InputTypeError(f"{field.name} ({value!r}) must be true or false")
+        for cutoff in self.adaptive_cutoffs:
+            check_integer("adaptive_cutoffs", cutoff, 1)
+        if list(self.adaptive_cutoffs) != sorted(set(self.adaptive_cutoffs)):
+            raise InputError(f"adaptive_cutoffs ({list(self.adaptive_cutoffs)}) must ascend")
+        self._check_probability("dropout")
+        if self.embedding_dropout is not None:
+            self._check_probability("embedding_dropout")
+
+    def _check_integers(self, **minimums: int) -> None:
+        for name, minimum in minimums.items():
+            check_integer(name, getattr(self, name), minimum)
+
+    def _check_probability(self, name: str) -> None:
+        probability = getattr(self, name)
+        check_number(name, probability)
+        if not 0 <= probability < 1:
+            raise InputError(f"{name} ({probability}) must be at least 0 and below 1")
+
+    @property
+    def embedding_dropout_probability(self) -> float:
+        """Probability of dropping an embedded feature."""
+        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+        """Return the config that `to_dict` described.
+
+        Raises:
+            InputError: A key is unknown (the nearest valid one is named), or a value is out of its range.
+            InputTypeError: A value has the wrong type.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        refuse_unknown_keys(fields, valid=known, owner="model config")
+        fields = dict(fields)
+        for name, value in fields.items():
+            if isinstance(known[name].default, tuple):
+                if not isinstance(value, list | tuple):
+                    raise InputTypeError(f"{name} ({value!r}) must be a list of numbers")
+                fields[name] = tuple(value)
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """What the config of every model made of attention has, beside what every model's has.
+
+    Args:
         num_heads: Attention heads H; they split the width.
         d_ff: Width F inside the feed-forward layers.
+        attention_dropout: Probability of dropping an attention weight; null means `dropout`.
+    """
+
+    num_heads: int = 4
+    d_ff: int = 1024
+    attention_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integers(num_heads=1, d_ff=1)
+        self._check_heads("num_heads")
+        if self.attention_dropout is not None:
+            self._check_probability("attention_dropout")
+
+    def _check_heads(self, name: str) -> None:
+        heads = getattr(self, name)
+        if self.d_model % heads:
+            raise InputError(f"d_model ({self.d_model}) must be a multiple of {name} ({heads})")
+
+    def _check_rotary(self) -> None:
+        if self.head_width % 2:
+            raise InputError(
+                f"rotary positions need an even head width; d_model ({self.d_model}) / num_heads ({self.num_heads}) "
+                f"is {self.head_width}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Width D/H of one attention head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def attention_dropout_probability(self) -> float:
+        """Probability of dropping an attention weight."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemformerConfig(TransformerConfig):
+    """Everything that decides what a Memformer computes (arXiv 2010.06891v2, section 3).
+
+    The defaults are a small byte-level model; the paper's own sizes and the ablations of its Table 1 are configs.
+
+    Args:
         num_encoder_layers: Layers that read a segment and the memory.
         num_decoder_layers: Layers that predict the next segment.
-        segment_length: Tokens per segment (paper: L).
         num_slots: Memory slots K (paper: k). 0 is the ablation "without memory": no reader and no writer.
         write_temperature: Temperature tau of the memory writer's softmax; below 1 sharpens. 1 is an ablation.
         write_normalizer: What turns the writer's scores into weights: softmax (the paper), or entmax15 or sparsemax,
@@ -64,23 +180,16 @@ class MemformerConfig:
             is learned on from there. A departure from the paper, for binding: else that starts by chance, late.
         place_embedding: Add a learned embedding of a token's place in its segment to what the encoder reads, so that
             the writer can choose by place and a slot can tell where its content stood. A departure from the paper.
-        dropout: Probability of dropping, after every sub-layer; the two below follow it where they are null.
-        attention_dropout: Probability of dropping an attention weight; null means `dropout`.
-        embedding_dropout: Probability of dropping an embedded feature; null means `dropout`.
 
     Raises:
         InputError: A value is out of its range, or two contradict each other.
         InputTypeError: A value has the wrong type.
     """
 
-    vocab_size: int = 256
-    adaptive_cutoffs: tuple[int, ...] = ()
-    d_model: int = 256
-    num_heads: int = 4
-    d_ff: int = 1024
+    model_type: ClassVar[str] = "memformer"
+
     num_encoder_layers: int = 4
     num_decoder_layers: int = 4
-    segment_length: int = 128
     num_slots: int = 32
     write_temperature: float = 0.25
     write_normalizer: Normalizer = "softmax"
@@ -98,48 +207,21 @@ class MemformerConfig:
     convolution_kernel: int = 0
     content_addressing: bool = False
     place_embedding: bool = False
-    dropout: float = 0.0
-    attention_dropout: float | None = None
-    embedding_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (
-            ("vocab_size", 2),
-            ("d_model", 1),
-            ("num_heads", 1),
-            ("d_ff", 1),
-            ("num_encoder_layers", 1),
-            ("num_decoder_layers", 1),
-            ("segment_length", 1),
-            ("num_slots", 0),
-            ("convolution_kernel", 0),
-        ):
-            _check_integer(name, getattr(self, name), minimum)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise InputTypeError(f"{field.name} ({value!r}) must be true or false")
-        for cutoff in self.adaptive_cutoffs:
-            _check_integer("adaptive_cutoffs", cutoff, 1)
-        if list(self.adaptive_cutoffs) != sorted(set(self.adaptive_cutoffs)):
-            raise InputError(f"adaptive_cutoffs ({list(self.adaptive_cutoffs)}) must ascend")
+        super().__post_init__()
+        self._check_integers(num_encoder_layers=1, num_decoder_layers=1, num_slots=0, convolution_kernel=0)
         if self.num_writer_heads is not None:
-            _check_integer("num_writer_heads", self.num_writer_heads, 1)
-        for name in ("num_heads", "num_writer_heads"):
-            heads = getattr(self, name)
-            if heads is not None and self.d_model % heads:
-                raise InputError(f"d_model ({self.d_model}) must be a multiple of {name} ({heads})")
+            self._check_integers(num_writer_heads=1)
+            self._check_heads("num_writer_heads")
         if self.positions not in get_args(PositionScheme):
             raise InputError(f"positions ({self.positions!r}) must be one of {', '.join(get_args(PositionScheme))}")
         if self.write_normalizer not in get_args(Normalizer):
             raise InputError(
                 f"write_normalizer ({self.write_normalizer!r}) must be one of {', '.join(get_args(Normalizer))}"
             )
-        if self.positions == "rotary" and (self.d_model // self.num_heads) % 2:
-            raise InputError(
-                f"rotary positions need an even head width; d_model ({self.d_model}) / num_heads ({self.num_heads}) "
-                f"is {self.d_model // self.num_heads}"
-            )
+        if self.positions == "rotary":
+            self._check_rotary()
         if self.convolution_kernel and self.convolution_kernel % 2 == 0:
             raise InputError(f"convolution_kernel ({self.convolution_kernel}) must be odd, or 0 for none")
         if self.decoder_reads_memory and self.num_slots == 0:
@@ -154,16 +236,16 @@ class MemformerConfig:
             raise InputError(
                 "write_sharing is set, but write_competition is false: all slots share all tokens as it is"
             )
-        _check_number("write_temperature", self.write_temperature)
+        check_number("write_temperature", self.write_temperature)
         if not 0 < self.write_temperature < float("inf"):
             raise InputError(f"write_temperature ({self.write_temperature}) must be above 0 and finite")
-        _check_number("free_slot_eagerness", self.free_slot_eagerness)
+        check_number("free_slot_eagerness", self.free_slot_eagerness)
         if not 0 <= self.free_slot_eagerness < float("inf"):
             raise InputError(f"free_slot_eagerness ({self.free_slot_eagerness}) must be at least 0 and finite")
         if len(self.forgetting_speeds) != 2:
             raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be two numbers: first and last slot")
         for speed in self.forgetting_speeds:
-            _check_number("forgetting_speeds", speed)
+            check_number("forgetting_speeds", speed)
             if not 0 < speed < float("inf"):
                 raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be above 0 and finite")
         if self.exchangeable_slots and len(set(self.forgetting_speeds)) > 1:
@@ -171,51 +253,6 @@ class MemformerConfig:
                 f"forgetting_speeds ({self.forgetting_speeds}) must be two equal numbers where exchangeable_slots is "
                 "set: slots that share one vector share its speed"
             )
-        for name in ("dropout", "attention_dropout", "embedding_dropout"):
-            probability = getattr(self, name)
-            if probability is None and name != "dropout":
-                continue
-            _check_number(name, probability)
-            if not 0 <= probability < 1:
-                raise InputError(f"{name} ({probability}) must be at least 0 and below 1")
-
-    @property
-    def head_width(self) -> int:
-        """Width D/H of one attention head."""
-        return self.d_model // self.num_heads
-
-    @property
-    def attention_dropout_probability(self) -> float:
-        """Probability of dropping an attention weight."""
-        return self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    @property
-    def embedding_dropout_probability(self) -> float:
-        """Probability of dropping an embedded feature."""
-        return self.dropout if self.embedding_dropout is None else self.embedding_dropout
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        fields = dataclasses.asdict(self)
-        for name in _TUPLES:
-            fields[name] = list(fields[name])
-        return fields
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "MemformerConfig":
-        """Return the config that `to_dict` described.
-
-        Raises:
-            InputError: A key is unknown (the nearest valid one is named), or a value is out of its range.
-            InputTypeError: A value has the wrong type.
-        """
-        refuse_unknown_keys(fields, valid=[field.name for field in dataclasses.fields(cls)], owner="model config")
-        fields = dict(fields)
-        for name in _TUPLES & fields.keys():
-            if not isinstance(fields[name], list | tuple):
-                raise InputTypeError(f"{name} ({fields[name]!r}) must be a list of numbers")
-            fields[name] = tuple(fields[name])
-        return cls(**fields)
 
 
 # Far beyond any use; what is larger is a slip or damage, and the product of two still fits an integer.
@@ -236,7 +273,13 @@ def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: st
             raise InputError(f"unknown key {key!r} in {owner}; {hint}")
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Check a field of a config.
+
+    Raises:
+        InputError: It is below `minimum`, or beyond any use.
+        InputTypeError: It is not an integer.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputTypeError(f"{name} ({value!r}) must be an integer")
     if value < minimum:
@@ -245,6 +288,11 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
         raise InputError(f"{name} ({value}) must be at most {_LARGEST}")
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Check a field of a config.
+
+    Raises:
+        InputTypeError: It is not a number.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InputTypeError(f"{name} ({value!r}) must be a number")

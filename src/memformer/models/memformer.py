@@ -1,7 +1,9 @@
 """The Memformer: encoder with memory, memory writer, decoder (arXiv 2010.06891v2)."""
 
-import math
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,15 +13,14 @@ from memformer.config import MemformerConfig
 from memformer.errors import InputError
 from memformer.models.decoder import Decoder, Past
 from memformer.models.encoder import Encoder
-from memformer.models.pretrained import Pretrained
-from memformer.models.recurrence import RecurrentModel, check_tokens
+from memformer.models.language_model import LanguageModel
+from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 
 
-class Memformer(Pretrained, RecurrentModel):
+class Memformer(LanguageModel):
     """Reads a sequence segment by segment with a memory of fixed size; predicts each segment from the one before.
 
     A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
@@ -31,15 +32,10 @@ class Memformer(Pretrained, RecurrentModel):
     """
 
     config: MemformerConfig
+    config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
 
     def __init__(self, config: MemformerConfig) -> None:
         super().__init__(config)
-        self.embedding = (
-            AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
-            if config.adaptive_cutoffs
-            else TiedEmbedding(config.vocab_size, config.d_model)
-        )
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.num_slots:
@@ -63,22 +59,37 @@ class Memformer(Pretrained, RecurrentModel):
             )
         self._initialise()
 
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
+    ) -> "Memformer":
+        """Return the model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            folder: Where it was saved.
+            device: Where it goes.
+            num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or of another model.
+            InputError: `num_slots` is given for a model whose slots each have a vector of their own, or is below 1.
+        """
+        config = cls._read_config(folder)
+        return cls._read_weights(folder, config if num_slots is None else _with_slots(config, num_slots), device=device)
+
+    @classmethod
+    def _count_layers(cls, config: MemformerConfig) -> Mapping[str, int]:
+        return {"encoder.layers": config.num_encoder_layers, "decoder.layers": config.num_decoder_layers}
+
     def _initialise(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv1d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith("output"):
-                    # Each stack's residual stream is a sum over its layers' parts; keep its variance near one.
-                    depth = self.config.num_encoder_layers if "encoder" in name else self.config.num_decoder_layers
-                    std /= math.sqrt(3 * depth)
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.embedding.reset_parameters()
+        if self.encoder.convolution is not None and self.encoder.convolution.bias is not None:
+            nn.init.zeros_(self.encoder.convolution.bias)
+        super()._initialise()
         if self.config.content_addressing:
             self._address_by_content()
+
+    def _count_residual_parts(self, name: str) -> int:
+        return 3 * (self.config.num_encoder_layers if "encoder" in name else self.config.num_decoder_layers)
 
     @torch.no_grad()
     def _address_by_content(self) -> None:
@@ -91,21 +102,6 @@ class Memformer(Pretrained, RecurrentModel):
             centre = self.config.convolution_kernel // 2
             nn.init.ones_(self.encoder.convolution.weight[..., : centre + 1])
             nn.init.zeros_(self.encoder.convolution.weight[..., centre + 1 :])
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids V that can be targets."""
-        return self.config.vocab_size
-
-    @property
-    def bos_token_id(self) -> int:
-        """The id V, which stands alone in the segment before the first."""
-        return self.config.vocab_size
-
-    @property
-    def segment_length(self) -> int:
-        """Tokens of a full segment."""
-        return self.config.segment_length
 
     @property
     def memory_shape(self) -> tuple[int, int]:
@@ -180,36 +176,9 @@ class Memformer(Pretrained, RecurrentModel):
             hidden = torch.cat([hidden, next_memory.to(hidden.dtype)], dim=1)
         return hidden, next_memory
 
-    def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
-        """Return the logits of each target given those before it (shifted inside) and the past.
-
-        Args:
-            targets: Token ids, 0 .. V-1. Padding may only follow the tokens; any valid id will do there.
-            hidden: From `encode`.
-            hidden_padding_mask: The padding mask that `encode` was given.
-
-        Raises:
-            InputError: A token id or a shape is out of range.
-            InputTypeError: A dtype is wrong.
-        """
-        return self.embedding.logits(self._features(targets, hidden, hidden_padding_mask))
-
-    def token_nats(
-        self,
-        targets: Targets,
-        *,
-        hidden: Hidden,
-        hidden_padding_mask: SegmentPadding | None = None,
-        target_padding_mask: TargetPadding | None = None,
-    ) -> Float[Tensor, "B T"]:
-        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
-        nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask), targets)
-        return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
-
     def _features(
         self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
     ) -> Float[Tensor, "B T D"]:
-        """Return what each target is predicted from."""
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
         bos = targets.new_full((targets.shape[0], 1), self.bos_token_id)
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
@@ -255,6 +224,13 @@ class Memformer(Pretrained, RecurrentModel):
             for _ in range(self.config.num_decoder_layers)
         ]
 
-    def _embed(self, tokens: Segment) -> Hidden:
-        # sqrt(D) gives the residual stream a variance near one while the shared output projection starts small.
-        return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
+
+def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
+    if num_slots < 1:
+        raise InputError(f"num_slots ({num_slots}) must be at least 1")
+    if num_slots != config.num_slots and not config.exchangeable_slots:
+        raise InputError(
+            f"num_slots ({num_slots}) must be {config.num_slots}, as trained: only slots that share one vector "
+            "(exchangeable_slots) can be more or fewer"
+        )
+    return dataclasses.replace(config, num_slots=num_slots)

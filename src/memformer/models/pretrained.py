@@ -1,13 +1,13 @@
 """Models as folders: config.json beside model.safetensors; nothing is ever unpickled."""
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from memformer.config import MemformerConfig
+from memformer.config import ModelConfig
 from memformer.errors import CheckpointError, InputError
 from memformer.files import read_json, read_names, read_tensors, write_json, write_tensors
 
@@ -15,6 +15,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+# Not typing.Self: the run-time checks of the tests do not know it in a class method.
 Model = TypeVar("Model", bound="Pretrained")
 
 
@@ -22,6 +23,7 @@ class Pretrained(nn.Module):
     """Saving and loading for a model that is built from its config alone."""
 
     config: Any
+    config_class: ClassVar[type[ModelConfig]]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -35,61 +37,62 @@ class Pretrained(nn.Module):
         """
         folder = Path(folder)
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
-        write_json(folder / CONFIG_FILE, {"model_type": "memformer", **self.config.to_dict()})
+        write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
 
     @classmethod
-    def from_pretrained(
-        cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
-    ) -> Model:
+    def from_pretrained(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
         """Return the model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
             folder: Where it was saved.
             device: Where it goes.
-            num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
-            InputError: `num_slots` is given for a model whose slots each have a vector of their own, or is below 1.
         """
-        folder = Path(folder)
-        fields = read_json(folder / CONFIG_FILE)
-        if fields.pop("model_type", None) != "memformer":
-            raise CheckpointError(
-                f"{folder / CONFIG_FILE} does not describe a memformer: model_type must be 'memformer'"
-            )
+        return cls._read_weights(folder, cls._read_config(folder), device=device)
+
+    @classmethod
+    def _read_config(cls, folder: str | Path) -> Any:
+        """Return the config in a folder.
+
+        Raises:
+            CheckpointError: It is missing, damaged, or of another model.
+        """
+        file = Path(folder) / CONFIG_FILE
+        fields = read_json(file)
+        found, expected = fields.pop("model_type", None), cls.config_class.model_type
+        if found != expected:
+            raise CheckpointError(f"{file} does not describe a {expected}: model_type is {found!r}, not {expected!r}")
         try:
-            config = MemformerConfig.from_dict(fields)
+            return cls.config_class.from_dict(fields)
         except InputError as error:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-        if num_slots is not None:
-            config = _with_slots(config, num_slots)
-        weights = folder / WEIGHTS_FILE
-        _check_layers(config, weights)
+            raise CheckpointError(f"{file}: {error}") from error
+
+    @classmethod
+    def _read_weights(cls: type[Model], folder: str | Path, config: Any, *, device: torch.device | str) -> Model:
+        """Return a model of this config with the weights in a folder.
+
+        Raises:
+            CheckpointError: They are missing, damaged, or of another model.
+        """
+        file = Path(folder) / WEIGHTS_FILE
+        names = read_names(file)
+        for stack, asked in cls._count_layers(config).items():
+            start = f"{stack}."
+            found = len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
+            if asked != found:
+                raise CheckpointError(f"{file} has {found} {stack.replace('.', ' ')}; its config says {asked}")
         # Shapes are compared before memory is taken for them: a damaged config may ask for any amount.
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, weights)
+        load_weights(model, file)
         return model.to(device).eval()
 
-
-def _check_layers(config: MemformerConfig, file: Path) -> None:
-    names = read_names(file)
-    for stack, asked in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-        found = len({name.split(".")[2] for name in names if name.startswith(f"{stack}.layers.")})
-        if asked != found:
-            raise CheckpointError(f"{file} has {found} {stack} layers; its config says {asked}")
-
-
-def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
-    if num_slots < 1:
-        raise InputError(f"num_slots ({num_slots}) must be at least 1")
-    if num_slots != config.num_slots and not config.exchangeable_slots:
-        raise InputError(
-            f"num_slots ({num_slots}) must be {config.num_slots}, as trained: only slots that share one vector "
-            "(exchangeable_slots) can be more or fewer"
-        )
-    return dataclasses.replace(config, num_slots=num_slots)
+    @classmethod
+    def _count_layers(cls, config: Any) -> Mapping[str, int]:
+        """Return the number of layers that a config asks for in each stack, by what their weights' names begin with."""
+        raise NotImplementedError
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -1,0 +1,98 @@
+"""What every model here shares: tokens in, tokens out, and how its weights start."""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memformer.models.pretrained import Pretrained
+from memformer.models.recurrence import RecurrentModel
+from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
+from memformer.shapes import Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+
+
+class LanguageModel(Pretrained, RecurrentModel):
+    """A recurrence over tokens whose output projection is its embedding.
+
+    Args:
+        config: What to build.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embedding = (
+            AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
+            if config.adaptive_cutoffs
+            else TiedEmbedding(config.vocab_size, config.d_model)
+        )
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids V that can be targets."""
+        return self.config.vocab_size
+
+    @property
+    def bos_token_id(self) -> int:
+        """The id V, which stands alone in the segment before the first."""
+        return self.config.vocab_size
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a full segment."""
+        return self.config.segment_length
+
+    def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
+        """Return the logits of each target given those before it (shifted inside) and the past.
+
+        Args:
+            targets: Token ids, 0 .. V-1. Padding may only follow the tokens; any valid id will do there.
+            hidden: From `encode`.
+            hidden_padding_mask: The padding mask that `encode` was given.
+
+        Raises:
+            InputError: A token id or a shape is out of range.
+            InputTypeError: A dtype is wrong.
+        """
+        return self.embedding.logits(self._features(targets, hidden, hidden_padding_mask))
+
+    def token_nats(
+        self,
+        targets: Targets,
+        *,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None = None,
+        target_padding_mask: TargetPadding | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
+        nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask), targets)
+        return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
+
+    @abstractmethod
+    def _features(
+        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
+    ) -> Float[Tensor, "B T D"]:
+        """Return what each target is predicted from."""
+
+    def _embed(self, tokens: Segment) -> Hidden:
+        # sqrt(D) gives the residual stream a variance near one while the shared output projection starts small.
+        return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
+
+    def _initialise(self) -> None:
+        """Draw the weights of linear maps and embeddings; biases start at 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith("output"):
+                    # Each stack's residual stream is a sum over its layers' parts; keep its variance near one.
+                    std /= math.sqrt(self._count_residual_parts(name))
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.embedding.reset_parameters()
+
+    def _count_residual_parts(self, name: str) -> int:
+        """Return the number of parts that are added in the residual stream to which this linear map adds."""
+        raise NotImplementedError
