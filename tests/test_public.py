@@ -8,6 +8,8 @@ def test_public_names():
         "Evaluation",
         "InputError",
         "InputTypeError",
+        "LSTM",
+        "LSTMConfig",
         "Likelihood",
         "Memformer",
         "MemformerConfig",
@@ -16,8 +18,12 @@ def test_public_names():
         "RolloutResult",
         "SaveError",
         "Session",
+        "TransformerXL",
+        "TransformerXLConfig",
         "backpropagate",
+        "build_model",
         "evaluate",
+        "load_model",
     }
     assert all(getattr(memformer, name).__doc__ for name in memformer.__all__)
 

@@ -1,10 +1,11 @@
 """Memformer: sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891)."""
 
+from memformer.baseline_config import LSTMConfig, TransformerXLConfig
 from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
 from memformer.evaluation import Evaluation, Likelihood, evaluate
 from memformer.generation import Session
-from memformer.models import Memformer, RecurrentModel
+from memformer.models import LSTM, Memformer, RecurrentModel, TransformerXL, build_model, load_model
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.training.replay import RolloutResult, backpropagate
@@ -12,11 +13,13 @@ from memformer.training.replay import RolloutResult, backpropagate
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSTM",
     "AttentionRecord",
     "CheckpointError",
     "Evaluation",
     "InputError",
     "InputTypeError",
+    "LSTMConfig",
     "Likelihood",
     "Memformer",
     "MemformerConfig",
@@ -25,6 +28,10 @@ __all__ = [
     "RolloutResult",
     "SaveError",
     "Session",
+    "TransformerXL",
+    "TransformerXLConfig",
     "backpropagate",
+    "build_model",
     "evaluate",
+    "load_model",
 ]

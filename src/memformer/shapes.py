@@ -9,6 +9,7 @@
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |
+| W | width of a memory slot, where it need not be D |
 | H | attention heads; one head is D/H wide |
 | F | feed-forward width |
 | V | vocabulary |
@@ -25,5 +26,6 @@ Targets = Int64[Tensor, "B T"]
 SegmentPadding = Bool[Tensor, "B S"]
 TargetPadding = Bool[Tensor, "B T"]
 Memory = Float[Tensor, "B K D"]
+AnyMemory = Float[Tensor, "B K W"]
 Hidden = Float[Tensor, "B R D"]
 Logits = Float[Tensor, "B T V"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
 from memformer.rollout import Rollout
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
 
 
 class RecurrentModel(nn.Module, ABC):
@@ -47,7 +47,7 @@ class RecurrentModel(nn.Module, ABC):
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     @abstractmethod
-    def initial_memory(self, batch_size: int) -> Memory:
+    def initial_memory(self, batch_size: int) -> AnyMemory:
         """Return the memory that a document starts from, for each row."""
 
     def arrange(self, rollout: Rollout) -> Rollout:
@@ -56,8 +56,8 @@ class RecurrentModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(
-        self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None
-    ) -> tuple[Hidden, Memory]:
+        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
+    ) -> tuple[Hidden, AnyMemory]:
         """Read one segment; return its hidden states and the memory that leaves it."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class RecurrentModel(nn.Module, ABC):
         """Number of trainable numbers, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def reset_memory(self, memory: Memory, reset: Bool[Tensor, " B"]) -> Memory:
+    def reset_memory(self, memory: AnyMemory, reset: Bool[Tensor, " B"]) -> AnyMemory:
         """Return the memory with the rows in `reset` started again."""
         return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
 

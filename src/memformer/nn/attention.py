@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memformer.nn.linear import Linear
+from memformer.nn.linear import Linear, linear
 from memformer.nn.positions import Frame
 
 HeadTokens = Float[Tensor, "B H J E"]
@@ -88,7 +88,7 @@ class CacheWindow:
 
 
 class SelfAttention(nn.Module):
-    """Tokens attend to tokens of their own segment.
+    """Tokens attend to tokens of their own segment, and to those before it that are given.
 
     Args:
         width: Model width D.
@@ -112,15 +112,29 @@ class SelfAttention(nn.Module):
         keep_mask: Tensor | None = None,
         is_causal: bool = False,
         cache: CacheWindow | None = None,
+        past: Float[Tensor, "B P D"] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return what each token reads from the others; with a cache, from those decoded before it too."""
+        """Return what each token reads from the others; with a cache, from those decoded before it too.
+
+        `past` are tokens that are looked at and do not look: their keys stand before the others'.
+        """
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
+        if past is not None:
+            past_key, past_value = self._look_back(past)
+            key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         query, key = frame.place_queries(query), frame.place_keys(key)
         if cache is not None:
             key, value = cache.write(key, value)
         dropout = self.dropout if self.training else 0.0
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout)
         return self.output(merge_heads(read))
+
+    def _look_back(self, past: Float[Tensor, "B P D"]) -> tuple[HeadTokens, HeadTokens]:
+        """Return keys and values."""
+        width, projection = past.shape[-1], self.query_key_value
+        bias = None if projection.bias is None else projection.bias[width:]
+        key, value = linear(past, projection.weight[width:], bias).chunk(2, dim=-1)
+        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
 
 class CrossAttention(nn.Module):

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from memformer.baseline_config import DecoderConfig
 from memformer.config import MemformerConfig
 from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention, HeadTokens, SelfAttention
 from memformer.nn.linear import Linear
@@ -122,4 +123,43 @@ class DecoderLayer(nn.Module):
         )
         if self.memory_reader is not None and self.memory_reader_norm is not None:
             x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class CausalLayer(nn.Module):
+    """Self-attention, feed-forward: the layer of models with one stack, where each token predicts the next one.
+
+    Args:
+        config: The model's config.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, d_ff=config.d_ff)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q D"],
+        *,
+        frame: Frame,
+        keep_mask: Tensor | None,
+        past: Float[Tensor, "B P D"] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Return the tokens after one layer.
+
+        Args:
+            x: The tokens that enter the layer.
+            frame: Where they and the past stand.
+            keep_mask: True where a token may look, past first; None for wherever the frame lets it.
+            past: Tokens before, as they entered this layer.
+        """
+        if past is not None:
+            past = self.self_attention_norm(past)
+        read = self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask, past=past)
+        x = x + self.dropout(read)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -142,6 +142,13 @@ class RotaryPositions(nn.Module):
         )
 
 
+def sinusoids(distances: Int64[Tensor, " L"], *, width: int) -> Float[Tensor, "L width"]:
+    """Return a vector of sines and cosines for each distance (arXiv 1706.03762, section 3.5), in float64."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=distances.device) / width
+    angles = distances[:, None] * 10_000.0**-exponents
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]
+
+
 class RelativeFrame(Frame):
     """Attention with a vector R for each distance, in the scores and in what is read."""
 
@@ -163,10 +170,7 @@ class RelativeFrame(Frame):
         distances = self.query_positions[..., :, None] - self.key_positions[..., None, :]  # (Q, J) or (B, Q, J)
         nearest, farthest = int(distances.min()), int(distances.max())
         span = torch.arange(nearest, farthest + 1, device=distances.device)
-        width = self.num_heads * self.head_width
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=distances.device) / width
-        angles = span[:, None] * 10_000.0**-exponents
-        vectors = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]  # (L, D)
+        vectors = sinusoids(span, width=self.num_heads * self.head_width)  # (L, D)
         index = (distances - nearest).unsqueeze(-3)
         vectors = vectors.unflatten(-1, (self.num_heads, self.head_width)).movedim(1, 0)
         return vectors, index[None] if index.ndim == 3 else index

@@ -1,0 +1,49 @@
+"""Models by the name of their type, as a config or a folder tells it."""
+
+from pathlib import Path
+
+import torch
+
+from memformer.config import ModelConfig
+from memformer.errors import CheckpointError, InputError
+from memformer.files import read_json
+from memformer.models.language_model import LanguageModel
+from memformer.models.lstm import LSTM
+from memformer.models.memformer import Memformer
+from memformer.models.pretrained import CONFIG_FILE
+from memformer.models.transformer_xl import TransformerXL
+
+MODELS: dict[str, type[LanguageModel]] = {
+    model.config_class.model_type: model for model in (Memformer, LSTM, TransformerXL)
+}
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    """Return a new model of a config's type, with weights drawn at random."""
+    return MODELS[config.model_type](config)
+
+
+def load_model(
+    folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
+) -> LanguageModel:
+    """Return the model that `save_pretrained` wrote, of whatever type it is, in evaluation mode.
+
+    Args:
+        folder: Where it was saved.
+        device: Where it goes.
+        num_slots: Of `Memformer.from_pretrained`; for a Memformer only.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the type is none of this library's.
+        InputError: `num_slots` is given for another model than a Memformer, or for one that cannot change it.
+    """
+    file = Path(folder) / CONFIG_FILE
+    model_type = read_json(file).get("model_type")
+    if model_type not in list(MODELS):  # a list, for what cannot be hashed can stand in a damaged file
+        raise CheckpointError(f"{file}: model_type ({model_type!r}) must be one of {', '.join(MODELS)}")
+    model = MODELS[model_type]
+    if num_slots is None:
+        return model.from_pretrained(folder, device=device)
+    if not issubclass(model, Memformer):
+        raise InputError(f"num_slots ({num_slots}) is for a memformer; {folder} holds a {model_type}")
+    return model.from_pretrained(folder, device=device, num_slots=num_slots)

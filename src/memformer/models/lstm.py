@@ -1,0 +1,78 @@
+"""The LSTM of the paper's Table 1."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from memformer.baseline_config import LSTMConfig
+from memformer.models.next_token import NextTokenModel, TokenCounts
+from memformer.shapes import AnyMemory, Hidden
+
+
+class LSTM(NextTokenModel):
+    """Layers of LSTM between the embedding and, tied to it, the output projection.
+
+    The memory is the state itself: h of each layer, then c of each, K = 2 * num_layers slots of width D. So segments
+    are only a way of computing: any segmentation of a document gives the same states. Computed in the parameters'
+    dtype, whatever the autocast: the state is what must not drift. Dropout stands between layers and on the embedding.
+
+    The paper (arXiv 2010.06891v2, Table 1) names neither the number of layers nor the dropout of its LSTM. Departure
+    from the other models' initialisation: the weights are drawn as torch.nn.LSTM draws them; biases start at 0, those
+    of forget gates at 1, so that what is held is held at first.
+
+    Args:
+        config: What to build.
+    """
+
+    config: LSTMConfig
+    config_class: ClassVar[type[LSTMConfig]] = LSTMConfig
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__(config)
+        # Each layer by itself: dropout inside torch.nn.LSTM is drawn by cuDNN on a GPU, from a generator of its own
+        # that cannot be put back, and replay must drop again what was dropped.
+        self.layers = nn.ModuleList(
+            nn.LSTM(config.d_model, config.d_model, batch_first=True) for _ in range(config.num_layers)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        super()._initialise()
+        width = self.config.d_model
+        for name, parameter in self.layers.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            if "bias_ih" in name:
+                parameter[width : 2 * width] = 1.0  # gates are input, forget, cell, output
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """Two slots for each layer, and the width D."""
+        return 2 * self.config.num_layers, self.config.d_model
+
+    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+        dtype, length = next(self.layers.parameters()).dtype, x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):
+            states = memory.to(dtype).transpose(0, 1).contiguous()  # (K, B, D)
+            sequence: Tensor | PackedSequence = x.to(dtype)
+            if num_tokens is not None:
+                # Every row needs a token; the state of a row that has none is not used.
+                lengths = num_tokens.clamp(min=1).cpu()
+                sequence = pack_padded_sequence(x.to(dtype), lengths, batch_first=True, enforce_sorted=False)
+            h, c = (list(half.split(1)) for half in states.chunk(2))
+            for index, layer in enumerate(self.layers):
+                sequence, (h[index], c[index]) = layer(
+                    self._drop(sequence) if index else sequence, (h[index], c[index])
+                )
+            if isinstance(sequence, PackedSequence):
+                sequence, _ = pad_packed_sequence(sequence, batch_first=True, total_length=length)
+            return sequence, torch.cat([*h, *c]).transpose(0, 1).to(memory.dtype)
+
+    def _drop(self, sequence: Tensor | PackedSequence) -> Tensor | PackedSequence:
+        if isinstance(sequence, PackedSequence):
+            return sequence._replace(data=self.dropout(sequence.data))
+        return self.dropout(sequence)

@@ -1,0 +1,50 @@
+"""The paper's baselines at tiny sizes, for laws that every one of them must obey."""
+
+import torch
+
+from memformer import LSTMConfig, TransformerXLConfig, build_model
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE
+
+_ATTENTION = {"num_heads": 2, "d_ff": 24}
+
+# Each model with the options that change what it computes.
+BASELINES = {
+    "lstm": (LSTMConfig, {}),
+    "lstm, adaptive softmax": (LSTMConfig, {"adaptive_cutoffs": (4, 8)}),
+    "transformer-xl": (TransformerXLConfig, {**_ATTENTION, "memory_length": 9}),
+    "transformer-xl, short memory": (TransformerXLConfig, {**_ATTENTION, "memory_length": 2}),
+    "transformer decoder": (TransformerXLConfig, {**_ATTENTION, "memory_length": 0}),
+}
+# One of each type.
+TYPES = ["lstm", "transformer-xl"]
+
+
+def tiny_baseline(name, seed=0, **changes):
+    """A baseline small enough for float64 laws; in evaluation mode unless it has dropout."""
+    config_class, fields = BASELINES[name]
+    sizes = {"vocab_size": VOCAB_SIZE, "d_model": 16, "num_layers": 2, "segment_length": SEGMENT_LENGTH}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(config_class(**{**sizes, **fields, **changes})).double()
+        # What starts at zero would hide a mistake in where it is added.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.norm() == 0:
+                    parameter.normal_(std=0.3)
+    return model.train(model.config.dropout > 0)
+
+
+def tokens(batch_size, length, seed=2):
+    return torch.randint(0, VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def used_memory(model, batch_size):
+    """A memory that has read some tokens, more in some rows than in others."""
+    memory = model.initial_memory(batch_size)
+    with torch.no_grad():
+        for row in range(batch_size):
+            padding = torch.ones(batch_size, 5, dtype=torch.bool)
+            padding[row, : 2 + row] = False
+            for seed in range(row + 1):
+                _, memory = model.encode(tokens(batch_size, 5, seed=10 + seed), memory=memory, padding_mask=padding)
+    return memory.detach()

@@ -1,0 +1,98 @@
+"""Replay of the baselines is back-propagation through time too, for rollouts of any padding and resets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memformer import Rollout, backpropagate
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
+from tests.models.baselines import BASELINES, tiny_baseline, used_memory
+
+B, S = 3, SEGMENT_LENGTH
+
+
+@st.composite
+def rollouts(draw):
+    """Timesteps whose targets end anywhere, or are not there at all; rows that start again anywhere."""
+    num_timesteps = draw(st.sampled_from([1, 2, 5]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    shape = (num_timesteps, B, S)
+    lengths = draw(st.lists(st.integers(0, S), min_size=num_timesteps * B, max_size=num_timesteps * B))
+    target_padding = torch.arange(S) >= torch.tensor(lengths).view(num_timesteps, B, 1)
+    return Rollout(
+        inputs=torch.randint(0, VOCAB_SIZE + 1, shape, generator=generator),
+        targets=torch.randint(0, VOCAB_SIZE, shape, generator=generator),
+        reset=torch.rand(shape[:2], generator=generator) < 0.3,
+        target_padding=target_padding,
+    )
+
+
+def gradients(model, rollout, memory, method, **options):
+    model.zero_grad()
+    torch.manual_seed(5)
+    result = backpropagate(model, rollout, memory=memory, method=method, **options)
+    return result, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual, expected):
+    (result, grads), (expected_result, expected_grads) = actual, expected
+    assert_close(result.loss, expected_result.loss)
+    assert_close(result.memory, expected_result.memory)
+    assert_close(result.memory_grad, expected_result.memory_grad)
+    for name in grads.keys() | expected_grads.keys():
+        zero = torch.zeros(())
+        assert_close(grads.get(name, zero), expected_grads.get(name, zero))
+
+
+def by_hand(model, rollout, memory):
+    """Plain back-propagation through time, written without any of the package's training code."""
+    model.zero_grad()
+    memory = entering = memory.detach().clone().requires_grad_()
+    nats, count = torch.zeros(()).double(), 0
+    for t in range(rollout.num_timesteps):
+        rows = [model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(B)]
+        before = rollout.inputs[t, :, -1:]  # no padding of inputs here: the last token read
+        padding = rollout.target_padding[t]
+        read = torch.cat([before, rollout.targets[t, :, :-1]], dim=1)
+        hidden, memory = model.encode(read, memory=torch.stack(rows), padding_mask=padding)
+        log_probabilities = model.embedding.logits(hidden).log_softmax(-1)
+        for b in range(B):
+            for n in range(S):
+                if not padding[b, n]:
+                    nats = nats - log_probabilities[b, n, rollout.targets[t, b, n]]
+                    count += 1
+    if count:
+        (nats / count).backward()
+    return nats.detach() / max(count, 1), memory.detach(), entering.grad
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(rollout=rollouts(), readout_timesteps=st.sampled_from([1, 2]))
+def test_replay_and_checkpoint_equal_bptt(name, rollout, readout_timesteps):
+    model = tiny_baseline(name, dropout=0.2)
+    memory = used_memory(model.eval(), B)
+    model.train()
+    expected, *runs = [
+        gradients(model, rollout, memory, method, readout_timesteps=readout_timesteps)
+        for method in ("bptt", "checkpoint", "replay")
+    ]
+    for run in runs:
+        assert_same_gradients(run, expected)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(rollout=rollouts())
+def test_replay_equals_a_loop_written_by_hand(name, rollout):
+    model = tiny_baseline(name)
+    memory = used_memory(model, B)
+    loss, last, memory_grad = by_hand(model, rollout, memory)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result, grads = gradients(model, rollout, memory, "replay")
+    assert_close(result.loss, loss)
+    assert_close(result.memory, last)
+    assert_close(result.memory_grad, torch.zeros_like(memory) if memory_grad is None else memory_grad)
+    for name, grad in expected.items():
+        assert_close(grads.get(name, torch.zeros(())), grad)
