@@ -27,7 +27,7 @@ from memformer.errors import InputError
 from memformer.evaluation import Result, evaluate
 from memformer.files import write_json
 from memformer.generation import Session
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel, build_model
 from memformer.progress import SegmentProgress
 from memformer.report import write_report
 from memformer.retention import Recall, measure_recall
@@ -135,7 +135,7 @@ def run_train(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         if not {"-h", "--help"} & set(argv):
             raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
-        commands.parse(commands.train_parser(), argv)
+        commands.parse(commands.train_parser(commands.find_model_type({}, argv, owner="")), argv)
     config, options = commands.parse_run_config(argv)
     device = _prepare_torch(config.device, config.threads)
     with processes_started(device.type) as processes:
@@ -164,7 +164,7 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
         data = prepare_data(config.data, tokenizer=tokenizer)
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
-    model = Memformer(config.model).to(device)
+    model = build_model(config.model).to(device)
     if processes.is_first:
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
         save_tokenizer(data.tokenizer, folder)
@@ -445,7 +445,7 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.inte
         yield from encode_stream(tokenizer, stream, name=name)
 
 
-def _draw(model: Memformer, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
+def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
     text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
     _refuse_options(options, text_only, kind="on images")
     num_images = NUM_IMAGES if options.num_images is None else options.num_images

@@ -5,28 +5,31 @@ import difflib
 import importlib.metadata
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from memformer.config import refuse_unknown_keys
+from memformer.config import MemformerConfig, refuse_unknown_keys
 from memformer.data import SourceConfig
 from memformer.errors import InputError
+from memformer.models.loading import MODELS
 from memformer.training.config import RunConfig
 from memformer.training.run import RUN_CONFIG_FILE
 from memformer.training.samples import NUM_IMAGES
 
 NEW_TOKENS = 500
 
-TRAIN_HELP = """Train a Memformer.
+TRAIN_HELP = """Train a Memformer, or one of the models that the paper compares it with (--model_type).
 
 CONFIG is a YAML file (or the folder of a run, to use its config again). Every key of it can be overridden:
 
   memformer train experiments/text.yaml --data.train.path my_book.txt
   memformer train experiments/text.yaml --model.num_slots 64 --folder runs/more-slots
   memformer train runs/more-slots --resume
+  memformer train experiments/text.yaml --model_type transformer_xl --help
 
 The run folder gets: config.yaml (resolved), versions.json, log.jsonl, tensorboard/, samples/, checkpoints/,
 best/ (the best weights on held-out documents), evaluation.json and summary.html.
@@ -124,13 +127,14 @@ def version() -> str:
     return importlib.metadata.version("memformer-lm")
 
 
-def train_parser() -> ArgumentParser:
-    """Return the parser of `memformer train`, whose first argument has become `--config`."""
+def train_parser(model_type: str = MemformerConfig.model_type) -> ArgumentParser:
+    """Return the parser of `memformer train` for a type of model; the first argument has become `--config`."""
     parser = _parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")
     parser.add_argument("--config", action="config", help="The YAML file; the first argument stands for it.")
     parser.add_argument("--resume", action="store_true", help="Go on from the newest whole checkpoint of the run.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, skip={"model"})
+    parser.add_class_arguments(MODELS[model_type].config_class, "model")
     return parser
 
 
@@ -241,10 +245,28 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
     """
     file, rest = argv[0], list(argv[1:])
     path = Path(file) / RUN_CONFIG_FILE if Path(file).is_dir() else Path(file)
-    _check_keys(read_yaml(path), RunConfig, owner=str(path))
-    options = parse(train_parser(), ["--config", str(path), *rest])
+    given = read_yaml(path)
+    model_type = find_model_type(given, rest, owner=str(path))
+    _check_keys(given, RunConfig, owner=str(path), kinds={"model": MODELS[model_type].config_class})
+    options = parse(train_parser(model_type), ["--config", str(path), *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     return RunConfig(**fields), options
+
+
+def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: str) -> str:
+    """Return the type of model: it decides which options there are.
+
+    Raises:
+        InputError: There is no such type.
+    """
+    model_type = given.get("model_type", MemformerConfig.model_type)
+    for option, following in zip_longest(options, options[1:]):
+        name, _, value = option.partition("=")
+        if name == "--model_type":
+            model_type, owner = value or following, "--model_type"
+    if model_type not in list(MODELS):  # a list, for a file may hold what cannot be hashed
+        raise InputError(f"model_type ({model_type!r}) in {owner} must be one of {', '.join(MODELS)}")
+    return str(model_type)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -264,13 +286,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str) -> None:
+def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapping[str, type] | None = None) -> None:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     refuse_unknown_keys(given, valid=fields, owner=owner)
     for name, value in given.items():
-        kinds = get_args(fields[name].type) or (fields[name].type,)
-        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-        if nested and not (value is None and type(None) in kinds):
+        possible = get_args(fields[name].type) or ((kinds or {}).get(name, fields[name].type),)
+        nested = [kind for kind in possible if dataclasses.is_dataclass(kind)]
+        if nested and not (value is None and type(None) in possible):
             if not isinstance(value, dict):
                 raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)

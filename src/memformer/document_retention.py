@@ -274,7 +274,8 @@ class _Walk:
         rows = np.arange(rollout.batch_size)
         if rollout.target_padding is not None:
             rows = rows[~rollout.target_padding.all(dim=-1).all(dim=0).numpy()]
-        nats[..., rows] = self._read_rows(rollout.select_rows(rows).to(self._model.device), rows)
+        own = self._model.arrange(rollout.select_rows(rows).to(self._model.device))
+        nats[..., rows] = self._read_rows(own, rows)
         return nats
 
     def _read_rows(self, rollout: Rollout, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memformer.decoding import Decoding
+from memformer.contexts import make_context
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.files import CHECKSUM, read_tensors_and_metadata, write_tensors
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel
 from memformer.sampling import check_sampling, sample
+from memformer.shapes import AnyMemory
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
 
@@ -25,8 +26,9 @@ FEED_CHUNK_TOKENS = 1 << 20
 class Session:
     """One stream of tokens, or several side by side; the state's size does not depend on how much was fed.
 
-    The state of a row is its memory, the hidden states of its last full segment, and the tokens fed since: a segment is
-    read into the memory as soon as it is full. It depends on the tokens alone, not on how they were split. Rows may
+    The state of a row is its memory, the hidden states of its last full segment (of a model that predicts the next
+    token: the last token of that segment), and the tokens fed since: a segment is read into the memory as soon as it
+    is full. It depends on the tokens alone, not on how they were split. Rows may
     have been fed different numbers of tokens. The model is put in evaluation mode.
 
     Args:
@@ -37,31 +39,22 @@ class Session:
             and once more when a segment starts with other weights. Needs a C++ compiler.
     """
 
-    def __init__(self, model: Memformer, *, batch_size: int = 1, compiled: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, batch_size: int = 1, compiled: bool = False) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size ({batch_size}) must be at least 1")
         self.model = model.eval()
         self.compiled = compiled
         self.batch_size = batch_size
-        device, length = model.device, model.segment_length
-        self._tokens = torch.zeros((batch_size, length), dtype=torch.int64)  # on the CPU: read one by one
+        # On the CPU: read one by one.
+        self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64)
         self._num_pending = [0] * batch_size
         self._num_fed = [0] * batch_size
         with torch.no_grad():
-            bos = torch.full((batch_size, 1), model.bos_token_id, device=device)
-            hidden, memory = model.encode(bos, memory=model.initial_memory(batch_size))
-        # The one hidden state of [BOS] stands where a segment's first would; the slots, if any, follow at the end.
-        slots = hidden.shape[1] - 1
-        self._memory = memory.clone()
-        self._hidden = hidden.new_zeros((batch_size, length + slots, hidden.shape[2]))
-        self._hidden[:, :1] = hidden[:, :1]
-        self._hidden[:, length:] = hidden[:, 1:]
-        self._hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=device)
-        self._hidden_padding[:, 0] = False
-        self._decoding: Decoding | None = None
+            self._context = make_context(model, batch_size, compiled=compiled)
+        self._memory = self._context.first_memory.clone()
 
     @property
-    def memory(self) -> Float[Tensor, "B K D"]:
+    def memory(self) -> AnyMemory:
         """A copy of the memory after the last full segment."""
         return self._memory.clone()
 
@@ -72,7 +65,7 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that `save` would keep: memory, hidden states and tokens of a segment. It never grows."""
+        """Bytes that `save` would keep: the memory, and what is held of a segment. It never grows."""
         return sum(tensor.nbytes for tensor in self._state().values())
 
     def feed(self, token_ids: TokenIds) -> None:
@@ -91,12 +84,8 @@ class Session:
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the logits of each row's next token, given everything fed so far."""
-        if self._decoding is None:
-            self._decoding = Decoding(self.model, self.batch_size, compiled=self.compiled)
         with torch.no_grad():
-            return self._decoding.advance(
-                self._tokens, self._num_pending, hidden=self._hidden, hidden_padding=self._hidden_padding
-            )
+            return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
 
     def generate(
         self,
@@ -156,7 +145,7 @@ class Session:
         write_tensors(Path(path), self._state(), metadata={"format": FORMAT, "version": FORMAT_VERSION})
 
     @classmethod
-    def load(cls, path: str | Path, *, model: Memformer, compiled: bool = False) -> "Session":
+    def load(cls, path: str | Path, *, model: LanguageModel, compiled: bool = False) -> "Session":
         """Return the session that `save` wrote; `compiled` as for a new one.
 
         Raises:
@@ -187,14 +176,15 @@ class Session:
             raise CheckpointError(f"{path}: counts {fresh['counts'].tolist()} are impossible; the file is damaged")
         if session._tokens.min() < 0 or session._tokens.max() >= model.vocab_size:
             raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+        if not session._context.is_possible():
+            raise CheckpointError(f"{path}: the token before them is outside the vocabulary of {model.vocab_size}")
         session._num_pending, session._num_fed = pending.tolist(), fed.tolist()
         return session
 
     def _state(self) -> dict[str, Tensor]:
         return {
             "memory": self._memory,
-            "hidden": self._hidden,
-            "hidden_padding": self._hidden_padding,
+            **self._context.tensors,
             "tokens": self._tokens,
             "counts": torch.tensor([self._num_pending, self._num_fed]),
         }
@@ -248,15 +238,10 @@ class Session:
         """Read the full segments of these rows into their memories."""
         chosen = torch.tensor(rows, device=self.model.device)
         segment = self._tokens[rows].to(self.model.device)
-        hidden, memory = self.model.encode(segment, memory=self._memory[chosen])
-        self._memory[chosen] = memory
-        self._hidden[chosen] = hidden
-        self._hidden_padding[chosen] = False
+        self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
         for row in rows:
             self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
             self._num_pending[row] = 0
-        if self._decoding is not None:
-            self._decoding.restart(rows)
 
 
 def _has_length(value: object) -> bool:

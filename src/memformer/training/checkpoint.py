@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memformer.errors import CheckpointError, SaveError
 from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel
 from memformer.models.pretrained import WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.training.sharding import is_sharded, load_moments, scatter_like, scatter_weights
@@ -39,7 +39,7 @@ class TrainingState:
         progress: JSON values: counters, the data cursor, the best result so far.
     """
 
-    model: Memformer
+    model: LanguageModel
     optimizer: torch.optim.Optimizer
     memory: Tensor
     progress: dict[str, Any]

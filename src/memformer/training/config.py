@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from memformer.config import MemformerConfig
+from memformer.config import MemformerConfig, ModelConfig
 from memformer.data import RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
@@ -178,6 +178,7 @@ class RunConfig:
         seed: Decides initial weights, dropout and the order of documents.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; null leaves torch's choice. One thread makes runs repeatable bit for bit.
+        model_type: memformer, or one of the models that the paper compares it with: lstm, transformer_xl.
         model: The model's shape. Its vocab_size comes from the data's tokenizer.
         data: What is read.
         training: How the model is trained.
@@ -187,18 +188,27 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    model: MemformerConfig = field(default_factory=MemformerConfig)
+    model_type: str = MemformerConfig.model_type
+    model: ModelConfig = field(default_factory=MemformerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads ({self.threads}) must be at least 1")
-        price, model = self.training.write_price, self.model
-        if price and (model.num_slots == 0 or model.write_normalizer == "softmax"):
+        if self.model.model_type != self.model_type:
+            raise InputError(f"model_type ({self.model_type!r}) contradicts the model, a {self.model.model_type}")
+        price = self.training.write_price
+        if not isinstance(self.model, MemformerConfig):
+            for name, value in (("write_price", price), ("compiled", self.training.compiled)):
+                if value:
+                    raise InputError(f"training.{name} ({value}) is for a memformer, not for a {self.model_type}")
+            if self.training.sharding != "none" or self.data.recall is not None:
+                raise InputError(f"training.sharding and data.recall are for a memformer, not for a {self.model_type}")
+        elif price and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
             raise InputError(
-                f"training.write_price ({price}) needs slots and a sparse write; model.num_slots is {model.num_slots}, "
-                f"model.write_normalizer {model.write_normalizer!r}"
+                f"training.write_price ({price}) needs slots and a sparse write; model.num_slots is "
+                f"{self.model.num_slots}, model.write_normalizer {self.model.write_normalizer!r}"
             )
         check_seed("seed", self.seed)
 

@@ -17,7 +17,7 @@ import torch
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation import Result
 from memformer.files import write_json
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel, Memformer, load_model
 from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
     TrainingState,
@@ -63,7 +63,7 @@ class Interrupted(Exception):
 
 
 def train(
-    config: RunConfig, data: RunData, model: Memformer, *, resume: bool = False, processes: Processes | None = None
+    config: RunConfig, data: RunData, model: LanguageModel, *, resume: bool = False, processes: Processes | None = None
 ) -> Result | None:
     """Train to the end of the run; return the evaluation of the best weights on all that is held out.
 
@@ -87,7 +87,7 @@ def train(
 
 class _Trainer:
     def __init__(
-        self, config: RunConfig, data: RunData, model: Memformer, *, resume: bool, processes: Processes
+        self, config: RunConfig, data: RunData, model: LanguageModel, *, resume: bool, processes: Processes
     ) -> None:
         if processes.count > 1 and config.training.write_price:
             raise InputError("training.write_price needs the loss of all lanes at once: train in one process")
@@ -101,6 +101,7 @@ class _Trainer:
         self.stream = data.make_stream(model, config)
         memory = model.initial_memory(config.training.num_lanes).detach().clone()
         if processes.count > 1 and config.training.sharding != "none":
+            assert isinstance(model, Memformer)  # the config sees to it
             shard(model, frees_weights=config.training.sharding == "weights")
         self.state = TrainingState(
             model=model,
@@ -121,6 +122,7 @@ class _Trainer:
         self.resumed_from = self._resume() if resume else None
         self.state.memory = self.state.memory[self.lanes]
         if config.training.compiled:
+            assert isinstance(model, Memformer)
             model.compile()
 
     @property
@@ -294,13 +296,13 @@ class _Trainer:
         processes.wait_for_all()
         return checkpoint
 
-    def _whole_model(self) -> Memformer | None:
+    def _whole_model(self) -> LanguageModel | None:
         """Return the model with all its weights in the first process, None in the others; all must call it."""
         if is_sharded(self.model):
             return gather_model(self.model)
         return self.model if self.processes.is_first else None
 
-    def _evaluate(self, model: Memformer, log: RunLog) -> None:
+    def _evaluate(self, model: LanguageModel, log: RunLog) -> None:
         """Evaluate on some of what is held out, keep the weights if they are the best so far, write a sample."""
         result = self.data.evaluate(model, self.config.training, is_final=False)
         log.evaluation(self.num_updates, result)
@@ -323,7 +325,7 @@ class _Trainer:
     def _conclude(self, log: RunLog) -> Result:
         """Evaluate the best weights on all that is held out."""
         log.say("evaluating the best weights on all that is held out")
-        best = Memformer.from_pretrained(self.folder / BEST, device=self.model.device)
+        best = load_model(self.folder / BEST, device=self.model.device)
         result = self.data.evaluate(best, self.config.training, is_final=True)
         write_json(self.folder / RESULT_FILE, result.to_dict())
         return result
@@ -336,7 +338,7 @@ def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
         CheckpointError: They are not; the message names the first difference.
     """
     asked = canonical(config.to_dict())
-    fixed = ["seed", "model", "data"]
+    fixed = ["seed", "model_type", "model", "data"]
     lanes = ("num_lanes",)
     for key, before, now in _differences(saved, asked):
         top, _, rest = key.partition(".")

@@ -14,7 +14,7 @@ import yaml
 from memformer.data import Tokenizer, load_tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.files import write_json, write_text
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel, load_model
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
 
@@ -39,7 +39,7 @@ class LoadedRun:
     """
 
     folder: Path
-    model: Memformer
+    model: LanguageModel
     tokenizer: Tokenizer
     weights: Path
     run_config: dict[str, Any] | None
@@ -79,7 +79,7 @@ def load_run(
         raise InputError(
             f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model"
         )
-    model = Memformer.from_pretrained(weights, device=device, num_slots=num_slots)
+    model = load_model(weights, device=device, num_slots=num_slots)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from memformer.data import PixelTokenizer, Tokenizer
 from memformer.files import write_text, write_whole
 from memformer.generation import Session
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel
 
 NUM_IMAGES = 25
 PIXEL_SCALE = 4
 
 
-def write_sample(model: Memformer, tokenizer: Tokenizer, path: Path, *, num_tokens: int, seed: int) -> str | None:
+def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_tokens: int, seed: int) -> str | None:
     """Write a sample beside `path` (.txt or .png); return the text, if it is text.
 
     The model's mode and torch's random generator are left as they were.
@@ -40,7 +40,7 @@ def write_sample(model: Memformer, tokenizer: Tokenizer, path: Path, *, num_toke
 
 
 def sample_images(
-    model: Memformer,
+    model: LanguageModel,
     tokenizer: PixelTokenizer,
     num_images: int,
     *,

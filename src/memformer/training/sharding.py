@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memformer.errors import CheckpointError, SaveError
-from memformer.models.memformer import Memformer
+from memformer.models import LanguageModel, Memformer, build_model
 
 Sharding = Literal["none", "moments", "weights"]
 
@@ -81,19 +81,19 @@ def _parts(model: torch.nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def gather_model(model: Memformer) -> Memformer | None:
+def gather_model(model: LanguageModel) -> LanguageModel | None:
     """Return a copy with whole weights in the first process, None in the others; all must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if not weights:
         return None
     with torch.device("meta"):
-        whole = Memformer(model.config)
+        whole = build_model(model.config)
     whole.load_state_dict(weights, assign=True)
     return whole.to(model.device)
 
 
-def scatter_weights(model: Memformer, weights: Mapping[str, Tensor]) -> None:
+def scatter_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
     """Give every process its share of whole weights, which all have read."""
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
 
@@ -108,7 +108,7 @@ def scatter_like(parameter: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def save_moments(folder: Path, model: Memformer, optimizer: torch.optim.Optimizer) -> None:
+def save_moments(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     """Write an optimizer's moments, every process its share; all must call it.
 
     Raises:
@@ -128,7 +128,7 @@ def save_moments(folder: Path, model: Memformer, optimizer: torch.optim.Optimize
         raise SaveError(f"cannot write the moments to {folder}: {error}") from error
 
 
-def load_moments(folder: Path, model: Memformer, optimizer: torch.optim.Optimizer) -> None:
+def load_moments(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     """Put back what `save_moments` wrote, in as many processes as there are now, whole or shared out; all must call it.
 
     Raises:
