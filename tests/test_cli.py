@@ -523,7 +523,11 @@ def test_refused_drawing(digits, options, message):
         ("best/model.safetensors", b"damaged", ["best/model.safetensors is damaged"]),
         ("best/model.safetensors", None, ["best/model.safetensors does not exist"]),
         ("best/config.json", b"{", ["best/config.json is not readable JSON"]),
-        ("best/config.json", b'{"model_type": "bert"}', ["best/config.json does not describe a memformer"]),
+        (
+            "best/config.json",
+            b'{"model_type": "bert"}',
+            ["best/config.json: model_type ('bert') must be one of memformer, lstm"],
+        ),
         ("best/config.json", b'{"model_type": "memformer", "num_slotz": 3}', ["'num_slotz'", "mean 'num_slots'?"]),
         ("best/config.json", b'{"model_type": "memformer", "num_slots": -3}', ["num_slots (-3) must be at least 0"]),
         ("best/config.json", b'{"model_type": "memformer"}', ["best/model.safetensors"]),

@@ -30,6 +30,7 @@ from memformer.generation import Session
 from memformer.models import LanguageModel, build_model
 from memformer.progress import SegmentProgress
 from memformer.report import write_report
+from memformer.reproduction.command import reproduce
 from memformer.retention import Recall, measure_recall
 from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
@@ -68,6 +69,7 @@ Sequence models that read arbitrarily long input with a memory of fixed size (ar
   memformer retention RUN                         how long the memory holds, and what old memory is worth
   memformer generate RUN                          continue a text of any length, or draw images
   memformer report RUN                            write a page about a run
+  memformer reproduce TABLE                       train and write one of the paper's tables
 
 `memformer COMMAND --help` explains each with examples.
 """
@@ -114,6 +116,7 @@ def _handler(command: str) -> Callable[[list[str]], None]:
         "retention": run_retention,
         "generate": run_generate,
         "report": run_report,
+        "reproduce": run_reproduce,
     }
     if command not in handlers:
         raise InputError(f"unknown command {command!r}; the commands are {', '.join(handlers)}")
@@ -369,6 +372,17 @@ def run_report(argv: list[str]) -> None:
     options = commands.parse(commands.report_parser(), argv)
     summary = write_report(Path(options.run))
     print(json.dumps({"summary": str(summary)}) if options.json else summary)
+
+
+def run_reproduce(argv: list[str]) -> None:
+    """Train the rows of a table, and write it.
+
+    Raises:
+        InputError: There is no such table, or runs failed.
+    """
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    options = commands.parse(commands.reproduce_parser(), own)
+    print(reproduce(options, argv[len(own) + 1 :]))
 
 
 def _load_run(options: Any) -> LoadedRun:

@@ -9,7 +9,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from memformer.config import MemformerConfig, refuse_unknown_keys
@@ -19,6 +18,7 @@ from memformer.models.loading import MODELS
 from memformer.training.config import RunConfig
 from memformer.training.run import RUN_CONFIG_FILE
 from memformer.training.samples import NUM_IMAGES
+from memformer.yaml_files import read_yaml
 
 NEW_TOKENS = 500
 
@@ -69,6 +69,16 @@ memory; the new text is written to stdout as it appears. Runs on images write a 
 REPORT_HELP = """Write summary.html into a run folder: loss curve, figures, samples, config.
 
   memformer report runs/demo
+"""
+REPRODUCE_HELP = """Train the rows of one of the paper's tables, and write the table beside the paper's figures.
+
+Runs that are finished are taken as they are, those that were stopped go on, so the command can be given again until all
+are done. Into the folder go a run folder for every row and seed, table.md, table.json and table.png. What follows --
+goes to every `memformer train`.
+
+  memformer reproduce table1 --scale small --seeds 3 --jobs 2
+  memformer reproduce table1 --scale paper --rows 11-memformer-4-8 -- --device cuda
+  memformer reproduce table1 --only_write
 """
 
 
@@ -221,6 +231,21 @@ def report_parser() -> ArgumentParser:
     return parser
 
 
+def reproduce_parser() -> ArgumentParser:
+    """Return the parser of `memformer reproduce`."""
+    parser = _parser("reproduce", REPRODUCE_HELP, "TABLE [--scale small|paper] [options] [-- options of train]")
+    parser.add_argument("table", type=str, help="The table.")
+    parser.add_argument("--scale", choices=["small", "paper"], default="small", help="For a CPU, or as in the paper.")
+    parser.add_argument("--seeds", type=int, default=1, help="Seeds of every row: 0, 1, ...")
+    parser.add_argument("--rows", type=str, nargs="+", default=None, help="Rows by their keys; all if not given.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs trained at a time.")
+    parser.add_argument("--data", type=str, default="../shared/data", help="Folder of the data sets.")
+    parser.add_argument("--folder", type=str, default=None, help="Where it lands; runs/TABLE-SCALE if not given.")
+    parser.add_argument("--only_write", action="store_true", help="Train nothing; write what is finished.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    return parser
+
+
 def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="Run folder, or folder from save_pretrained.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
@@ -267,23 +292,6 @@ def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: 
     if model_type not in list(MODELS):  # a list, for a file may hold what cannot be hashed
         raise InputError(f"model_type ({model_type!r}) in {owner} must be one of {', '.join(MODELS)}")
     return str(model_type)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        InputError: The file is missing, is not YAML, or holds no mapping.
-    """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"config {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"config {path} holds a {type(value).__name__}; it must be a mapping of keys to values")
-    return value
 
 
 def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapping[str, type] | None = None) -> None:

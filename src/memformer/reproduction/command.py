@@ -1,0 +1,61 @@
+"""`memformer reproduce`: finish the runs of a table, and write it."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memformer.errors import InputError
+from memformer.files import write_json, write_text
+from memformer.reproduction.results import collect, draw, to_json, to_markdown
+from memformer.reproduction.runs import finish_runs, plan_runs
+from memformer.reproduction.tables import Row, Table, experiments_folder, read_table, table_names
+from memformer.retention_plot import write_figure
+
+
+def reproduce(options: Any, train_options: Sequence[str]) -> str:
+    """Train what is missing of a table, write table.md, table.json and table.png, and return what to print.
+
+    Raises:
+        InputError: There is no such table, scale or row, or runs failed.
+    """
+    folder = experiments_folder()
+    if options.table not in table_names(folder):
+        raise InputError(f"unknown table {options.table!r}; there are {', '.join(table_names(folder))}")
+    for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
+        if value < 1:
+            raise InputError(f"{name} ({value}) must be at least 1")
+    table = read_table(folder / options.table)
+    output = Path(options.folder or f"runs/{table.key}-{options.scale}")
+    runs = plan_runs(
+        table,
+        _choose(table, options.rows),
+        scale=options.scale,
+        seeds=range(options.seeds),
+        folder=output,
+        data=options.data,
+    )
+    if not options.only_write:
+        finish_runs(runs, jobs=options.jobs, options=train_options, say=_say)
+    rows = collect(runs, table.scale(options.scale))
+    if not rows:
+        raise InputError(f"no run in {output} is finished; there is nothing to write")
+    markdown, figures = to_markdown(table, rows, options.scale), to_json(table, rows, options.scale)
+    write_text(output / "table.md", markdown)
+    write_json(output / "table.json", figures)
+    write_figure(output / "table.png", draw(table, rows, options.scale))
+    return json.dumps(figures) if options.json else f"{markdown}\nwrote {output}/table.md, table.json and table.png"
+
+
+def _choose(table: Table, keys: Sequence[str] | None) -> list[Row]:
+    if keys is None:
+        return table.rows
+    known = {row.key: row for row in table.rows}
+    if unknown := [key for key in keys if key not in known]:
+        raise InputError(f"{table.key} has no row {unknown[0]!r}; it has {', '.join(known)}")
+    return [known[key] for key in keys]
+
+
+def _say(message: str) -> None:
+    print(f"memformer: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""A table's figures: ours from the finished runs, the paper's beside them and marked as such."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from memformer.flops import flops_per_token
+from memformer.models import load_model
+from memformer.reproduction.runs import Run
+from memformer.reproduction.tables import Row, ScaleConfig, Table
+from memformer.training.run import BEST, versions
+
+LABELS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "bits_per_token": "bits per token"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFigures:
+    """What one row's finished runs found.
+
+    Attributes:
+        row: The row.
+        parameters: Number of trainable numbers.
+        flops: Operations of reading and predicting a sequence of the table's length.
+        results: Evaluation of each seed's best weights, on all that is held out.
+    """
+
+    row: Row
+    parameters: int
+    flops: float
+    results: dict[int, dict[str, Any]]
+
+    def values(self, metric: str, *, memory: str = "with_memory") -> list[float]:
+        """Return a figure of every seed."""
+        return [result[memory][metric] for result in self.results.values()]
+
+    def to_dict(self, metric: str) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        values = self.values(metric)
+        return {
+            "row": self.row.key,
+            "name": self.row.name,
+            "model_type": self.row.model_type,
+            "parameters": self.parameters,
+            "flops": self.flops,
+            metric: {"mean": statistics.mean(values), "deviation": _deviation(values), "seeds": len(values)},
+            "results": self.results,
+            "paper": self.row.paper,
+        }
+
+
+def collect(runs: Sequence[Run], scale: ScaleConfig) -> list[RowFigures]:
+    """Return the figures of every row that has a finished run.
+
+    Raises:
+        CheckpointError: A file of a run is missing or damaged.
+    """
+    rows = {run.row.key: run.row for run in runs if run.is_finished}
+    found = []
+    for key, row in rows.items():
+        finished = [run for run in runs if run.row.key == key and run.is_finished]
+        model = load_model(finished[0].folder / BEST)
+        found.append(
+            RowFigures(
+                row=row,
+                parameters=model.num_parameters,
+                flops=flops_per_token(model) * scale.flops_tokens,
+                results={run.seed: run.result() for run in finished},
+            )
+        )
+    return found
+
+
+def to_json(table: Table, rows: Sequence[RowFigures], scale: str) -> dict[str, Any]:
+    """Return everything that is known about a table."""
+    return {
+        "table": table.key,
+        "title": table.title,
+        "scale": scale,
+        "metric": table.metric,
+        "note": table.scale(scale).note,
+        "flops_tokens": table.scale(scale).flops_tokens,
+        "versions": versions(),
+        "rows": [row.to_dict(table.metric) for row in rows],
+    }
+
+
+def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
+    """Return the table as Markdown: ours on the left, the paper's on the right."""
+    shared = table.scale(scale)
+    label = LABELS[table.metric]
+    papers = sorted({name for row in rows for name in row.row.paper})
+    header = [
+        "model",
+        f"{label} (mean ± deviation)",
+        "seeds",
+        "memory erased",
+        "parameters",
+        f"GFLOPs ({shared.flops_tokens:,} tokens)",
+        "tokens trained",
+        "minutes",
+        *(f"paper: {name}" for name in papers),
+    ]
+    lines = [f"## {table.title}, scale {scale}", "", shared.note.strip(), ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        values = row.values(table.metric)
+        erased = statistics.mean(row.values(table.metric, memory="memory_erased"))
+        results = row.results.values()
+        cells = [
+            row.row.name,
+            f"{statistics.mean(values):.4f}" + (f" ± {_deviation(values):.4f}" if len(values) > 1 else ""),
+            f"{len(values)}",
+            f"{erased:.4f}",
+            f"{row.parameters:,}",
+            f"{row.flops / 1e9:.3g}",
+            f"{statistics.mean(result['tokens_trained'] for result in results):,.0f}",
+            f"{statistics.mean(result['training_seconds'] for result in results) / 60:.1f}",
+            *(f"{row.row.paper[name]:g}" if name in row.row.paper else "" for name in papers),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
+    """Return a picture: the figure that rows are compared by, against what a sequence costs."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = sorted({row.row.model_type for row in rows})
+    for kind in kinds:
+        own = [row for row in rows if row.row.model_type == kind]
+        means = [statistics.mean(row.values(table.metric)) for row in own]
+        spreads = [_deviation(row.values(table.metric)) for row in own]
+        axes.errorbar([row.flops / 1e9 for row in own], means, yerr=spreads, fmt="o", capsize=3, label=kind)
+        for row, mean in zip(own, means, strict=True):
+            offset = (4, 4)
+            axes.annotate(row.row.name, (row.flops / 1e9, mean), xytext=offset, textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"GFLOPs for {table.scale(scale).flops_tokens:,} tokens")
+    axes.set_ylabel(LABELS[table.metric])
+    axes.set_title(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,110 @@
+"""The runs behind a table: those that are missing are trained, those that were stopped go on."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memformer.errors import InputError
+from memformer.files import read_json, write_text
+from memformer.reproduction.tables import Row, Table
+from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.logs import read_log
+from memformer.training.run import CHECKPOINTS, RESULT_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One row with one seed.
+
+    Attributes:
+        row: The row.
+        seed: The seed.
+        folder: Its run folder.
+        config: The file with its config.
+    """
+
+    row: Row
+    seed: int
+    folder: Path
+    config: Path
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end and evaluated."""
+        return (self.folder / RESULT_FILE).is_file()
+
+    def result(self) -> dict[str, Any]:
+        """Return its evaluation, with the tokens and seconds it trained.
+
+        Raises:
+            CheckpointError: A file of the run is missing or damaged.
+        """
+        training = [line for line in read_log(self.folder) if line["kind"] == "training"][-1]
+        return {
+            **read_json(self.folder / RESULT_FILE),
+            "tokens_trained": training["num_tokens"],
+            "training_seconds": training["seconds"],
+        }
+
+
+def plan_runs(
+    table: Table, rows: Sequence[Row], *, scale: str, seeds: Sequence[int], folder: Path, data: str
+) -> list[Run]:
+    """Write the config of every row, and return the runs: of the first seed for all rows, then of the next.
+
+    Raises:
+        InputError: A row has no such scale.
+        SaveError: A config cannot be written.
+    """
+    configs = {}
+    for row in rows:
+        configs[row.key] = folder / "configs" / f"{row.key}.yaml"
+        config = table.config_of(row, scale, data=data)
+        write_text(configs[row.key], yaml.safe_dump(config, sort_keys=False))
+    return [
+        Run(row=row, seed=seed, folder=folder / f"{row.key}-seed-{seed}", config=configs[row.key])
+        for seed in seeds
+        for row in rows
+    ]
+
+
+def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: Callable[[str], None]) -> None:
+    """Train what is not finished.
+
+    Args:
+        runs: The runs, in the order in which they are trained.
+        jobs: How many are trained at a time, each in a process of its own.
+        options: Further options of `memformer train`, for every run.
+        say: Told of every run that begins and ends.
+
+    Raises:
+        InputError: Some failed; the others are finished.
+    """
+    missing = [run for run in runs if not run.is_finished]
+    say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
+    with ThreadPoolExecutor(jobs) as pool:
+        endings = list(pool.map(lambda run: _train(run, options, say), missing))
+    if failed := [str(run.folder) for run, ending in zip(missing, endings, strict=True) if ending != 0]:
+        raise InputError(f"{len(failed)} runs failed, {failed[0]} first; what they said is in train.log there")
+
+
+def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
+    command = [sys.executable, "-m", "memformer", "train", str(run.config)]
+    command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
+    if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
+        command.append("--resume")
+    say(f"{run.row.name}, seed {run.seed}: begins")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (run.folder / "train.log").open("a", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    minutes = (time.monotonic() - started) / 60
+    say(f"{run.row.name}, seed {run.seed}: {'done' if status == 0 else f'failed ({status})'} in {minutes:.1f} min")
+    return status

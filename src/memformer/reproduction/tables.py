@@ -1,0 +1,167 @@
+"""What a table of the paper is: a folder with table.yaml, which its rows share, and one YAML a row."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from memformer.config import refuse_unknown_keys
+from memformer.errors import InputError
+from memformer.yaml_files import read_yaml
+
+TABLE_FILE = "table.yaml"
+# Filled in by the command's --data.
+DATA_PLACE = "{data}"
+
+Scale = Literal["small", "paper"]
+Metric = Literal["perplexity", "bits_per_byte", "bits_per_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        key: Name of its file and of its runs' folders.
+        name: What the table calls it.
+        paper: The paper's figures, by what they are; empty where the paper has none.
+        model_type: Type of its model.
+        scales: For each scale that it has, what its config changes of the table's.
+    """
+
+    key: str
+    name: str
+    model_type: str
+    scales: dict[str, dict[str, Any]]
+    paper: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """What the rows of a table share at one scale.
+
+    Attributes:
+        run: Config of `memformer train`, but for the model.
+        models: The model's config, for each type of model.
+        flops_tokens: Tokens of the sequence whose operations the table counts.
+        note: What a reader of the table must know about it.
+    """
+
+    run: dict[str, Any]
+    models: dict[str, dict[str, Any]]
+    flops_tokens: int
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper, or one that stands in for it.
+
+    Attributes:
+        key: Name of its folder.
+        title: What it is.
+        metric: The figure that its rows are compared by; the lower the better.
+        scales: The scales it has.
+        rows: In their order.
+    """
+
+    key: str
+    title: str
+    metric: Metric
+    scales: dict[str, ScaleConfig]
+    rows: list[Row]
+
+    def config_of(self, row: Row, scale: str, *, data: str) -> dict[str, Any]:
+        """Return the config of a row's run; `data` is the folder of the data sets.
+
+        Raises:
+            InputError: The row has no such scale, or its type of model no config.
+        """
+        shared, changes = self.scale(scale), row.scales.get(scale)
+        if changes is None:
+            raise InputError(f"row {row.key} of {self.key} has no scale {scale!r}; it has {', '.join(row.scales)}")
+        if row.model_type not in shared.models:
+            raise InputError(f"{self.key} says nothing about models of type {row.model_type!r} at scale {scale!r}")
+        config = copy.deepcopy(shared.run)
+        config |= {"model_type": row.model_type, "model": copy.deepcopy(shared.models[row.model_type])}
+        filled: dict[str, Any] = _fill(_merge(config, changes), data)
+        return filled
+
+    def scale(self, scale: str) -> ScaleConfig:
+        """Return what rows share at a scale.
+
+        Raises:
+            InputError: The table has no such scale.
+        """
+        if scale not in self.scales:
+            raise InputError(f"{self.key} has no scale {scale!r}; it has {', '.join(self.scales)}")
+        return self.scales[scale]
+
+
+def experiments_folder() -> Path:
+    """Return where the tables are: in the installed package, or beside its sources in a checkout."""
+    installed = Path(__file__).parents[1] / "experiments"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "experiments"
+
+
+def table_names(folder: Path) -> list[str]:
+    """Return the tables that there are."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{TABLE_FILE}"))
+
+
+def read_table(folder: Path) -> Table:
+    """Return the table in a folder.
+
+    Raises:
+        InputError: A file is missing or malformed.
+    """
+    file = folder / TABLE_FILE
+    fields = _checked(file, Table, without={"key", "rows"})
+    if fields["metric"] not in get_args(Metric):
+        raise InputError(f"{file}: metric ({fields['metric']!r}) must be one of {', '.join(get_args(Metric))}")
+    scales = {}
+    for name, shared in fields["scales"].items():
+        if name not in get_args(Scale):
+            raise InputError(f"{file}: scale {name!r} must be one of {', '.join(get_args(Scale))}")
+        refuse_unknown_keys(shared, valid=_names(ScaleConfig), owner=f"{file}, scale {name}")
+        scales[name] = ScaleConfig(**shared)
+    rows = []
+    for row_file in sorted(folder.glob("*.yaml")):
+        if row_file.name != TABLE_FILE:
+            rows.append(Row(key=row_file.stem, **_checked(row_file, Row, without={"key"})))
+    if not rows:
+        raise InputError(f"{folder} has no rows; each is a YAML file beside {TABLE_FILE}")
+    return Table(key=folder.name, title=fields["title"], metric=fields["metric"], scales=scales, rows=rows)
+
+
+def _checked(file: Path, kind: type, *, without: set[str]) -> dict[str, Any]:
+    fields = read_yaml(file)
+    valid = {name: field for name, field in _names(kind).items() if name not in without}
+    refuse_unknown_keys(fields, valid=valid, owner=str(file))
+    for name, field in valid.items():
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and name not in fields:
+            raise InputError(f"{file} lacks {name!r}")
+    return fields
+
+
+def _names(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(kind)}
+
+
+def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with changes at any depth."""
+    for name, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(config.get(name), dict)
+        config[name] = _merge(config[name], value) if nested else value
+    return config
+
+
+def _fill(value: Any, data: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _fill(each, data) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_fill(each, data) for each in value]
+    return value.replace(DATA_PLACE, data) if isinstance(value, str) else value
