@@ -135,6 +135,16 @@ def test_writing_has_its_price_only_where_the_loss_is_small(method):
     assert (always[1]["memory_writer.key.weight"] - free[1]["memory_writer.key.weight"]).norm() > 1e-3
 
 
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_writing_has_no_price_where_nothing_is_predicted(method):
+    model = tiny_model(write_normalizer="entmax15")
+    rollout = random_rollout(3, 2)
+    nothing = torch.ones(rollout.targets.shape, dtype=torch.bool)
+    unpredicted = Rollout(inputs=rollout.inputs, targets=rollout.targets, target_padding=nothing)
+    _, grads, _ = gradients(model, unpredicted, model.initial_memory(2), method, write_price=1.0)
+    assert all(grad.norm() == 0 for grad in grads.values())
+
+
 def test_a_model_whose_writes_have_no_price_is_refused():
     rollout = random_rollout(2, 2)
     with pytest.raises(InputError, match=r"num_slots is 0: a price on writing needs a memory"):

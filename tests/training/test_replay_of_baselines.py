@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer import Rollout, backpropagate
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
-from tests.models.baselines import BASELINES, tiny_baseline, used_memory
+from memformer import InputError, Rollout, backpropagate
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout
+from tests.models.baselines import BASELINES, TYPES, tiny_baseline, used_memory
 
 B, S = 3, SEGMENT_LENGTH
 
@@ -96,3 +96,10 @@ def test_replay_equals_a_loop_written_by_hand(name, rollout):
     assert_close(result.memory_grad, torch.zeros_like(memory) if memory_grad is None else memory_grad)
     for name, grad in expected.items():
         assert_close(grads.get(name, torch.zeros(())), grad)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_writing_has_no_price_where_there_are_no_slots(name):
+    model = tiny_baseline(name)
+    with pytest.raises(InputError, match=f"{type(model).__name__} (has no loss beside|does not write to slots)"):
+        backpropagate(model, random_rollout(2, B), write_price=1.0)

@@ -176,6 +176,19 @@ class Memformer(LanguageModel):
             hidden = torch.cat([hidden, next_memory.to(hidden.dtype)], dim=1)
         return hidden, next_memory
 
+    def encode_with_auxiliary_loss(
+        self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None
+    ) -> tuple[Hidden, Memory, Float[Tensor, ""]]:
+        """Read one segment as `encode` does; return also the pressure of its tokens to be written, for its price.
+
+        Raises:
+            InputError: As `encode` does, where it is given a `pressure`.
+        """
+        pressure = WritePressure()
+        hidden, next_memory = self.encode(segment, memory=memory, padding_mask=padding_mask, pressure=pressure)
+        assert pressure.total is not None
+        return hidden, next_memory, pressure.total
+
     def _features(
         self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
     ) -> Float[Tensor, "B T D"]:

@@ -60,6 +60,21 @@ class RecurrentModel(nn.Module, ABC):
     ) -> tuple[Hidden, AnyMemory]:
         """Read one segment; return its hidden states and the memory that leaves it."""
 
+    @property
+    def auxiliary_weight(self) -> float | None:
+        """Nats for each unit of the auxiliary loss, a mean over input tokens; None where there is none of its own."""
+        return None
+
+    def encode_with_auxiliary_loss(
+        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
+    ) -> tuple[Hidden, AnyMemory, Float[Tensor, ""]]:
+        """Read one segment as `encode` does; return also what it costs beside its likelihood, summed over its tokens.
+
+        Raises:
+            InputError: This model has no such loss.
+        """
+        raise InputError(f"a {type(self).__name__} has no loss beside its likelihood: its writing has no price")
+
     @abstractmethod
     def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
         """Return the logits of each target, given the targets before it and the hidden states of the past."""

@@ -9,7 +9,9 @@ A rollout's loss is differentiated exactly by all three: through every timestep,
     3. encode the last timestep with gradient, read it out and differentiate it; then from the one before it to the
        first, encode again with gradient and carry d loss / d memory backwards.
 
-A price on writing (a departure: the paper has none) is part of what is differentiated, not of the loss returned.
+A model may have an auxiliary loss beside its likelihood (`RecurrentModel.encode_with_auxiliary_loss`): a price on
+writing (a departure: the paper has none), or what a Compressive Transformer learns to compress by. It is part of what
+is differentiated, not of the loss returned.
 
 Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
 depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward of all
@@ -29,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel
-from memformer.nn.memory import WritePressure
 from memformer.rollout import Rollout
 from memformer.training.randomness import capture_randomness, restore_randomness
 
@@ -82,6 +83,7 @@ def backpropagate(
         gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
         write_price: Nats for each unit of `WritePressure`, as a mean over the rollout's non-padding input
             tokens, added to the loss that is differentiated. Above 0 the model must be a Memformer with a sparse write.
+            (An auxiliary loss of the model's own is added likewise, by its `auxiliary_weight`.)
         write_price_below: The price is due only where the rollout's loss is below this, in nats per token: what is
             not learned yet needs its writes.
         before_last_backward: Called once, before the last backward pass of the several that replay makes: where
@@ -96,6 +98,9 @@ def backpropagate(
         raise InputError(f"method ({method!r}) must be one of {', '.join(get_args(Method))}")
     if readout_timesteps < 1:
         raise InputError(f"readout_timesteps ({readout_timesteps}) must be at least 1")
+    if write_price and model.auxiliary_weight is not None:
+        raise InputError(f"write_price ({write_price}) must be 0: a {type(model).__name__} does not write to slots")
+    auxiliary_weight = write_price if model.auxiliary_weight is None else model.auxiliary_weight
     if memory is None:
         memory = model.initial_memory(rollout.batch_size)
         first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
@@ -129,8 +134,8 @@ def backpropagate(
             nats_scale=gradient_scale / max(num_tokens, 1),
             readout_timesteps=readout_timesteps,
             autocast=autocast,
-            price_scale=gradient_scale * write_price / max(rollout.count_input_tokens(), 1),
-            price_below=write_price_below * num_tokens if num_tokens else 0.0,
+            auxiliary_scale=gradient_scale * auxiliary_weight / max(rollout.count_input_tokens(), 1),
+            price_below=(write_price_below if write_price else math.inf) * num_tokens if num_tokens else 0.0,
             before_last_backward=before_last_backward or _do_nothing,
         )
         if method == "replay":
@@ -151,28 +156,26 @@ class _Work:
     nats_scale: float
     readout_timesteps: int
     autocast: NewAutocast
-    price_scale: float
+    auxiliary_scale: float
     price_below: float
     before_last_backward: Callable[[], object]
 
     def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (B, S, D) hidden, the next memory (B, K, D) and the pressure that has its price, a scalar."""
-        pressure = WritePressure()
+        """Return (B, S, D) hidden, the next memory (B, K, D) and the auxiliary loss, a scalar."""
         with self.autocast():
             if self.rollout.reset is not None:
                 memory = self.model.reset_memory(memory, self.rollout.reset[timestep])
             padding = self.rollout.input_padding
-            hidden, memory = self.model.encode(
-                self.rollout.inputs[timestep],
-                memory=memory,
-                padding_mask=None if padding is None else padding[timestep],
-                **({"pressure": pressure} if self.price_scale else {}),
-            )
-        return hidden, memory, memory.new_zeros(()) if pressure.total is None else pressure.total
+            segment, padding = self.rollout.inputs[timestep], None if padding is None else padding[timestep]
+            # Without gradient it would not be used.
+            if self.auxiliary_scale and torch.is_grad_enabled():
+                return self.model.encode_with_auxiliary_loss(segment, memory=memory, padding_mask=padding)
+            hidden, memory = self.model.encode(segment, memory=memory, padding_mask=padding)
+            return hidden, memory, memory.new_zeros(())
 
     def price_of(self, total_nats: Tensor) -> float:
-        """Return the factor that a unit of pressure costs, where the rollout's targets took so many nats."""
-        return self.price_scale if self.price_scale and float(total_nats) < self.price_below else 0.0
+        """Return the factor on the auxiliary loss, where the rollout's targets took so many nats."""
+        return self.auxiliary_scale if self.auxiliary_scale and float(total_nats) < self.price_below else 0.0
 
     def read_out(self, chunk: slice, *hiddens: Tensor) -> Tensor:
         """Return the summed nats of the targets of a chunk of timesteps, given their hidden states (B, S, D)."""
@@ -207,7 +210,7 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
     entering = memory.requires_grad_()
     hiddens: list[Tensor] = []
-    total_pressure, total_nats = memory.new_zeros(()), memory.new_zeros(())
+    total_auxiliary, total_nats = memory.new_zeros(()), memory.new_zeros(())
     *earlier_chunks, last_chunk = work.chunks
     last = work.rollout.num_timesteps - 1
     # In the order of `_replay`, which decides what dropout draws.
@@ -215,12 +218,12 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
         if timestep == last:
             for chunk in earlier_chunks:
                 total_nats = total_nats + run(work.read_out, chunk, *hiddens[chunk])
-        hidden, memory, pressure = run(work.encode, timestep, memory)
+        hidden, memory, auxiliary = run(work.encode, timestep, memory)
         hiddens.append(hidden)
-        total_pressure = total_pressure + pressure
+        total_auxiliary = total_auxiliary + auxiliary
     total_nats = total_nats + run(work.read_out, last_chunk, *hiddens[last_chunk])
     work.before_last_backward()
-    (total_nats * work.nats_scale + total_pressure * work.price_of(total_nats.detach())).backward()
+    (total_nats * work.nats_scale + total_auxiliary * work.price_of(total_nats.detach())).backward()
     return total_nats.detach(), memory.detach(), _grad_of(entering)
 
 
@@ -261,7 +264,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         read_out(chunk)
     # The last timestep is the first to be differentiated: its graph is kept, so it is not encoded twice.
     entering = memory.requires_grad_()
-    hidden, next_memory, pressure = work.encode(last, entering)
+    hidden, next_memory, auxiliary = work.encode(last, entering)
     hiddens.append(hidden.detach())
     last_memory = next_memory.detach()
     read_out(last_chunk)
@@ -270,17 +273,17 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     price = memory.new_tensor(work.price_of(total_nats))
     if last == 0:
         work.before_last_backward()
-    _backward((hidden, hidden_grads.pop()), (pressure, price))
+    _backward((hidden, hidden_grads.pop()), (auxiliary, price))
     memory_grad = _grad_of(entering)
     for timestep in reversed(range(last)):
         # The next timestep must not be built while this one's graph is still held.
-        del hidden, next_memory, pressure, entering
+        del hidden, next_memory, auxiliary, entering
         restore_randomness(randomness.pop(), device=device)
         entering = replay_buffer.pop().requires_grad_()
-        hidden, next_memory, pressure = work.encode(timestep, entering)
+        hidden, next_memory, auxiliary = work.encode(timestep, entering)
         if timestep == 0:
             work.before_last_backward()
-        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (pressure, price))
+        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (auxiliary, price))
         memory_grad = _grad_of(entering)
     restore_randomness(after, device=device)
     return total_nats, last_memory, memory_grad
