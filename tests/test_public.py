@@ -5,6 +5,8 @@ def test_public_names():
     assert set(memformer.__all__) == {
         "AttentionRecord",
         "CheckpointError",
+        "CompressiveTransformer",
+        "CompressiveTransformerConfig",
         "Evaluation",
         "InputError",
         "InputTypeError",
@@ -13,6 +15,8 @@ def test_public_names():
         "Likelihood",
         "Memformer",
         "MemformerConfig",
+        "RecurrentMemoryTransformer",
+        "RecurrentMemoryTransformerConfig",
         "RecurrentModel",
         "Rollout",
         "RolloutResult",

@@ -1,11 +1,25 @@
 """Memformer: sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891)."""
 
-from memformer.baseline_config import LSTMConfig, TransformerXLConfig
+from memformer.baseline_config import (
+    CompressiveTransformerConfig,
+    LSTMConfig,
+    RecurrentMemoryTransformerConfig,
+    TransformerXLConfig,
+)
 from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
 from memformer.evaluation import Evaluation, Likelihood, evaluate
 from memformer.generation import Session
-from memformer.models import LSTM, Memformer, RecurrentModel, TransformerXL, build_model, load_model
+from memformer.models import (
+    LSTM,
+    CompressiveTransformer,
+    Memformer,
+    RecurrentMemoryTransformer,
+    RecurrentModel,
+    TransformerXL,
+    build_model,
+    load_model,
+)
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.training.replay import RolloutResult, backpropagate
@@ -16,6 +30,8 @@ __all__ = [
     "LSTM",
     "AttentionRecord",
     "CheckpointError",
+    "CompressiveTransformer",
+    "CompressiveTransformerConfig",
     "Evaluation",
     "InputError",
     "InputTypeError",
@@ -23,6 +39,8 @@ __all__ = [
     "Likelihood",
     "Memformer",
     "MemformerConfig",
+    "RecurrentMemoryTransformer",
+    "RecurrentMemoryTransformerConfig",
     "RecurrentModel",
     "Rollout",
     "RolloutResult",

@@ -256,7 +256,7 @@ class MemformerConfig(TransformerConfig):
 
 
 # Far beyond any use; what is larger is a slip or damage, and the product of two still fits an integer.
-_LARGEST = 1 << 24
+LARGEST = 1 << 24
 
 
 def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
@@ -284,8 +284,8 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise InputTypeError(f"{name} ({value!r}) must be an integer")
     if value < minimum:
         raise InputError(f"{name} ({value}) must be at least {minimum}")
-    if value > _LARGEST:
-        raise InputError(f"{name} ({value}) must be at most {_LARGEST}")
+    if value > LARGEST:
+        raise InputError(f"{name} ({value}) must be at most {LARGEST}")
 
 
 def check_number(name: str, value: object) -> None:

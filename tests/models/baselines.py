@@ -2,7 +2,13 @@
 
 import torch
 
-from memformer import LSTMConfig, TransformerXLConfig, build_model
+from memformer import (
+    CompressiveTransformerConfig,
+    LSTMConfig,
+    RecurrentMemoryTransformerConfig,
+    TransformerXLConfig,
+    build_model,
+)
 from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE
 
 _ATTENTION = {"num_heads": 2, "d_ff": 24}
@@ -14,9 +20,24 @@ BASELINES = {
     "transformer-xl": (TransformerXLConfig, {**_ATTENTION, "memory_length": 9}),
     "transformer-xl, short memory": (TransformerXLConfig, {**_ATTENTION, "memory_length": 2}),
     "transformer decoder": (TransformerXLConfig, {**_ATTENTION, "memory_length": 0}),
+    "compressive": (
+        CompressiveTransformerConfig,
+        {**_ATTENTION, "memory_length": 6, "compressed_length": 4, "compression_rate": 2},
+    ),
+    # Nothing is a multiple of anything, and a segment is longer than the memory.
+    "compressive, uneven": (
+        CompressiveTransformerConfig,
+        {**_ATTENTION, "memory_length": 4, "compressed_length": 2, "compression_rate": 3},
+    ),
+    "compressive, mean": (
+        CompressiveTransformerConfig,
+        {**_ATTENTION, "memory_length": 5, "compressed_length": 3, "compression_rate": 2, "compression": "mean"},
+    ),
+    "recurrent memory": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 3}),
+    "recurrent memory, one token": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 1}),
 }
 # One of each type.
-TYPES = ["lstm", "transformer-xl"]
+TYPES = ["lstm", "transformer-xl", "compressive", "recurrent memory"]
 
 
 def tiny_baseline(name, seed=0, **changes):

@@ -209,7 +209,7 @@ def test_a_config_that_does_not_fit_the_weights_is_one_line(name, tmp_path):
     fields = json.loads(config.read_text())
     for changes, message in (
         ({"num_layers": 10_000_000}, "has 2 layers; its config says 10000000"),
-        ({"d_model": 16_000_000}, "has shape .*; this model's is .*[68]000000"),
+        ({"d_model": 8_000_000}, "has shape .*; this model's is .*[48]000000"),
         ({"num_layer": 2}, "unknown key 'num_layer' in model config; did you mean 'num_layers'"),
     ):
         config.write_text(json.dumps({**fields, **changes}))
@@ -226,6 +226,13 @@ def test_a_config_that_does_not_fit_the_weights_is_one_line(name, tmp_path):
         ("transformer-xl", {"num_heads": 3}, r"d_model \(16\) must be a multiple of num_heads \(3\)"),
         ("transformer-xl", {"memory_length": -1}, r"memory_length \(-1\) must be at least 0"),
         ("transformer-xl", {"attention_dropout": -0.5}, r"attention_dropout \(-0.5\) must be at least 0"),
+        ("compressive", {"compressed_length": 0}, r"compressed_length \(0\) must be at least 1"),
+        ("compressive", {"memory_length": 1}, r"memory_length \(1\) must be at least compression_rate \(2\)"),
+        ("compressive", {"compression_rate": 0}, r"compression_rate \(0\) must be at least 1"),
+        ("compressive", {"memory_length": 2**22, "compression_rate": 2**22}, r"times d_model \(16\) must be at most"),
+        ("compressive", {"reconstruction_weight": -1.0}, r"reconstruction_weight \(-1.0\) must be at least 0"),
+        ("recurrent memory", {"num_memory_tokens": 0}, r"num_memory_tokens \(0\) must be at least 1"),
+        ("recurrent memory", {"d_model": 6}, "rotary positions need an even head width"),
     ],
 )
 def test_wrong_configs_are_refused(name, changes, message):

@@ -7,15 +7,22 @@ import torch
 from memformer.config import ModelConfig
 from memformer.errors import CheckpointError, InputError
 from memformer.files import read_json
+from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.language_model import LanguageModel
 from memformer.models.lstm import LSTM
 from memformer.models.memformer import Memformer
 from memformer.models.pretrained import CONFIG_FILE
+from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.models.transformer_xl import TransformerXL
 
-MODELS: dict[str, type[LanguageModel]] = {
-    model.config_class.model_type: model for model in (Memformer, LSTM, TransformerXL)
-}
+_CLASSES: tuple[type[LanguageModel], ...] = (
+    Memformer,
+    LSTM,
+    TransformerXL,
+    CompressiveTransformer,
+    RecurrentMemoryTransformer,
+)
+MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

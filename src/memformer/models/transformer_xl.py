@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.baseline_config import TransformerXLConfig
@@ -85,5 +85,9 @@ def append_slots(memory: AnyMemory, slots: TokenSlots, *, num_new: TokenCounts |
     num_slots, both = memory.shape[1], torch.cat([memory, slots], dim=1)
     if num_new is None:
         return both[:, slots.shape[1] :].contiguous()  # a view would hold all of both as long as it lives
-    places = num_new[:, None] + torch.arange(num_slots, device=memory.device)
-    return both.gather(1, places[..., None].expand(-1, -1, both.shape[-1]))
+    return gather_slots(both, num_new[:, None] + torch.arange(num_slots, device=memory.device))
+
+
+def gather_slots(slots: TokenSlots, places: Int64[Tensor, "B K"]) -> AnyMemory:
+    """Return the slots at these places of each row."""
+    return slots.gather(1, places[..., None].expand(-1, -1, slots.shape[-1]))

@@ -1,0 +1,87 @@
+"""The Recurrent Memory Transformer (arXiv 2207.06881)."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor, nn
+
+from memformer.baseline_config import RecurrentMemoryTransformerConfig
+from memformer.models.next_token import NextTokenModel, TokenCounts
+from memformer.nn.layers import CausalLayer
+from memformer.nn.positions import RotaryPositions
+from memformer.shapes import AnyMemory, Hidden
+
+
+class RecurrentMemoryTransformer(NextTokenModel):
+    """A causal stack that reads its memory as M tokens before the segment and writes it as M tokens after.
+
+    The stack sees [M read tokens, segment, M write tokens]; read and write tokens both enter as the memory, and what
+    leaves at the write tokens, after the last LayerNorm, is the next memory. Gradient flows through it.
+
+    - A read token attends to all read tokens, and to nothing else.
+    - A token of the segment attends to all read tokens, to the tokens before it and to itself.
+    - A write token attends to everything: all read tokens, all tokens of the segment (not padding), all write tokens.
+
+    A document starts from learned memory tokens. Positions are rotary, counted through from the first read token; where
+    a segment is padded, write tokens stand right after its last token.
+
+    Departures from arXiv 2207.06881: its stack is a Transformer-XL's, with that model's positions (and, in some of its
+    experiments, cache); here positions are rotary as the Memformer's and there is no cache. LayerNorm stands before
+    each part, and GELU within, as in the Memformer.
+
+    Args:
+        config: What to build.
+    """
+
+    config: RecurrentMemoryTransformerConfig
+    config_class: ClassVar[type[RecurrentMemoryTransformerConfig]] = RecurrentMemoryTransformerConfig
+
+    def __init__(self, config: RecurrentMemoryTransformerConfig) -> None:
+        super().__init__(config)
+        self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.d_model))
+        self.positions = RotaryPositions(head_width=config.head_width)
+        self.layers = nn.ModuleList(CausalLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        super()._initialise()
+        nn.init.normal_(self.memory_tokens)  # the scale of embedded tokens, and of what leaves the last LayerNorm
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """Memory tokens M and the width D."""
+        return self.config.num_memory_tokens, self.config.d_model
+
+    def initial_memory(self, batch_size: int) -> AnyMemory:
+        """Return the learned memory tokens for each row; float32 (float64 if the model is)."""
+        return self.memory_tokens.to(self.memory_dtype).expand(batch_size, -1, -1)
+
+    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+        num_memory, length = memory.shape[1], x.shape[1]
+        memory_tokens = memory.to(x.dtype)
+        positions, keep_mask = self._arrange_tokens(length, num_tokens)
+        frame = self.positions(positions, key_positions=positions)
+        x = torch.cat([memory_tokens, x, memory_tokens], dim=1)
+        for layer in self.layers:
+            x = layer(x, frame=frame, keep_mask=keep_mask)
+        _, hidden, written = self.norm(x).split([num_memory, length, num_memory], dim=1)
+        return hidden, written.to(memory.dtype)
+
+    def _arrange_tokens(
+        self, length: int, num_tokens: TokenCounts | None
+    ) -> tuple[Int64[Tensor, "*B Q"], Bool[Tensor, "#B 1 Q Q"]]:
+        """Return where read tokens, segment and write tokens stand, and True where each may look."""
+        num_memory = self.config.num_memory_tokens
+        end = num_memory + length
+        place = torch.arange(end + num_memory, device=self.device)
+        query, key = place[:, None], place
+        keep_mask = (key < num_memory) | (key <= query) | (query >= end)
+        if num_tokens is None:
+            return place, keep_mask[None, None]
+        num_padding = (length - num_tokens)[:, None]
+        # Padding comes after the tokens, so of all that count write tokens alone could see it.
+        is_padding = (place >= end - num_padding) & (place < end)  # (B, Q)
+        keep_mask = keep_mask & ~(is_padding[:, None, :] & (query >= end))
+        return torch.where(place >= end, place - num_padding, place), keep_mask[:, None]

@@ -1,0 +1,80 @@
+"""The Recurrent Memory Transformer: what attends to what, and that gradient flows through what is written."""
+
+import math
+
+import pytest
+import torch
+
+from memformer import Rollout, backpropagate
+from tests.conftest import SEGMENT_LENGTH, assert_close, random_rollout
+from tests.models.baselines import tiny_baseline, tokens, used_memory
+
+
+def turned(vector, position):
+    """A rotary turn, as multiplication of complex numbers."""
+    half = len(vector) // 2
+    turns = [complex(math.cos(a), math.sin(a)) for a in (position * 10_000.0 ** (-i / half) for i in range(half))]
+    pairs = torch.complex(vector[:half], vector[half:]) * torch.tensor(turns, dtype=torch.complex128)
+    return torch.cat([pairs.real, pairs.imag])
+
+
+def by_hand(model, segment, memory):
+    """One row: every token of the stack, and what the class says that it attends to."""
+    num_memory, heads = len(memory), model.config.num_heads
+    embedded = model.embedding(segment[None])[0] * 4.0  # sqrt(16)
+    kinds = ["read"] * num_memory + ["token"] * len(segment) + ["write"] * num_memory
+    states = [*memory, *embedded, *memory]
+    for layer in model.layers:
+        norm, attention = layer.self_attention_norm, layer.self_attention
+        projected = [attention.query_key_value(norm(state)).view(3, heads, -1) for state in states]
+        left = []
+        for place, kind in enumerate(kinds):
+            seen = [
+                other
+                for other in range(len(states))
+                if kinds[other] == "read" or kind == "write" or (kind == "token" and other <= place)
+            ]
+            read = []
+            for head in range(heads):
+                query = turned(projected[place][0, head], place)
+                scores = torch.stack([query @ turned(projected[other][1, head], other) for other in seen])
+                weights = (scores / math.sqrt(len(query))).softmax(0)
+                read.append(sum(w * projected[other][2, head] for w, other in zip(weights, seen, strict=True)))
+            x = states[place] + attention.output(torch.cat(read))
+            left.append(x + layer.feed_forward(layer.feed_forward_norm(x)[None, None])[0, 0])
+        states = left
+    states = model.norm(torch.stack(states))
+    return states[num_memory:-num_memory], states[-num_memory:]
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_every_token_attends_to_what_is_said(length):
+    model = tiny_baseline("recurrent memory")
+    memory, segment = torch.randn(2, 3, 16).double(), tokens(2, length)
+    hidden, next_memory = model.encode(segment, memory=memory)
+    for row in range(2):
+        expected, expected_memory = by_hand(model, segment[row], memory[row])
+        assert_close(hidden[row], expected)
+        assert_close(next_memory[row], expected_memory)
+
+
+def test_a_document_starts_from_learned_memory_tokens():
+    model = tiny_baseline("recurrent memory")
+    assert torch.equal(model.initial_memory(2), model.memory_tokens.expand(2, 3, 16))
+    backpropagate(model, random_rollout(2, 2))
+    assert model.memory_tokens.grad.norm() > 0
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_gradient_flows_through_the_memory_from_the_last_timestep_to_the_first(method):
+    model = tiny_baseline("recurrent memory")
+    target_padding = torch.zeros(4, 2, SEGMENT_LENGTH, dtype=torch.bool)
+    target_padding[:-1, :, 1:] = True  # a token in each timestep, for what is not predicted is not read
+    plain = random_rollout(4, 2)
+    rollout = Rollout(inputs=plain.inputs, targets=plain.targets, target_padding=target_padding)
+    with_last = backpropagate(model, rollout, memory=used_memory(model, 2), method=method)
+    assert (with_last.memory_grad.flatten(1).norm(dim=1) > 0).all()
+    model.zero_grad()
+    without_last = backpropagate(model, rollout[:-1], memory=used_memory(model, 2), method=method)
+    scale = with_last.num_tokens / without_last.num_tokens
+    assert not torch.allclose(with_last.memory_grad * scale, without_last.memory_grad)
