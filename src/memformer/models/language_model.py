@@ -36,7 +36,7 @@ class LanguageModel(Pretrained, RecurrentModel):
 
     @property
     def bos_token_id(self) -> int:
-        """The id V, which stands alone in the segment before the first."""
+        """The id V, which stands before the first token of a document."""
         return self.config.vocab_size
 
     @property

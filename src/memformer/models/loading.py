@@ -22,6 +22,7 @@ _CLASSES: tuple[type[LanguageModel], ...] = (
     CompressiveTransformer,
     RecurrentMemoryTransformer,
 )
+# Each type's class; its `config_class` is the class of its config.
 MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 

@@ -19,7 +19,10 @@ from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding,
 
 
 class RecurrentModel(nn.Module, ABC):
-    """A recurrence over segments plus a readout; rows of a batch are independent, and the model never detaches."""
+    """A recurrence over segments plus a readout; rows of a batch are independent.
+
+    Where gradients stop is for training to say: a model never detaches, but for one that is defined so (TransformerXL).
+    """
 
     @property
     @abstractmethod
@@ -29,7 +32,7 @@ class RecurrentModel(nn.Module, ABC):
     @property
     @abstractmethod
     def bos_token_id(self) -> int:
-        """The id that stands alone in the segment before the first."""
+        """The id that stands before the first token of a document."""
 
     @property
     @abstractmethod
