@@ -94,9 +94,8 @@ def config_of(base, model_type):
     return file
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [BASELINES[name][0].model_type for name in TYPES])
 def test_the_commands_take_every_type_of_model(base, model_type):
-    model_type = model_type.replace("-", "_")
     file, run = config_of(base, model_type), base / model_type
     trained = call_json("train", file)
     assert load_model(run / "best").config.model_type == model_type

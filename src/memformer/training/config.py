@@ -178,7 +178,8 @@ class RunConfig:
         seed: Decides initial weights, dropout and the order of documents.
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
         threads: CPU threads of torch; null leaves torch's choice. One thread makes runs repeatable bit for bit.
-        model_type: memformer, or one of the models that the paper compares it with: lstm, transformer_xl.
+        model_type: memformer, or one of those to compare it with: lstm, transformer_xl, compressive_transformer,
+            recurrent_memory_transformer.
         model: The model's shape. Its vocab_size comes from the data's tokenizer.
         data: What is read.
         training: How the model is trained.

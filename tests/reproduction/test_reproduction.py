@@ -1,0 +1,141 @@
+"""`memformer reproduce`: what is missing is trained, what is there is taken, ours and the paper's stay apart."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model, commands
+from memformer.flops import flops_per_token
+from memformer.reproduction import command
+from memformer.reproduction.tables import experiments_folder, read_table, table_names
+from tests.test_cli import call, call_json, make_text, refused
+
+TABLE = {
+    "title": "A small table",
+    "metric": "bits_per_byte",
+    "scales": {
+        "small": {
+            "flops_tokens": 100,
+            "note": "Ours is small.",
+            "run": {
+                "threads": 1,
+                "device": "cpu",
+                "data": {"train": {"kind": "text", "path": "{data}/texts"}, "cache": "{data}/cache"},
+                "training": {"num_updates": 2, "num_lanes": 2, "rollout_length": 2, "sample_tokens": 0},
+            },
+            "models": {"lstm": {"d_model": 8, "segment_length": 8}, "memformer": {"d_model": 8, "num_heads": 2}},
+        }
+    },
+}
+ROWS = {
+    "1-lstm": {"name": "LSTM", "model_type": "lstm", "paper": {"perplexity": 1.5}, "scales": {"small": {}}},
+    "2-memory": {
+        "name": "Memformer",
+        "model_type": "memformer",
+        "scales": {"small": {"model": {"num_slots": 2, "segment_length": 8}, "training": {"learning_rate": 0.01}}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("reproduction")
+    (base / "texts").mkdir()
+    for seed in range(8):
+        (base / "texts" / f"{seed}.txt").write_text(make_text(seed))
+    return base
+
+
+@pytest.fixture
+def table(base, tmp_path, monkeypatch):
+    """Options for a table of two rows."""
+    folder = tmp_path / "experiments" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "table.yaml").write_text(yaml.safe_dump(TABLE))
+    for key, row in ROWS.items():
+        (folder / f"{key}.yaml").write_text(yaml.safe_dump(row))
+    monkeypatch.setattr(command, "experiments_folder", lambda: tmp_path / "experiments")
+    return ["tiny", "--data", base, "--folder", tmp_path / "out"]
+
+
+def test_missing_runs_are_trained_and_finished_ones_taken(table, tmp_path):
+    out = tmp_path / "out"
+    figures = call_json("reproduce", *table, "--seeds", "2", "--jobs", "2")
+    assert [row["row"] for row in figures["rows"]] == ["1-lstm", "2-memory"]
+    for row in figures["rows"]:
+        values = [result["with_memory"]["bits_per_byte"] for result in row["results"].values()]
+        assert len(values) == 2
+        assert row["bits_per_byte"]["mean"] == pytest.approx(sum(values) / 2)
+        assert row["parameters"] > 0
+    assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
+    config = yaml.safe_load((out / "2-memory-seed-1" / "config.yaml").read_text())
+    assert (config["seed"], config["model"]["num_slots"], config["training"]["learning_rate"]) == (1, 2, 0.01)
+
+    before = (out / "2-memory-seed-0" / "log.jsonl").read_bytes()
+    shutil.rmtree(out / "1-lstm-seed-0")
+    (out / "1-lstm-seed-1" / "evaluation.json").unlink()  # stopped before its end: it goes on
+    status, printed, error = call("reproduce", *table, "--seeds", "2")
+    assert status == 0, error
+    assert "2 of 4 runs are finished" in error
+    assert "going on from" in (out / "1-lstm-seed-1" / "train.log").read_text()
+    assert (out / "2-memory-seed-0" / "log.jsonl").read_bytes() == before
+    header, _, lstm, memory = (out / "table.md").read_text().splitlines()[4:]
+    assert "paper: perplexity" in header
+    assert lstm.startswith("| LSTM | ")
+    assert lstm.endswith("| 1.5 |")
+    assert memory.endswith("|  |")
+    assert "Ours is small." in printed
+
+    assert json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])["rows"][0][
+        "row"
+    ] == ("2-memory")
+
+
+def test_mistakes_are_refused(table, tmp_path):
+    assert "unknown table 'tabel1'; there are tiny" in refused("reproduce", "tabel1")
+    assert "tiny has no row 'x'; it has 1-lstm, 2-memory" in refused("reproduce", *table, "--rows", "x")
+    assert "tiny has no scale 'paper'; it has small" in refused("reproduce", *table, "--scale", "paper")
+    assert "seeds (0) must be at least 1" in refused("reproduce", *table, "--seeds", "0")
+    assert "there is nothing to write" in refused("reproduce", *table, "--only_write")
+    message = refused("reproduce", *table, "--rows", "1-lstm", "--", "--training.num_lanes", "0")
+    assert "1 runs failed" in message
+    assert "num_lanes (0) must be at least 1" in (tmp_path / "out" / "1-lstm-seed-0" / "train.log").read_text()
+    row = tmp_path / "experiments" / "tiny" / "1-lstm.yaml"
+    row.write_text(row.read_text().replace("paper:", "papre:"))
+    assert "unknown key 'papre'" in refused("reproduce", *table)
+
+
+@pytest.mark.parametrize("name", table_names(experiments_folder()))
+def test_every_row_at_every_scale_is_a_run(name, tmp_path):
+    table = read_table(experiments_folder() / name)
+    for row in table.rows:
+        assert row.scales.keys() == table.scales.keys()
+        for scale in row.scales:
+            file = tmp_path / f"{row.key}-{scale}.yaml"
+            file.write_text(yaml.safe_dump(table.config_of(row, scale, data="data")))
+            config, _ = commands.parse_run_config([str(file)])
+            assert config.model_type == row.model_type
+
+
+def test_operations_are_counted_as_by_hand():
+    width, d_ff, length, vocabulary = 8, 16, 6, 10
+    sizes = {"vocab_size": vocabulary, "d_model": width, "segment_length": length}
+    output = 2 * width * vocabulary
+    lstm = build_model(LSTMConfig(**sizes, num_layers=3))
+    assert flops_per_token(lstm) == 3 * 2 * 2 * width * 4 * width + output
+    memory = 4
+    keys = memory + length
+    transformer = build_model(TransformerXLConfig(**sizes, num_heads=2, d_ff=d_ff, num_layers=3, memory_length=memory))
+    # Projections of the tokens, keys and values of the remembered ones, distances; scores twice, and what is read.
+    layer = 2 * length * (4 * width * width + 2 * width * d_ff) + 2 * memory * 2 * width * width
+    layer += 2 * keys * width * width + 3 * 2 * length * keys * width
+    assert flops_per_token(transformer) == pytest.approx(3 * layer / length + output)
+    without = MemformerConfig(**sizes, num_heads=2, d_ff=d_ff, num_encoder_layers=1, num_decoder_layers=1, num_slots=0)
+    model = build_model(without)
+    attention = 2 * 2 * length * width
+    encoder = 2 * (4 * width * width + 2 * width * d_ff) + attention
+    decoder = 2 * (8 * width * width + 2 * width * d_ff) + 2 * attention
+    assert flops_per_token(model) == encoder + decoder + output
+    assert model.training
