@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from memformer.errors import InputError
 from memformer.files import write_json, write_text
+from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
 from memformer.reproduction.runs import finish_runs, plan_runs
 from memformer.reproduction.tables import Row, Table, experiments_folder, read_table, table_names
@@ -21,8 +24,11 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
         InputError: There is no such table, scale or row, or runs failed.
     """
     folder = experiments_folder()
-    if options.table not in table_names(folder):
-        raise InputError(f"unknown table {options.table!r}; there are {', '.join(table_names(folder))}")
+    known = [*table_names(folder), *costs_names(folder)]
+    if options.table not in known:
+        raise InputError(f"unknown table {options.table!r}; there are {', '.join(sorted(known))}")
+    if options.table in costs_names(folder):
+        return _write_costs(folder / options.table, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
         if value < 1:
             raise InputError(f"{name} ({value}) must be at least 1")
@@ -42,10 +48,20 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     if not rows:
         raise InputError(f"no run in {output} is finished; there is nothing to write")
     markdown, figures = to_markdown(table, rows, options.scale), to_json(table, rows, options.scale)
+    return _write(output, figures, markdown, draw(table, rows, options.scale), is_json=options.json)
+
+
+def _write_costs(folder: Path, options: Any) -> str:
+    output = Path(options.folder or f"runs/{options.table}-{options.scale}")
+    figures, markdown, figure = measure_costs(folder, options.scale, say=_say)
+    return _write(output, figures, markdown, figure, is_json=options.json)
+
+
+def _write(output: Path, figures: dict[str, Any], markdown: str, figure: Figure, *, is_json: bool) -> str:
     write_text(output / "table.md", markdown)
     write_json(output / "table.json", figures)
-    write_figure(output / "table.png", draw(table, rows, options.scale))
-    return json.dumps(figures) if options.json else f"{markdown}\nwrote {output}/table.md, table.json and table.png"
+    write_figure(output / "table.png", figure)
+    return json.dumps(figures) if is_json else f"{markdown}\nwrote {output}/table.md, table.json and table.png"
 
 
 def _choose(table: Table, keys: Sequence[str] | None) -> list[Row]:

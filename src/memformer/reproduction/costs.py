@@ -1,0 +1,198 @@
+"""The paper's Table 3 and Figure 5: what training costs by method and horizon, models by length and memory."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from memformer.config import refuse_unknown_keys
+from memformer.errors import InputError
+from memformer.flops import flops_per_token
+from memformer.models import build_model
+from memformer.models.loading import MODELS
+from memformer.reproduction.measure import Setting, measure_growth, measure_seconds
+from memformer.training.run import versions
+from memformer.yaml_files import read_yaml
+
+COSTS_FILE = "costs.yaml"
+METHODS = ("bptt", "checkpoint", "replay")
+# What a model's memory size is called in its config.
+MEMORY_SIZES = {"memformer": "num_slots", "transformer_xl": "memory_length"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostsScale:
+    """What is measured at one scale.
+
+    Attributes:
+        note: What a reader must know.
+        models: Config of each type of model.
+        batch_size: Rows of a measured update.
+        horizons: Timesteps of an update, for the methods of a Memformer.
+        rounds: Updates of every method that are timed, in turn.
+        lengths: Tokens of a sequence whose operations are counted.
+        memory_sizes: Slots, or remembered tokens, of an update whose memory is measured.
+    """
+
+    note: str
+    models: dict[str, dict[str, Any]]
+    batch_size: int
+    horizons: list[int] = field(default_factory=list)
+    rounds: int = 5
+    lengths: list[int] = field(default_factory=list)
+    memory_sizes: list[int] = field(default_factory=list)
+
+
+def costs_names(folder: Path) -> list[str]:
+    """Return what can be measured."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{COSTS_FILE}"))
+
+
+def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], str, Figure]:
+    """Return what was measured as JSON values, as Markdown, and as a picture.
+
+    Raises:
+        InputError: The folder's file is malformed or has no such scale, or a measurement failed.
+    """
+    file = folder / COSTS_FILE
+    given = read_yaml(file)
+    refuse_unknown_keys(given, valid=("title", "paper", "scales"), owner=str(file))
+    if scale not in given["scales"]:
+        raise InputError(f"{folder.name} has no scale {scale!r}; it has {', '.join(given['scales'])}")
+    refuse_unknown_keys(given["scales"][scale], valid=CostsScale.__dataclass_fields__, owner=f"{file}, scale {scale}")
+    costs = CostsScale(**given["scales"][scale])
+    figures: dict[str, Any] = {"title": given["title"], "scale": scale, "note": costs.note, "versions": versions()}
+    parts = [f"## {given['title']}, scale {scale}", costs.note.strip()]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if costs.horizons:
+        figures["methods"] = _measure_methods(costs, say)
+        parts.append(_methods_table(figures["methods"], given["paper"]))
+        _draw_methods(figures["methods"], left, right)
+    else:
+        figures["operations"] = _count_operations(costs, say)
+        figures["memory"] = _measure_memory(costs, say)
+        parts.append(_table("tokens", "GFLOPs", figures["operations"], costs.lengths, unit=1e9))
+        parts.append(_table("slots, or remembered tokens", "MiB", figures["memory"], costs.memory_sizes, unit=2.0**20))
+        parts.append(f"The paper: {given['paper'].strip()}")
+        _draw(left, figures["operations"], costs.lengths, unit=1e9, x="tokens", y="GFLOPs")
+        _draw(right, figures["memory"], costs.memory_sizes, unit=2.0**20, x="slots, or remembered tokens", y="MiB")
+        left.set_yscale("log")
+    figure.suptitle(f"{given['title']}, scale {scale} (ours)")
+    return figures, "\n\n".join(parts) + "\n", figure
+
+
+def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return speed and memory of every method at every horizon, and their ratios to BPTT."""
+    rows = []
+    for horizon in costs.horizons:
+        say(f"{horizon} timesteps")
+        setting = Setting(
+            model_type="memformer",
+            model=costs.models["memformer"],
+            batch_size=costs.batch_size,
+            num_timesteps=horizon,
+        )
+        seconds = measure_seconds(setting, METHODS, rounds=costs.rounds)
+        growth = {method: measure_growth(setting, method) for method in METHODS}
+        for method in METHODS:
+            ratios = [bptt / own for bptt, own in zip(seconds["bptt"], seconds[method], strict=True)]
+            rows.append(
+                {
+                    "horizon": horizon,
+                    "method": method,
+                    "seconds": statistics.median(seconds[method]),
+                    "speed_ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+                    "memory_growth_bytes": growth[method],
+                    "memory_ratio": growth[method] / growth["bptt"],
+                }
+            )
+    return rows
+
+
+def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| timesteps | method | speed against BPTT (lowest - highest round) | memory growth MiB | of BPTT "
+        "| paper (12 layers, d 512, horizon 4): speed | paper: MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio, published = row["speed_ratio"], paper[row["method"]]
+        lines.append(
+            f"| {row['horizon']} | {row['method']} | {ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f}) "
+            f"| {row['memory_growth_bytes'] / 2**20:,.0f} | {row['memory_ratio']:.2f} "
+            f"| {published['speed']:.2f} | {published['memory_mb']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _count_operations(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """Return the operations of reading and predicting sequences of every length, for every model."""
+    found: dict[str, list[float]] = {"transformer (full attention)": []}
+    decoder = costs.models["transformer_xl"]
+    for length in costs.lengths:
+        say(f"operations of a Transformer over {length:,} tokens")
+        whole = {**decoder, "memory_length": 0, "segment_length": length}
+        found["transformer (full attention)"].append(length * _flops_per_token("transformer_xl", whole))
+    for model_type, model in costs.models.items():
+        each = _flops_per_token(model_type, model)
+        found[model_type] = [length * each for length in costs.lengths]
+    return found
+
+
+def _flops_per_token(model_type: str, model: dict[str, Any]) -> float:
+    return flops_per_token(build_model(MODELS[model_type].config_class.from_dict(model)))
+
+
+def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """Return the memory that an update of one segment takes, for every size of the model's memory."""
+    found: dict[str, list[float]] = {}
+    for model_type, model in costs.models.items():
+        found[model_type] = []
+        for size in costs.memory_sizes:
+            say(f"memory of a {model_type} of {size:,}")
+            setting = Setting(
+                model_type=model_type,
+                model={**model, MEMORY_SIZES[model_type]: size},
+                batch_size=costs.batch_size,
+                num_timesteps=1,
+            )
+            found[model_type].append(float(measure_growth(setting, "replay")))
+    return found
+
+
+def _table(first: str, unit_name: str, figures: dict[str, list[float]], xs: list[int], *, unit: float) -> str:
+    header = [first, *(f"{name}, {unit_name}" for name in figures)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for index, x in enumerate(xs):
+        lines.append(f"| {x:,} | " + " | ".join(f"{values[index] / unit:,.3g}" for values in figures.values()) + " |")
+    return "\n".join(lines)
+
+
+def _draw(axes: Axes, figures: dict[str, list[float]], xs: list[int], *, unit: float, x: str, y: str) -> None:
+    for name, values in figures.items():
+        axes.plot(xs, [value / unit for value in values], marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_methods(rows: list[dict[str, Any]], speed: Axes, memory: Axes) -> None:
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        horizons = [row["horizon"] for row in own]
+        speed.plot(horizons, [row["speed_ratio"]["median"] for row in own], marker="o", label=method)
+        memory.plot(horizons, [row["memory_growth_bytes"] / 2**20 for row in own], marker="o", label=method)
+    for axes, label in ((speed, "speed against BPTT"), (memory, "memory growth, MiB")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("timesteps of an update")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        axes.grid(alpha=0.3)

@@ -1,0 +1,83 @@
+"""`memformer reproduce` for what is measured and not trained: each figure is there, and each mistake one line."""
+
+import json
+
+import pytest
+import yaml
+
+from memformer.errors import InputError
+from memformer.reproduction import command
+from memformer.reproduction.costs import CostsScale, costs_names
+from memformer.reproduction.measure import Setting, measure_growth
+from memformer.reproduction.tables import experiments_folder
+from tests.test_cli import call_json, refused
+
+MEMFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_encoder_layers": 1, "num_decoder_layers": 1}
+TRANSFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_layers": 2}
+PAPER = {method: {"speed": 1.0, "memory_mb": 9.0} for method in ("bptt", "checkpoint", "replay")}
+
+
+def write_costs(tmp_path, monkeypatch, *, paper, **scale):
+    folder = tmp_path / "experiments" / "costs"
+    folder.mkdir(parents=True)
+    shared = {"note": "Measured here.", "batch_size": 2, **scale}
+    (folder / "costs.yaml").write_text(yaml.safe_dump({"title": "Costs", "paper": paper, "scales": {"small": shared}}))
+    monkeypatch.setattr(command, "experiments_folder", lambda: tmp_path / "experiments")
+    return ["costs", "--folder", tmp_path / "out"]
+
+
+def test_methods_are_timed_in_turn_and_their_memory_measured(tmp_path, monkeypatch):
+    models = {"memformer": {**MEMFORMER, "segment_length": 16, "num_slots": 4}}
+    options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2], rounds=2)
+    rows = call_json("reproduce", *options)["methods"]
+    assert [row["method"] for row in rows] == ["bptt", "checkpoint", "replay"]
+    assert rows[0]["speed_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert all(row["seconds"] > 0 and row["memory_growth_bytes"] >= 0 for row in rows)
+    assert "| 2 | replay | " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_operations_and_memory_of_every_model(tmp_path, monkeypatch):
+    models = {
+        "transformer_xl": {**TRANSFORMER, "segment_length": 16, "memory_length": 16},
+        "memformer": {**MEMFORMER, "segment_length": 16, "num_slots": 16},
+    }
+    options = write_costs(
+        tmp_path, monkeypatch, paper="some", models=models, lengths=[16, 32, 64], memory_sizes=[8, 32]
+    )
+    figures = call_json("reproduce", *options)
+    operations = figures["operations"]
+    full = operations["transformer (full attention)"]
+    assert full[2] / full[1] > full[1] / full[0] > 2
+    for model in models:
+        first, second, third = operations[model]
+        assert (second, third) == (2 * first, 4 * first)
+        assert len(figures["memory"][model]) == 2
+    assert (tmp_path / "out" / "table.png").stat().st_size > 0
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == figures
+
+
+def test_memory_grows_with_what_an_update_holds():
+    model = {**MEMFORMER, "segment_length": 64, "num_slots": 4, "d_model": 64}
+    growth = {
+        method: measure_growth(
+            Setting(model_type="memformer", model=model, batch_size=8, num_timesteps=16, device="cpu"), method
+        )
+        for method in ("bptt", "replay")
+    }
+    assert growth["bptt"] > 2 * growth["replay"] > 0
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    models = {"memformer": {**MEMFORMER, "segment_length": 0}}
+    options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2])
+    assert "segment_length (0) must be at least 1" in refused("reproduce", *options)
+    assert "costs has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
+    with pytest.raises(InputError, match="measuring lstm failed"):
+        measure_growth(Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), "replay")
+
+
+@pytest.mark.parametrize("name", costs_names(experiments_folder()))
+def test_every_committed_file_is_well_formed(name):
+    given = yaml.safe_load((experiments_folder() / name / "costs.yaml").read_text())
+    for scale in given["scales"].values():
+        assert CostsScale(**scale).horizons or CostsScale(**scale).memory_sizes
