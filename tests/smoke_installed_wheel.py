@@ -21,6 +21,10 @@ assert main(["train", "run.yaml", "--threads", "1"]) == 0
 assert main(["evaluate", "run"]) == 0
 assert main(["generate", "run", "--max_new_tokens", "5"]) == 0
 assert pathlib.Path("run/summary.html").is_file()
+from memformer.reproduction.tables import experiments_folder, read_table
+assert "site" in str(experiments_folder())
+assert len(read_table(experiments_folder() / "table1").rows) == 15
+assert main(["reproduce", "table9"]) == 2
 """
 CONFIG = """
 folder: run
