@@ -179,20 +179,22 @@ def whole_state(folder, update):
     return {**model.state_dict(), **moments, "memory": state.memory}
 
 
-def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "weights"])
+def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_path, sharding):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    done = torchrun(script, "train", config_of(base, "down"))
+    down, restarted = f"down-{sharding}", f"restarted-{sharding}"
+    done = torchrun(script, "train", config_of(base, down, sharding=sharding))
     assert done.returncode != 0
     assert re.search(r"exitcode\s*:\s*-9", done.stderr)
-    assert sorted(path.name for path in (base / "down" / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (base / down / "checkpoints").iterdir()) == [
         "update-000000003",
         "update-000000006",
     ]
-    done = torchrun(script, "train", config_of(base, "restarted"), options=["--max-restarts=1"])
+    done = torchrun(script, "train", config_of(base, restarted, sharding=sharding), options=["--max-restarts=1"])
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
-    assert_nearly_same_run(base / "restarted", base / "one")
+    assert_nearly_same_run(base / restarted, base / "one")
 
 
 def test_lanes_that_cannot_be_shared_out_are_refused():
