@@ -27,13 +27,13 @@ class Run:
         row: The row.
         seed: The seed.
         folder: Its run folder.
-        config: The file with its config.
+        config: Config of `memformer train`.
     """
 
     row: Row
     seed: int
     folder: Path
-    config: Path
+    config: dict[str, Any]
 
     @property
     def is_finished(self) -> bool:
@@ -57,17 +57,12 @@ class Run:
 def plan_runs(
     table: Table, rows: Sequence[Row], *, scale: str, seeds: Sequence[int], folder: Path, data: str
 ) -> list[Run]:
-    """Write the config of every row, and return the runs: of the first seed for all rows, then of the next.
+    """Return the runs: of the first seed for all rows, then of the next.
 
     Raises:
         InputError: A row has no such scale.
-        SaveError: A config cannot be written.
     """
-    configs = {}
-    for row in rows:
-        configs[row.key] = folder / "configs" / f"{row.key}.yaml"
-        config = table.config_of(row, scale, data=data)
-        write_text(configs[row.key], yaml.safe_dump(config, sort_keys=False))
+    configs = {row.key: table.config_of(row, scale, data=data) for row in rows}
     return [
         Run(row=row, seed=seed, folder=folder / f"{row.key}-seed-{seed}", config=configs[row.key])
         for seed in seeds
@@ -86,6 +81,7 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: 
 
     Raises:
         InputError: Some failed; the others are finished.
+        SaveError: A config cannot be written.
     """
     missing = [run for run in runs if not run.is_finished]
     say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
@@ -96,7 +92,9 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: 
 
 
 def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
-    command = [sys.executable, "-m", "memformer", "train", str(run.config)]
+    config = run.folder.with_suffix(".yaml")
+    write_text(config, yaml.safe_dump(run.config, sort_keys=False))
+    command = [sys.executable, "-m", "memformer", "train", str(config)]
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
         command.append("--resume")
