@@ -60,6 +60,10 @@ def test_mean_then_equal_bins(tmp_path: Path, images: np.ndarray, levels: int, d
         (lambda raw: raw[:10], r"images is too short \(10 bytes\)"),
         (lambda raw: b"\0\0\x08\x01" + raw[4:], "starts with 0x00000801; an idx file of images starts with 0x00000803"),
         (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "promises 5 images of 0x6"),
+        (
+            lambda raw: raw[:8] + b"\xff" * 8 + raw[16:],
+            "promises images of 4294967295x4294967295; at most 16777216 pix",
+        ),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, images: np.ndarray, damage, message: str) -> None:

@@ -114,6 +114,7 @@ def test_files_may_be_compressed_and_several(tmp_path, path):
         ("2 Mary left.\n", "stories.txt:1 begins with '2'; a line begins with its ID: 1 for the first of a story"),
         ("1 Mary left.\n3 Who left?\tMary", "stories.txt:2 begins with '3'"),
         ("1 Mary left.\nWho left?\tMary", "stories.txt:2 begins with 'Who'"),
+        ("7" * 5000 + " Mary left.\n", "stories.txt:1 begins with '777"),
         ("1 Who left?\tMary\t1\n", "stories.txt:1 asks before its story has told anything"),
     ],
 )

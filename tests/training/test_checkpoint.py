@@ -148,6 +148,13 @@ def test_another_manifest_is_refused(newest, change, message):
         check_checkpoint(newest)
 
 
+def test_a_manifest_with_another_name_is_refused_before_anything_is_looked_for(newest):
+    file = newest / "manifest.json"
+    file.write_text(file.read_text().replace("config.json", f"config.{'7' * 5000}"))
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list the files of a checkpoint"):
+        check_checkpoint(newest)
+
+
 @pytest.mark.parametrize("changes", [{"d_model": 32}, {"num_slots": 4}, {"num_encoder_layers": 1}])
 def test_a_checkpoint_of_another_model_is_refused(newest, changes):
     state = make_state(**changes)

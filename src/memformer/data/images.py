@@ -16,6 +16,8 @@ from memformer.errors import InputError
 # Two zero bytes, 8 for unsigned bytes, 3 dimensions: image, row, column.
 _IMAGES_MAGIC = 0x00000803
 _HEADER = struct.Struct(">4I")
+# Far beyond any use; what is larger is damage, and memory is taken for a whole image at once.
+_MOST_PIXELS = 1 << 24
 
 DIGITS_SHAPE = (8, 8)
 DIGITS_LEVELS = 17
@@ -65,7 +67,7 @@ def idx_shape(path: Path, *, downsample: int) -> tuple[int, int]:
     """Return height and width of the images in an idx file after averaging.
 
     Raises:
-        InputError: It is not an idx file of images, or `downsample` does not divide their sides.
+        InputError: It is not an idx file of images, they are too large, or `downsample` does not divide their sides.
     """
     with open_source(path) as stream:
         header = _read_header(stream, path)
@@ -86,6 +88,10 @@ def _read_header(stream: BufferedIOBase, path: Path) -> _Header:
     header = _Header(*sizes)
     if 0 in header:
         raise InputError(f"{path} promises {header.num_images} images of {header.height}x{header.width}; none may be 0")
+    if header.height * header.width > _MOST_PIXELS:
+        raise InputError(
+            f"{path} promises images of {header.height}x{header.width}; at most {_MOST_PIXELS} pixels are read"
+        )
     return header
 
 

@@ -90,15 +90,14 @@ def _parse_stories(lines: Iterable[str], file: Path) -> list[Story]:
             continue
         name = f"{file}:{number}"
         first_word, _, rest = line.partition(" ")
-        line_id = int(first_word) if first_word.isdecimal() else 0
-        if line_id == 1:
+        if first_word == "1":
             stories.append(Story([], []))
-        elif not stories or line_id != last_id + 1:
+        elif not stories or first_word != str(last_id + 1):
             raise InputError(
                 f"{name} begins with {first_word!r}; a line begins with its ID: 1 for the first of a story, else one "
                 "more than the line before"
             )
-        last_id = line_id
+        last_id = int(first_word)
         story = stories[-1]
         text, *fields = (field.strip() for field in rest.split("\t"))
         if not fields and text and not text.endswith("?"):

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
 from memformer.models import LanguageModel
-from memformer.models.pretrained import WEIGHTS_FILE, load_weights, read_weights
+from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.training.sharding import is_sharded, load_moments, scatter_like, scatter_weights
 
@@ -26,6 +27,9 @@ STATE_FILE = "state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # In place of the optimizer's file: what several processes wrote of it, each its share.
 MOMENTS = "moments"
+
+_LISTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, PROGRESS_FILE}
+_SHARE = re.compile(MOMENTS + r"/[\w.-]{1,100}\.safetensors")
 
 
 @dataclass
@@ -108,9 +112,7 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} has checkpoint format {manifest.get('format_version')!r}; this memformer reads {FORMAT_VERSION}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or not {WEIGHTS_FILE, STATE_FILE, PROGRESS_FILE} <= files.keys():
-        raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
-    if OPTIMIZER_FILE not in files and not any(name.startswith(f"{MOMENTS}/") for name in files):
+    if not isinstance(files, dict) or not _are_of_a_checkpoint(files.keys()):
         raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
     for name, expected in files.items():
         file = folder / name
@@ -118,6 +120,13 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file} is missing; the checkpoint is damaged")
         if expected != _description(file):
             raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
+
+
+def _are_of_a_checkpoint(names: Iterable[str]) -> bool:
+    """Whether these are a checkpoint's files and no other: a damaged name must not be looked for."""
+    optimizer = set(names) - _LISTED_FILES
+    are_shares = bool(optimizer) and all(_SHARE.fullmatch(name) for name in optimizer)
+    return set(names) >= _LISTED_FILES and (optimizer == {OPTIMIZER_FILE} or are_shares)
 
 
 def _of_process(name: str, rank: int) -> str:
