@@ -374,6 +374,14 @@ def test_no_command_at_all():
         (b"model: {num_slots: many}\n", r"model\.num_slots.*many"),
         (b"model: 7\n", r"model \(7\) in .*bad\.yaml must be a mapping"),
         (b"training:\n", r"training \(None\) in .*bad\.yaml must be a mapping"),
+        (b"training: {num_lanes: }\n", r"^num_lanes \(null\) in .*bad\.yaml, training must have a value; leave it out"),
+        (b"folder:\n", r"^folder \(null\) in .*bad\.yaml must have a value"),
+        (b"seed: 0x_\n", r"config .*bad\.yaml is not YAML: a value in it is malformed: invalid literal"),
+        (b"seed: " + b"7" * 5000, r"config .*bad\.yaml is not YAML: a value in it is malformed: Exceeds the limit"),
+        (b"seed: !!bool x\n", r"config .*bad\.yaml is not YAML: a value in it is malformed: 'x'"),
+        (b"seed: !!timestamp x\n", r"config .*bad\.yaml is not YAML: a value in it is malformed"),
+        (b"seed: 2020-99-99\n", r"config .*bad\.yaml is not YAML: a value in it is malformed: month must be"),
+        (b"[" * 5000, r"config .*bad\.yaml is not YAML: a value in it is malformed: maximum recursion depth"),
         (b"data: {validation: {kind: text}}\n", r"^path \(None\) must be given for kind 'text'$"),
     ],
 )
@@ -402,7 +410,8 @@ def test_refused_configs(tmp_path, content, message):
         (["--model.num_slots"], ["model.num_slots", "expected one argument"]),
         (["--data.tokenizer.kind", "bpe"], ["vocab_size (None) must be given and at least 257 for kind 'bpe'"]),
         (["--seed", "99999999999999999999"], ["seed (99999999999999999999) must be from 0"]),
-        (["--threads", "0"], ["threads (0) must be at least 1"]),
+        (["--threads", "0"], ["threads (0) must be from 1 to 65536"]),
+        (["--threads", "9999999999"], ["threads (9999999999) must be from 1 to 65536"]),
         (["--device", "gpu"], ["device ('gpu') must be auto, cpu, cuda"]),
         (["surplus"], ["surplus"]),
         (["--resume"], ["{new}/config.yaml cannot be read"]),
@@ -473,7 +482,7 @@ def test_an_unknown_command():
         (["--data.kind", "digits"], "data of kind 'digits' does not fit the run's tokenizer of kind 'bytes'"),
         (["--data.kind", "text", "--data.path", "/no/such"], "path (/no/such) does not exist"),
         (["--checkpoint", "worst"], "worst"),
-        (["--threads", "0"], "threads (0) must be at least 1"),
+        (["--threads", "0"], "threads (0) must be from 1 to 65536"),
     ],
 )
 def test_refused_evaluation(run_folder, options, message):
@@ -533,7 +542,7 @@ def test_refused_drawing(digits, options, message):
         ("best/config.json", b'{"model_type": "memformer"}', ["best/model.safetensors"]),
         ("tokenizer_config.json", b"{", ["tokenizer_config.json cannot be read"]),
         ("tokenizer_config.json", None, ["tokenizer_config.json cannot be read"]),
-        ("config.yaml", b"a: [1\n", ["config.yaml cannot be read"]),
+        ("config.yaml", b"a: [1\n", ["config.yaml is not YAML"]),
         ("config.yaml", b"[]", ["config.yaml does not hold a config"]),
         ("config.yaml", b"modle: {}\n", ["unknown key 'modle'"]),
     ],
@@ -546,6 +555,21 @@ def test_damaged_runs(copied, name, content, parts):
     error = refused("evaluate", copied)
     for part in parts:
         assert part in error
+
+
+def test_the_config_of_a_run_is_what_was_written_or_said_to_be_changed(copied):
+    file = copied / "config.yaml"
+    first, *lines = file.read_text().splitlines(keepends=True)
+    assert first.startswith("# sha256 of the lines below; to change them by hand, delete this line: ")
+    changed = "".join(lines).replace("warmup_updates: ", "warmup_updates: 1")
+    for content in (first + changed, first + "".join(lines[:-3])):
+        file.write_text(content)
+        for argv in (("evaluate", copied), ("generate", copied), ("report", copied), ("train", copied, "--resume")):
+            error = refused(*argv)
+            assert "config.yaml is damaged or was changed" in error
+            assert "if they were changed by hand, delete the first line" in error
+    file.write_text(changed)
+    assert call("evaluate", copied)[0] == 0
 
 
 def test_a_run_without_its_best_weights(copied):

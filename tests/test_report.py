@@ -106,7 +106,7 @@ def test_a_folder_without_a_run(tmp_path):
         ("evaluation.json", b"{", r"evaluation\.json is not readable JSON"),
         ("evaluation.json", b'{"num_tokens": 1}', "lacks a figure: .*with_memory"),
         ("versions.json", b"[]", r"versions\.json holds a JSON list"),
-        ("config.yaml", b"[", r"config\.yaml cannot be read"),
+        ("config.yaml", b"[", r"config\.yaml is not YAML"),
         ("config.yaml", b"7", r"config\.yaml does not hold a config"),
     ],
 )

@@ -35,7 +35,7 @@ from memformer.retention import Recall, measure_recall
 from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.config import DataConfig, RunConfig, check_seed
+from memformer.training.config import DataConfig, RunConfig, check_seed, check_threads
 from memformer.training.loop import Interrupted, check_same_run, print_warning, train
 from memformer.training.processes import Processes, processes_started, were_restarted
 from memformer.training.run import (
@@ -391,16 +391,15 @@ def _load_run(options: Any) -> LoadedRun:
     run = load_run(
         Path(options.run), which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
     )
-    trained_with = (run.run_config or {}).get("threads")
-    if options.threads is None and isinstance(trained_with, int) and trained_with > 0:
+    trained_with = None if run.run_config is None else _run_config(run).threads
+    if options.threads is None and trained_with is not None:
         torch.set_num_threads(trained_with)
     return run
 
 
 def _prepare_torch(device: str, threads: int | None) -> torch.device:
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads ({threads}) must be at least 1")
         torch.set_num_threads(threads)
     return choose_device(device)
 
@@ -418,7 +417,7 @@ def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:
 def _run_config(run: LoadedRun) -> RunConfig:
     if run.run_config is None:
         raise InputError(f"{run.folder} has no held-out documents of its own; give --data.kind and --data.path")
-    return commands.parse_run_config([str(run.folder / RUN_CONFIG_FILE)])[0]
+    return commands.parse_run_config([str(run.folder)])[0]
 
 
 def _sampling_options(options: Any) -> dict[str, Any]:

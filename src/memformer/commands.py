@@ -16,7 +16,7 @@ from memformer.data import SourceConfig
 from memformer.errors import InputError
 from memformer.models.loading import MODELS
 from memformer.training.config import RunConfig
-from memformer.training.run import RUN_CONFIG_FILE
+from memformer.training.run import RUN_CONFIG_FILE, read_run_config
 from memformer.training.samples import NUM_IMAGES
 from memformer.yaml_files import read_yaml
 
@@ -269,10 +269,11 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
 
     Raises:
         InputError: The file is missing or malformed, or a key or value is wrong.
+        CheckpointError: The config of a run folder is missing or damaged.
     """
-    file, rest = argv[0], list(argv[1:])
-    path = Path(file) / RUN_CONFIG_FILE if Path(file).is_dir() else Path(file)
-    given = read_yaml(path)
+    path, rest = Path(argv[0]), list(argv[1:])
+    given = read_run_config(path) if path.is_dir() else read_yaml(path)
+    path = path / RUN_CONFIG_FILE if path.is_dir() else path
     model_type = find_model_type(given, rest, owner=str(path))
     _check_keys(given, RunConfig, owner=str(path), kinds={"model": MODELS[model_type].config_class})
     options = parse(train_parser(model_type), ["--config", str(path), *rest])
@@ -302,8 +303,12 @@ def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapp
     for name, value in given.items():
         possible = get_args(fields[name].type) or ((kinds or {}).get(name, fields[name].type),)
         nested = [kind for kind in possible if dataclasses.is_dataclass(kind)]
-        if nested and not (value is None and type(None) in possible):
+        if value is None and type(None) in possible:
+            continue
+        if nested:
             if not isinstance(value, dict):
                 raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)
             _check_keys(value, nested[0], owner=f"{owner}, {name}")
+        elif value is None:  # the parser takes it for any type
+            raise InputError(f"{name} (null) in {owner} must have a value; leave it out for the default")

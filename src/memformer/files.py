@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -133,6 +134,21 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; it must be an object")
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value in a YAML text.
+
+    Raises:
+        ValueError: It is not YAML; the message is one line.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    # What PyYAML runs into where a number, a date or a tagged value is malformed, or where nesting is too deep.
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"a value in it is malformed: {error}") from error
 
 
 def read_names(file: Path) -> list[str]:

@@ -155,6 +155,8 @@ def test_slice_of_a_source(tmp_path: Path) -> None:
         ({"path": "x", "documents": "5"}, r"documents \('5'\) must be 'start:stop'"),
         ({"path": "x", "documents": "1:2:3"}, "must be 'start:stop'"),
         ({"path": "x", "documents": "a:"}, "must be 'start:stop'"),
+        ({"path": "x", "documents": f":{2**63}"}, r"must be 'start:stop' with integers \(18 digits at most\)"),
+        ({"path": "x", "documents": f"-{2**63}:"}, "must be 'start:stop'"),
     ],
 )
 def test_contradictory_configurations_are_refused(fields: dict, message: str) -> None:

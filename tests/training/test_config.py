@@ -55,9 +55,10 @@ def test_seeds_out_of_range(kind, name, seed):
         kind(seed=seed)
 
 
-def test_threads_out_of_range():
-    with pytest.raises(InputError, match=r"threads \(0\) must be at least 1"):
-        RunConfig(threads=0)
+@pytest.mark.parametrize("threads", [0, 2**31])
+def test_threads_out_of_range(threads):
+    with pytest.raises(InputError, match=rf"^threads \({threads}\) must be from 1 to 65536"):
+        RunConfig(threads=threads)
 
 
 @pytest.mark.parametrize("model", [{"num_slots": 0}, {"write_normalizer": "softmax"}])

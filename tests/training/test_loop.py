@@ -25,7 +25,7 @@ from memformer.data import SourceConfig, corpus_from_arrays
 from memformer.training import loop
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.logs import read_log
-from memformer.training.loop import train
+from memformer.training.loop import check_same_run, train
 from memformer.training.optimizer import learning_rate_at
 from memformer.training.replay import backpropagate
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
@@ -317,6 +317,14 @@ def test_resume_refuses_another_run(copied, capsys, key, value):
     assert main(["train", str(copied), "--folder", str(copied), "--resume", f"--{key}", value]) == 2
     assert f"memformer: error: the run began with {key}: " in capsys.readouterr().err
     assert fingerprint(copied) == before
+
+
+def test_resume_refuses_keys_that_no_run_writes(tmp_path):
+    config = run_config(tmp_path)
+    saved = config.to_dict()
+    saved["model"] |= {7: "x"}
+    with pytest.raises(InputError, match=r"^the run began with model\.7: x, now it is None"):
+        check_same_run(saved, config)
 
 
 def test_resume_refuses_documents_that_have_changed(base, copied, tmp_path, capsys):

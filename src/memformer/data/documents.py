@@ -31,11 +31,13 @@ def parse_slice(text: str) -> tuple[int | None, int | None]:
         text: For example `:1000`, `1000:` or `-10000:`.
 
     Raises:
-        InputError: It is not two optional integers around one colon.
+        InputError: It is not two optional integers around one colon, or one has too many digits to count documents.
     """
-    match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text)
+    match = re.fullmatch(r"\s*(-?\d{1,18})?\s*:\s*(-?\d{1,18})?\s*", text)
     if match is None:
-        raise InputError(f"documents ({text!r}) must be 'start:stop' with integers or nothing on either side")
+        raise InputError(
+            f"documents ({text!r}) must be 'start:stop' with integers (18 digits at most) or nothing on either side"
+        )
     start, stop = (None if side is None else int(side) for side in match.groups())
     return start, stop
 

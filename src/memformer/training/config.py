@@ -12,6 +12,8 @@ from memformer.training.sharding import Sharding
 
 Precision = Literal["float32", "bfloat16"]
 
+_MOST_THREADS = 1 << 16
+
 
 def check_seed(name: str, seed: int) -> None:
     """Check that a seed is one that every random generator takes.
@@ -21,6 +23,16 @@ def check_seed(name: str, seed: int) -> None:
     """
     if not 0 <= seed < 2**63:
         raise InputError(f"{name} ({seed}) must be from 0 to 2**63 - 1")
+
+
+def check_threads(threads: int | None) -> None:
+    """Check that a number of threads is one that torch takes.
+
+    Raises:
+        InputError: It is below 1, or absurd.
+    """
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"threads ({threads}) must be from 1 to {_MOST_THREADS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +207,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads ({self.threads}) must be at least 1")
+        check_threads(self.threads)
         if self.model.model_type != self.model_type:
             raise InputError(f"model_type ({self.model_type!r}) contradicts the model, a {self.model.model_type}")
         price = self.training.write_price

@@ -349,7 +349,7 @@ def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
 
 
 def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(saved.keys() | asked.keys()):
+    for key in sorted(saved.keys() | asked.keys(), key=str):  # a key of YAML may be a number
         before, now = saved.get(key), asked.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             yield from _differences(before, now, prefix=f"{prefix}{key}.")

@@ -1,5 +1,6 @@
 """A run folder: where everything about one run lands, and where it is found again."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -13,7 +14,7 @@ import yaml
 
 from memformer.data import Tokenizer, load_tokenizer
 from memformer.errors import CheckpointError, InputError
-from memformer.files import write_json, write_text
+from memformer.files import parse_yaml, write_json, write_text
 from memformer.models import LanguageModel, load_model
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
@@ -24,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 SAMPLES = "samples"
 RESULT_FILE = "evaluation.json"
+
+_CHECKSUM = "# sha256 of the lines below; to change them by hand, delete this line: "
 
 
 @dataclass(frozen=True)
@@ -89,29 +92,44 @@ def load_run(
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """Return a run's resolved config as plain values.
+    """Return a run's resolved config as plain values, checked where its first line is a checksum.
 
     Raises:
         CheckpointError: It is missing or damaged.
     """
     file = folder / RUN_CONFIG_FILE
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    first, _, rest = text.partition("\n")
+    if first.startswith(_CHECKSUM) and first != _checksum_line(rest):
+        raise CheckpointError(
+            f"{file} is damaged or was changed: its lines do not have the checksum that the first one says; "
+            "if they were changed by hand, delete the first line"
+        )
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not YAML: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} does not hold a config")
     return value
 
 
 def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the resolved config and the versions it runs with.
+    """Write the resolved config, with a checksum as a comment, and the versions it runs with.
 
     Raises:
         SaveError: Writing failed.
     """
-    write_text(folder / RUN_CONFIG_FILE, yaml.safe_dump(fields, sort_keys=False))
+    text = yaml.safe_dump(fields, sort_keys=False)
+    write_text(folder / RUN_CONFIG_FILE, f"{_checksum_line(text)}\n{text}")
     write_json(folder / VERSIONS_FILE, versions())
+
+
+def _checksum_line(text: str) -> str:
+    return _CHECKSUM + hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
