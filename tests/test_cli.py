@@ -469,7 +469,8 @@ def test_commands_without_a_run(command, tmp_path):
 
 
 def test_an_unknown_command():
-    assert refused("trian") == "unknown command 'trian'; the commands are train, evaluate, retention, generate, report"
+    known = "train, evaluate, retention, generate, report, reproduce"
+    assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 
 @pytest.mark.parametrize(
