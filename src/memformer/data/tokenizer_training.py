@@ -20,6 +20,7 @@ from memformer.data.tokenizers import (
     Tokenizer,
     blocks_of_lines,
     decode_utf8,
+    fingerprint_of_text,
 )
 from memformer.errors import CheckpointError, InputError
 from memformer.files import write_bytes
@@ -198,7 +199,16 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
         case {"kind": "bpe" | "word" as kind}:
             path = folder / _TOKENIZER_FILE
             try:
-                return TextTokenizer(kind, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+                definition = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            # Before the package reads it: some definitions that it never wrote make it panic.
+            if fingerprint_of_text(kind, definition) != config.get("fingerprint"):
+                raise CheckpointError(
+                    f"{path} is damaged or was changed: it does not have the fingerprint that {_CONFIG_FILE} says"
+                )
+            try:
+                return TextTokenizer(kind, tokenizers.Tokenizer.from_str(definition))
             # The package raises plain `Exception` for a definition it cannot parse.
             except Exception as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error

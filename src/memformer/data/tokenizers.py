@@ -67,6 +67,11 @@ def fingerprint_of(definition: Any) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
+def fingerprint_of_text(kind: str, definition: str) -> str:
+    """Return the fingerprint of a tokenizer of text from its definition, as the file holds it."""
+    return fingerprint_of({"kind": kind, "tokenizer": definition})
+
+
 class ByteTokenizer:
     """Every byte is its own id."""
 
@@ -188,7 +193,7 @@ class TextTokenizer:
         self.kind = kind
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
-        self.fingerprint = fingerprint_of({"kind": kind, "tokenizer": tokenizer.to_str()})
+        self.fingerprint = fingerprint_of_text(kind, tokenizer.to_str())
         names = [tokenizer.id_to_token(token) for token in range(self.vocab_size)]
         missing = {UNKNOWN_WORD, END_OF_LINE} - set(names) if kind == "word" else set()
         if None in names or missing:

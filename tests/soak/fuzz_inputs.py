@@ -1,0 +1,254 @@
+"""What tests/soak/fuzz.py damages of what people give: what it says now is what is read, or it is refused.
+
+What a damaged file says is read here once more in a few plain lines, to compare with.
+"""
+
+import dataclasses
+import datetime
+import gzip
+import json
+import lzma
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+
+from memformer.commands import parse_run_config
+from memformer.data import SourceConfig, TokenizerConfig
+from memformer.data.recall_text import Story, read_stories
+from memformer.errors import InputError
+from memformer.training.config import DataConfig
+from memformer.training.run_data import DocumentData, prepare_data
+
+TEXTS = ["the cat sat on the mat", "", "Äpfel über 猫\nof two lines", "the dog sat on the log " * 5]
+GREY_LEVELS = 4
+STORIES = """\
+1 Mary moved to the bathroom.
+2 John went to the hallway.
+3 Where is Mary? \tbathroom\t1
+4 Mary took the milk.
+5 What is Mary carrying?\tmilk,football\t4
+6 Where is John?\thallway\t2
+
+1 Sandra went to the garden.
+2 Is Sandra in the garden?\tyes\t1
+"""
+RUN_CONFIG = """\
+# Every kind of value: numbers, names, paths, lists, what is nested, what is left out.
+folder: runs/passkey
+seed: 3
+threads: 1
+model:
+  d_model: 64
+  num_heads: 4
+  num_slots: 16
+  write_competition: true
+  write_normalizer: entmax15
+  forgetting_speeds: [0.1, 1.0e-3]
+  attention_dropout: 0.0
+  dropout: 0.1
+data:
+  train:
+    kind: jsonl
+    path: [books, more/*.jsonl.gz]
+    text_key: body
+  validation:
+    kind: text
+    path: held-out
+    documents: ':1000'
+  tokenizer:
+    kind: bpe
+    vocab_size: 1000
+  max_document_tokens: 8192
+  recall:
+    task: passkey
+    max_distance: 64
+    question_probability: 0.5
+    curriculum:
+      start_distance: 2
+      advance_below: 0.2
+training:
+  num_updates: 3000
+  method: replay
+  learning_rate: 3e-3
+  betas: [0.9, 0.95]
+  write_price: 0.001
+  evaluation_tokens: null
+"""
+
+
+class RunConfigFile:
+    """The config that a person gives to `memformer train`: what it says counts, and the defaults for the rest."""
+
+    name, weight = "run config", 0.5
+
+    def __init__(self, base: Path) -> None:
+        self.files = [base / "passkey.yaml"]
+        self.files[0].write_text(RUN_CONFIG, encoding="utf-8")
+
+    def is_as_written(self) -> bool:
+        """Read it and compare with what it says."""
+        config, _ = parse_run_config([str(self.files[0])])
+        return says_the_same(config, yaml.safe_load(self.files[0].read_text(encoding="utf-8")))
+
+
+def says_the_same(value: Any, said: Any) -> bool:
+    """Whether a value of a config is what YAML says, and a dataclass its defaults where YAML says nothing."""
+    if isinstance(value, list | tuple) and isinstance(said, list | tuple):
+        return len(value) == len(said) and all(map(says_the_same, value, said))
+    if not dataclasses.is_dataclass(value) or not isinstance(said, Mapping):
+        # YAML's own reading of 3e-3 and 089 is a string, and of a name like 2020-01-01 a date.
+        is_number = isinstance(value, int | float) and isinstance(said, str)
+        is_name = isinstance(value, str) and isinstance(said, datetime.date)
+        return value == said or (is_number and value == float(said)) or (is_name and value == said.isoformat())
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    return said.keys() <= fields.keys() and all(
+        says_the_same(getattr(value, name), said[name] if name in said else default_of(field))
+        and (getattr(value, name) is not None or type(None) in get_args(field.type))
+        for name, field in fields.items()
+    )
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a dataclass's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+class InputFiles:
+    """Files that a run reads documents from: what they say counts, as a few lines here read it once more.
+
+    A subclass writes `files`, and says what `source` they are.
+    """
+
+    name = "input"
+    weight = 0.5
+    files: list[Path]
+    source: SourceConfig
+    tokenizer = TokenizerConfig()
+
+    def __init__(self, base: Path) -> None:
+        self.cache = base / f"cache of {self.name}"
+
+    def said(self) -> Iterator[bytes]:
+        """Yield the content of every document."""
+        raise NotImplementedError
+
+    def is_as_written(self) -> bool:
+        """Read them as a run does and compare; a refusal leaves no trace in the cache."""
+        config = DataConfig(train=self.source, validation=self.source, tokenizer=self.tokenizer, cache=str(self.cache))
+        try:
+            data = prepare_data(config)
+            assert isinstance(data, DocumentData)
+            corpus = data.train
+            documents = [corpus.document(index).tolist() for index in range(corpus.num_documents)]
+            return [data.tokenizer.decode(ids) for ids in documents] == [content for content in self.said() if content]
+        except InputError:
+            if any(self.cache.glob("*")):
+                return False
+            raise
+        finally:
+            shutil.rmtree(self.cache, ignore_errors=True)
+
+
+class TextFiles(InputFiles):
+    """A folder of texts, plain and compressed, that a BPE tokenizer is trained on."""
+
+    name = "text files"
+    tokenizer = TokenizerConfig(kind="bpe", vocab_size=260)
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        folder, content = base / "texts", "".join(TEXTS).encode()
+        folder.mkdir()
+        self.files = [folder / name for name in ("a.txt", "b.txt.gz", "c.txt.xz")]
+        for file, write in zip(self.files, (bytes, compress, lzma.compress), strict=True):
+            file.write_bytes(write(content))
+        self.source = SourceConfig(path=str(folder))
+
+    def said(self) -> Iterator[bytes]:
+        """Yield what is in the files; an empty one is left out of a folder."""
+        yield from (uncompressed(file) for file in self.files if file.stat().st_size)
+
+
+class JsonLines(InputFiles):
+    """A text on every line."""
+
+    name = "JSON lines"
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self.files = [base / "texts.jsonl"]
+        lines = [json.dumps({"text": text, "number": number}) for number, text in enumerate(TEXTS)]
+        self.files[0].write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.source = SourceConfig(kind="jsonl", path=str(self.files[0]))
+
+    def said(self) -> Iterator[bytes]:
+        """Yield the text of every line."""
+        lines = self.files[0].read_bytes().split(b"\n")
+        yield from (json.loads(line)["text"].encode() for line in lines if line.strip())
+
+
+class Images(InputFiles):
+    """Grey images, plain and compressed."""
+
+    name = "images"
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        folder, pixels = base / "images", np.random.default_rng(0).integers(0, 256, (5, 4, 6), dtype=np.uint8)
+        folder.mkdir()
+        content = struct.pack(">4I", 0x803, *pixels.shape) + pixels.tobytes()
+        self.files = [folder / "a", folder / "b.gz"]
+        for file, write in zip(self.files, (bytes, compress), strict=True):
+            file.write_bytes(write(content))
+        self.source = SourceConfig(kind="idx", path=str(folder), levels=GREY_LEVELS)
+
+    def said(self) -> Iterator[bytes]:
+        """Yield the grey levels of every image; an empty file is left out of a folder."""
+        for file in self.files:
+            if file.stat().st_size:
+                content = uncompressed(file)
+                num_images, height, width = struct.unpack(">3I", content[4:16])
+                pixels = np.frombuffer(content[16:], np.uint8).reshape(num_images, height * width)
+                yield from (bytes(pixel // (256 // GREY_LEVELS) for pixel in image.tolist()) for image in pixels)
+
+
+class Stories:
+    """Stories of bAbI."""
+
+    name, weight = "stories", 0.5
+
+    def __init__(self, base: Path) -> None:
+        self.files = [base / "stories.txt"]
+        self.files[0].write_text(STORIES, encoding="utf-8")
+
+    def is_as_written(self) -> bool:
+        """Read them and compare with the lines."""
+        told = [line for story in read_stories(str(self.files[0])) for line in told_lines(story)]
+        said = [line for line in self.files[0].read_bytes().decode().split("\n") if line.strip()]
+        parts = [[part.strip() for part in line.partition(" ")[2].split("\t")][:2] for line in said]
+        return told == [(line.partition(" ")[0], *part) for line, part in zip(said, parts, strict=True)]
+
+
+def told_lines(story: Story) -> Iterator[tuple[str, ...]]:
+    """Yield number, text and, of a question, answer of every line of a story."""
+    lines: list[tuple[str, ...]] = []
+    for number, statement in enumerate(story.statements, start=1):
+        lines.append((statement,))
+        lines += [(asked.text, asked.answer) for asked in story.questions if asked.num_statements == number]
+    yield from ((str(number), *line) for number, line in enumerate(lines, start=1))
+
+
+def compress(content: bytes) -> bytes:
+    """Return gzip's form, without the time in it."""
+    return gzip.compress(content, mtime=0)
+
+
+def uncompressed(file: Path) -> bytes:
+    """Return what is in a file, through gzip or xz where its name says so."""
+    readers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
+    return readers.get(file.suffix, bytes)(file.read_bytes())
