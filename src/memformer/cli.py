@@ -37,7 +37,7 @@ from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import DataConfig, RunConfig, check_seed, check_threads
 from memformer.training.loop import Interrupted, check_same_run, print_warning, train
-from memformer.training.processes import Processes, processes_started, were_restarted
+from memformer.training.processes import Processes, exit_process, processes_started, were_restarted
 from memformer.training.run import (
     CHECKPOINTS,
     RUN_CONFIG_FILE,
@@ -77,7 +77,7 @@ Sequence models that read arbitrarily long input with a memory of fixed size (ar
 
 def entry_point() -> None:
     """Run the command with the process's arguments, and exit with its status."""
-    sys.exit(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memformer import Memformer
 from memformer.training import loop
 from memformer.training.logs import NoLog
-from memformer.training.processes import processes_started
+from memformer.training.processes import exit_process, processes_started
 from memformer.training.run_data import prepare_data
 from tests.training.test_loop import run_config
 
@@ -65,3 +65,4 @@ def whole(gradient):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    exit_process(0)

@@ -24,8 +24,8 @@ from tests.training.test_loop import checkpoint_of, config_file, logged, run_con
 ROOT = Path(__file__).parents[2]
 # A process that dies in the middle of the seventh update, the first time that it is there.
 DYING = """
-import os, signal, sys
-from memformer.cli import main
+import os, signal
+from memformer.cli import entry_point
 from memformer.training import loop
 
 backpropagate, calls = loop.backpropagate, []
@@ -37,7 +37,26 @@ def die(*args, **kwargs):
     return backpropagate(*args, **kwargs)
 
 loop.backpropagate = die
-sys.exit(main(sys.argv[1:]))
+entry_point()
+"""
+# A process whose interpreter is shutting down while gloo lets go of a tensor.
+ENDING = """
+import time
+import torch
+import torch.distributed as dist
+from memformer.training.processes import exit_process, processes_started
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(2)
+
+with processes_started("cpu") as processes:
+    group = dist.group.WORLD  # as torch keeps it where weights are shared out
+    tensor, parts = torch.ones(2), [torch.empty(2), torch.empty(2)]
+    time.sleep(processes.rank)
+    dist.all_gather(parts, tensor, async_op=True)
+_slow = Slow()  # the underscore: torn down before the tensors
+exit_process(0)
 """
 
 
@@ -83,6 +102,13 @@ def assert_nearly_same_run(folder, other):
         assert our_line == pytest.approx(their_line, rel=1e-3)
     ours, theirs = (load_file(checkpoint_of(each, 10) / "state.safetensors") for each in (folder, other))
     assert_close(ours["memory"], theirs["memory"], relative=1e-2)
+
+
+def test_processes_end_well_while_gloo_still_holds_a_tensor(tmp_path):
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    done = torchrun(script)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

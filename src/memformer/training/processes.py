@@ -5,9 +5,11 @@ does not depend on the number of processes, nor does the update, but for roundin
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -117,6 +119,25 @@ class Processes:
             dist.barrier()
 
 
+def exit_process(status: int) -> NoReturn:
+    """End this process; one of several ends at once, without the interpreter's own shutdown.
+
+    Where weights are shared out, torch keeps gloo's threads beyond `destroy_process_group`. One of them that lets go of
+    a tensor while the interpreter shuts down aborts the process, and with it the job, though all is done and saved
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if num_started() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def num_started() -> int:
+    """Return how many processes `torchrun` started, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def were_restarted() -> bool:
     """Whether `torchrun --max-restarts` has started the processes again after one had died."""
     return _num_restarts() > 0
@@ -133,7 +154,7 @@ def processes_started(device_type: str) -> Iterator[Processes]:
     Yields:
         The processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if num_started() == 1 or dist.is_initialized():
         yield Processes()
         return
     store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
