@@ -79,7 +79,7 @@ are done. Into the folder go a run folder for every row and seed, table.md, tabl
 goes to every `memformer train`.
 
   memformer reproduce table1 --scale small --seeds 3 --jobs 2
-  memformer reproduce table1 --scale paper --rows 11-memformer-4-8 -- --device cuda
+  memformer reproduce table1 --scale paper --rows 06-memformer -- --device cuda
   memformer reproduce table1 --only_write
 """
 
@@ -235,9 +235,9 @@ def report_parser() -> ArgumentParser:
 
 def reproduce_parser() -> ArgumentParser:
     """Return the parser of `memformer reproduce`."""
-    parser = _parser("reproduce", REPRODUCE_HELP, "TABLE [--scale small|paper] [options] [-- options of train]")
+    parser = _parser("reproduce", REPRODUCE_HELP, "TABLE [--scale SCALE] [options] [-- options of train]")
     parser.add_argument("table", type=str, help="The table.")
-    parser.add_argument("--scale", choices=["small", "paper"], default="small", help="For a CPU, or as in the paper.")
+    parser.add_argument("--scale", default="small", help="small, for a CPU; paper; or another that the table has.")
     parser.add_argument("--seeds", type=int, default=1, help="Seeds of every row: 0, 1, ...")
     parser.add_argument("--rows", type=str, nargs="+", default=None, help="Rows by their keys; all if not given.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs trained at a time.")

@@ -9,7 +9,10 @@ import pytest
 
 from memformer.data import Document, SourceConfig, iterate_documents
 from memformer.data.documents import parse_slice, slice_documents
+from memformer.data.tokenizer_training import TokenizerConfig, train_tokenizer
 from memformer.errors import InputError
+
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def contents(source: SourceConfig) -> list[bytes]:
@@ -146,6 +149,8 @@ def test_slice_of_a_source(tmp_path: Path) -> None:
         ({"kind": "huggingface", "name": "x"}, r"split \(None\) must be given"),
         ({"kind": "python", "path": "x"}, r"path \('x'\) is not read by kind 'python', only by text, jsonl, idx"),
         ({"path": "x", "text_key": "body"}, r"text_key \('body'\) is not read by kind 'text'"),
+        ({"kind": "jsonl", "path": "x", "document_start": "#"}, r"document_start \('#'\) is not read by kind 'jsonl'"),
+        ({"path": "x", "document_start": "("}, r"document_start \('\('\) is not a regular expression: missing \)"),
         ({"path": "x", "levels": 2}, r"levels \(2\) is not read by kind 'text'"),
         ({"kind": "digits", "downsample": 2}, r"downsample \(2\) is not read by kind 'digits'"),
         ({"path": "x", "name": "y"}, r"name \('y'\) is not read"),
@@ -179,6 +184,64 @@ def test_standard_library_is_sorted_and_without_tests() -> None:
     assert {"argparse.py", "json/decoder.py"} <= set(every)
     assert all(document.content for document in documents)
     assert not any({"test", "tests", "idle_test", "site-packages"} & set(Path(name).parts[:-1]) for name in every)
+
+
+WIKITEXT = " \n = One = \n \n = = Part = = \n a\n \n = Two = \n b = c\n"
+ARTICLES = [WIKITEXT[: WIKITEXT.index(" = Two")].encode(), WIKITEXT[WIKITEXT.index(" = Two") :].encode()]
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        (WIKITEXT, ARTICLES),
+        (WIKITEXT.replace("\n", "\r\n"), [article.replace(b"\n", b"\r\n") for article in ARTICLES]),
+        (WIKITEXT.rstrip("\n"), [ARTICLES[0], ARTICLES[1].rstrip(b"\n")]),
+        ("before\n" + WIKITEXT, [b"before\n \n", ARTICLES[0].removeprefix(b" \n"), ARTICLES[1]]),
+        (" = One = \n = Two = \n", [b" = One = \n", b" = Two = \n"]),
+        (" \n\n", [b" \n\n"]),
+        ("a = b = c\n", [b"a = b = c\n"]),
+    ],
+)
+def test_a_text_is_cut_where_documents_start(tmp_path: Path, content: str, documents: list[bytes]) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_bytes(content.encode())
+    source = SourceConfig(path=str(path), document_start=" = [^=].* = ")
+    assert contents(source) == documents
+    assert b"".join(documents) == content.encode()
+
+
+def test_documents_of_a_text_are_named_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.txt"
+    path.write_text(WIKITEXT)
+    source = SourceConfig(path=str(path), document_start=" = [^=].* = ")
+    assert [document.name for document in iterate_documents(source)] == [f"{path}:1", f"{path}:7"]
+    path.write_text("")
+    with pytest.raises(InputError, match="is empty"):
+        contents(source)
+
+
+def test_articles_of_wikitext_2_hold_all_of_its_tokens() -> None:
+    path = REAL_DATA / "wikitext-2" / "valid.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    source = SourceConfig(path=str(path), document_start=" = [^=].* = ")
+    documents = list(iterate_documents(source))
+    tokenizer = train_tokenizer(TokenizerConfig(kind="word"), documents)
+    assert len(documents) == 60
+    assert sum(len(tokenizer.encode(content, name)) for name, content in documents) == 217_646
+
+
+def test_records_of_the_hub_are_lines_where_documents_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As the hub has WikiText: a record for each line, blank ones without their end.
+    records = [line if line.strip() else "" for line in WIKITEXT.splitlines(keepends=True)]
+    module = ModuleType("datasets")
+    module.load_dataset = lambda *_, **__: [{"text": record} for record in records]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    source = SourceConfig(kind="huggingface", name="x", split="train", document_start=" = [^=].* = ")
+    assert list(iterate_documents(source)) == [
+        ("x:0", b"\n = One = \n\n = = Part = = \n a\n\n"),
+        ("x:6", b" = Two = \n b = c\n"),
+    ]
 
 
 def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:

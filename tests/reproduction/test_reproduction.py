@@ -14,9 +14,9 @@ from tests.test_cli import call, call_json, make_text, refused
 
 TABLE = {
     "title": "A small table",
-    "metric": "bits_per_byte",
     "scales": {
         "small": {
+            "metric": "bits_per_byte",
             "flops_tokens": 100,
             "note": "Ours is small.",
             "run": {
@@ -105,14 +105,19 @@ def test_mistakes_are_refused(table, tmp_path):
     row = tmp_path / "experiments" / "tiny" / "1-lstm.yaml"
     row.write_text(row.read_text().replace("paper:", "papre:"))
     assert "unknown key 'papre'" in refused("reproduce", *table)
+    shared = tmp_path / "experiments" / "tiny" / "table.yaml"
+    shared.write_text(shared.read_text().replace("metric: bits_per_byte", "metric: bits"))
+    assert "metric ('bits') must be one of perplexity" in refused("reproduce", *table)
+    shared.write_text(shared.read_text().replace("metric: bits", "# "))
+    assert "scale small lacks 'metric'" in refused("reproduce", *table)
 
 
 @pytest.mark.parametrize("name", table_names(experiments_folder()))
 def test_every_row_at_every_scale_is_a_run(name, tmp_path):
     table = read_table(experiments_folder() / name)
-    for row in table.rows:
-        assert row.scales.keys() == table.scales.keys()
-        for scale in row.scales:
+    for scale in table.scales:
+        assert table.rows_at(scale) == table.rows
+        for row in table.rows:
             file = tmp_path / f"{row.key}-{scale}.yaml"
             file.write_text(yaml.safe_dump(table.config_of(row, scale, data="data")))
             config, _ = commands.parse_run_config([str(file)])

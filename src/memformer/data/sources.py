@@ -8,6 +8,7 @@ from memformer.data.documents import Document, parse_slice, slice_documents
 from memformer.data.files import SourceFile, locate_files
 from memformer.data.images import DIGITS_LEVELS, DIGITS_SHAPE, idx_shape, read_digits, read_idx_files
 from memformer.data.text import (
+    compile_document_start,
     locate_standard_library,
     read_hub,
     read_json_lines,
@@ -17,12 +18,12 @@ from memformer.data.text import (
 from memformer.errors import InputError
 
 _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
-    "text": frozenset({"path"}),
+    "text": frozenset({"path", "document_start"}),
     "jsonl": frozenset({"path", "text_key"}),
     "idx": frozenset({"path", "levels", "downsample"}),
     "digits": frozenset(),
     "python": frozenset(),
-    "huggingface": frozenset({"name", "config_name", "split", "text_key"}),
+    "huggingface": frozenset({"name", "config_name", "split", "text_key", "document_start"}),
 }
 _REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
     "text": ("path",),
@@ -46,6 +47,8 @@ class SourceConfig:
         name: For huggingface: the name of the data set.
         config_name: For huggingface: the data set's configuration, where it has several.
         split: For huggingface: the split to read, for example train.
+        document_start: For text and huggingface: a regular expression; a line (for huggingface a record) that matches
+            it from its first character to its last begins a document. ' = [^=].* = ' finds the articles of WikiText.
         documents: A start:stop slice of the documents in order; either side may be empty or negative, as in :1000
             or -10000: (default: all).
         levels: For idx: the number of grey levels (2 to 256) that pixels are quantized to.
@@ -62,6 +65,7 @@ class SourceConfig:
     name: str | None = None
     config_name: str | None = None
     split: str | None = None
+    document_start: str | None = None
     documents: str | None = None
     levels: int = 256
     downsample: int = 1
@@ -80,6 +84,8 @@ class SourceConfig:
                 raise InputError(
                     f"{field.name} ({value!r}) is not read by kind {self.kind!r}, only by {', '.join(readers)}"
                 )
+        if self.document_start is not None:
+            compile_document_start(self.document_start)
         if not 2 <= self.levels <= 256:
             raise InputError(f"levels ({self.levels}) must be from 2 to 256")
         if self.downsample < 1:
@@ -137,7 +143,7 @@ def _checked(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document
 def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
     match source.kind:
         case "text":
-            return read_text_files(files)
+            return read_text_files(files, document_start=source.document_start)
         case "jsonl":
             return read_json_lines(files, text_key=source.text_key)
         case "idx":
@@ -151,7 +157,13 @@ def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
         case "huggingface":
             assert source.name is not None
             assert source.split is not None
-            return read_hub(source.name, config_name=source.config_name, split=source.split, text_key=source.text_key)
+            return read_hub(
+                source.name,
+                config_name=source.config_name,
+                split=source.split,
+                text_key=source.text_key,
+                document_start=source.document_start,
+            )
 
 
 def image_shape(source: SourceConfig) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,19 +16,64 @@ from memformer.errors import InputError
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
 
 
-def read_text_files(files: Iterable[SourceFile]) -> Iterator[Document]:
-    """Yield every file as one document; those of a folder or pattern that uncompress to nothing are left out.
+def compile_document_start(pattern: str) -> re.Pattern[bytes]:
+    """Return the expression for lines as bytes.
+
+    Raises:
+        InputError: It is not a regular expression.
+    """
+    try:
+        return re.compile(pattern.encode())
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"document_start ({pattern!r}) is not a regular expression: {error}") from error
+
+
+def read_text_files(files: Iterable[SourceFile], *, document_start: str | None = None) -> Iterator[Document]:
+    """Yield every file as one document, or cut where lines match; files found that uncompress to nothing are left out.
+
+    Args:
+        files: The files.
+        document_start: A regular expression; a line that matches as a whole begins a document.
 
     Raises:
         InputError: A file cannot be read, or one that was named itself is empty.
     """
     for path, is_explicit in files:
+        is_empty = True
         with open_source(path) as stream:
-            content = stream.read()
-        if content:
-            yield Document(str(path), content)
-        elif is_explicit:
+            if document_start is None:
+                documents = iter([Document(str(path), stream.read())])
+            else:
+                lines = ((f"{path}:{number}", line) for number, line in enumerate(stream, start=1))
+                documents = split_documents(lines, document_start)
+            for document in documents:
+                if len(document.content):
+                    is_empty = False
+                    yield document
+        if is_empty and is_explicit:
             raise InputError(f"{path} is empty; a document needs at least one byte")
+
+
+def split_documents(lines: Iterable[tuple[str, bytes]], document_start: str) -> Iterator[Document]:
+    """Yield documents of lines, each named by its first line and reaching to the next line that matches.
+
+    What comes before the first match is a document of its own, but blank lines belong to the document after them.
+
+    Args:
+        lines: Name and content of each, the latter with its line's end.
+        document_start: A regular expression for a whole line, without its end.
+    """
+    starts = compile_document_start(document_start)
+    first, parts = "", list[bytes]()
+    for name, line in lines:
+        if starts.fullmatch(line.rstrip(b"\r\n")) and any(not part.isspace() for part in parts):
+            yield Document(first, b"".join(parts))
+            parts = []
+        if not parts:
+            first = name
+        parts.append(line)
+    if parts:
+        yield Document(first, b"".join(parts))
 
 
 def read_json_lines(files: Iterable[SourceFile], *, text_key: str) -> Iterator[Document]:
@@ -102,14 +148,18 @@ def read_standard_library(files: Iterable[SourceFile]) -> Iterator[Document]:
         yield Document(Path(name).relative_to(root).as_posix(), content)
 
 
-def read_hub(name: str, *, config_name: str | None, split: str, text_key: str) -> Iterator[Document]:
-    """Stream a data set of the Hugging Face hub, one document a record.
+def read_hub(
+    name: str, *, config_name: str | None, split: str, text_key: str, document_start: str | None = None
+) -> Iterator[Document]:
+    """Stream a data set of the Hugging Face hub, one document a record, or from one that matches to the next.
 
     Args:
         name: Name of the data set on the hub, or a folder it was saved in.
         config_name: The data set's configuration, if it has several.
         split: For example `train`.
         text_key: Column that holds the text.
+        document_start: A regular expression; a record that matches as a whole begins a document. Records are then
+            lines, and one that does not end a line is given an end.
 
     Raises:
         InputError: The `datasets` package is missing, it could not load the data set, or a record has no such text.
@@ -123,6 +173,10 @@ def read_hub(name: str, *, config_name: str | None, split: str, text_key: str) -
     # Whatever went wrong (no network, no such set, split or configuration), the package's own words explain it best.
     except Exception as error:
         raise InputError(f"data set {name!r} (config_name {config_name!r}, split {split!r}): {error}") from error
-    for index, record in enumerate(records):
-        document = f"{name}:{index}"
-        yield Document(document, _text_of(record, text_key=text_key, name=document))
+    named = ((f"{name}:{index}", record) for index, record in enumerate(records))
+    texts = ((place, _text_of(record, text_key=text_key, name=place)) for place, record in named)
+    if document_start is None:
+        yield from (Document(place, text) for place, text in texts)
+    else:
+        lines = ((place, text if text.endswith(b"\n") else text + b"\n") for place, text in texts)
+        yield from split_documents(lines, document_start)

@@ -36,7 +36,7 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     output = Path(options.folder or f"runs/{table.key}-{options.scale}")
     runs = plan_runs(
         table,
-        _choose(table, options.rows),
+        _choose(table, options.rows, options.scale),
         scale=options.scale,
         seeds=range(options.seeds),
         folder=output,
@@ -64,9 +64,9 @@ def _write(output: Path, figures: dict[str, Any], markdown: str, figure: Figure,
     return json.dumps(figures) if is_json else f"{markdown}\nwrote {output}/table.md, table.json and table.png"
 
 
-def _choose(table: Table, keys: Sequence[str] | None) -> list[Row]:
+def _choose(table: Table, keys: Sequence[str] | None, scale: str) -> list[Row]:
     if keys is None:
-        return table.rows
+        return table.rows_at(scale)
     known = {row.key: row for row in table.rows}
     if unknown := [key for key in keys if key not in known]:
         raise InputError(f"{table.key} has no row {unknown[0]!r}; it has {', '.join(known)}")

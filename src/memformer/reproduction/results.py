@@ -79,18 +79,18 @@ def to_json(table: Table, rows: Sequence[RowFigures], scale: str) -> dict[str, A
         "table": table.key,
         "title": table.title,
         "scale": scale,
-        "metric": table.metric,
+        "metric": table.scale(scale).metric,
         "note": table.scale(scale).note,
         "flops_tokens": table.scale(scale).flops_tokens,
         "versions": versions(),
-        "rows": [row.to_dict(table.metric) for row in rows],
+        "rows": [row.to_dict(table.scale(scale).metric) for row in rows],
     }
 
 
 def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
     """Return the table as Markdown: ours on the left, the paper's on the right."""
     shared = table.scale(scale)
-    label = LABELS[table.metric]
+    label = LABELS[shared.metric]
     papers = sorted({name for row in rows for name in row.row.paper})
     header = [
         "model",
@@ -106,8 +106,8 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
     lines = [f"## {table.title}, scale {scale}", "", shared.note.strip(), ""]
     lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        values = row.values(table.metric)
-        erased = statistics.mean(row.values(table.metric, memory="memory_erased"))
+        values = row.values(shared.metric)
+        erased = statistics.mean(row.values(shared.metric, memory="memory_erased"))
         results = row.results.values()
         cells = [
             row.row.name,
@@ -126,20 +126,21 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
 
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
     """Return a picture: the figure that rows are compared by, against what a sequence costs."""
+    shared = table.scale(scale)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     kinds = sorted({row.row.model_type for row in rows})
     for kind in kinds:
         own = [row for row in rows if row.row.model_type == kind]
-        means = [statistics.mean(row.values(table.metric)) for row in own]
-        spreads = [_deviation(row.values(table.metric)) for row in own]
+        means = [statistics.mean(row.values(shared.metric)) for row in own]
+        spreads = [_deviation(row.values(shared.metric)) for row in own]
         axes.errorbar([row.flops / 1e9 for row in own], means, yerr=spreads, fmt="o", capsize=3, label=kind)
         for row, mean in zip(own, means, strict=True):
             offset = (4, 4)
             axes.annotate(row.row.name, (row.flops / 1e9, mean), xytext=offset, textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlabel(f"GFLOPs for {table.scale(scale).flops_tokens:,} tokens")
-    axes.set_ylabel(LABELS[table.metric])
+    axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
+    axes.set_ylabel(LABELS[shared.metric])
     axes.set_title(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -15,7 +15,6 @@ TABLE_FILE = "table.yaml"
 # Filled in by the command's --data.
 DATA_PLACE = "{data}"
 
-Scale = Literal["small", "paper"]
 Metric = Literal["perplexity", "bits_per_byte", "bits_per_token"]
 
 
@@ -45,14 +44,18 @@ class ScaleConfig:
     Attributes:
         run: Config of `memformer train`, but for the model.
         models: The model's config, for each type of model.
+        metric: The figure that rows are compared by; the lower the better.
         flops_tokens: Tokens of the sequence whose operations the table counts.
         note: What a reader of the table must know about it.
+        changes_of: The scale whose changes the rows make; this one if not given.
     """
 
     run: dict[str, Any]
     models: dict[str, dict[str, Any]]
+    metric: Metric
     flops_tokens: int
     note: str
+    changes_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +65,12 @@ class Table:
     Attributes:
         key: Name of its folder.
         title: What it is.
-        metric: The figure that its rows are compared by; the lower the better.
         scales: The scales it has.
         rows: In their order.
     """
 
     key: str
     title: str
-    metric: Metric
     scales: dict[str, ScaleConfig]
     rows: list[Row]
 
@@ -79,7 +80,7 @@ class Table:
         Raises:
             InputError: The row has no such scale, or its type of model no config.
         """
-        shared, changes = self.scale(scale), row.scales.get(scale)
+        shared, changes = self.scale(scale), self._changes(row, scale)
         if changes is None:
             raise InputError(f"row {row.key} of {self.key} has no scale {scale!r}; it has {', '.join(row.scales)}")
         if row.model_type not in shared.models:
@@ -88,6 +89,17 @@ class Table:
         config |= {"model_type": row.model_type, "model": copy.deepcopy(shared.models[row.model_type])}
         filled: dict[str, Any] = _fill(_merge(config, changes), data)
         return filled
+
+    def rows_at(self, scale: str) -> list[Row]:
+        """Return the rows that a scale has.
+
+        Raises:
+            InputError: The table has no such scale.
+        """
+        return [row for row in self.rows if self._changes(row, scale) is not None]
+
+    def _changes(self, row: Row, scale: str) -> dict[str, Any] | None:
+        return row.scales.get(self.scale(scale).changes_of or scale)
 
     def scale(self, scale: str) -> ScaleConfig:
         """Return what rows share at a scale.
@@ -119,13 +131,11 @@ def read_table(folder: Path) -> Table:
     """
     file = folder / TABLE_FILE
     fields = _checked(file, Table, without={"key", "rows"})
-    if fields["metric"] not in get_args(Metric):
-        raise InputError(f"{file}: metric ({fields['metric']!r}) must be one of {', '.join(get_args(Metric))}")
     scales = {}
     for name, shared in fields["scales"].items():
-        if name not in get_args(Scale):
-            raise InputError(f"{file}: scale {name!r} must be one of {', '.join(get_args(Scale))}")
-        refuse_unknown_keys(shared, valid=_names(ScaleConfig), owner=f"{file}, scale {name}")
+        _check_keys(shared, valid=_names(ScaleConfig), owner=f"{file}, scale {name}")
+        if shared["metric"] not in get_args(Metric):
+            raise InputError(f"{file}: metric ({shared['metric']!r}) must be one of {', '.join(get_args(Metric))}")
         scales[name] = ScaleConfig(**shared)
     rows = []
     for row_file in sorted(folder.glob("*.yaml")):
@@ -133,18 +143,22 @@ def read_table(folder: Path) -> Table:
             rows.append(Row(key=row_file.stem, **_checked(row_file, Row, without={"key"})))
     if not rows:
         raise InputError(f"{folder} has no rows; each is a YAML file beside {TABLE_FILE}")
-    return Table(key=folder.name, title=fields["title"], metric=fields["metric"], scales=scales, rows=rows)
+    return Table(key=folder.name, title=fields["title"], scales=scales, rows=rows)
 
 
 def _checked(file: Path, kind: type, *, without: set[str]) -> dict[str, Any]:
     fields = read_yaml(file)
     valid = {name: field for name, field in _names(kind).items() if name not in without}
-    refuse_unknown_keys(fields, valid=valid, owner=str(file))
+    _check_keys(fields, valid=valid, owner=str(file))
+    return fields
+
+
+def _check_keys(fields: Mapping[str, Any], *, valid: Mapping[str, dataclasses.Field[Any]], owner: str) -> None:
+    refuse_unknown_keys(fields, valid=valid, owner=owner)
     for name, field in valid.items():
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and name not in fields:
-            raise InputError(f"{file} lacks {name!r}")
-    return fields
+            raise InputError(f"{owner} lacks {name!r}")
 
 
 def _names(kind: Any) -> dict[str, dataclasses.Field[Any]]:
