@@ -129,6 +129,6 @@ def test_what_only_a_memformer_can_do_is_refused():
     lstm = type(tiny_baseline("lstm").config)()
     with pytest.raises(InputError, match=r"model_type \('memformer'\) contradicts the model, a lstm"):
         RunConfig(model=lstm)
-    with pytest.raises(InputError, match="training.sharding and data.recall are for a memformer, not for a lstm"):
+    with pytest.raises(InputError, match="training.sharding is for a memformer, not for a lstm"):
         RunConfig(model_type="lstm", model=lstm, training=TrainingConfig(sharding="moments"))
     assert RunConfig(model=MemformerConfig(), data=DataConfig()).model_type == "memformer"

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from memformer import commands
-from memformer.data import PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
+from memformer.config import MemformerConfig
+from memformer.data import NUM_TASK_TOKENS, PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
 from memformer.data.tokenizers import encode_stream
 from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
@@ -411,7 +412,11 @@ def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:
             f"model.vocab_size ({config.model.vocab_size}) contradicts the data's tokenizer of "
             f"{tokenizer.vocab_size} tokens; leave it out"
         )
-    return dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    if isinstance(model, MemformerConfig) and config.data.multitask is not None:
+        num_special_tokens = max(model.num_special_tokens, NUM_TASK_TOKENS)
+        model = dataclasses.replace(model, num_special_tokens=num_special_tokens)
+    return model
 
 
 def _run_config(run: LoadedRun) -> RunConfig:

@@ -72,7 +72,8 @@ REPORT_HELP = """Write summary.html into a run folder: loss curve, figures, samp
 """
 REPRODUCE_HELP = """Train the rows of one of the paper's tables, and write the table beside the paper's figures.
 
-Tables: table1 (MNIST). Measured in a minute or two without training: table3 (methods), figure5 (costs).
+Tables: table1 (MNIST), table2 (text; also --scale books and paper_bpe), v1 (the paper's first version: tasks,
+positions, slots, horizons). Measured in a minute or two without training: table3 (methods), figure5 (costs).
 
 Runs that are finished are taken as they are, those that were stopped go on, so the command can be given again until all
 are done. Into the folder go a run folder for every row and seed, table.md, table.json and table.png. What follows --

@@ -146,6 +146,7 @@ class MemformerConfig(TransformerConfig):
     The defaults are a small byte-level model; the paper's own sizes and the ablations of its Table 1 are configs.
 
     Args:
+        num_special_tokens: Token ids after `[BOS]` that can be read, never predicted; `data.multitask` needs three.
         num_encoder_layers: Layers that read a segment and the memory.
         num_decoder_layers: Layers that predict the next segment.
         num_slots: Memory slots K (paper: k). 0 is the ablation "without memory": no reader and no writer.
@@ -188,6 +189,7 @@ class MemformerConfig(TransformerConfig):
 
     model_type: ClassVar[str] = "memformer"
 
+    num_special_tokens: int = 0
     num_encoder_layers: int = 4
     num_decoder_layers: int = 4
     num_slots: int = 32
@@ -210,7 +212,11 @@ class MemformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers(num_encoder_layers=1, num_decoder_layers=1, num_slots=0, convolution_kernel=0)
+        self._check_integers(
+            num_special_tokens=0, num_encoder_layers=1, num_decoder_layers=1, num_slots=0, convolution_kernel=0
+        )
+        if self.num_special_tokens and self.adaptive_cutoffs:
+            raise InputError("num_special_tokens is set, but embeddings with adaptive_cutoffs know [BOS] alone")
         if self.num_writer_heads is not None:
             self._check_integers(num_writer_heads=1)
             self._check_heads("num_writer_heads")

@@ -27,6 +27,7 @@ class Rollout:
         input_padding: (N, B, S) bool, True at padding of `inputs`. None means no padding.
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are not to be predicted, whose
             loss does not count. None means none.
+        starts: (N, B) int64, what the decoder starts from in place of `[BOS]`. None means `[BOS]` everywhere.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.
@@ -38,6 +39,7 @@ class Rollout:
     reset: Tensor | None = None
     input_padding: Tensor | None = None
     target_padding: Tensor | None = None
+    starts: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -66,6 +68,13 @@ class Rollout:
                 raise InputTypeError(f"rollout {name} has dtype {mask.dtype}; it must be torch.bool")
             if mask.shape != shape:
                 raise InputError(f"rollout {name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+        if self.starts is not None:
+            if self.starts.dtype != torch.int64:
+                raise InputTypeError(f"rollout starts have dtype {self.starts.dtype}; token ids must be torch.int64")
+            if self.starts.shape != self.inputs.shape[:2]:
+                raise InputError(
+                    f"rollout starts have shape {tuple(self.starts.shape)}; it must be {tuple(self.inputs.shape[:2])}"
+                )
 
     @property
     def num_timesteps(self) -> int:
@@ -89,6 +98,7 @@ class Rollout:
             reset=cut(self.reset),
             input_padding=cut(self.input_padding),
             target_padding=cut(self.target_padding),
+            starts=cut(self.starts),
         )
 
     def count_input_tokens(self) -> int:
@@ -112,7 +122,12 @@ class Rollout:
 
         A timestep's inputs are the last token that it read and all its targets but the last; where a target does not
         count its input is padding. So targets that must be read but not predicted (recall tasks) cannot be shifted.
+
+        Raises:
+            InputError: What the decoder starts from is given: there is no place for it.
         """
+        if self.starts is not None:
+            raise InputError("a rollout with starts (multi-task training) is for a Memformer: it cannot be shifted")
         length = self.inputs.shape[-1]
         last = torch.full(self.inputs.shape[:2], length - 1, device=self.inputs.device)
         if self.input_padding is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 Segment = Int64[Tensor, "B S"]
 Targets = Int64[Tensor, "B T"]
+Starts = Int64[Tensor, " B"]
 SegmentPadding = Bool[Tensor, "B S"]
 TargetPadding = Bool[Tensor, "B T"]
 Memory = Float[Tensor, "B K D"]

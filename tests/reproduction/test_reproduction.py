@@ -1,5 +1,6 @@
 """`memformer reproduce`: what is missing is trained, what is there is taken, ours and the paper's stay apart."""
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,8 @@ import yaml
 from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model, commands
 from memformer.flops import flops_per_token
 from memformer.reproduction import command
+from memformer.reproduction.results import collect, draw
+from memformer.reproduction.runs import plan_runs
 from memformer.reproduction.tables import experiments_folder, read_table, table_names
 from tests.test_cli import call, call_json, make_text, refused
 
@@ -33,6 +36,7 @@ ROWS = {
     "1-lstm": {"name": "LSTM", "model_type": "lstm", "paper": {"perplexity": 1.5}, "scales": {"small": {}}},
     "2-memory": {
         "name": "Memformer",
+        "curves": {"slots": 2},
         "model_type": "memformer",
         "scales": {"small": {"model": {"num_slots": 2, "segment_length": 8}, "training": {"learning_rate": 0.01}}},
     },
@@ -72,6 +76,14 @@ def test_missing_runs_are_trained_and_finished_ones_taken(table, tmp_path):
     assert (out / "table.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((out / "2-memory-seed-1" / "config.yaml").read_text())
     assert (config["seed"], config["model"]["num_slots"], config["training"]["learning_rate"]) == (1, 2, 0.01)
+
+    tiny = read_table(tmp_path / "experiments" / "tiny")
+    runs = plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], folder=out, data=str(tmp_path))
+    costs, slots = draw(tiny, collect(runs, tiny.scale("small")), "small").axes
+    assert costs.get_xlabel() == "GFLOPs for 100 tokens"
+    ((places, means),) = (line.get_data() for line in slots.lines[:1])
+    assert (slots.get_xlabel(), list(places)) == ("slots", [2])
+    assert list(means) == [figures["rows"][1]["bits_per_byte"]["mean"]]
 
     before = (out / "2-memory-seed-0" / "log.jsonl").read_bytes()
     shutil.rmtree(out / "1-lstm-seed-0")
@@ -113,7 +125,8 @@ def test_mistakes_are_refused(table, tmp_path):
 
 
 @pytest.mark.parametrize("name", table_names(experiments_folder()))
-def test_every_row_at_every_scale_is_a_run(name, tmp_path):
+def test_every_row_at_every_scale_is_a_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "train_parser", functools.cache(commands.train_parser))  # making one takes a second
     table = read_table(experiments_folder() / name)
     for scale in table.scales:
         assert table.rows_at(scale) == table.rows

@@ -19,9 +19,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from memformer import InputError, Memformer, MemformerConfig
+from memformer import InputError, Memformer, MemformerConfig, load_model
 from memformer.cli import main
-from memformer.data import SourceConfig, corpus_from_arrays
+from memformer.data import NUM_TASK_TOKENS, MultitaskConfig, SourceConfig, corpus_from_arrays
 from memformer.training import loop
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.logs import read_log
@@ -205,6 +205,33 @@ def test_killed_while_saving_and_resumed_is_the_unbroken_run(base, unbroken, cap
     assert "going on from" in capsys.readouterr().err
     assert_same_run(folder, unbroken)
     assert not (folder / "checkpoints" / ".update-000000006.partial").exists()
+
+
+def test_a_run_of_several_tasks_resumes_as_itself(base, tmp_path, capsys):
+    config = run_config(base)
+    data = dataclasses.replace(config.data, multitask=MultitaskConfig())
+    config = dataclasses.replace(config, data=data, folder=str(tmp_path / "unbroken"))
+    assert main(["train", config_file(config)]) == 0
+    assert load_model(tmp_path / "unbroken" / "best").config.num_special_tokens == NUM_TASK_TOKENS
+    _, evaluation = logged(tmp_path / "unbroken")
+    assert evaluation[-1][1] < evaluation[0][1]
+    folder = shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    forget_after(folder, 3)
+    assert main(["train", config_file(config), "--folder", str(folder), "--resume"]) == 0
+    assert_same_run(folder, tmp_path / "unbroken")
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt", "abc", "--max_new_tokens", "30"]) == 0
+    other = [
+        "--folder",
+        str(folder),
+        "--resume",
+        "--data.multitask.recall",
+        "0.2",
+        "--data.multitask.continuation",
+        "0.5",
+    ]
+    assert main(["train", config_file(config), *other]) == 2
+    assert "data.multitask" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])

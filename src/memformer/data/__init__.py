@@ -4,6 +4,7 @@ from memformer.data.building import build_corpus
 from memformer.data.corpus import Corpus, corpus_from_arrays
 from memformer.data.documents import Document
 from memformer.data.lanes import LaneStream
+from memformer.data.multitask import NUM_TASK_TOKENS, MultitaskConfig, MultitaskStream
 from memformer.data.recall import CurriculumConfig, RecallConfig, RecallStream, make_task, make_text_task
 from memformer.data.recall_tasks import RecallTask
 from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
@@ -12,11 +13,14 @@ from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, s
 from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer
 
 __all__ = [
+    "NUM_TASK_TOKENS",
     "ByteTokenizer",
     "Corpus",
     "CurriculumConfig",
     "Document",
     "LaneStream",
+    "MultitaskConfig",
+    "MultitaskStream",
     "PixelTokenizer",
     "RecallConfig",
     "RecallStream",

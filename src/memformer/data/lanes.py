@@ -112,7 +112,7 @@ class LaneStream(RolloutStream):
         Returns:
             The rollout, and the indices, -1 where a row has no document; None where the stream has ended.
         """
-        page = _Page(self)
+        page = self._new_page()
         # Lanes in the order in which they become free: first by timestep, then by number.
         free = [(0, lane) for lane in range(self.num_lanes)]
         num_timesteps = 0
@@ -126,13 +126,16 @@ class LaneStream(RolloutStream):
             document = self._document_at(position)
             num_left = self._num_timesteps(document) - timestep
             end = min(start + num_left, self.rollout_length)
-            page.fill(lane, document, start=start, end=end, timestep=timestep)
+            page.fill(lane, document, position=position, start=start, end=end, timestep=timestep)
             num_timesteps = max(num_timesteps, end)
             is_finished = end - start == num_left
             self._lanes[lane] = _Lane(_NONE, 0) if is_finished else _Lane(position, timestep + end - start)
             if end < self.rollout_length:
                 heapq.heappush(free, (end, lane))
         return page.cut(num_timesteps) if num_timesteps else None
+
+    def _new_page(self) -> "Page":
+        return Page(self)
 
     def _deal(self, lane: int) -> None:
         if self._num_positions is None or self._next_position < self._num_positions:
@@ -154,7 +157,7 @@ class LaneStream(RolloutStream):
     def _num_timesteps(self, document: int) -> int:
         return -(-int(self.corpus.document_lengths[document]) // self.segment_length)
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         return {
             "num_lanes": self.num_lanes,
             "segment_length": self.segment_length,
@@ -164,7 +167,7 @@ class LaneStream(RolloutStream):
             "document_lengths_crc32": zlib.crc32(self.corpus.document_lengths.astype("<i8").tobytes()),
         }
 
-    def state(self) -> dict[str, list[int] | int]:
+    def state(self) -> dict[str, Any]:
         """Return the cursor: a few integers that JSON can hold, from which `load_state` continues."""
         return {
             **self._identity(),
@@ -218,7 +221,7 @@ class LaneStream(RolloutStream):
         return 0 < lane.timestep < self._num_timesteps(self._document_at(lane.position))
 
 
-class _Page:
+class Page:
     """The arrays of one rollout while it is filled, a lane's timesteps side by side so that a document is one copy."""
 
     def __init__(self, stream: LaneStream) -> None:
@@ -231,8 +234,18 @@ class _Page:
         self._reset = np.zeros(shape[:2], np.bool_)
         self._documents = np.full(shape[:2], _NONE, np.int64)
 
-    def fill(self, lane: int, document: int, *, start: int, end: int, timestep: int) -> None:
-        """Put a document's timesteps from `timestep` on into rows `start` to `end` of a lane."""
+    def fill(self, lane: int, document: int, *, position: int, start: int, end: int, timestep: int) -> None:
+        """Put a document's timesteps from `timestep` on into rows `start` to `end` of a lane.
+
+        Args:
+            lane: The lane.
+            document: Index in the corpus.
+            position: Place in the stream's order, in which every epoch's documents have places of their own.
+            start: First row.
+            end: Row after the last one.
+            timestep: What the first row is of the document.
+        """
+        del position
         length = self._stream.segment_length
         tokens = self._stream.corpus.document(document)
         self._documents[lane, start:end] = document
@@ -261,14 +274,20 @@ class _Page:
         def mask(array: NDArray[np.bool_]) -> Tensor | None:
             return tensor(array) if array[:, :num_timesteps].any() else None
 
+        starts = self._starts_of_rows()
         rollout = Rollout(
             inputs=tensor(self._inputs),
             targets=tensor(self._targets),
             reset=tensor(self._reset),
             input_padding=mask(self._input_padding),
             target_padding=mask(self._target_padding),
+            starts=None if starts is None else tensor(starts),
         )
         return rollout, tensor(self._documents)
+
+    def _starts_of_rows(self) -> NDArray[np.int64] | None:
+        """Return what the decoder starts from at every lane and row; None for `[BOS]` everywhere."""
+        return None
 
 
 def _count(number: int, noun: str) -> str:

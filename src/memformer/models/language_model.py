@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel
 from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
-from memformer.shapes import Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import Hidden, Logits, Segment, SegmentPadding, Starts, TargetPadding, Targets
 
 
 class LanguageModel(Pretrained, RecurrentModel):
@@ -18,14 +18,15 @@ class LanguageModel(Pretrained, RecurrentModel):
 
     Args:
         config: What to build.
+        num_special_tokens: Token ids after `[BOS]` that can be read.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, num_special_tokens: int = 0) -> None:
         super().__init__(config)
         self.embedding = (
             AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
             if config.adaptive_cutoffs
-            else TiedEmbedding(config.vocab_size, config.d_model)
+            else TiedEmbedding(config.vocab_size, config.d_model, num_special_tokens=num_special_tokens)
         )
         self.embedding_dropout = nn.Dropout(config.embedding_dropout_probability)
 
@@ -56,7 +57,7 @@ class LanguageModel(Pretrained, RecurrentModel):
             InputError: A token id or a shape is out of range.
             InputTypeError: A dtype is wrong.
         """
-        return self.embedding.logits(self._features(targets, hidden, hidden_padding_mask))
+        return self.embedding.logits(self._features(targets, hidden, hidden_padding_mask, None))
 
     def token_nats(
         self,
@@ -65,14 +66,27 @@ class LanguageModel(Pretrained, RecurrentModel):
         hidden: Hidden,
         hidden_padding_mask: SegmentPadding | None = None,
         target_padding_mask: TargetPadding | None = None,
+        starts: Starts | None = None,
     ) -> Float[Tensor, "B T"]:
-        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
-        nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask), targets)
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding.
+
+        Args:
+            targets: Token ids, 0 .. V-1.
+            hidden: From `encode`.
+            hidden_padding_mask: The padding mask that `encode` was given.
+            target_padding_mask: True at targets that do not count.
+            starts: What the decoder of a Memformer starts from in place of `[BOS]`.
+
+        Raises:
+            InputError: `starts` are given and this model has no decoder, or a token id or a shape is out of range.
+            InputTypeError: A dtype is wrong.
+        """
+        nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask, starts), targets)
         return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
 
     @abstractmethod
     def _features(
-        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
+        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
     ) -> Float[Tensor, "B T D"]:
         """Return what each target is predicted from."""
 

@@ -17,7 +17,7 @@ from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Starts, Targets
 
 
 class Memformer(LanguageModel):
@@ -35,7 +35,7 @@ class Memformer(LanguageModel):
     config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
 
     def __init__(self, config: MemformerConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, num_special_tokens=config.num_special_tokens)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.num_slots:
@@ -108,6 +108,10 @@ class Memformer(LanguageModel):
         """Slots K and width D."""
         return self.config.num_slots, self.config.d_model
 
+    @property
+    def _largest_token_id(self) -> int:
+        return self.bos_token_id + self.config.num_special_tokens
+
     def compile(self, **options: Any) -> None:
         """Compile encoder and decoder in place, by `torch.compile` for the shapes that occur; writing stays as it is.
 
@@ -143,7 +147,7 @@ class Memformer(LanguageModel):
         A row that is all padding leaves its memory as it was; its hidden states are finite and mean nothing.
 
         Args:
-            segment: Token ids, 0 .. V (V is `[BOS]`).
+            segment: Token ids, 0 .. V (V is `[BOS]`, and special tokens follow it).
             memory: The memory that enters.
             padding_mask: True at padding, which may stand before or after the tokens, not between; None for none.
             attention: Filled with the attention weights of memory readers and writer, if given.
@@ -154,7 +158,7 @@ class Memformer(LanguageModel):
                 and the model has no slots or writes every token (`write_normalizer: softmax`).
             InputTypeError: A dtype is wrong.
         """
-        check_tokens(segment, largest=self.bos_token_id, name="segment")
+        check_tokens(segment, largest=self._largest_token_id, name="segment")
         self.check_memory(memory, batch_size=segment.shape[0])
         hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
         if not self.config.num_slots:
@@ -190,12 +194,15 @@ class Memformer(LanguageModel):
         return hidden, next_memory, pressure.total
 
     def _features(
-        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
+        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
     ) -> Float[Tensor, "B T D"]:
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
-        bos = targets.new_full((targets.shape[0], 1), self.bos_token_id)
+        if starts is None:
+            starts = targets.new_full(targets.shape[:1], self.bos_token_id)
+        else:
+            check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
-        features: Tensor = self.decoder(self._embed(torch.cat([bos, targets[:, :-1]], dim=1)), past=past)
+        features: Tensor = self.decoder(self._embed(torch.cat([starts[:, None], targets[:, :-1]], dim=1)), past=past)
         return features
 
     def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:

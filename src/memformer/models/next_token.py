@@ -12,7 +12,7 @@ from memformer.errors import InputError
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.rollout import Rollout
-from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding, Targets
+from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding, Starts, Targets
 
 TokenCounts = Int64[Tensor, " B"]
 Read = Callable[..., tuple[Hidden, AnyMemory]]
@@ -78,8 +78,10 @@ class NextTokenModel(LanguageModel):
         """
 
     def _features(
-        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None
+        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
     ) -> Float[Tensor, "B T D"]:
+        if starts is not None:
+            raise InputError(f"starts are given, but a {type(self).__name__} has no decoder to start from them")
         del hidden_padding_mask  # a state that stands at padding predicts a target that does not count
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
         num_targets, num_states = targets.shape[1], hidden.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
 from memformer.rollout import Rollout
-from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding, Starts, TargetPadding, Targets
 
 
 class RecurrentModel(nn.Module, ABC):
@@ -89,8 +89,22 @@ class RecurrentModel(nn.Module, ABC):
         hidden: Hidden,
         hidden_padding_mask: SegmentPadding | None = None,
         target_padding_mask: TargetPadding | None = None,
+        starts: Starts | None = None,
     ) -> Float[Tensor, "B T"]:
-        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding."""
+        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding.
+
+        Args:
+            targets: Token ids, 0 .. V-1.
+            hidden: From `encode`.
+            hidden_padding_mask: The padding mask that `encode` was given.
+            target_padding_mask: True at targets that do not count.
+            starts: What the readout starts from in place of `[BOS]`, for models that can.
+
+        Raises:
+            InputError: `starts` are given and this model knows only `[BOS]`, or a token id or shape is out of range.
+        """
+        if starts is not None:
+            raise InputError(f"starts are given, but a {type(self).__name__} starts every segment alike")
         logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
         if target_padding_mask is not None:
             targets = targets.masked_fill(target_padding_mask, -100)

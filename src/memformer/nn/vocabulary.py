@@ -25,10 +25,12 @@ class TiedEmbedding(nn.Embedding):
     Args:
         vocab_size: Number of token ids V.
         width: Model width D.
+        num_special_tokens: Rows after `[BOS]` that are never predicted either.
     """
 
-    def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__(vocab_size + 1, width)
+    def __init__(self, vocab_size: int, width: int, *, num_special_tokens: int = 0) -> None:
+        super().__init__(vocab_size + 1 + num_special_tokens, width)
+        self.vocab_size = vocab_size
 
     def reset_parameters(self) -> None:
         """Draw rows of length near 1."""
@@ -36,7 +38,7 @@ class TiedEmbedding(nn.Embedding):
 
     def logits(self, features: Features) -> Float[Tensor, "B Q V"]:
         """Return the logits of each next token."""
-        return linear(features, self.weight[: self.num_embeddings - 1])
+        return linear(features, self.weight[: self.vocab_size])
 
     def nats(self, features: Features, targets: Tokens) -> Float[Tensor, "B Q"]:
         """Return the negative log-likelihood of each target, in float32 or better.
@@ -44,7 +46,7 @@ class TiedEmbedding(nn.Embedding):
         Where tokens times words are many the logits are computed a part at a time, and once more in the backward pass:
         they are never held all at once.
         """
-        rows_at_once = max(1, _MOST_LOGITS // self.num_embeddings)
+        rows_at_once = max(1, _MOST_LOGITS // self.vocab_size)
         parts = zip(features.flatten(0, 1).split(rows_at_once), targets.flatten().split(rows_at_once), strict=True)
         if targets.numel() <= rows_at_once:
             nats = [self._nats(*part) for part in parts]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memformer.flops import flops_per_token
@@ -125,26 +126,40 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
 
 
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
-    """Return a picture: the figure that rows are compared by, against what a sequence costs."""
+    """Return a picture: the figure that rows are compared by, against what a sequence costs, and along every curve."""
     shared = table.scale(scale)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    kinds = sorted({row.row.model_type for row in rows})
-    for kind in kinds:
+    curves = sorted({name for row in rows for name in row.row.curves})
+    figure = Figure(figsize=(8 + 5 * len(curves), 5), layout="constrained")
+    axes, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
+    for kind in sorted({row.row.model_type for row in rows}):
         own = [row for row in rows if row.row.model_type == kind]
-        means = [statistics.mean(row.values(shared.metric)) for row in own]
-        spreads = [_deviation(row.values(shared.metric)) for row in own]
-        axes.errorbar([row.flops / 1e9 for row in own], means, yerr=spreads, fmt="o", capsize=3, label=kind)
-        for row, mean in zip(own, means, strict=True):
-            offset = (4, 4)
-            axes.annotate(row.row.name, (row.flops / 1e9, mean), xytext=offset, textcoords="offset points", fontsize=7)
+        _draw_points(axes, [(row.flops / 1e9, row) for row in own], shared.metric, style="o", label=kind)
+        for row in own:
+            place = row.flops / 1e9, statistics.mean(row.values(shared.metric))
+            axes.annotate(row.row.name, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
-    axes.set_ylabel(LABELS[shared.metric])
-    axes.set_title(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)")
     axes.legend()
-    axes.grid(alpha=0.3)
+    for name, own_axes in zip(curves, others, strict=True):
+        points = sorted(
+            ((float(row.row.curves[name]), row) for row in rows if name in row.row.curves), key=lambda pair: pair[0]
+        )
+        _draw_points(own_axes, points, shared.metric, style="o-")
+        own_axes.set_xscale("log", base=2)
+        own_axes.set_xlabel(name)
+    for each in (axes, *others):
+        each.set_ylabel(LABELS[shared.metric])
+        each.grid(alpha=0.3)
+    figure.suptitle(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)")
     return figure
+
+
+def _draw_points(
+    axes: Axes, points: Sequence[tuple[float, RowFigures]], metric: str, *, style: str, label: str | None = None
+) -> None:
+    means = [statistics.mean(row.values(metric)) for _, row in points]
+    spreads = [_deviation(row.values(metric)) for _, row in points]
+    axes.errorbar([x for x, _ in points], means, yerr=spreads, fmt=style, capsize=3, label=label)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -28,6 +28,7 @@ class Row:
         paper: The paper's figures, by what they are; empty where the paper has none.
         model_type: Type of its model.
         scales: For each scale that it has, what its config changes of the table's.
+        curves: The curves that it is a point of, and where on each.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Row:
     model_type: str
     scales: dict[str, dict[str, Any]]
     paper: dict[str, float] = dataclasses.field(default_factory=dict)
+    curves: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from memformer.config import MemformerConfig, ModelConfig
-from memformer.data import RecallConfig, SourceConfig, TokenizerConfig
+from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
 from memformer.training.sharding import Sharding
@@ -48,6 +48,8 @@ class DataConfig:
         seed: Chooses the held-out documents.
         recall: A recall task made on the fly, in place of documents to predict; null predicts the documents above.
             The tasks passkey and babi hide their facts in the documents above, the other tasks do not read them.
+        multitask: Tasks of the paper's first version, mixed in training: continuation, infilling, recall; null trains
+            continuation alone. Evaluation always continues.
         cache: Folder for token ids, built once; null means `memformer` in the user's cache folder.
     """
 
@@ -58,12 +60,15 @@ class DataConfig:
     max_document_tokens: int | None = None
     seed: int = 0
     recall: RecallConfig | None = None
+    multitask: MultitaskConfig | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction ({self.validation_fraction}) must be between 0 and 1")
         check_seed("data.seed", self.seed)
+        if self.recall is not None and self.multitask is not None:
+            raise InputError("data.recall and data.multitask are both given; a recall task predicts no documents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +220,13 @@ class RunConfig:
             for name, value in (("write_price", price), ("compiled", self.training.compiled)):
                 if value:
                     raise InputError(f"training.{name} ({value}) is for a memformer, not for a {self.model_type}")
-            if self.training.sharding != "none" or self.data.recall is not None:
-                raise InputError(f"training.sharding and data.recall are for a memformer, not for a {self.model_type}")
+            for name, is_given in (
+                ("training.sharding", self.training.sharding != "none"),
+                ("data.recall", self.data.recall is not None),
+                ("data.multitask", self.data.multitask is not None),
+            ):
+                if is_given:
+                    raise InputError(f"{name} is for a memformer, not for a {self.model_type}")
         elif price and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
             raise InputError(
                 f"training.write_price ({price}) needs slots and a sparse write; model.num_slots is "

@@ -18,6 +18,7 @@ depend on time, so here it runs once, in chunks as large as memory allows; the e
 timesteps but the last.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -106,13 +107,7 @@ def backpropagate(
         first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
         first[0] = True
         reset = first if rollout.reset is None else rollout.reset | first
-        rollout = Rollout(
-            inputs=rollout.inputs,
-            targets=rollout.targets,
-            reset=reset,
-            input_padding=rollout.input_padding,
-            target_padding=rollout.target_padding,
-        )
+        rollout = dataclasses.replace(rollout, reset=reset)
     rollout = model.arrange(rollout)
     model.check_memory(memory, batch_size=rollout.batch_size)
     # The one place where gradient is cut. A clone, so that asking for its gradient leaves the caller's tensor alone.
@@ -186,6 +181,7 @@ class _Work:
                 hidden=torch.cat(hiddens),
                 hidden_padding_mask=_rows(rollout.input_padding, chunk),
                 target_padding_mask=_rows(rollout.target_padding, chunk),
+                starts=_rows(rollout.starts, chunk),
             )
             return nats.sum()
 
@@ -201,8 +197,8 @@ class _Work:
         return [slice(start, min(start + size, last)) for start in range(0, last, size)] + [slice(last, last + 1)]
 
 
-def _rows(mask: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if mask is None else mask[chunk].flatten(0, 1)
+def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if tensor is None else tensor[chunk].flatten(0, 1)
 
 
 def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:

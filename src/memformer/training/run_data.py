@@ -8,6 +8,7 @@ from pathlib import Path
 from memformer.data import (
     Corpus,
     LaneStream,
+    MultitaskStream,
     PixelTokenizer,
     RecallConfig,
     RecallStream,
@@ -72,14 +73,15 @@ class DocumentData(RunData):
 
     def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
         """Return lanes of documents."""
-        return LaneStream(
-            self.train,
-            num_lanes=config.training.num_lanes,
-            segment_length=model.segment_length,
-            rollout_length=config.training.rollout_length,
-            bos_token_id=model.bos_token_id,
-            seed=config.seed,
-        )
+        options = {
+            "num_lanes": config.training.num_lanes,
+            "segment_length": model.segment_length,
+            "rollout_length": config.training.rollout_length,
+            "bos_token_id": model.bos_token_id,
+            "seed": config.seed,
+        }
+        tasks = config.data.multitask
+        return LaneStream(self.train, **options) if tasks is None else MultitaskStream(self.train, tasks, **options)
 
     def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Evaluation:
         """Return the likelihood of the held-out documents: all of them finally, else `evaluation_tokens`."""
