@@ -129,37 +129,43 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
     """Return a picture: the figure that rows are compared by, against what a sequence costs, and along every curve."""
     shared = table.scale(scale)
     curves = sorted({name for row in rows for name in row.row.curves})
-    figure = Figure(figsize=(8 + 5 * len(curves), 5), layout="constrained")
+    figure = Figure(figsize=(10 + 5 * len(curves), 5), layout="constrained")
     axes, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
-    for kind in sorted({row.row.model_type for row in rows}):
-        own = [row for row in rows if row.row.model_type == kind]
-        _draw_points(axes, [(row.flops / 1e9, row) for row in own], shared.metric, style="o", label=kind)
-        for row in own:
-            place = row.flops / 1e9, statistics.mean(row.values(shared.metric))
-            axes.annotate(row.row.name, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    colors = {kind: f"C{index}" for index, kind in enumerate(sorted({row.row.model_type for row in rows}))}
+    for number, row in enumerate(rows, start=1):
+        point, label = (row.flops / 1e9, row), f"{number} {row.row.name}"
+        _draw_points(axes, [point], shared.metric, style="o", color=colors[row.row.model_type], label=label)
+        place = point[0], statistics.mean(row.values(shared.metric))
+        axes.annotate(f"{number}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
-    axes.legend()
+    figure.legend(loc="outside center right", fontsize=8)
     for name, own_axes in zip(curves, others, strict=True):
         points = sorted(
             ((float(row.row.curves[name]), row) for row in rows if name in row.row.curves), key=lambda pair: pair[0]
         )
-        _draw_points(own_axes, points, shared.metric, style="o-")
+        _draw_points(own_axes, points, shared.metric, style="o-", color="C0")
         own_axes.set_xscale("log", base=2)
         own_axes.set_xlabel(name)
     for each in (axes, *others):
         each.set_ylabel(LABELS[shared.metric])
         each.grid(alpha=0.3)
-    figure.suptitle(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)")
+    axes.set_title(f"{table.title}, scale {scale} (ours; bars: deviation over seeds)", loc="left")
     return figure
 
 
 def _draw_points(
-    axes: Axes, points: Sequence[tuple[float, RowFigures]], metric: str, *, style: str, label: str | None = None
+    axes: Axes,
+    points: Sequence[tuple[float, RowFigures]],
+    metric: str,
+    *,
+    style: str,
+    color: str,
+    label: str | None = None,
 ) -> None:
     means = [statistics.mean(row.values(metric)) for _, row in points]
     spreads = [_deviation(row.values(metric)) for _, row in points]
-    axes.errorbar([x for x, _ in points], means, yerr=spreads, fmt=style, capsize=3, label=label)
+    axes.errorbar([x for x, _ in points], means, yerr=spreads, fmt=style, color=color, capsize=3, label=label)
 
 
 def _deviation(values: Sequence[float]) -> float:
