@@ -139,7 +139,7 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
         axes.annotate(f"{number}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
-    figure.legend(loc="outside center right", fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     for name, own_axes in zip(curves, others, strict=True):
         points = sorted(
             ((float(row.row.curves[name]), row) for row in rows if name in row.row.curves), key=lambda pair: pair[0]
