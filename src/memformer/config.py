@@ -174,9 +174,6 @@ class MemformerConfig(TransformerConfig):
         positions: "rotary", or "relative" for the simplified relative positions of the paper's first version.
         decoder_reads_memory: Let the decoder attend to the written slots too. A departure from the paper, after
             its authors' later code; off by default.
-        decoder_starts_from_past: Add the last hidden state of the segment before, through a linear map, to the `[BOS]`
-            that the decoder starts from. Without it the first targets of a segment see the token before them by
-            cross-attention alone, which costs most where segments are short. A departure from the paper.
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
         content_addressing: Start from weights with which a token finds the slot that holds what it holds: readers' keys
@@ -209,7 +206,6 @@ class MemformerConfig(TransformerConfig):
     log_forgetting_speeds: bool = True
     positions: PositionScheme = "rotary"
     decoder_reads_memory: bool = False
-    decoder_starts_from_past: bool = False
     convolution_kernel: int = 0
     content_addressing: bool = False
     place_embedding: bool = False

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from memformer.config import MemformerConfig
 from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, keep_mask_of
 from memformer.nn.layers import DecoderLayer
-from memformer.nn.linear import Linear
 from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
 from memformer.shapes import Hidden, SegmentPadding
 
@@ -23,14 +22,12 @@ class Past:
         positions: (S,) or (B, S), ending with -1 at the last token before the boundary.
         keep_mask: True where the past may be looked at; None where there is no padding.
         slots: The written memory after its LayerNorm, if the decoder reads it.
-        start: (B, D), what is added to the first input, if the decoder starts from the past.
     """
 
     keys_values: list[tuple[HeadTokens, HeadTokens]]
     positions: Tensor
     keep_mask: Tensor | None
     slots: Tensor | None
-    start: Tensor | None
 
 
 def make_positions(config: MemformerConfig) -> PositionSchemes:
@@ -56,7 +53,6 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
         self.memory_norm = nn.LayerNorm(config.d_model) if config.decoder_reads_memory else None
-        self.start = Linear(config.d_model, config.d_model, bias=False) if config.decoder_starts_from_past else None
 
     def look_back(self, hidden: Hidden, *, padding_mask: SegmentPadding | None) -> Past:
         """Project the previous segment for every layer."""
@@ -75,7 +71,6 @@ class Decoder(nn.Module):
             positions=positions,
             keep_mask=keep_mask_of(padding_mask),
             slots=slots,
-            start=None if self.start is None else self.start(_last_of(hidden, padding_mask)),
         )
 
     @property
@@ -84,8 +79,6 @@ class Decoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], *, past: Past) -> Float[Tensor, "B T D"]:
         """Return features of each target from the targets before it and the past; `x` starts with `[BOS]`."""
-        if past.start is not None:
-            x = torch.cat([x[:, :1] + past.start[:, None], x[:, 1:]], dim=1)
         positions = torch.arange(x.shape[1], device=x.device)
         frame = self.positions(positions, key_positions=positions)
         return self._run_layers(x, past=past, frame=frame)
@@ -104,8 +97,6 @@ class Decoder(nn.Module):
         A position equal to the caches' length marks padding; its features mean nothing. `num_cached` is the number of
         targets before, where it is the same for all rows: then no key is read that has no token yet.
         """
-        if past.start is not None:
-            x = x + torch.where(positions[..., None] == 0, past.start[:, None], 0)
         num_new = x.shape[1]
         num_keys = caches[0].keys.shape[2] if num_cached is None else num_cached + num_new
         key_positions = torch.arange(num_keys, device=x.device)
@@ -138,13 +129,3 @@ class Decoder(nn.Module):
                 cache=None if caches is None else caches[index],
             )
         return self.norm(x)
-
-
-def _last_of(hidden: Hidden, padding_mask: SegmentPadding | None) -> Float[Tensor, "B D"]:
-    """Return the hidden state of the last token; zeros where a row has none."""
-    if padding_mask is None:
-        return hidden[:, -1]
-    # The last token is the first one from behind.
-    is_last = (~padding_mask).flip(-1).cumsum(dim=-1).flip(-1) == 1
-    is_last &= ~padding_mask
-    return torch.einsum("bs,bsd->bd", is_last.to(hidden.dtype), hidden)
