@@ -12,6 +12,7 @@ VARIANTS = {
     "paper": {"log_forgetting_speeds": False, "forgetting_speeds": (0.1, 0.1)},
     "relative positions": {"positions": "relative"},
     "decoder reads memory": {"decoder_reads_memory": True},
+    "decoder starts from last token": {"decoder_starts_from_last_token": True},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
     "temperature 1": {"write_temperature": 1.0},
@@ -35,7 +36,12 @@ VARIANTS = {
     "place embedding": {"place_embedding": True},
     "one slot": {"num_slots": 1},
     "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
-    "all options": {"positions": "relative", "decoder_reads_memory": True, "convolution_kernel": 3},
+    "all options": {
+        "positions": "relative",
+        "decoder_reads_memory": True,
+        "decoder_starts_from_last_token": True,
+        "convolution_kernel": 3,
+    },
 }
 VOCAB_SIZE = 11
 SEGMENT_LENGTH = 6

@@ -174,6 +174,9 @@ class MemformerConfig(TransformerConfig):
         positions: "rotary", or "relative" for the simplified relative positions of the paper's first version.
         decoder_reads_memory: Let the decoder attend to the written slots too. A departure from the paper, after
             its authors' later code; off by default.
+        decoder_starts_from_last_token: Let the decoder start from the last token that was read in place of `[BOS]`:
+            else the first targets of a segment see the token before them by cross-attention alone, which costs most
+            where segments are short. A departure from the paper.
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
         content_addressing: Start from weights with which a token finds the slot that holds what it holds: readers' keys
@@ -206,6 +209,7 @@ class MemformerConfig(TransformerConfig):
     log_forgetting_speeds: bool = True
     positions: PositionScheme = "rotary"
     decoder_reads_memory: bool = False
+    decoder_starts_from_last_token: bool = False
     convolution_kernel: int = 0
     content_addressing: bool = False
     place_embedding: bool = False

@@ -5,7 +5,7 @@
 | B | batch rows (streams, lanes) |
 | N | timesteps (segments) of a rollout |
 | S | tokens of an encoder segment |
-| R | hidden states that the readout sees: S, or S + K where the written slots follow them |
+| R | hidden states that the readout sees: S, or more where the written slots or the last token follow them |
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |

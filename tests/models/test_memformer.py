@@ -376,3 +376,19 @@ def test_segment_by_segment_equals_the_batch_of_all_documents():
         for t in (first, first + 1):
             hidden, memory = model.encode(rollout.inputs[t, :1], memory=memory)
             assert_close(packed[t], hidden)
+
+
+@pytest.mark.parametrize("num_slots", [0, 4])
+def test_a_decoder_that_starts_from_the_last_token_is_given_it(num_slots):
+    plain = tiny_model(num_slots=num_slots)
+    model = tiny_model(num_slots=num_slots, decoder_starts_from_last_token=True)
+    rollout = random_rollout(1, 3)
+    segment, targets = rollout.inputs[0], rollout.targets[0]
+    for padding in (None, torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [True] * 5 + [False]])):
+        last = segment[:, -1] if padding is None else segment[torch.arange(3), torch.tensor([5, 3, 5])]
+        read = {"memory": model.initial_memory(3), "padding_mask": padding}
+        ours = model.token_nats(targets, hidden=model.encode(segment, **read)[0], hidden_padding_mask=padding)
+        hidden, _ = plain.encode(segment, **read)
+        theirs = plain.token_nats(targets, hidden=hidden, hidden_padding_mask=padding, starts=last)
+        assert_close(ours, theirs)
+        assert not torch.allclose(ours, plain.token_nats(targets, hidden=hidden, hidden_padding_mask=padding))

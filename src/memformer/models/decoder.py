@@ -22,12 +22,14 @@ class Past:
         positions: (S,) or (B, S), ending with -1 at the last token before the boundary.
         keep_mask: True where the past may be looked at; None where there is no padding.
         slots: The written memory after its LayerNorm, if the decoder reads it.
+        start: (B, D), the embedded token that the decoder starts from; None for `[BOS]`.
     """
 
     keys_values: list[tuple[HeadTokens, HeadTokens]]
     positions: Tensor
     keep_mask: Tensor | None
     slots: Tensor | None
+    start: Tensor | None
 
 
 def make_positions(config: MemformerConfig) -> PositionSchemes:
@@ -47,6 +49,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MemformerConfig) -> None:
         super().__init__()
         self.num_slots_read = config.num_slots if config.decoder_reads_memory else 0
+        self.starts_from_last_token = config.decoder_starts_from_last_token
         self.positions = make_positions(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, bias=self.positions.biased_projections) for _ in range(config.num_decoder_layers)
@@ -56,7 +59,9 @@ class Decoder(nn.Module):
 
     def look_back(self, hidden: Hidden, *, padding_mask: SegmentPadding | None) -> Past:
         """Project the previous segment for every layer."""
-        slots = None
+        slots, start = None, None
+        if self.starts_from_last_token:
+            hidden, start = hidden[:, :-1], hidden[:, -1]
         if self.memory_norm is not None:
             slots = self.memory_norm(hidden[:, -self.num_slots_read :])
             hidden = hidden[:, : -self.num_slots_read]
@@ -71,6 +76,7 @@ class Decoder(nn.Module):
             positions=positions,
             keep_mask=keep_mask_of(padding_mask),
             slots=slots,
+            start=start,
         )
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
@@ -25,7 +25,8 @@ class Memformer(LanguageModel):
 
     A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
     likelihood covers every token (the paper leaves this open). Hidden states are (B, S, D); with
-    `decoder_reads_memory` the K written slots follow them, (B, S + K, D).
+    `decoder_reads_memory` the K written slots follow them, (B, S + K, D), and with `decoder_starts_from_last_token` the
+    embedded last token.
 
     Args:
         config: What to build.
@@ -160,11 +161,13 @@ class Memformer(LanguageModel):
         """
         check_tokens(segment, largest=self._largest_token_id, name="segment")
         self.check_memory(memory, batch_size=segment.shape[0])
-        hidden = self.encoder(self._embed(segment), memory=memory, padding_mask=padding_mask, record=attention)
+        embedded = self._embed(segment)
+        hidden = self.encoder(embedded, memory=memory, padding_mask=padding_mask, record=attention)
+        followers = [_last_of(embedded, padding_mask)] if self.config.decoder_starts_from_last_token else []
         if not self.config.num_slots:
             if pressure is not None:
                 raise InputError("num_slots is 0: a price on writing needs a memory to write to")
-            return hidden, memory
+            return _followed_by(hidden, followers), memory
         looked, written = self.memory_writer(
             memory,
             hidden=hidden,
@@ -177,8 +180,8 @@ class Memformer(LanguageModel):
         if padding_mask is not None:
             next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)
         if self.config.decoder_reads_memory:
-            hidden = torch.cat([hidden, next_memory.to(hidden.dtype)], dim=1)
-        return hidden, next_memory
+            followers.insert(0, next_memory)
+        return _followed_by(hidden, followers), next_memory
 
     def encode_with_auxiliary_loss(
         self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None
@@ -202,7 +205,11 @@ class Memformer(LanguageModel):
         else:
             check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
-        features: Tensor = self.decoder(self._embed(torch.cat([starts[:, None], targets[:, :-1]], dim=1)), past=past)
+        x = self._embed(torch.cat([starts[:, None], targets[:, :-1]], dim=1))
+        if past.start is not None:
+            is_bos = (starts == self.bos_token_id)[:, None]
+            x = torch.cat([torch.where(is_bos, past.start, x[:, 0])[:, None], x[:, 1:]], dim=1)
+        features: Tensor = self.decoder(x, past=past)
         return features
 
     def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
@@ -228,6 +235,8 @@ class Memformer(LanguageModel):
             num_cached: Tokens decoded before, where they are as many in all rows and there is no padding; saves time.
         """
         x = self._embed(tokens)
+        if past.start is not None:
+            x = torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
         features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
         return self.embedding.logits(features)
 
@@ -243,6 +252,19 @@ class Memformer(LanguageModel):
             )
             for _ in range(self.config.num_decoder_layers)
         ]
+
+
+def _followed_by(hidden: Tensor, followers: list[Tensor]) -> Tensor:
+    return torch.cat([hidden, *(each.to(hidden.dtype) for each in followers)], dim=1) if followers else hidden
+
+
+def _last_of(embedded: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B 1 D"]:
+    """Return the last token of each row; its first place where it has none."""
+    if padding_mask is None:
+        return embedded[:, -1:]
+    places = torch.arange(embedded.shape[1], device=embedded.device)
+    last = places.masked_fill(padding_mask, 0).amax(dim=-1)
+    return embedded.gather(1, last[:, None, None].expand(-1, 1, embedded.shape[2]))
 
 
 def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
