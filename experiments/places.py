@@ -16,8 +16,9 @@ from torch import Tensor
 
 from memformer.commands import parse_run_config
 from memformer.data import LaneStream
+from memformer.evaluation import encode_rollout, rollout_nats
 from memformer.training.run import load_run
-from memformer.training.run_data import first_documents, open_corpus
+from memformer.training.run_data import DocumentData, first_documents, prepare_data
 
 
 def main() -> None:
@@ -37,12 +38,17 @@ def main() -> None:
 
 @torch.no_grad()
 def bits_by_place(folder: Path, num_tokens: int) -> list[float]:
-    """Return the mean bits of the tokens at each place of a segment."""
+    """Return the mean bits of the tokens at each place of a segment.
+
+    Raises:
+        SystemExit: The run is of a recall task, and predicts no documents.
+    """
     run = load_run(folder)
     config, _ = parse_run_config([str(folder)])
-    assert config.data.validation is not None
-    corpus = first_documents(open_corpus(config.data, config.data.validation, tokenizer=run.tokenizer), num_tokens)
-    model = run.model
+    data, model = prepare_data(config.data, tokenizer=run.tokenizer), run.model
+    if not isinstance(data, DocumentData):
+        raise SystemExit(f"{folder} was trained on a recall task; documents are needed")
+    corpus = first_documents(data.validation, num_tokens)
     stream = LaneStream(
         corpus,
         num_lanes=min(8, corpus.num_documents),
@@ -56,17 +62,10 @@ def bits_by_place(folder: Path, num_tokens: int) -> list[float]:
     for read in stream:
         rollout = model.arrange(read)
         memory = model.initial_memory(rollout.batch_size) if memory is None else memory
-        for step in range(rollout.num_timesteps):
-            assert rollout.reset is not None
-            memory = model.reset_memory(memory, rollout.reset[step])
-            padding = None if rollout.input_padding is None else rollout.input_padding[step]
-            missing = None if rollout.target_padding is None else rollout.target_padding[step]
-            hidden, memory = model.encode(rollout.inputs[step], memory=memory, padding_mask=padding)
-            found = model.token_nats(
-                rollout.targets[step], hidden=hidden, hidden_padding_mask=padding, target_padding_mask=missing
-            )
-            nats += found.sum(dim=0)
-            counts += len(found) if missing is None else (~missing).sum(dim=0)
+        hidden, memory = encode_rollout(model, rollout, memory)
+        found = rollout_nats(model, rollout, hidden)
+        nats += found.double().sum(dim=0)
+        counts += len(found) if rollout.target_padding is None else (~rollout.target_padding).sum(dim=(0, 1))
     return (nats / counts / math.log(2)).tolist()
 
 

@@ -177,9 +177,9 @@ def evaluate(
             if memory is None:
                 memory = model.initial_memory(rollout.batch_size)
             erased = _encode_erased(model, rollout)
-            remembering, memory = _encode(model, rollout, memory)
+            remembering, memory = encode_rollout(model, rollout, memory)
             for index, hidden in enumerate((remembering, erased)):
-                totals[index] += _nats(model, rollout, hidden)
+                totals[index] += rollout_nats(model, rollout, hidden).double().sum().cpu()
             if progress is not None:
                 progress(cpu_rollout.count_target_tokens())
     finally:
@@ -204,7 +204,7 @@ def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
         )
 
 
-def _encode(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> tuple[Tensor, Tensor]:
+def encode_rollout(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Return the hidden states of all timesteps and rows, (N*B, S, D), and the memory that leaves."""
     hiddens = []
     for timestep, segment in enumerate(rollout.inputs):
@@ -228,11 +228,11 @@ def _rows(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(0, 1)
 
 
-def _nats(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> Tensor:
-    nats = model.token_nats(
+def rollout_nats(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> Tensor:
+    """Return the nats of every target, (N*B, T), from the hidden states of all timesteps and rows; 0 at padding."""
+    return model.token_nats(
         rollout.targets.flatten(0, 1),
         hidden=hidden,
         hidden_padding_mask=_rows(rollout.input_padding),
         target_padding_mask=_rows(rollout.target_padding),
     )
-    return nats.double().sum().cpu()

@@ -128,12 +128,9 @@ class Rollout:
         """
         if self.starts is not None:
             raise InputError("a rollout with starts (multi-task training) is for a Memformer: it cannot be shifted")
-        length = self.inputs.shape[-1]
-        last = torch.full(self.inputs.shape[:2], length - 1, device=self.inputs.device)
+        before = self.inputs[..., -1:]
         if self.input_padding is not None:
-            places = torch.arange(length, device=self.inputs.device)
-            last = places.masked_fill(self.input_padding, 0).amax(dim=-1)
-        before = self.inputs.gather(-1, last[..., None])
+            before = self.inputs.gather(-1, last_places(self.input_padding)[..., None])
         return dataclasses.replace(
             self, inputs=torch.cat([before, self.targets[..., :-1]], dim=-1), input_padding=self.target_padding
         )
@@ -142,6 +139,12 @@ class Rollout:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
         return Rollout(**changed)
+
+
+def last_places(padding_mask: Tensor) -> Tensor:
+    """Return the place of the last token in each row of a mask (..., S), True at padding; 0 where there is none."""
+    places = torch.arange(padding_mask.shape[-1], device=padding_mask.device)
+    return places.masked_fill(padding_mask, 0).amax(dim=-1)
 
 
 def _count(tokens: Tensor, padding: Tensor | None) -> int:

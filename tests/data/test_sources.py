@@ -223,7 +223,7 @@ def test_documents_of_a_text_are_named_by_their_first_line(tmp_path: Path) -> No
 def test_articles_of_wikitext_2_hold_all_of_its_tokens() -> None:
     path = REAL_DATA / "wikitext-2" / "valid.txt"
     if not path.exists():
-        pytest.skip(f"{path} is not there")
+        pytest.skip("WikiText-2 is not beside the checkout")
     source = SourceConfig(path=str(path), document_start=" = [^=].* = ")
     documents = list(iterate_documents(source))
     tokenizer = train_tokenizer(TokenizerConfig(kind="word"), documents)

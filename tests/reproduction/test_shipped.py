@@ -19,7 +19,7 @@ def test_it_draws_digits(tmp_path):
 def test_it_predicts_digits():
     images = ROOT.parent / "shared" / "data" / "mnist" / "t10k-images-idx3-ubyte.gz"
     if not images.exists():
-        pytest.skip(f"{images} is not there")
+        pytest.skip("MNIST is not beside the checkout")
     source = {"kind": "idx", "path": images, "levels": "8", "downsample": "2", "documents": ":50"}
     options = [part for name, value in source.items() for part in (f"--data.{name}", value)]
     assert call_json("evaluate", MODEL, *options)["with_memory"]["bits_per_byte"] == pytest.approx(0.62, abs=0.05)

@@ -10,6 +10,7 @@ import json
 import lzma
 import shutil
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -118,7 +119,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-class InputFiles:
+class InputFiles(ABC):
     """Files that a run reads documents from: what they say counts, as a few lines here read it once more.
 
     A subclass writes `files`, and says what `source` they are.
@@ -133,9 +134,9 @@ class InputFiles:
     def __init__(self, base: Path) -> None:
         self.cache = base / f"cache of {self.name}"
 
+    @abstractmethod
     def said(self) -> Iterator[bytes]:
         """Yield the content of every document."""
-        raise NotImplementedError
 
     def is_as_written(self) -> bool:
         """Read them as a run does and compare; a refusal leaves no trace in the cache."""

@@ -233,6 +233,7 @@ class Page:
         self._target_padding = np.ones(shape, np.bool_)
         self._reset = np.zeros(shape[:2], np.bool_)
         self._documents = np.full(shape[:2], _NONE, np.int64)
+        self._starts: NDArray[np.int64] | None = None
 
     def fill(self, lane: int, document: int, *, position: int, start: int, end: int, timestep: int) -> None:
         """Put a document's timesteps from `timestep` on into rows `start` to `end` of a lane.
@@ -274,20 +275,15 @@ class Page:
         def mask(array: NDArray[np.bool_]) -> Tensor | None:
             return tensor(array) if array[:, :num_timesteps].any() else None
 
-        starts = self._starts_of_rows()
         rollout = Rollout(
             inputs=tensor(self._inputs),
             targets=tensor(self._targets),
             reset=tensor(self._reset),
             input_padding=mask(self._input_padding),
             target_padding=mask(self._target_padding),
-            starts=None if starts is None else tensor(starts),
+            starts=None if self._starts is None else tensor(self._starts),
         )
         return rollout, tensor(self._documents)
-
-    def _starts_of_rows(self) -> NDArray[np.int64] | None:
-        """Return what the decoder starts from at every lane and row; None for `[BOS]` everywhere."""
-        return None
 
 
 def _count(number: int, noun: str) -> str:

@@ -85,7 +85,8 @@ class _TaskPage(Page):
     def __init__(self, stream: LaneStream, tasks: MultitaskConfig) -> None:
         super().__init__(stream)
         self._tasks = tasks
-        self._starts = np.full(self._reset.shape, stream.bos_token_id, np.int64)
+        self._probabilities = np.array(tasks.probabilities) / sum(tasks.probabilities)
+        self._starts: NDArray[np.int64] = np.full(self._reset.shape, stream.bos_token_id, np.int64)
 
     def fill(self, lane: int, document: int, *, position: int, start: int, end: int, timestep: int) -> None:
         """Put a document's timesteps into rows of a lane, each with its task."""
@@ -94,7 +95,7 @@ class _TaskPage(Page):
         for row in range(start, end):
             at = timestep + row - start
             generator = np.random.default_rng([self._stream.seed or 0, position, at])
-            task = generator.choice(3, p=np.array(self._tasks.probabilities) / sum(self._tasks.probabilities))
+            task = generator.choice(3, p=self._probabilities)
             if task == 1 and at > 0:
                 segment = self._inputs[lane, row].copy()
                 masked = mask_spans(segment, self._tasks, mask_token_id=bos + MASK, generator=generator)
@@ -109,9 +110,6 @@ class _TaskPage(Page):
         self._starts[lane, row] = task_token_id
         self._targets[lane, row] = targets
         self._target_padding[lane, row] = False
-
-    def _starts_of_rows(self) -> NDArray[np.int64]:
-        return self._starts
 
 
 def mask_spans(

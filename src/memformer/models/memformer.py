@@ -17,6 +17,7 @@ from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
+from memformer.rollout import last_places
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Starts, Targets
 
 
@@ -205,12 +206,15 @@ class Memformer(LanguageModel):
         else:
             check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
-        x = self._embed(torch.cat([starts[:, None], targets[:, :-1]], dim=1))
-        if past.start is not None:
-            is_bos = (starts == self.bos_token_id)[:, None]
-            x = torch.cat([torch.where(is_bos, past.start, x[:, 0])[:, None], x[:, 1:]], dim=1)
+        x = self._embed_for_decoder(torch.cat([starts[:, None], targets[:, :-1]], dim=1), past)
         features: Tensor = self.decoder(x, past=past)
         return features
+
+    def _embed_for_decoder(self, tokens: Tensor, past: Past) -> Tensor:
+        x = self._embed(tokens)
+        if past.start is None:
+            return x
+        return torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
 
     def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
         """Return what `decode_step` looks back at, projected once for a whole segment."""
@@ -234,9 +238,7 @@ class Memformer(LanguageModel):
             positions: Place of each token in its segment; `segment_length` marks padding.
             num_cached: Tokens decoded before, where they are as many in all rows and there is no padding; saves time.
         """
-        x = self._embed(tokens)
-        if past.start is not None:
-            x = torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
+        x = self._embed_for_decoder(tokens, past)
         features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
         return self.embedding.logits(features)
 
@@ -262,9 +264,8 @@ def _last_of(embedded: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"]
     """Return the last token of each row; its first place where it has none."""
     if padding_mask is None:
         return embedded[:, -1:]
-    places = torch.arange(embedded.shape[1], device=embedded.device)
-    last = places.masked_fill(padding_mask, 0).amax(dim=-1)
-    return embedded.gather(1, last[:, None, None].expand(-1, 1, embedded.shape[2]))
+    last = last_places(padding_mask)[:, None, None]
+    return embedded.gather(1, last.expand(-1, 1, embedded.shape[2]))
 
 
 def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
