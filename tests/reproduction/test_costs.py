@@ -8,7 +8,7 @@ import yaml
 from memformer.errors import InputError
 from memformer.reproduction import command
 from memformer.reproduction.costs import CostsScale, costs_names
-from memformer.reproduction.measure import Setting, measure_growth
+from memformer.reproduction.measure import Setting, Way, measure_growth
 from memformer.reproduction.tables import experiments_folder
 from tests.test_cli import call_json, refused
 
@@ -60,7 +60,7 @@ def test_memory_grows_with_what_an_update_holds():
     model = {**MEMFORMER, "segment_length": 64, "num_slots": 4, "d_model": 64}
     growth = {
         method: measure_growth(
-            Setting(model_type="memformer", model=model, batch_size=8, num_timesteps=16, device="cpu"), method
+            Setting(model_type="memformer", model=model, batch_size=8, num_timesteps=16, device="cpu"), Way(method)
         )
         for method in ("bptt", "replay")
     }
@@ -73,7 +73,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert "segment_length (0) must be at least 1" in refused("reproduce", *options)
     assert "costs has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
     with pytest.raises(InputError, match="measuring lstm failed"):
-        measure_growth(Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), "replay")
+        measure_growth(Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), Way("replay"))
 
 
 @pytest.mark.parametrize("name", costs_names(experiments_folder()))

@@ -14,12 +14,12 @@ from memformer.errors import InputError
 from memformer.flops import flops_per_token
 from memformer.models import build_model
 from memformer.models.loading import MODELS
-from memformer.reproduction.measure import Setting, measure_growth, measure_seconds
+from memformer.reproduction.measure import Setting, Way, measure_growth, measure_seconds
 from memformer.training.run import versions
 from memformer.yaml_files import read_yaml
 
 COSTS_FILE = "costs.yaml"
-METHODS = ("bptt", "checkpoint", "replay")
+WAYS = (Way("bptt"), Way("checkpoint"), Way("replay"))
 # What a model's memory size is called in its config.
 MEMORY_SIZES = {"memformer": "num_slots", "transformer_xl": "memory_length"}
 
@@ -97,18 +97,18 @@ def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict
             batch_size=costs.batch_size,
             num_timesteps=horizon,
         )
-        seconds = measure_seconds(setting, METHODS, rounds=costs.rounds)
-        growth = {method: measure_growth(setting, method) for method in METHODS}
-        for method in METHODS:
-            ratios = [bptt / own for bptt, own in zip(seconds["bptt"], seconds[method], strict=True)]
+        seconds = measure_seconds(setting, WAYS, rounds=costs.rounds)
+        growth = {way: measure_growth(setting, way) for way in WAYS}
+        for way in WAYS:
+            ratios = [bptt / own for bptt, own in zip(seconds[WAYS[0]], seconds[way], strict=True)]
             rows.append(
                 {
                     "horizon": horizon,
-                    "method": method,
-                    "seconds": statistics.median(seconds[method]),
+                    "method": way.method,
+                    "seconds": statistics.median(seconds[way]),
                     "speed_ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-                    "memory_growth_bytes": growth[method],
-                    "memory_ratio": growth[method] / growth["bptt"],
+                    "memory_growth_bytes": growth[way],
+                    "memory_ratio": growth[way] / growth[WAYS[0]],
                 }
             )
     return rows
@@ -161,7 +161,7 @@ def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, 
                 batch_size=costs.batch_size,
                 num_timesteps=1,
             )
-            found[model_type].append(float(measure_growth(setting, "replay")))
+            found[model_type].append(float(measure_growth(setting, Way("replay"))))
     return found
 
 
@@ -184,7 +184,7 @@ def _draw(axes: Axes, figures: dict[str, list[float]], xs: list[int], *, unit: f
 
 
 def _draw_methods(rows: list[dict[str, Any]], speed: Axes, memory: Axes) -> None:
-    for method in METHODS:
+    for method, _ in WAYS:
         own = [row for row in rows if row["method"] == method]
         horizons = [row["horizon"] for row in own]
         speed.plot(horizons, [row["speed_ratio"]["median"] for row in own], marker="o", label=method)

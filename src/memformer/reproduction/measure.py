@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ class Setting:
         batch_size: Rows.
         num_timesteps: Segments of the rollout.
         device: auto, cpu, cuda, ...
+        threads: Of a CPU.
     """
 
     model_type: str
@@ -38,31 +39,42 @@ class Setting:
     batch_size: int
     num_timesteps: int
     device: str = "auto"
+    threads: int = 1
 
 
-def measure_seconds(setting: Setting, methods: Sequence[str], *, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of forward and backward for every method, round after round: they take turns in one process.
+class Way(NamedTuple):
+    """A way to compute an update: `backpropagate`'s method, and how many timesteps it reads out together."""
+
+    method: str
+    readout_timesteps: int = 1
+
+
+def measure_seconds(setting: Setting, ways: Sequence[Way], *, rounds: int) -> dict[Way, list[float]]:
+    """Return the seconds of forward and backward for every way, round after round: they take turns in one process.
 
     Raises:
         InputError: The process failed.
     """
-    found: dict[str, list[float]] = _run_child({"setting": asdict(setting), "methods": list(methods), "rounds": rounds})
-    return found
+    found: list[list[float]] = _run_child({"setting": asdict(setting), "ways": ways, "rounds": rounds})
+    return dict(zip(ways, found, strict=True))
 
 
-def measure_growth(setting: Setting, method: str) -> int:
+def measure_growth(setting: Setting, way: Way) -> int:
     """Return by how many bytes memory grows at the peak of one update: the process's on a CPU, else the device's.
 
     Raises:
         InputError: The process failed, or a CPU's peak cannot be measured on this system (it needs Linux).
     """
-    growth: int = _run_child({"setting": asdict(setting), "methods": [method], "rounds": None})
+    growth: int = _run_child({"setting": asdict(setting), "ways": [way], "rounds": None})
     return growth
 
 
 def _run_child(task: dict[str, Any]) -> Any:
-    # Freed tensors go back to the system at once: what is counted is what is held, not what the allocator keeps.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = dict(os.environ)
+    if task["rounds"] is None:
+        # Freed tensors go back to the system at once: what is counted is what is held, not what the allocator keeps.
+        # That costs time, so what is timed goes without.
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-m", "memformer.reproduction.measure"]
     done = subprocess.run(command, input=json.dumps(task), check=False, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -71,32 +83,32 @@ def _run_child(task: dict[str, Any]) -> Any:
     return json.loads(done.stdout)
 
 
-def _measure_seconds(model: LanguageModel, rollout: Rollout, methods: Sequence[str], rounds: int) -> Any:
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
+def _measure_seconds(model: LanguageModel, rollout: Rollout, ways: Sequence[Way], rounds: int) -> list[list[float]]:
+    seconds: list[list[float]] = [[] for _ in ways]
     for count in range(rounds + 1):
-        for method in methods:
+        for way, own in zip(ways, seconds, strict=True):
             model.zero_grad()
             _wait(model.device)
             started = time.perf_counter()
-            backpropagate(model, rollout, method=method)
+            backpropagate(model, rollout, **way._asdict())
             _wait(model.device)
             if count:  # the first round warms up
-                seconds[method].append(time.perf_counter() - started)
+                own.append(time.perf_counter() - started)
     return seconds
 
 
-def _measure_growth(model: LanguageModel, rollout: Rollout, method: str) -> int:
+def _measure_growth(model: LanguageModel, rollout: Rollout, way: Way) -> int:
     first = Rollout(inputs=rollout.inputs[:1, :1], targets=rollout.targets[:1, :1])
-    backpropagate(model, first, method=method)  # loads kernels and makes the gradients
+    backpropagate(model, first, **way._asdict())  # loads kernels and makes the gradients
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-        backpropagate(model, rollout, method=method)
+        backpropagate(model, rollout, **way._asdict())
         return torch.cuda.max_memory_allocated(model.device) - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
     before = _resident_bytes("VmRSS")
-    backpropagate(model, rollout, method=method)
+    backpropagate(model, rollout, **way._asdict())
     return _resident_bytes("VmHWM") - before
 
 
@@ -113,9 +125,10 @@ def _wait(device: torch.device) -> None:
 def _main() -> None:
     task = json.load(sys.stdin)
     setting = Setting(**task["setting"])
+    ways = [Way(*way) for way in task["ways"]]
     device = choose_device(setting.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     config = MODELS[setting.model_type].config_class.from_dict(setting.model)
     model = build_model(config).to(device)
@@ -123,9 +136,9 @@ def _main() -> None:
     inputs, targets = torch.randint(0, config.vocab_size, (2, *shape)).to(device)
     rollout = Rollout(inputs=inputs, targets=targets)
     if task["rounds"] is None:
-        print(json.dumps(_measure_growth(model, rollout, task["methods"][0])))
+        print(json.dumps(_measure_growth(model, rollout, ways[0])))
     else:
-        print(json.dumps(_measure_seconds(model, rollout, task["methods"], task["rounds"])))
+        print(json.dumps(_measure_seconds(model, rollout, ways, task["rounds"])))
 
 
 if __name__ == "__main__":
