@@ -16,6 +16,7 @@ import yaml
 from memformer import Memformer, Session
 from memformer.cli import main
 from memformer.data import load_tokenizer, save_tokenizer
+from tests.conftest import tiny_model
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran"]
 
@@ -133,7 +134,11 @@ def test_a_run_leaves_all_of_its_folder(run_folder):
         "tokenizer_config.json",
         "versions.json",
     ]
-    assert sorted(path.name for path in (run_folder / "best").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (run_folder / "best").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    ]
     assert sorted(path.name for path in (run_folder / "samples").iterdir()) == [
         "update-000000002.txt",
         "update-000000004.txt",
@@ -276,6 +281,20 @@ def test_evaluate_on_other_data_and_on_a_saved_model(run_folder, tmp_path, monke
     assert "has no held-out documents of its own; give --data.kind and --data.path" in refused("evaluate", folder)
 
 
+def test_the_best_weights_alone_are_a_model_to_use(run_folder, tmp_path):
+    options = ["--prompt", "the cat", "--seed", "5", "--max_new_tokens", "12"]
+    expected = call_json("generate", run_folder, *options)["token_ids"]
+    assert call_json("generate", run_folder / "best", *options)["token_ids"] == expected
+    Memformer.from_pretrained(run_folder / "best").save_pretrained(tmp_path / "bare")
+    status, out, err = call("generate", tmp_path / "bare", *options, "--json")
+    assert status == 0
+    assert json.loads(out)["token_ids"] == expected
+    assert f"memformer: warning: {tmp_path / 'bare'} has no tokenizer: its 256 token ids are taken for bytes" in err
+    tiny_model().save_pretrained(tmp_path / "other")
+    message = refused("generate", tmp_path / "other")
+    assert "has no tokenizer for its vocabulary of 11 tokens; memformer.data.save_tokenizer writes one" in message
+
+
 def generate(run_folder, *options, num=12):
     return call_json("generate", run_folder, "--max_new_tokens", num, *options)
 
@@ -413,6 +432,8 @@ def test_refused_configs(tmp_path, content, message):
         (["--threads", "0"], ["threads (0) must be from 1 to 65536"]),
         (["--threads", "9999999999"], ["threads (9999999999) must be from 1 to 65536"]),
         (["--device", "gpu"], ["device ('gpu') must be auto, cpu, cuda"]),
+        (["--device", "mps"], ["device ('mps') must be auto, cpu, cuda"]),
+        (["--device", "meta"], ["device ('meta') must be auto, cpu, cuda"]),
         (["surplus"], ["surplus"]),
         (["--resume"], ["{new}/config.yaml cannot be read"]),
         (["--model.vocab_size", "300"], ["model.vocab_size (300) contradicts the data's tokenizer of 256 tokens"]),

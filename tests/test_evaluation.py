@@ -54,6 +54,13 @@ def test_erased_memory_is_the_initial_memory_before_every_segment():
     assert result.memory_erased.nats != pytest.approx(result.with_memory.nats, rel=1e-6)
 
 
+def test_documents_shorter_than_a_segment_are_evaluated():
+    model = tiny_model()
+    arrays = documents([2])
+    result = evaluate(model, corpus_from_arrays(arrays, VOCAB_SIZE))
+    assert result.with_memory.nats == pytest.approx(nats_by_hand(model, arrays), rel=1e-10)
+
+
 def test_units():
     corpus = corpus_from_arrays(documents([12, 24]), VOCAB_SIZE, document_bytes=[24, 48])
     figures = evaluate(tiny_model(), corpus).with_memory

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import CheckpointError, InputError, InputTypeError, SaveError, Session
+from memformer.files import write_tensors
+from memformer.generation import FORMAT, FORMAT_VERSION, WEIGHTS
 from memformer.sampling import sample
 from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
@@ -153,7 +155,7 @@ def test_damaged_and_foreign_sessions_are_refused(tmp_path):
     path.write_bytes(content.replace(b"memformer-session", b"memformer-sassion"))
     with pytest.raises(CheckpointError, match="not a saved session"):
         Session.load(path, model=session.model)
-    path.write_bytes(content.replace(b'"version":"2"', b'"version":"9"'))
+    path.write_bytes(content.replace(b'"version":"3"', b'"version":"9"'))
     with pytest.raises(CheckpointError, match="session format version '9'"):
         Session.load(path, model=session.model)
     session.model.save_pretrained(tmp_path / "model")
@@ -166,7 +168,8 @@ def test_values_that_cannot_be_a_state_are_refused(tmp_path):
     session.feed(random_tokens(20))
     path = tmp_path / "state.safetensors"
     session._memory[0, 0, 0] = float("nan")
-    session.save(path)
+    metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: session.model.fingerprint()}
+    write_tensors(path, session._state(), metadata=metadata)
     with pytest.raises(CheckpointError, match="memory holds values that are not finite"):
         Session.load(path, model=session.model)
     session._memory[0, 0, 0] = 0.0
@@ -201,9 +204,10 @@ def test_wrong_tokens_and_options_are_named():
         ({"top_k": 0}, r"top_k \(0\) must be at least 1"),
         ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0"),
         ({"max_new_tokens": -1}, r"max_new_tokens \(-1\)"),
+        ({"seed": 2**70}, r"seed \(1180591620717411303424\) must be from 0"),
     ):
         with pytest.raises(InputError, match=message):
-            session.generate(**{"max_new_tokens": 1, **options})
+            session.stream(**{"max_new_tokens": 1, **options})  # at once, not at the first token
 
 
 def test_sampling_keeps_the_likeliest_tokens_only():
@@ -229,3 +233,58 @@ def test_feeding_nothing_is_allowed_and_tensors_and_arrays_are_too():
     other = Session(tiny_model())
     other.feed(random_tokens(9) * 2)
     assert_same_state(session, other)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+def test_a_temperature_as_low_as_can_be_is_greedy(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.9], [80.0, -80.0, 79.0]])
+    chosen = sample(logits, temperature=temperature, top_k=None, top_p=None, generator=None)
+    assert chosen.tolist() == [1, 0]
+
+
+def test_the_k_likeliest_are_k_even_if_more_are_as_likely():
+    logits = torch.zeros(500, 5)
+    chosen = sample(logits, temperature=1.0, top_k=2, top_p=None, generator=torch.Generator().manual_seed(0))
+    assert len(set(chosen.tolist())) == 2
+
+
+def test_a_model_in_training_mode_reads_without_dropout_and_stays_in_it():
+    model = tiny_model(dropout=0.5)
+    expected = Session(model.eval())
+    expected.feed(random_tokens(20))
+    session = Session(model.train())
+    session.feed(random_tokens(20))
+    assert_same_state(session, expected)
+    assert model.training
+    assert model.decoder.training
+
+
+def test_a_session_goes_on_with_the_weights_that_it_was_saved_with(tmp_path):
+    path = tmp_path / "state"
+    session = Session(tiny_model())
+    session.feed(random_tokens(20))
+    session.save(path)
+    other = tiny_model()
+    with torch.no_grad():
+        other.decoder.norm.bias += 1e-3
+    with pytest.raises(CheckpointError, match="was saved with other weights than this model's"):
+        Session.load(path, model=other)
+    for changed in (tiny_model(seed=1), tiny_model(write_temperature=0.5)):
+        with pytest.raises(CheckpointError, match="was saved with other weights"):
+            Session.load(path, model=changed)
+    assert Session.load(path, model=other, any_weights=True).num_tokens == [20]
+    assert Session.load(path, model=tiny_model(dropout=0.0)).num_tokens == [20]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_weights_are_told_and_not_drawn_from_or_saved(tmp_path, temperature):
+    model = tiny_model()
+    with torch.no_grad():
+        model.encoder.norm.weight[0] = float("nan")
+    session = Session(model)
+    with pytest.raises(InputError, match="logits are not finite: its weights are broken"):
+        session.generate(3, temperature=temperature)
+    session.feed(random_tokens(20))
+    with pytest.raises(InputError, match="session's memory is not finite"):
+        session.save(tmp_path / "state")
+    assert not any(tmp_path.iterdir())

@@ -554,6 +554,12 @@ def test_refused_retention(runs, kind, options, message):
     assert message in refused("retention", runs[kind], *options)
 
 
+def test_an_evaluation_on_a_recall_task_has_no_lanes(runs):
+    assert "--num_lanes has no meaning for a run on a recall task" in refused(
+        "evaluate", runs["recall"], "--num_lanes", "3"
+    )
+
+
 def test_retention_without_a_run(runs, tmp_path):
     assert "required: run" in refused("retention")
     assert str(tmp_path) in refused("retention", tmp_path)

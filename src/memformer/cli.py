@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from memformer import commands
-from memformer.config import MemformerConfig
+from memformer.config import MemformerConfig, check_seed
 from memformer.data import NUM_TASK_TOKENS, PixelTokenizer, RecallConfig, Tokenizer, load_tokenizer, save_tokenizer
 from memformer.data.tokenizers import encode_stream
 from memformer.document_retention import DocumentRetention, measure_documents
@@ -36,7 +36,7 @@ from memformer.retention import Recall, measure_recall
 from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.config import DataConfig, RunConfig, check_seed, check_threads
+from memformer.training.config import DataConfig, RunConfig, check_threads
 from memformer.training.loop import Interrupted, check_same_run, print_warning, train
 from memformer.training.processes import Processes, exit_process, processes_started, were_restarted
 from memformer.training.run import (
@@ -191,14 +191,17 @@ def run_evaluate(argv: list[str]) -> None:
         InputError: The run or the data is wrong.
     """
     options = commands.parse(commands.evaluate_parser(), argv)
-    if options.num_lanes < 1:
-        raise InputError(f"num_lanes ({options.num_lanes}) must be at least 1")
+    num_lanes = 8 if options.num_lanes is None else options.num_lanes
+    if num_lanes < 1:
+        raise InputError(f"num_lanes ({num_lanes}) must be at least 1")
     run = _load_run(options)
     result: Result
     if options.data is None:
         run_config = _run_config(run)
+        if run_config.data.recall is not None:
+            _refuse_options(options, ("num_lanes",), kind="on a recall task")
         data = prepare_data(run_config.data, tokenizer=run.tokenizer)
-        training = dataclasses.replace(run_config.training, num_lanes=options.num_lanes)
+        training = dataclasses.replace(run_config.training, num_lanes=num_lanes)
         started = time.monotonic()
         result = data.evaluate(run.model, training, is_final=True)
     else:
@@ -207,7 +210,7 @@ def run_evaluate(argv: list[str]) -> None:
             dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer
         )
         started = time.monotonic()
-        result = evaluate(run.model, corpus, num_lanes=options.num_lanes)
+        result = evaluate(run.model, corpus, num_lanes=num_lanes)
     seconds = time.monotonic() - started
     if options.json:
         print(json.dumps({"weights": str(run.weights), "seconds": seconds, **result.to_dict()}))

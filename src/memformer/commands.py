@@ -158,7 +158,9 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument(
         "--data", type=SourceConfig | None, default=None, help="Documents; the run's held-out ones if not given."
     )
-    parser.add_argument("--num_lanes", type=int, default=8, help="Documents read side by side.")
+    parser.add_argument(
+        "--num_lanes", type=int | None, default=None, help="Documents read side by side; 8 if not given."
+    )
     return parser
 
 

@@ -298,6 +298,16 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise InputError(f"{name} ({value}) must be at most {LARGEST}")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Check that a seed is one that every random generator takes.
+
+    Raises:
+        InputError: It is negative or does not fit 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"{name} ({seed}) must be from 0 to 2**63 - 1")
+
+
 def check_number(name: str, value: object) -> None:
     """Check a field of a config.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.evaluation import check_vocabulary
-from memformer.models.recurrence import RecurrentModel
+from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
 from memformer.rollout import Rollout
 from memformer.training.logs import peak_memory_bytes
 
@@ -215,16 +215,12 @@ def measure_documents(
     )
     firsts = [0, *(1 << power for power in range((longest_document - 1).bit_length()))]
     totals = _Totals(firsts, longest_delay=delays[-1], num_memories=1 + len(delays), num_lanes=stream.num_lanes)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         walk = _Walk(model, delays, num_lanes=stream.num_lanes)
         for rollout in stream:
             totals.add(rollout, walk.read(rollout))
             if progress is not None:
                 progress(totals.num_segments)
-    finally:
-        model.train(was_training)
     if not (np.isfinite(totals.nats).all() and np.isfinite(totals.delayed_nats).all()):
         raise InputError("the model's likelihood is not finite: its weights are broken")
     erased, *delayed = totals.delayed_nats.tolist()

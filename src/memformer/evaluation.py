@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
-from memformer.models.recurrence import RecurrentModel
+from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
 from memformer.rollout import Rollout
 
 
@@ -167,11 +167,9 @@ def evaluate(
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(2, dtype=torch.float64)
     memory: Tensor | None = None
-    try:
+    with in_evaluation_mode(model):
         for cpu_rollout in stream:
             rollout = model.arrange(cpu_rollout.to(model.device))
             if memory is None:
@@ -182,8 +180,6 @@ def evaluate(
                 totals[index] += rollout_nats(model, rollout, hidden).double().sum().cpu()
             if progress is not None:
                 progress(cpu_rollout.count_target_tokens())
-    finally:
-        model.train(was_training)
     if not totals.isfinite().all():
         raise InputError(f"the model's likelihood is {totals.tolist()} nats; it must be finite: its weights are broken")
     with_memory, memory_erased = (

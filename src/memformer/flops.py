@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from memformer.models.recurrence import RecurrentModel
+from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
 from memformer.rollout import Rollout
 
 
@@ -24,16 +24,11 @@ def flops_per_token(model: RecurrentModel) -> float:
     zeros = torch.zeros(1, 1, length, dtype=torch.int64, device=model.device)
     rollout = model.arrange(Rollout(inputs=zeros, targets=zeros))
     memory = model.initial_memory(1)
-    was_training = model.training
-    model.eval()
     counter = FlopCounterMode(display=False)
     # Fused attention, fused LSTM layers and oneDNN's products are not among what the counter knows on a CPU.
-    try:
-        with counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
-            hidden, _ = model.encode(rollout.inputs[0], memory=memory)
-            model.token_nats(rollout.targets[0], hidden=hidden)
-    finally:
-        model.train(was_training)
+    with in_evaluation_mode(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
+        hidden, _ = model.encode(rollout.inputs[0], memory=memory)
+        model.token_nats(rollout.targets[0], hidden=hidden)
     return counter.get_total_flops() / length
 
 

@@ -1,6 +1,6 @@
 """A stream with a memory: feed tokens, ask what comes next, generate, save, go on later."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +9,20 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memformer.config import check_seed
 from memformer.contexts import make_context
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.files import CHECKSUM, read_tensors_and_metadata, write_tensors
 from memformer.models import LanguageModel
+from memformer.models.recurrence import in_evaluation_mode
 from memformer.sampling import check_sampling, sample
 from memformer.shapes import AnyMemory
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
 
 FORMAT = "memformer-session"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
+WEIGHTS = "weights"
 FEED_CHUNK_TOKENS = 1 << 20
 
 
@@ -29,7 +32,7 @@ class Session:
     The state of a row is its memory, the hidden states of its last full segment (of a model that predicts the next
     token: the last token of that segment), and the tokens fed since: a segment is read into the memory as soon as it
     is full. It depends on the tokens alone, not on how they were split. Rows may
-    have been fed different numbers of tokens. The model is put in evaluation mode.
+    have been fed different numbers of tokens. The model reads in evaluation mode, whatever mode it is in otherwise.
 
     Args:
         model: The model that reads.
@@ -42,14 +45,14 @@ class Session:
     def __init__(self, model: LanguageModel, *, batch_size: int = 1, compiled: bool = False) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size ({batch_size}) must be at least 1")
-        self.model = model.eval()
+        self.model = model
         self.compiled = compiled
         self.batch_size = batch_size
         # On the CPU: read one by one.
         self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64)
         self._num_pending = [0] * batch_size
         self._num_fed = [0] * batch_size
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation_mode(model):
             self._context = make_context(model, batch_size, compiled=compiled)
         self._memory = self._context.first_memory.clone()
 
@@ -84,7 +87,7 @@ class Session:
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the logits of each row's next token, given everything fed so far."""
-        with torch.no_grad():
+        with torch.no_grad(), in_evaluation_mode(self.model):
             return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
 
     def generate(
@@ -129,24 +132,46 @@ class Session:
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens ({max_new_tokens}) must be at least 0")
         check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        if seed is not None:
+            check_seed("seed", seed)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
-        for _ in range(max_new_tokens):
-            logits = self.next_token_logits()
-            tokens = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
-            self._feed(list(tokens[:, None]))
-            yield tokens.tolist()
+
+        def steps() -> Iterator[list[int]]:
+            for _ in range(max_new_tokens):
+                logits = self.next_token_logits()
+                tokens = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
+                self._feed(list(tokens[:, None]))
+                yield tokens.tolist()
+
+        # A function of its own, so that a mistake is told here and not at the first token.
+        return steps()
 
     def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file, whole or not at all.
+        """Write the state as one safetensors file, whole or not at all, with a fingerprint of the model's weights.
 
         Raises:
+            InputError: The state is not finite: the model's weights are broken.
             SaveError: Writing failed; a file that was there before is intact.
         """
-        write_tensors(Path(path), self._state(), metadata={"format": FORMAT, "version": FORMAT_VERSION})
+        state = self._state()
+        for name, tensor in state.items():
+            if not _is_finite(tensor):
+                raise InputError(f"the session's {name} is not finite: the model's weights are broken")
+        metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
+        write_tensors(Path(path), state, metadata=metadata)
 
     @classmethod
-    def load(cls, path: str | Path, *, model: LanguageModel, compiled: bool = False) -> "Session":
-        """Return the session that `save` wrote; `compiled` as for a new one.
+    def load(
+        cls, path: str | Path, *, model: LanguageModel, compiled: bool = False, any_weights: bool = False
+    ) -> "Session":
+        """Return the session that `save` wrote.
+
+        Args:
+            path: The file.
+            model: The model that read the stream so far.
+            compiled: As for a new session.
+            any_weights: Go on with other weights of the same shapes than those that read the stream so far: what they
+                make of its memory is not checked.
 
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
@@ -168,9 +193,13 @@ class Session:
                     f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(expected.shape)} "
                     f"{expected.dtype}: the session belongs to another model"
                 )
-            if found.is_floating_point() and not found.isfinite().all():
+            if not _is_finite(found):
                 raise CheckpointError(f"{path}: {name} holds values that are not finite")
             expected.copy_(found)
+        if not any_weights and metadata.get(WEIGHTS) != model.fingerprint():
+            raise CheckpointError(
+                f"{path} was saved with other weights than this model's: its memory means nothing to them"
+            )
         pending, fed = fresh["counts"].unbind()
         if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
             raise CheckpointError(f"{path}: counts {fresh['counts'].tolist()} are impossible; the file is damaged")
@@ -190,6 +219,8 @@ class Session:
         }
 
     def _split_rows(self, token_ids: TokenIds) -> list[object]:
+        if isinstance(token_ids, str | bytes | Mapping) or not _has_length(token_ids):
+            raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
         if self.batch_size == 1:
             nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
             if not nested:
@@ -238,10 +269,15 @@ class Session:
         """Read the full segments of these rows into their memories."""
         chosen = torch.tensor(rows, device=self.model.device)
         segment = self._tokens[rows].to(self.model.device)
-        self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
+        with in_evaluation_mode(self.model):
+            self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
         for row in rows:
             self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
             self._num_pending[row] = 0
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _has_length(value: object) -> bool:

@@ -13,7 +13,7 @@ from memformer.data.recall import RecallConfig, ask, check_segment_length, draw_
 from memformer.data.recall_tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation import Result
-from memformer.models.recurrence import RecurrentModel
+from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
 from memformer.training.logs import peak_memory_bytes
 
 _SEGMENTS_AHEAD = 64
@@ -149,9 +149,7 @@ def measure_recall(
             f"distances ({', '.join(map(str, distances))}) must be at least 1 segment each, and at least one"
         )
     _check_num_facts(task, config, num_facts, segment_length=model.segment_length)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         walk = _Walk(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)
         points = []
         for distance in sorted(set(distances)):
@@ -168,8 +166,6 @@ def measure_recall(
             )
             if progress is not None:
                 progress(distance)
-    finally:
-        model.train(was_training)
     return Recall(num_facts=walk.num_facts, points=points)
 
 

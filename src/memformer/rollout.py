@@ -61,13 +61,7 @@ class Rollout:
             "target_padding": self.targets.shape,
         }
         for name, shape in expected_shapes.items():
-            mask: Tensor | None = getattr(self, name)
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool:
-                raise InputTypeError(f"rollout {name} has dtype {mask.dtype}; it must be torch.bool")
-            if mask.shape != shape:
-                raise InputError(f"rollout {name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+            check_mask(getattr(self, name), shape=shape, name=f"rollout {name}")
         if self.starts is not None:
             if self.starts.dtype != torch.int64:
                 raise InputTypeError(f"rollout starts have dtype {self.starts.dtype}; token ids must be torch.int64")
@@ -139,6 +133,21 @@ class Rollout:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
         return Rollout(**changed)
+
+
+def check_mask(mask: Tensor | None, *, shape: Sequence[int], name: str) -> None:
+    """Check a mask, where there is one.
+
+    Raises:
+        InputError: It has another shape than what it masks.
+        InputTypeError: It is not bool.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
+    if mask.shape != torch.Size(shape):
+        raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
 
 
 def last_places(padding_mask: Tensor) -> Tensor:

@@ -37,13 +37,20 @@ def sample(
         top_k: Keep only the k likeliest tokens; None keeps all.
         top_p: Keep the likeliest tokens that together reach this probability; None keeps all.
         generator: Where randomness comes from; None means torch's global generator.
+
+    Raises:
+        InputError: A logit is not finite.
     """
+    if not logits.isfinite().all():
+        raise InputError("the model's logits are not finite: its weights are broken")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    # The likeliest token's logit is 0, so that no temperature, however low, makes it infinite.
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
+        kept = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)

@@ -305,6 +305,17 @@ def test_wrong_tokens_and_memories_are_named():
         model.encode(tokens(), memory=memory.float())
 
 
+def test_no_memory_is_the_initial_memory(variant):
+    model = tiny_model(**variant).eval()
+    given = model.encode(tokens(), memory=model.initial_memory(B))
+    assert all(torch.equal(left, right) for left, right in zip(model.encode(tokens()), given, strict=True))
+
+
+def test_a_segment_longer_than_its_places_is_named():
+    with pytest.raises(InputError, match=f"segment has {S + 1} tokens a row; place_embedding knows {S} places"):
+        tiny_model(place_embedding=True).encode(torch.zeros(B, S + 1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

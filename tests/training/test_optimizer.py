@@ -8,6 +8,7 @@ from memformer.training.config import TrainingConfig
 from memformer.training.optimizer import learning_rate_at, make_optimizer
 from memformer.training.replay import backpropagate
 from tests.conftest import assert_close, random_rollout, tiny_model
+from tests.models.baselines import tiny_baseline
 
 
 def groups_by_name(model, config):
@@ -37,6 +38,13 @@ def test_a_model_with_memory_has_a_forgetting_vector_that_is_spared():
     decay = groups_by_name(tiny_model(), TrainingConfig(weight_decay=0.25))
     slot_biases = {value for name, value in decay.items() if name.endswith("slot_bias")}
     assert slot_biases == {0.0}
+
+
+def test_the_matrices_of_an_lstm_are_decayed_and_its_biases_are_not():
+    decay = groups_by_name(tiny_baseline("lstm"), TrainingConfig(weight_decay=0.25))
+    assert {name for name, value in decay.items() if value} == {
+        f"layers.{layer}.weight_{kind}_l0" for kind in ("ih", "hh") for layer in (0, 1)
+    }
 
 
 def test_warm_up_is_linear():

@@ -134,3 +134,21 @@ def test_a_spike_of_the_loss_is_skipped_once_the_mean_is_settled(base, tmp_path,
 def test_a_wrong_factor_is_refused(base, factor):
     with pytest.raises(InputError, match=r"training\.skip_above .* must be above 1 and finite"):
         run_config(base, skip_above=factor)
+
+
+def test_rollouts_that_ask_nothing_move_the_memory_on_and_nothing_else(base, tmp_path, monkeypatch):
+    trainer = make_trainer(base, tmp_path / "run", skip_above=2.0)
+    with RunLog(tmp_path / "run", total_updates=20, num_updates=0) as log:
+        for _ in range(3):
+            assert update(trainer, log) is not None
+        before, moments, progress = weights_of(trainer), moments_of(trainer), dict(trainer.state.progress)
+        memory = trainer.state.memory.clone()
+        rollout = next(trainer.stream)
+        silent = dataclasses.replace(rollout, target_padding=torch.ones_like(rollout.targets, dtype=torch.bool))
+        monkeypatch.setattr(trainer, "stream", iter([silent]))
+        assert update(trainer, log) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
+    assert all(torch.equal(now, then) for now, then in zip(moments_of(trainer), moments, strict=True))
+    assert trainer.state.progress == {**progress, "num_updates": progress["num_updates"] + 1}
+    assert not torch.equal(trainer.state.memory, memory)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())

@@ -177,9 +177,9 @@ def corpus_from_arrays(
         if array.ndim != 1 or not array.size:
             raise InputError(f"document {index} has shape {array.shape}; it must be 1-D with at least one token")
         check_ids(array, vocab_size=vocab_size, name=str(index))
-    if document_bytes is not None and (len(document_bytes) != len(arrays) or min(document_bytes) < 0):
+    if document_bytes is not None and (len(document_bytes) != len(arrays) or min(document_bytes) < 1):
         raise InputError(
-            f"document_bytes (of {len(document_bytes)} documents) must hold a count of at least 0 for each of "
+            f"document_bytes (of {len(document_bytes)} documents) must hold a count of at least 1 for each of "
             f"{len(arrays)} documents"
         )
     ends = np.cumsum([array.size for array in arrays], dtype=np.int64)

@@ -52,8 +52,8 @@ class LaneStream(RolloutStream):
         num_epochs: How often to read all documents. None never ends.
 
     Raises:
-        InputError: A number is out of range, the corpus holds less than a segment, or an endless stream has more
-            lanes than the corpus has documents.
+        InputError: A number is out of range, or the corpus of an endless stream has less than a segment or fewer
+            documents than there are lanes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LaneStream(RolloutStream):
         for name, number in (("bos_token_id", bos_token_id), ("seed", seed)):
             if number is not None and number < 0:
                 raise InputError(f"{name} ({number}) must be at least 0")
-        if corpus.num_tokens < segment_length:
+        if num_epochs is None and corpus.num_tokens < segment_length:
             raise InputError(
                 f"{corpus.name} holds {corpus.num_tokens} tokens; at least one segment of {segment_length} is needed"
             )

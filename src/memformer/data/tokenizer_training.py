@@ -168,6 +168,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     write_bytes(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether `save_tokenizer` wrote into `folder`."""
+    return (folder / _CONFIG_FILE).exists()
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer that `save_tokenizer` wrote into `folder`.
 

@@ -77,7 +77,7 @@ class CompressiveTransformer(TransformerXL):
         self,
         segment: Segment,
         *,
-        memory: AnyMemory,
+        memory: AnyMemory | None = None,
         padding_mask: SegmentPadding | None = None,
         reconstruction: ReconstructionLoss | None = None,
     ) -> tuple[Hidden, AnyMemory]:
@@ -85,7 +85,7 @@ class CompressiveTransformer(TransformerXL):
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`).
-            memory: The memory that enters.
+            memory: The memory that enters; None for the initial memory.
             padding_mask: True at padding; None for none.
             reconstruction: Filled with how well what was compressed stands for what it replaces, if given.
 

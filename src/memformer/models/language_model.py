@@ -7,9 +7,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from memformer.errors import InputError
 from memformer.models.pretrained import Pretrained
 from memformer.models.recurrence import RecurrentModel
 from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
+from memformer.rollout import check_mask
 from memformer.shapes import Hidden, Logits, Segment, SegmentPadding, Starts, TargetPadding, Targets
 
 
@@ -82,6 +84,7 @@ class LanguageModel(Pretrained, RecurrentModel):
             InputTypeError: A dtype is wrong.
         """
         nats = self.embedding.nats(self._features(targets, hidden, hidden_padding_mask, starts), targets)
+        check_mask(target_padding_mask, shape=targets.shape, name="target_padding_mask")
         return nats if target_padding_mask is None else nats.masked_fill(target_padding_mask, 0.0)
 
     @abstractmethod
@@ -89,6 +92,16 @@ class LanguageModel(Pretrained, RecurrentModel):
         self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
     ) -> Float[Tensor, "B T D"]:
         """Return what each target is predicted from."""
+
+    def _check_hidden(self, hidden: Hidden, *, batch_size: int) -> None:
+        """Check that hidden states can be this model's.
+
+        Raises:
+            InputError: They are of other rows than the targets, or of another width.
+        """
+        rows, width = batch_size, self.config.d_model
+        if hidden.ndim != 3 or (hidden.shape[0], hidden.shape[2]) != (rows, width):
+            raise InputError(f"hidden has shape {tuple(hidden.shape)}; it must be ({rows}, states, {width})")
 
     def _embed(self, tokens: Segment) -> Hidden:
         # sqrt(D) gives the residual stream a variance near one while the shared output projection starts small.

@@ -17,7 +17,7 @@ from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from memformer.rollout import last_places
+from memformer.rollout import check_mask, last_places
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Starts, Targets
 
 
@@ -139,7 +139,7 @@ class Memformer(LanguageModel):
         self,
         segment: Segment,
         *,
-        memory: Memory,
+        memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         attention: AttentionRecord | None = None,
         pressure: WritePressure | None = None,
@@ -150,7 +150,7 @@ class Memformer(LanguageModel):
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`, and special tokens follow it).
-            memory: The memory that enters.
+            memory: The memory that enters; None for the initial memory.
             padding_mask: True at padding, which may stand before or after the tokens, not between; None for none.
             attention: Filled with the attention weights of memory readers and writer, if given.
             pressure: Filled with how much the tokens press to be written, if given.
@@ -161,7 +161,12 @@ class Memformer(LanguageModel):
             InputTypeError: A dtype is wrong.
         """
         check_tokens(segment, largest=self._largest_token_id, name="segment")
-        self.check_memory(memory, batch_size=segment.shape[0])
+        check_mask(padding_mask, shape=segment.shape, name="padding_mask")
+        if self.config.place_embedding and segment.shape[1] > self.segment_length:
+            raise InputError(
+                f"segment has {segment.shape[1]} tokens a row; place_embedding knows {self.segment_length} places"
+            )
+        memory = self._enter(memory, batch_size=segment.shape[0])
         embedded = self._embed(segment)
         hidden = self.encoder(embedded, memory=memory, padding_mask=padding_mask, record=attention)
         followers = [_last_of(embedded, padding_mask)] if self.config.decoder_starts_from_last_token else []
@@ -205,6 +210,10 @@ class Memformer(LanguageModel):
             starts = targets.new_full(targets.shape[:1], self.bos_token_id)
         else:
             check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
+        self._check_hidden(hidden, batch_size=targets.shape[0])
+        num_followers = self.decoder.num_slots_read + self.config.decoder_starts_from_last_token
+        read = (hidden.shape[0], hidden.shape[1] - num_followers)
+        check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
         x = self._embed_for_decoder(torch.cat([starts[:, None], targets[:, :-1]], dim=1), past)
         features: Tensor = self.decoder(x, past=past)

@@ -11,7 +11,7 @@ from torch import Tensor
 from memformer.errors import InputError
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
-from memformer.rollout import Rollout
+from memformer.rollout import Rollout, check_mask
 from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding, Starts, Targets
 
 TokenCounts = Int64[Tensor, " B"]
@@ -35,7 +35,7 @@ class NextTokenModel(LanguageModel):
         return torch.zeros((batch_size, *self.memory_shape), dtype=self.memory_dtype, device=self.device)
 
     def encode(
-        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
+        self, segment: Segment, *, memory: AnyMemory | None = None, padding_mask: SegmentPadding | None = None
     ) -> tuple[Hidden, AnyMemory]:
         """Read one segment; return the state of each token and the memory that leaves it.
 
@@ -43,7 +43,7 @@ class NextTokenModel(LanguageModel):
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`).
-            memory: The memory that enters.
+            memory: The memory that enters; None for the initial memory.
             padding_mask: True at padding; None for none.
 
         Raises:
@@ -53,10 +53,11 @@ class NextTokenModel(LanguageModel):
         return self._encode(segment, memory, padding_mask, self._read)
 
     def _encode(
-        self, segment: Segment, memory: AnyMemory, padding_mask: SegmentPadding | None, read: Read
+        self, segment: Segment, memory: AnyMemory | None, padding_mask: SegmentPadding | None, read: Read
     ) -> tuple[Hidden, AnyMemory]:
         check_tokens(segment, largest=self.bos_token_id, name="segment")
-        self.check_memory(memory, batch_size=segment.shape[0])
+        check_mask(padding_mask, shape=segment.shape, name="padding_mask")
+        memory = self._enter(memory, batch_size=segment.shape[0])
         if padding_mask is None:
             return read(self._embed(segment), memory=memory, num_tokens=None)
         # Tokens first, in their order: wherever padding was, what is computed of a row is the same, and a causal model
@@ -82,8 +83,10 @@ class NextTokenModel(LanguageModel):
     ) -> Float[Tensor, "B T D"]:
         if starts is not None:
             raise InputError(f"starts are given, but a {type(self).__name__} has no decoder to start from them")
-        del hidden_padding_mask  # a state that stands at padding predicts a target that does not count
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
+        self._check_hidden(hidden, batch_size=targets.shape[0])
+        # It changes nothing: a state that stands at padding predicts a target that does not count.
+        check_mask(hidden_padding_mask, shape=hidden.shape[:2], name="hidden_padding_mask")
         num_targets, num_states = targets.shape[1], hidden.shape[1]
         if num_targets > num_states:
             raise InputError(

@@ -7,6 +7,8 @@ Training, replay, evaluation and generation are written against this class alone
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,7 @@ class RecurrentModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(
-        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
+        self, segment: Segment, *, memory: AnyMemory | None = None, padding_mask: SegmentPadding | None = None
     ) -> tuple[Hidden, AnyMemory]:
         """Read one segment; return its hidden states and the memory that leaves it."""
 
@@ -125,6 +127,18 @@ class RecurrentModel(nn.Module, ABC):
         """Return the memory with the rows in `reset` started again."""
         return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
 
+    def _enter(self, memory: AnyMemory | None, *, batch_size: int) -> AnyMemory:
+        """Return the memory that enters, checked: the initial one where none is given.
+
+        Raises:
+            InputError: It is another model's.
+            InputTypeError: Its dtype is wrong.
+        """
+        if memory is None:
+            return self.initial_memory(batch_size)
+        self.check_memory(memory, batch_size=batch_size)
+        return memory
+
     def check_memory(self, memory: Tensor, *, batch_size: int) -> None:
         """Check that a memory is one of this model.
 
@@ -140,6 +154,19 @@ class RecurrentModel(nn.Module, ABC):
             )
         if memory.dtype != self.memory_dtype:
             raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {self.memory_dtype}")
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while: no dropout; afterwards it is in the mode it was in."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:

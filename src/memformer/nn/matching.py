@@ -7,9 +7,11 @@ from torch import Tensor
 Eagerness = Float[Tensor, "*rows K S"]
 Matching = Bool[Tensor, "*rows K S"]
 
-# Between slots as eager as each other the first one wins. Far above rounding, so that slots that are alike are taken in
-# the same order in a batch and alone; far below what tells other slots apart.
-_HEAD_START = 1e-3
+# Between slots as eager as each other the first one wins. Above rounding, so that slots that are alike are taken in
+# the same order in a batch and alone; and in all so little, however many slots there are, that it does not come before
+# what tells other slots apart.
+_LARGEST_HEAD_START = 1e-3
+_LARGEST_HEAD_START_OF_ALL = 0.032
 
 
 @torch.no_grad()
@@ -27,7 +29,8 @@ def match_slots(eagerness: Eagerness, *, least: float, sharing: bool = False) ->
     """
     num_slots = eagerness.shape[-2]
     order = torch.arange(num_slots, device=eagerness.device, dtype=eagerness.dtype)
-    left = (eagerness - _HEAD_START * order[:, None]).masked_fill(eagerness <= least, float("-inf"))
+    head_start = min(_LARGEST_HEAD_START, _LARGEST_HEAD_START_OF_ALL / max(num_slots, 1))
+    left = (eagerness - head_start * order[:, None]).masked_fill(eagerness <= least, float("-inf"))
     if sharing:
         return (left == left.amax(dim=-2, keepdim=True)) & (left > float("-inf"))
     matching = torch.zeros_like(left, dtype=torch.bool)

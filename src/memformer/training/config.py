@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from memformer.config import MemformerConfig, ModelConfig
+from memformer.config import MemformerConfig, ModelConfig, check_seed
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
@@ -13,16 +13,6 @@ from memformer.training.sharding import Sharding
 Precision = Literal["float32", "bfloat16"]
 
 _MOST_THREADS = 1 << 16
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Check that a seed is one that every random generator takes.
-
-    Raises:
-        InputError: It is negative or does not fit 63 bits.
-    """
-    if not 0 <= seed < 2**63:
-        raise InputError(f"{name} ({seed}) must be from 0 to 2**63 - 1")
 
 
 def check_threads(threads: int | None) -> None:

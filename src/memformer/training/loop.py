@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from memformer.data import save_tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation import Result
 from memformer.files import write_json
@@ -183,7 +184,7 @@ class _Trainer:
             return self._conclude(log) if self.processes.is_first else None
 
     def _update(self, log: RunLog, received: list[int]) -> dict[str, float] | None:
-        """Make one optimizer step and return what to log about it; None if it was skipped.
+        """Make one optimizer step and return what to log about it; None if it was skipped or nothing was to predict.
 
         Raises:
             InputError: Too many updates in a row were skipped.
@@ -194,8 +195,7 @@ class _Trainer:
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
         num_tokens = [rollout.count_target_tokens() for rollout in rollouts]
-        # A part of a recall episode may ask nothing.
-        total = max(sum(num_tokens), 1)
+        total = sum(num_tokens)
         model.train()
         nats = 0.0
         pile_up_gradients(model)
@@ -203,17 +203,22 @@ class _Trainer:
             own = rollout if self.processes.count == 1 else rollout.select_rows(self.lanes)
             count = own.count_target_tokens()
             is_last = number == len(rollouts)
-            nats += self._backpropagate(own.to(model.device), gradient_scale=count / total, is_last=is_last) * count
+            share = count / max(total, 1)
+            nats += self._backpropagate(own.to(model.device), gradient_scale=share, is_last=is_last) * count
         free_weights(model)
         nats, num_signals = self.processes.sum_up(model, [nats, float(len(received))])
         self.all_stop = num_signals > 0
+        if total == 0:
+            # A part of a recall episode may ask nothing: the memory has moved on, and there is nothing to learn.
+            self.state.optimizer.zero_grad(set_to_none=True)
+            return None
         loss = nats / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = clip_gradients(model, limit)
         reason = self._reason_to_skip(loss, gradient_norm)
         if reason is None:
             self.state.optimizer.step()
-            self.state.progress["num_tokens"] += sum(num_tokens)
+            self.state.progress["num_tokens"] += total
             self.stream.observe(loss)
         self.state.optimizer.zero_grad(set_to_none=True)
         self._count(loss, reason, log)
@@ -311,6 +316,8 @@ class _Trainer:
         if best is None or not math.isfinite(best) or result.score <= best:
             self.state.progress["best_score"] = result.score
             model.save_pretrained(self.folder / BEST)
+            # So that this folder alone is a model to give away.
+            save_tokenizer(self.data.tokenizer, self.folder / BEST)
         sample = write_sample(
             model,
             self.data.tokenizer,

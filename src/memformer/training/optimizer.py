@@ -12,7 +12,8 @@ from memformer.training.config import TrainingConfig
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW; embeddings, norms, biases and forgetting vectors are not decayed."""
     embedded = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("embedding.")}
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)} - embedded
+    mapping = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.LSTM)]
+    decayed = {id(p) for module in mapping for p in module.parameters(recurse=False) if p.ndim > 1} - embedded
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [

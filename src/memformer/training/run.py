@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from memformer.data import Tokenizer, load_tokenizer
+from memformer.data import ByteTokenizer, Tokenizer, load_tokenizer
+from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.files import parse_yaml, write_json, write_text
 from memformer.models import LanguageModel, load_model
@@ -56,17 +57,21 @@ def load_run(
     num_slots: int | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> LoadedRun:
-    """Load a run folder, or a folder from `save_pretrained` with a tokenizer beside the weights.
+    """Load a run folder, or a folder from `save_pretrained`.
+
+    The latter has a tokenizer beside the weights where `memformer.data.save_tokenizer` put one; without it, 256 token
+    ids are taken for bytes.
 
     Args:
         folder: The folder.
         which: "best" on held-out documents, or "last"; a folder from `save_pretrained` has only itself.
         device: Where the model goes.
         num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
-        warn: Told of damaged checkpoints that are skipped.
+        warn: Told of damaged checkpoints that are skipped, and of a tokenizer that is not there.
 
     Raises:
-        InputError: The folder does not exist or is neither kind, or the model cannot have so many slots.
+        InputError: The folder does not exist or is neither kind, the model cannot have so many slots, or it has no
+            tokenizer and other ids than bytes.
         CheckpointError: What it holds is damaged or incomplete.
     """
     if not folder.is_dir():
@@ -83,12 +88,25 @@ def load_run(
             f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model"
         )
     model = load_model(weights, device=device, num_slots=num_slots)
-    tokenizer = load_tokenizer(folder)
+    is_bare = run_config is None and not has_tokenizer(folder)
+    tokenizer = _bytes_for(folder, model, warn) if is_bare else load_tokenizer(folder)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(
             f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, its model a vocabulary of {model.vocab_size}"
         )
     return LoadedRun(folder, model, tokenizer, weights, run_config)
+
+
+def _bytes_for(folder: Path, model: LanguageModel, warn: Callable[[str], None] | None) -> Tokenizer:
+    tokenizer = ByteTokenizer()
+    if model.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"{folder} has no tokenizer for its vocabulary of {model.vocab_size} tokens; "
+            "memformer.data.save_tokenizer writes one beside the weights"
+        )
+    if warn is not None:
+        warn(f"{folder} has no tokenizer: its {model.vocab_size} token ids are taken for bytes")
+    return tokenizer
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -177,10 +195,13 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device: torch.device | None
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda"}:
+        raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device ({name!r}) is not there: torch finds {torch.cuda.device_count()} CUDA devices")
     return device

@@ -11,6 +11,7 @@ from memformer.data import PixelTokenizer, Tokenizer
 from memformer.files import write_text, write_whole
 from memformer.generation import Session
 from memformer.models import LanguageModel
+from memformer.models.recurrence import in_evaluation_mode
 
 NUM_IMAGES = 25
 PIXEL_SCALE = 4
@@ -24,9 +25,8 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_
     Raises:
         SaveError: Writing failed.
     """
-    was_training = model.training
     text = None
-    try:
+    with in_evaluation_mode(model):
         if isinstance(tokenizer, PixelTokenizer):
             images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
             write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
@@ -34,8 +34,6 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_
             steps = Session(model).stream(num_tokens, seed=seed)
             text = "".join(tokenizer.decode_stream(step[0] for step in steps))
             write_text(path.with_suffix(".txt"), text)
-    finally:
-        model.train(was_training)
     return text
 
 

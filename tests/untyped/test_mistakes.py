@@ -1,0 +1,45 @@
+"""What a user's mistakes are told who has no run-time type checks, as the other tests have."""
+
+import pytest
+import torch
+
+from memformer import InputError, InputTypeError, Session
+from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.models.baselines import tiny_baseline
+
+B, S = 3, SEGMENT_LENGTH
+TOKENS = torch.arange(B * S).view(B, S) % VOCAB_SIZE
+MODELS = {
+    "memformer": tiny_model,
+    "its decoder reads more": lambda: tiny_model(decoder_reads_memory=True, decoder_starts_from_last_token=True),
+    "without memory": lambda: tiny_model(num_slots=0),
+    "lstm": lambda: tiny_baseline("lstm"),
+    "transformer-xl": lambda: tiny_baseline("transformer-xl"),
+    "recurrent memory": lambda: tiny_baseline("recurrent memory"),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_wrong_masks_and_hidden_states_are_named(make):
+    model = make()
+    hidden, _ = model.encode(TOKENS)
+    none = torch.zeros(B, S, dtype=torch.bool)
+    for wrong in (none[:1], none[:, :-1], none[0]):
+        with pytest.raises(InputError, match="padding_mask has shape"):
+            model.encode(TOKENS, padding_mask=wrong)
+        with pytest.raises(InputError, match="hidden_padding_mask has shape"):
+            model.decode(TOKENS, hidden=hidden, hidden_padding_mask=wrong)
+        with pytest.raises(InputError, match="target_padding_mask has shape"):
+            model.token_nats(TOKENS, hidden=hidden, target_padding_mask=wrong)
+    with pytest.raises(InputTypeError, match="padding_mask has dtype torch.int64; it must be torch.bool"):
+        model.encode(TOKENS, padding_mask=none.long())
+    for wrong in (hidden[:1], hidden[..., :-1], hidden[0]):
+        with pytest.raises(InputError, match="hidden has shape"):
+            model.decode(TOKENS, hidden=wrong)
+    model.decode(TOKENS, hidden=hidden, hidden_padding_mask=none)
+
+
+@pytest.mark.parametrize("wrong", [5, None, iter([1]), {1: 2}, "text"])
+def test_what_is_no_list_of_tokens_is_named(wrong):
+    with pytest.raises(InputTypeError, match=f"token ids are a {type(wrong).__name__}; they must be a list"):
+        Session(tiny_model()).feed(wrong)
