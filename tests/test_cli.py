@@ -7,13 +7,15 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 
 import matplotlib.image
 import pytest
 import torch
 import yaml
 
-from memformer import Memformer, Session
+from memformer import Memformer, Session, cli
 from memformer.cli import main
 from memformer.data import load_tokenizer, save_tokenizer
 from tests.conftest import tiny_model
@@ -340,6 +342,80 @@ def test_a_session_goes_on_as_one_longer_stream(run_folder, tmp_path):
     assert first["state_bytes"] == third["state_bytes"] == whole["state_bytes"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_reading_saves_its_session(run_folder, tmp_path, monkeypatch, number):
+    prompt, state = "the cat sat on a mat", tmp_path / "state"
+    whole = generate(run_folder, "--prompt", prompt, "--temperature", "0")["token_ids"]
+    feed = Session.feed
+
+    def feed_and_signal(session, part):
+        feed(session, part)
+        if session.num_tokens == [8]:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(cli, "_PIECE_TOKENS", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "feed", feed_and_signal)
+        status, out, err = call("generate", run_folder, "--prompt", prompt, "--save_session", state, "--json")
+    assert (status, out) == (128 + number, "")
+    assert f"stopped by {number.name}; 8 tokens read and 0 generated; their session is {state}" in err
+    rest = ["--load_session", state, "--prompt", prompt[8:], "--temperature", "0"]
+    assert generate(run_folder, *rest)["token_ids"] == whole
+
+
+def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_folder, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as waiting:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(waiting))
+        os.write(writer, b"the cat")
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        status, _, err = call("generate", run_folder, "--prompt_file", "-", "--save_session", tmp_path / "a")
+        timer.join()
+        os.close(writer)
+    assert status == 130
+    assert "7 tokens read and 0 generated" in err
+    next_token_logits = Session.next_token_logits
+
+    def ask_and_signal(session):
+        if session.num_tokens == [10]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token_logits(session)
+
+    monkeypatch.setattr(Session, "next_token_logits", ask_and_signal)
+    options = ["--load_session", tmp_path / "a", "--save_session", tmp_path / "b", "--max_new_tokens", "50"]
+    status, _out, err = call("generate", run_folder, *options)
+    assert status == 143
+    assert "0 tokens read and 4 generated" in err
+    assert Session.load(tmp_path / "b", model=Memformer.from_pretrained(run_folder / "best")).num_tokens == [11]
+
+
+def test_a_run_goes_on_where_it_is_whatever_its_config_calls_it(copied, run_folder, tmp_path, monkeypatch):
+    before = {file.name for file in (run_folder / "checkpoints").iterdir()}
+    moved = copied.rename(tmp_path / "moved")
+    result = call_json("train", moved, "--resume", "--training.num_updates", "6")
+    assert result["run"] == str(moved)
+    assert (moved / "checkpoints" / "update-000000006").is_dir()
+    assert {file.name for file in (run_folder / "checkpoints").iterdir()} == before
+    monkeypatch.chdir(tmp_path)
+    assert call_json("train", "moved", "--resume", "--training.num_updates", "8")["run"] == "moved"
+    status, _, err = call("train", moved, "--resume", "--training.num_updates", "3", "--training.warmup_updates", "3")
+    assert status == 0
+    assert "training.num_updates (3) is reached: nothing is left to train" in err
+    assert "training.warmup_updates (3) is not below training.num_updates (3)" in err
+
+
+def test_a_folder_of_something_else_is_not_filled_with_a_run(base, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / ".hidden").write_text("")
+    (tmp_path / "letters" / "dear.txt").write_text("Dear")
+    message = refused("train", base / "config.yaml", "--folder", tmp_path / "letters")
+    assert message.endswith("letters holds 'dear.txt' and no run; choose an empty folder or a new name for the run")
+    message = refused("train", base / "config.yaml", "--folder", tmp_path / "letters" / "dear.txt")
+    assert message.endswith("dear.txt is a file; a run needs a folder")
+    assert sorted(file.name for file in (tmp_path / "letters").iterdir()) == [".hidden", "dear.txt"]
+
+
 def test_report_is_written_again(copied):
     (copied / "summary.html").unlink()
     assert call_json("report", copied) == {"summary": str(copied / "summary.html")}
@@ -450,7 +526,7 @@ def test_refused_configs(tmp_path, content, message):
             ["{bad}/latin/a.txt", "UTF-8"],
         ),
         (["--data.cache", "{bad}/empty.txt/cache"], ["{bad}/empty.txt/cache could not be written"]),
-        (["--folder", "{bad}/empty.txt"], ["{bad}/empty.txt/tokenizer_config.json could not be written"]),
+        (["--folder", "{bad}/empty.txt"], ["{bad}/empty.txt is a file; a run needs a folder"]),
     ],
     ids=lambda value: " ".join(value[:2]) if value and value[0].startswith("--") else "",
 )
@@ -527,6 +603,9 @@ def test_refused_evaluation(run_folder, options, message):
         (["--output", "x.png"], "--output has no meaning for a run on text"),
         (["--num_images", "2"], "--num_images has no meaning for a run on text"),
         (["--save_session", "/proc/none/s", "--max_new_tokens", "0"], "/proc/none/s could not be written"),
+        # Before the prompt is read, which may take hours.
+        (["--save_session", "/tmp", "--prompt_file", "/no/such"], "/tmp could not be written: Is a directory"),
+        (["--save_session", "/dev/null/s"], "/dev/null/s could not be written: Not a directory"),
         (["--promt", "a"], "unknown option --promt; did you mean --prompt?"),
     ],
 )

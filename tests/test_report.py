@@ -22,6 +22,7 @@ TRAINING = {
     "seconds": 60.0,
     "tokens_per_second": 20576.0,
     "peak_memory_bytes": 3 * 2**20,
+    "memory_gradient_norms": [0.5, 0.25],
 }
 EVALUATION = {"kind": "evaluation", "bits_per_byte": 3.25, "bits_per_byte_memory_erased": 3.5}
 FIGURES = {"perplexity": 9.5137, "bits_per_token": 3.25, "bits_per_byte": 3.25}
@@ -52,10 +53,17 @@ def test_a_page_shows_figures_curve_sample_config_and_versions(run_folder):
     file = write_report(run_folder)
     page = file.read_text()
     assert file == run_folder / "summary.html"
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
+    assert "Gradient that reaches the memory" in page
     for shown in ("3.2500", "3.5125", "9.514", "0.2625 bits per byte", "7,654", "1,234,567", "num_slots: 32", "torch"):
         assert shown in page, shown
     assert "an old sample" not in page
+
+
+def test_a_run_whose_memory_gets_no_gradient_shows_none(run_folder):
+    log = run_folder / "log.jsonl"
+    log.write_text(log.read_text().replace("[0.5, 0.25]", "[0.0, 0.0]"))
+    assert "Gradient that reaches" not in write_report(run_folder).read_text()
 
 
 def test_a_page_needs_no_other_file_and_no_network(run_folder):

@@ -145,12 +145,13 @@ def test_distance_1_is_the_segment_right_after_the_last_fact():
     config = RecallConfig(task="associative", num_facts=(3, 3), max_fact_gap=4, num_keys=3)
     model = Oracle(make_task(config), 100)
     (point,) = measure_recall(model, model.task, config, distances=[1], num_facts=3, questions_per_episode=1).points
-    *_, last_fact, question = model.segments
+    *_, last_fact, question, with_memory_erased = model.segments
+    assert torch.equal(question, with_memory_erased)
     keys = set(model.task._keys.tolist())
     assert all(sum(token in keys for token in row) == 1 and row[-1] not in keys for row in last_fact.tolist())
     assert all(row[-1] in keys for row in question.tolist())
     # The first of the segments is [BOS] alone.
-    assert point.num_tokens == (len(model.segments) - 1) * model.segment_length
+    assert point.num_tokens == (len(model.segments) - 2) * model.segment_length
 
 
 @pytest.mark.parametrize("distances", [[6], [1, 6], [*range(1, 7)], [6, 3, 3, 1, 4]])
@@ -194,6 +195,7 @@ def test_a_question_counts_once():
         assert len(told) == 7
         for point in recall.points:
             assert point.num_questions == point.num_right == sum(min(questions, len(keys)) for keys in told)
+            assert point.num_right_memory_erased == 0
         model.segments.clear()
 
 
@@ -213,12 +215,18 @@ def test_an_answer_is_right_where_a_session_generates_it(task, num_facts, option
     measured = measure_recall(
         recorded, make_task(config), config, distances=[1, 2, 5], num_facts=num_facts, num_episodes=12
     )
-    walk, num_right = [], {}
+    walk, num_right, num_right_erased, is_erased = [], {}, 0, True
     for segment, decoded in recorded.segments:
         if decoded is None:
             walk.append(segment)
             continue
         targets, logits = decoded
+        is_erased = not is_erased
+        if is_erased:  # the question before, once more
+            hidden, _ = model.encode(segment)
+            answers = model.decode(targets, hidden=hidden).argmax(dim=-1)
+            num_right_erased += int((answers == targets).all(dim=-1).sum())
+            continue
         session = Session(model, batch_size=12)
         # The first segment of the walk is [BOS], which a session reads by itself.
         session.feed(torch.cat([*walk[1:], segment], dim=1))
@@ -228,6 +236,7 @@ def test_an_answer_is_right_where_a_session_generates_it(task, num_facts, option
         num_right[num_tokens] = num_right.get(num_tokens, 0) + int((answers == targets).all(dim=-1).sum())
     assert walk[0].tolist() == [[model.bos_token_id]] * 12
     assert {point.num_tokens: point.num_right for point in measured.points} == num_right
+    assert sum(point.num_right_memory_erased for point in measured.points) == num_right_erased
     assert 0 < sum(num_right.values()) < sum(point.num_questions for point in measured.points)
 
 
@@ -492,7 +501,7 @@ def test_retention_of_a_recall_run(runs, tmp_path):
     status, out, _ = call("retention", runs["recall"], "--distances", "3", "--output", tmp_path / "table")
     assert status == 0
     assert "associative, 3 facts; longest distance of training: 2" in out
-    assert re.search(r"^ +3 +48 +[01]\.\d{3} +192 +[\d,]+ MiB$", out, re.MULTILINE), out
+    assert re.search(r"^ +3 +48 +[01]\.\d{3} +[01]\.\d{3} +192 +[\d,]+ MiB$", out, re.MULTILINE), out
     assert f"{tmp_path / 'table' / 'retention.png'}" in out
 
 

@@ -26,8 +26,9 @@ from memformer.data.tokenizers import encode_stream
 from memformer.document_retention import DocumentRetention, measure_documents
 from memformer.errors import InputError
 from memformer.evaluation import Result, evaluate
-from memformer.files import write_json
+from memformer.files import check_can_write, write_json
 from memformer.generation import Session
+from memformer.interruption import Interrupted, Signals, signals_noted
 from memformer.models import LanguageModel, build_model
 from memformer.progress import SegmentProgress
 from memformer.report import write_report
@@ -37,12 +38,13 @@ from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import DataConfig, RunConfig, check_threads
-from memformer.training.loop import Interrupted, check_same_run, print_warning, train
+from memformer.training.loop import check_same_run, print_warning, train
 from memformer.training.processes import Processes, exit_process, processes_started, were_restarted
 from memformer.training.run import (
     CHECKPOINTS,
     RUN_CONFIG_FILE,
     LoadedRun,
+    check_run_folder,
     choose_device,
     load_run,
     read_run_config,
@@ -60,6 +62,8 @@ from memformer.training.samples import NUM_IMAGES, sample_images, write_image_gr
 
 RETENTION_FILE = "retention.json"
 RETENTION_FIGURE_FILE = "retention.png"
+# Of a prompt, read at a time: an interrupt waits for as many.
+_PIECE_TOKENS = 4096
 
 USAGE = """usage: memformer COMMAND ...
 
@@ -148,6 +152,7 @@ def run_train(argv: list[str]) -> None:
 
 def _train(config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
     folder = Path(config.folder)
+    check_run_folder(folder)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     # Nobody writes before everybody has looked.
     processes.wait_for_all()
@@ -226,6 +231,8 @@ def run_retention(argv: list[str]) -> None:
         InputError: The run or an option is wrong, or an option is for the other kind of run.
     """
     options = commands.parse(commands.retention_parser(), argv)
+    if options.output is not None:
+        check_can_write(Path(options.output) / RETENTION_FILE)
     run = _load_run(options)
     if run.run_config is None:
         raise InputError(
@@ -329,6 +336,7 @@ def run_generate(argv: list[str]) -> None:
 
     Raises:
         InputError: The run, the prompt or an option is wrong.
+        Interrupted: A signal arrived; the session that was to be saved is.
     """
     options = commands.parse(commands.generate_parser(), argv)
     sampling = _sampling_options(options)
@@ -343,28 +351,46 @@ def run_generate(argv: list[str]) -> None:
         session = Session(run.model, compiled=options.compiled)
     else:
         session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
+    if options.save_session is None:
+        done = _go_on(session, run.tokenizer, options, sampling, Signals())
+    else:
+        file = Path(options.save_session)
+        check_can_write(file)
+        # What was read may have taken hours: a signal ends the reading, and the state is saved nevertheless.
+        with signals_noted() as signals:
+            done = _go_on(session, run.tokenizer, options, sampling, signals)
+            session.save(file)
+        if signals.received:
+            read, new = done["prompt_tokens"], len(done["token_ids"])
+            raise Interrupted(
+                signals.received[0], f"{read:,} tokens read and {new:,} generated; their session is {file}"
+            )
+    print(json.dumps(done) if options.json else "")
+
+
+def _go_on(
+    session: Session, tokenizer: Tokenizer, options: Any, sampling: dict[str, Any], signals: Signals
+) -> dict[str, Any]:
+    """Read the prompt and, unless it is for JSON, print what follows, until a signal; return what was done."""
     prompt_tokens = 0
-    for part in _read_prompt(options, run.tokenizer):
+    for part in signals.until_signalled(_pieces(_read_prompt(options, tokenizer)), waits=True):
         session.feed(part)
         prompt_tokens += len(part)
     ids: list[int] = []
     num_tokens = commands.NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
-    new_ids = _noted((step[0] for step in session.stream(num_tokens, **sampling)), ids)
+    steps = signals.until_signalled(session.stream(num_tokens, **sampling))
     text = ""
-    for piece in run.tokenizer.decode_stream(new_ids):
+    for piece in tokenizer.decode_stream(_noted((step[0] for step in steps), ids)):
         text += piece
         if not options.json:
             print(piece, end="", flush=True)
-    if options.save_session is not None:
-        session.save(options.save_session)
-    if options.json:
-        print(
-            json.dumps(
-                {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
-            )
-        )
-    else:
-        print()
+    return {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
+
+
+def _pieces(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
+    """Cut parts, so that none takes long to read."""
+    for part in parts:
+        yield from (part[start : start + _PIECE_TOKENS] for start in range(0, len(part), _PIECE_TOKENS))
 
 
 def run_report(argv: list[str]) -> None:
@@ -473,6 +499,7 @@ def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, samplin
     if num_images < 1:
         raise InputError(f"num_images ({num_images}) must be at least 1")
     output = Path(options.output or "images.png")
+    check_can_write(output)
     images = sample_images(model, tokenizer, num_images, **sampling)
     write_image_grid(output, images, tokenizer=tokenizer)
     print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")

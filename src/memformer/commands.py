@@ -270,16 +270,22 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
 def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
     """Return the config of `memformer train`, file and options together, and the other options.
 
+    Of a run folder: the run is there, whatever its config calls it, wherever it was begun.
+
     Raises:
         InputError: The file is missing or malformed, or a key or value is wrong.
         CheckpointError: The config of a run folder is missing or damaged.
     """
     path, rest = Path(argv[0]), list(argv[1:])
-    given = read_run_config(path) if path.is_dir() else read_yaml(path)
-    path = path / RUN_CONFIG_FILE if path.is_dir() else path
+    where: list[str] = []
+    if path.is_dir():
+        given = read_run_config(path)
+        path, where = path / RUN_CONFIG_FILE, ["--folder", str(path)]
+    else:
+        given = read_yaml(path)
     model_type = find_model_type(given, rest, owner=str(path))
     _check_keys(given, RunConfig, owner=str(path), kinds={"model": MODELS[model_type].config_class})
-    options = parse(train_parser(model_type), ["--config", str(path), *rest])
+    options = parse(train_parser(model_type), ["--config", str(path), *where, *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     return RunConfig(**fields), options
 

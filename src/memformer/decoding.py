@@ -4,10 +4,8 @@ import warnings
 from weakref import WeakKeyDictionary
 
 import torch
-import torch._inductor.config as inductor_config
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch._inductor.exc import InductorError
 
 from memformer.errors import InputError
 from memformer.models.decoder import Past
@@ -132,6 +130,10 @@ class CompiledStep:
     """
 
     def __init__(self, model: Memformer, *, past: Past, caches: list[KeyValueCache]) -> None:
+        # Only here: torch's compiler takes a second to import.
+        import torch._inductor.config as inductor_config
+        from torch._inductor.exc import InductorError
+
         self._weights = _identify_weights(model)
         self._step = torch.compile(  # type: ignore[call-overload]  # torch's overloads lack isolate_recompiles
             _step,

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,26 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # nothing was written, or the folder is not one
             partial.unlink()
+
+
+def check_can_write(file: Path) -> None:
+    """Check, before long work, that its result can be written afterwards.
+
+    Raises:
+        SaveError: `file` is a folder, or the folder it would be in cannot be made or written to.
+    """
+    folder = file.parent
+    while not folder.exists():
+        folder = folder.parent
+    reason = None
+    if file.is_dir():
+        reason = errno.EISDIR
+    elif not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    if reason is not None:
+        raise SaveError(f"{file} could not be written: {os.strerror(reason)}")
 
 
 def sync_folder(folder: Path) -> None:

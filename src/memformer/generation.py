@@ -128,7 +128,10 @@ class Session:
 
         Raises:
             InputError: An option is out of its range.
+            InputTypeError: `max_new_tokens` is no integer.
         """
+        if not isinstance(max_new_tokens, int):
+            raise InputTypeError(f"max_new_tokens ({max_new_tokens!r}) must be an integer")
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens ({max_new_tokens}) must be at least 0")
         check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)

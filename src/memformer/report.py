@@ -39,6 +39,7 @@ def write_report(folder: Path) -> Path:
             name=folder.resolve().name,
             folder=str(folder),
             curve=draw_curve(lines),
+            gradients=draw_gradients(training),
             result=result,
             last=training[-1] if training else None,
             sample=_newest_sample(folder / SAMPLES),
@@ -67,6 +68,7 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
         ("bits_per_byte", "held out, with memory (bits per byte)", "o-"),
         ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
         ("accuracy", "answers right (mean over distances)", "o-"),
+        ("accuracy_memory_erased", "answers right, memory erased", "s--"),
     ):
         measured = [line for line in evaluation if key in line]
         if measured:
@@ -75,6 +77,31 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
     axes.set_ylabel("bits")
     axes.grid(alpha=0.3)
     axes.legend()
+    return _as_svg(figure)
+
+
+def draw_gradients(training: list[dict[str, Any]]) -> str | None:
+    """Return the gradient that reaches the memory at every timestep of a rollout, as SVG; None if none does."""
+    lines = [line for line in training if any(line.get("memory_gradient_norms", []))]
+    if not lines:
+        return None
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    shown = sorted({0, len(lines) // 2, len(lines) - 1})
+    for index, grey in zip(shown, ("0.75", "0.5", "0.0")[-len(shown) :], strict=True):
+        norms = lines[index]["memory_gradient_norms"]
+        before_the_end = range(len(norms), 0, -1)
+        axes.plot(before_the_end, norms, "o-", color=grey, ms=4, label=f"update {lines[index]['update']:,}")
+    axes.invert_xaxis()
+    axes.set_yscale("log")
+    axes.set_xlabel("segments before the end of the rollout")
+    axes.set_ylabel("norm of the gradient")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _as_svg(figure)
+
+
+def _as_svg(figure: Figure) -> str:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     svg = drawn.getvalue()

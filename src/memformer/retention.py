@@ -28,6 +28,7 @@ class RecallPoint:
         num_tokens: Tokens that the model has read when it answers.
         num_questions: Questions asked.
         num_right: Questions of which every answer token was the likeliest one.
+        num_right_memory_erased: The same where the question was read with the initial memory: what can be guessed.
         peak_memory_bytes: The most memory held until then: of the device for CUDA, else of this process.
     """
 
@@ -35,6 +36,7 @@ class RecallPoint:
     num_tokens: int
     num_questions: int
     num_right: int
+    num_right_memory_erased: int
     # Not what was found but what it took: two measurements are equal whatever the process did before.
     peak_memory_bytes: int = field(compare=False)
 
@@ -43,6 +45,11 @@ class RecallPoint:
         """Right answers among all."""
         return self.num_right / self.num_questions
 
+    @property
+    def accuracy_memory_erased(self) -> float:
+        """Right answers among all, with the initial memory."""
+        return self.num_right_memory_erased / self.num_questions
+
     def to_dict(self) -> dict[str, float | int]:
         """Return the figures as JSON values."""
         return {
@@ -50,6 +57,7 @@ class RecallPoint:
             "num_tokens": self.num_tokens,
             "num_questions": self.num_questions,
             "accuracy": self.accuracy,
+            "accuracy_memory_erased": self.accuracy_memory_erased,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -72,32 +80,40 @@ class Recall(Result):
         return float(np.mean([point.accuracy for point in self.points]))
 
     @property
+    def mean_accuracy_memory_erased(self) -> float:
+        """Mean of the points' accuracies with the initial memory."""
+        return float(np.mean([point.accuracy_memory_erased for point in self.points]))
+
+    @property
     def score(self) -> float:
         """Part of the answers that is wrong; the lower the better."""
         return 1.0 - self.mean_accuracy
 
     def to_log(self) -> dict[str, float]:
         """Return what the run's log holds of it."""
-        return {"accuracy": self.mean_accuracy, **{f"accuracy_at_{p.distance}": p.accuracy for p in self.points}}
+        means = {"accuracy": self.mean_accuracy, "accuracy_memory_erased": self.mean_accuracy_memory_erased}
+        return {**means, **{f"accuracy_at_{p.distance}": p.accuracy for p in self.points}}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
         return {
             "num_facts": self.num_facts,
             "mean_accuracy": self.mean_accuracy,
+            "mean_accuracy_memory_erased": self.mean_accuracy_memory_erased,
             "points": [point.to_dict() for point in self.points],
         }
 
     def to_line(self) -> str:
         """Return the figures as one line."""
         points = "  ".join(f"{point.distance}: {point.accuracy:.2f}" for point in self.points)
-        return f"recall of {self.num_facts} at distance {points}"
+        erased = f"memory erased {self.mean_accuracy_memory_erased:.2f}"
+        return f"recall of {self.num_facts} at distance {points}; {erased}"
 
     def to_table(self) -> str:
         """Return the figures as a table for a terminal."""
-        rows = ["  segments      tokens  accuracy  questions  peak memory"]
+        rows = ["  segments      tokens  accuracy  memory erased  questions  peak memory"]
         rows += [
-            f"{p.distance:10,}{p.num_tokens:12,}{p.accuracy:10.3f}{p.num_questions:11,}"
+            f"{p.distance:10,}{p.num_tokens:12,}{p.accuracy:10.3f}{p.accuracy_memory_erased:15.3f}{p.num_questions:11,}"
             f"{p.peak_memory_bytes / 2**20:9,.0f} MiB"
             for p in self.points
         ]
@@ -154,13 +170,14 @@ def measure_recall(
         points = []
         for distance in sorted(set(distances)):
             walk.advance_to(distance, progress)
-            right, asked = walk.ask(questions_per_episode)
+            right, right_erased, asked = walk.ask(questions_per_episode)
             points.append(
                 RecallPoint(
                     distance=distance,
                     num_tokens=(walk.timestep + 1) * model.segment_length,
                     num_questions=asked,
                     num_right=right,
+                    num_right_memory_erased=right_erased,
                     peak_memory_bytes=peak_memory_bytes(model.device),
                 )
             )
@@ -230,12 +247,16 @@ class _Walk:
             if progress is not None:
                 progress(self.distance)
 
-    def ask(self, questions_per_episode: int) -> tuple[int, int]:
-        """Ask each row; return the right answers and the questions. The walk itself does not move."""
+    def ask(self, questions_per_episode: int) -> tuple[int, int, int]:
+        """Ask each row; return the right answers, those with the memory erased, and the questions.
+
+        The walk itself does not move.
+        """
         # Randomness of its own: drawn from the walk's, questions would change the filler that comes after them.
         # (The distance is never 0 here: numpy takes a seed with a 0 at its end for the seed without.)
         generator = np.random.Generator(np.random.PCG64([*self.seed, self.distance + 1]))
-        num_right = num_asked = 0
+        num_right, num_asked = [0, 0], 0
+        memories = self.memory, self.model.initial_memory(len(self.episodes))
         # Each row starts at a random question of its own and then takes the next ones.
         firsts = [int(generator.integers(len(episode.questions))) for episode in self.episodes]
         most_questions = max(len(episode.questions) for episode in self.episodes)
@@ -247,14 +268,15 @@ class _Walk:
                 ask(segment, question)
                 answers.append(question.answer)
             targets, padding = pad_answers(answers, self.task.answer_length)
-            hidden, _ = self.model.encode(self._tensor(segments), memory=self.memory)
-            predicted = self.model.decode(self._tensor(targets), hidden=hidden).argmax(dim=-1).cpu().numpy()
-            is_right = ((predicted == targets) | padding).all(axis=-1)
             # A row that has been asked everything is read along with the others, and not counted again.
             counts = np.array([turn < len(episode.questions) for episode in self.episodes])
-            num_right += int((is_right & counts).sum())
             num_asked += int(counts.sum())
-        return num_right, num_asked
+            for index, memory in enumerate(memories):
+                hidden, _ = self.model.encode(self._tensor(segments), memory=memory)
+                predicted = self.model.decode(self._tensor(targets), hidden=hidden).argmax(dim=-1).cpu().numpy()
+                is_right = ((predicted == targets) | padding).all(axis=-1)
+                num_right[index] += int((is_right & counts).sum())
+        return num_right[0], num_right[1], num_asked
 
     def _filler(self, generator: np.random.Generator, num_segments: int) -> Tokens:
         """Return segments of filler, (segments, rows, tokens)."""

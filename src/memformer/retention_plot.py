@@ -21,7 +21,9 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     distances = [point.distance for point in recall.points]
-    axes.plot(distances, [point.accuracy for point in recall.points], "o-", ms=4)
+    axes.plot(distances, [point.accuracy for point in recall.points], "o-", ms=4, label="with memory")
+    erased = [point.accuracy_memory_erased for point in recall.points]
+    axes.plot(distances, erased, "s--", ms=4, color="C1", label="memory erased")
     axes.axvline(
         trained_distance, color="0.5", linestyle="--", label=f"longest distance of training ({trained_distance:,})"
     )

@@ -26,7 +26,8 @@ class Rollout:
             before that timestep. None means nowhere.
         input_padding: (N, B, S) bool, True at padding of `inputs`. None means no padding.
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are not to be predicted, whose
-            loss does not count. None means none.
+            loss does not count; targets after them in the segment are predicted from them nevertheless. None means
+            none.
         starts: (N, B) int64, what the decoder starts from in place of `[BOS]`. None means `[BOS]` everywhere.
 
     Raises:
@@ -135,7 +136,7 @@ class Rollout:
         return Rollout(**changed)
 
 
-def check_mask(mask: Tensor | None, *, shape: Sequence[int], name: str) -> None:
+def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
     """Check a mask, where there is one.
 
     Raises:
@@ -146,7 +147,7 @@ def check_mask(mask: Tensor | None, *, shape: Sequence[int], name: str) -> None:
         return
     if mask.dtype != torch.bool:
         raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
-    if mask.shape != torch.Size(shape):
+    if mask.shape != shape:
         raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
 
 

@@ -297,6 +297,10 @@ def test_wrong_tokens_and_memories_are_named():
         model.encode(torch.full((B, S), -1), memory=memory)
     with pytest.raises(InputError, match="targets holds token id 11; valid ids are 0 to 10"):
         model.decode(torch.full((B, S), 11), hidden=hidden)
+    with pytest.raises(InputError, match="targets holds token id -100; .* is masked by target_padding"):
+        model.decode(torch.full((B, S), -100), hidden=hidden)
+    with pytest.raises(NotImplementedError, match="has two parts: encode"):
+        model(tokens())
     with pytest.raises(InputError, match="at least one token"):
         model.encode(torch.zeros(B, 0, dtype=torch.int64), memory=memory)
     with pytest.raises(InputError, match="it may be the memory of another model"):

@@ -144,7 +144,11 @@ def forget_after(folder, update):
 
 def logged(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    training = [tuple(line[key] for key in ("update", *REPEATED)) for line in lines if line["kind"] == "training"]
+    training = [
+        (*(line[key] for key in ("update", *REPEATED)), *line["memory_gradient_norms"])
+        for line in lines
+        if line["kind"] == "training"
+    ]
     evaluation = [(line["update"], line["bits_per_byte"]) for line in lines if line["kind"] == "evaluation"]
     return training, evaluation
 
@@ -182,7 +186,7 @@ def test_the_unbroken_run_crosses_an_epoch_and_logs_every_update(base, unbroken)
     assert [line[0] for line in training] == list(range(1, NUM_UPDATES + 1))
     assert [line[0] for line in evaluation] == [5, 10]
     num_tokens = prepare_data(run_config(base).data).train.num_tokens
-    tokens_at = dict(line[::4] for line in training)
+    tokens_at = {line[0]: line[4] for line in training}
     assert tokens_at[6] < num_tokens < tokens_at[NUM_UPDATES]
 
 

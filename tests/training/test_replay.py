@@ -24,6 +24,7 @@ def assert_same_gradients(actual, expected):
     assert_close(result.loss, expected_result.loss)
     assert_close(result.memory, expected_result.memory)
     assert_close(result.memory_grad, expected_result.memory_grad)
+    assert_close(result.memory_grad_norms, expected_result.memory_grad_norms)
     for name, grad in expected_grads.items():
         if name in grads or grad.norm() > 0:
             assert_close(grads[name], grad)
@@ -345,3 +346,20 @@ def test_wrong_arguments_are_named():
         backpropagate(model, rollout, memory=memory[:, :4])
     with pytest.raises(InputTypeError, match=r"memory has dtype torch.float32; this model's is torch.float64"):
         backpropagate(model, rollout, memory=memory.float())
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_the_gradient_at_a_timestep_is_that_of_a_rollout_which_begins_there(method):
+    model = tiny_model()
+    memory = model.initial_memory(3).detach()
+    rollout = random_rollout(4, 3, resets=True, padding=True)
+    result, _, _ = gradients(model, rollout, memory, method)
+    assert result.memory_grad_norms.shape == (4,)
+    assert_close(result.memory_grad_norms[0], result.memory_grad.norm())
+    for timestep in range(4):
+        rest = rollout[timestep:]
+        # Both are means over their own tokens.
+        share = rest.count_target_tokens() / result.num_tokens
+        later, _, _ = gradients(model, rest, memory, method, gradient_scale=share)
+        assert_close(result.memory_grad_norms[timestep], later.memory_grad.norm())
+        memory = gradients(model, rollout[timestep : timestep + 1], memory, method)[0].memory

@@ -40,6 +40,7 @@ def assert_same_gradients(actual, expected):
     assert_close(result.loss, expected_result.loss)
     assert_close(result.memory, expected_result.memory)
     assert_close(result.memory_grad, expected_result.memory_grad)
+    assert_close(result.memory_grad_norms, expected_result.memory_grad_norms)
     for name in grads.keys() | expected_grads.keys():
         zero = torch.zeros(())
         assert_close(grads.get(name, zero), expected_grads.get(name, zero))

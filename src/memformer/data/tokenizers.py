@@ -284,7 +284,8 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
     rest, start = b"", 0
     while True:
         try:
-            block = stream.read(STREAM_BLOCK_BYTES)
+            # What has arrived, not a whole block: what is read may be a pipe that goes on for ever.
+            block = stream.read1(STREAM_BLOCK_BYTES)
         except OSError as error:
             raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
         end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1

@@ -19,6 +19,9 @@ from memformer.errors import InputError, InputTypeError
 from memformer.rollout import Rollout
 from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding, Starts, TargetPadding, Targets
 
+# What torch's losses leave out by default; here a mask says what counts.
+IGNORED = -100
+
 
 class RecurrentModel(nn.Module, ABC):
     """A recurrence over segments plus a readout; rows of a batch are independent.
@@ -58,6 +61,17 @@ class RecurrentModel(nn.Module, ABC):
     def arrange(self, rollout: Rollout) -> Rollout:
         """Return a rollout as this model reads it: the same targets in the same timesteps, perhaps other inputs."""
         return rollout
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """Refuse: a recurrence and a readout are called by their names.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} has two parts: encode(segment, memory=...) reads, decode(targets, hidden=...) "
+            "predicts; backpropagate(model, rollout) trains, Session(model) generates"
+        )
 
     @abstractmethod
     def encode(
@@ -109,7 +123,7 @@ class RecurrentModel(nn.Module, ABC):
             raise InputError(f"starts are given, but a {type(self).__name__} starts every segment alike")
         logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
         if target_padding_mask is not None:
-            targets = targets.masked_fill(target_padding_mask, -100)
+            targets = targets.masked_fill(target_padding_mask, IGNORED)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
@@ -183,4 +197,5 @@ def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
     if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in tokens.aminmax())
         if low < 0 or high > largest:
-            raise InputError(f"{name} holds token id {low if low < 0 else high}; valid ids are 0 to {largest}")
+            hint = "; what does not count is masked by target_padding" if low == IGNORED and name == "targets" else ""
+            raise InputError(f"{name} holds token id {low if low < 0 else high}; valid ids are 0 to {largest}{hint}")

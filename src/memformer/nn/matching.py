@@ -11,7 +11,7 @@ Matching = Bool[Tensor, "*rows K S"]
 # the same order in a batch and alone; and in all so little, however many slots there are, that it does not come before
 # what tells other slots apart.
 _LARGEST_HEAD_START = 1e-3
-_LARGEST_HEAD_START_OF_ALL = 0.032
+_LARGEST_HEAD_START_OF_ALL = 0.1
 
 
 @torch.no_grad()

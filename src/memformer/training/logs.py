@@ -18,6 +18,9 @@ from memformer.errors import CheckpointError
 from memformer.evaluation import Result
 from memformer.files import write_text
 
+# A figure, or one for each timestep.
+LoggedValues = dict[str, Any]
+
 LOG_FILE = "log.jsonl"
 SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
@@ -67,7 +70,7 @@ class RunLog:
         """Move the progress bar."""
         self._progress.update(self._task, completed=num_updates)
 
-    def update(self, num_updates: int, values: dict[str, float]) -> None:
+    def update(self, num_updates: int, values: LoggedValues) -> None:
         """Log a training update."""
         self._record("training", num_updates, values)
         status = (
@@ -106,10 +109,14 @@ class RunLog:
         os.fsync(self._lines.fileno())
         self._writer.flush()
 
-    def _record(self, kind: str, num_updates: int, values: dict[str, float]) -> None:
+    def _record(self, kind: str, num_updates: int, values: LoggedValues) -> None:
         self._lines.write(json.dumps({"kind": kind, "update": num_updates, **values}) + "\n")
         for name, value in values.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, num_updates)
+            if isinstance(value, list):
+                for timestep, each in enumerate(value):
+                    self._writer.add_scalar(f"{kind}/{name}/{timestep}", each, num_updates)
+            else:
+                self._writer.add_scalar(f"{kind}/{name}", value, num_updates)
 
 
 class NoLog(RunLog):
@@ -138,7 +145,7 @@ class NoLog(RunLog):
     def skipped(self, num_updates: int, reason: str, *, num_skipped: int) -> None:
         """Do nothing."""
 
-    def update(self, num_updates: int, values: dict[str, float]) -> None:
+    def update(self, num_updates: int, values: LoggedValues) -> None:
         """Do nothing."""
 
 

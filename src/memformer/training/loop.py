@@ -6,10 +6,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from memformer.data import save_tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation import Result
 from memformer.files import write_json
+from memformer.interruption import Interrupted, signals_noted
 from memformer.models import LanguageModel, Memformer, load_model
 from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
@@ -29,10 +28,10 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
-from memformer.training.logs import NoLog, RunLog, peak_memory_bytes
+from memformer.training.logs import LoggedValues, NoLog, RunLog, peak_memory_bytes
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, write_price_at
 from memformer.training.processes import Processes
-from memformer.training.replay import backpropagate
+from memformer.training.replay import RolloutResult, backpropagate
 from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.run_data import RunData
 from memformer.training.samples import write_sample
@@ -49,18 +48,6 @@ from memformer.training.sharding import (
 # Updates that the running mean of the loss goes back, about.
 _UPDATES_OF_MEAN = 100
 _NOTHING_SKIPPED = {"num_skipped": 0, "num_skipped_in_a_row": 0, "mean_loss": 0.0, "num_in_mean": 0}
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, has saved a checkpoint, and stopped.
-
-    Attributes:
-        signal_number: The signal that asked.
-    """
-
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; go on with --resume from {checkpoint}")
-        self.signal_number = signal_number
 
 
 def train(
@@ -153,10 +140,17 @@ class _Trainer:
         with make_log(self.folder, total_updates=training.num_updates, num_updates=self.num_updates) as log:
             if self.resumed_from is not None:
                 log.say(f"going on from {self.resumed_from}, update {self.num_updates}")
-            with _signals_noted() as received:
+                if self.num_updates >= training.num_updates:
+                    log.say(f"training.num_updates ({training.num_updates}) is reached: nothing is left to train")
+            if training.num_updates <= training.warmup_updates:
+                log.say(
+                    f"training.warmup_updates ({training.warmup_updates}) is not below training.num_updates "
+                    f"({training.num_updates}): the learning rate never gets to its full height"
+                )
+            with signals_noted() as signals:
                 while self.num_updates < training.num_updates:
                     started = time.monotonic()
-                    values = self._update(log, received)
+                    values = self._update(log, signals.received)
                     progress["num_updates"] += 1
                     progress["seconds"] += time.monotonic() - started
                     log.advance(self.num_updates)
@@ -173,17 +167,18 @@ class _Trainer:
                             self._evaluate(whole, log)
                         self.processes.wait_for_all()
                     # Several processes stop together: by what all of them knew in the update.
-                    stops = bool(received) if self.processes.count == 1 else self.all_stop
+                    stops = bool(signals.received) if self.processes.count == 1 else self.all_stop
                     if is_last or stops or self.num_updates % training.save_every == 0:
                         # First the log: a run that goes on from the checkpoint does not make its lines again.
                         log.flush()
                         checkpoint = self._save()
                         if stops:
-                            raise Interrupted(received[0] if received else signal.SIGTERM, checkpoint)
+                            number = signals.received[0] if signals.received else signal.SIGTERM
+                            raise Interrupted(number, f"go on with --resume from {checkpoint}")
             # Everything is saved: from here on an interrupt may act at once, and --resume comes back here.
             return self._conclude(log) if self.processes.is_first else None
 
-    def _update(self, log: RunLog, received: list[int]) -> dict[str, float] | None:
+    def _update(self, log: RunLog, received: list[int]) -> LoggedValues | None:
         """Make one optimizer step and return what to log about it; None if it was skipped or nothing was to predict.
 
         Raises:
@@ -204,9 +199,11 @@ class _Trainer:
             count = own.count_target_tokens()
             is_last = number == len(rollouts)
             share = count / max(total, 1)
-            nats += self._backpropagate(own.to(model.device), gradient_scale=share, is_last=is_last) * count
+            result = self._backpropagate(own.to(model.device), gradient_scale=share, is_last=is_last)
+            nats += float(result.loss) * count
         free_weights(model)
-        nats, num_signals = self.processes.sum_up(model, [nats, float(len(received))])
+        squares = result.memory_grad_norms.double().square().tolist()
+        nats, num_signals, *squares = self.processes.sum_up(model, [nats, float(len(received)), *squares])
         self.all_stop = num_signals > 0
         if total == 0:
             # A part of a recall episode may ask nothing: the memory has moved on, and there is nothing to learn.
@@ -228,6 +225,8 @@ class _Trainer:
             "bits_per_token": loss / math.log(2),
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,
+            # Of the last rollout of the update: how far back in time gradient reaches.
+            "memory_gradient_norms": [math.sqrt(square) for square in squares],
         }
 
     def _reason_to_skip(self, loss: float, gradient_norm: float) -> str | None:
@@ -262,8 +261,8 @@ class _Trainer:
             )
         log.skipped(number, reason, num_skipped=progress["num_skipped"])
 
-    def _backpropagate(self, rollout: Rollout, *, gradient_scale: float, is_last: bool) -> float:
-        """Add a rollout's gradient, move the memory on, and return the loss in nats per token."""
+    def _backpropagate(self, rollout: Rollout, *, gradient_scale: float, is_last: bool) -> RolloutResult:
+        """Add a rollout's gradient, and move the memory on."""
         training = self.config.training
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
             result = backpropagate(
@@ -280,7 +279,7 @@ class _Trainer:
         # A lane whose memory broke goes on with the one before; the others do not notice.
         is_finite = result.memory.isfinite().all(dim=-1).all(dim=-1)
         self.state.memory = torch.where(is_finite[:, None, None], result.memory, self.state.memory)
-        return float(result.loss)
+        return result
 
     def _save(self) -> Path:
         processes = self.processes
@@ -367,26 +366,3 @@ def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "")
 def print_warning(message: str) -> None:
     """Print a warning to stderr."""
     print(f"memformer: warning: {message}", file=sys.stderr)
-
-
-@contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """Note the first SIGINT or SIGTERM so that the update can be finished; a second one acts at once."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    try:
-        for asked in (signal.SIGINT, signal.SIGTERM):
-            previous[asked] = signal.signal(asked, note)
-    except ValueError:
-        previous.clear()  # not in the main thread: signals are not ours to take
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

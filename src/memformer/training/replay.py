@@ -48,12 +48,15 @@ class RolloutResult:
         num_tokens: Number of non-padding target tokens.
         memory: (B, K, D), the memory that leaves the rollout, detached.
         memory_grad: (B, K, D), d loss / d memory entering the rollout (scaled like the gradients).
+        memory_grad_norms: (N,), norm of d loss / d memory entering each timestep, over all rows: how far back what is
+            to be predicted reaches. The first is `memory_grad`'s.
     """
 
     loss: Tensor
     num_tokens: int
     memory: Tensor
     memory_grad: Tensor
+    memory_grad_norms: Tensor
 
 
 def backpropagate(
@@ -134,11 +137,15 @@ def backpropagate(
             before_last_backward=before_last_backward or _do_nothing,
         )
         if method == "replay":
-            total_nats, memory, memory_grad = _replay(work, memory)
+            total_nats, memory, memory_grad, norms = _replay(work, memory)
         else:
-            total_nats, memory, memory_grad = _unroll(work, memory, recompute=method == "checkpoint")
+            total_nats, memory, memory_grad, norms = _unroll(work, memory, recompute=method == "checkpoint")
     return RolloutResult(
-        loss=total_nats / max(num_tokens, 1), num_tokens=num_tokens, memory=memory, memory_grad=memory_grad
+        loss=total_nats / max(num_tokens, 1),
+        num_tokens=num_tokens,
+        memory=memory,
+        memory_grad=memory_grad,
+        memory_grad_norms=norms,
     )
 
 
@@ -201,10 +208,14 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
     return None if tensor is None else tensor[chunk].flatten(0, 1)
 
 
-def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it."""
+def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it.
+
+    Returns:
+        Total nats, the memory that leaves, d loss / d memory that enters, and its norms at every timestep.
+    """
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
-    entering = memory.requires_grad_()
+    entering = [memory.requires_grad_()]
     hiddens: list[Tensor] = []
     total_auxiliary, total_nats = memory.new_zeros(()), memory.new_zeros(())
     *earlier_chunks, last_chunk = work.chunks
@@ -216,11 +227,18 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
                 total_nats = total_nats + run(work.read_out, chunk, *hiddens[chunk])
         hidden, memory, auxiliary = run(work.encode, timestep, memory)
         hiddens.append(hidden)
+        if timestep < last:
+            # A tensor of its own: what the decoder reads of the memory at this timestep does not enter the next one.
+            memory = memory.view_as(memory)
+            entering.append(memory)
+            if memory.requires_grad:  # that of a Transformer-XL does not: it is cut by definition
+                memory.retain_grad()
         total_auxiliary = total_auxiliary + auxiliary
     total_nats = total_nats + run(work.read_out, last_chunk, *hiddens[last_chunk])
     work.before_last_backward()
     (total_nats * work.nats_scale + total_auxiliary * work.price_of(total_nats.detach())).backward()
-    return total_nats.detach(), memory.detach(), _grad_of(entering)
+    grads = [_grad_of(each) for each in entering]
+    return total_nats.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
 
 
 def _do_nothing() -> None:
@@ -231,8 +249,12 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate one piece at a time; see the module's docstring for the three steps."""
+def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiate one piece at a time; see the module's docstring for the three steps.
+
+    Returns:
+        As `_unroll`.
+    """
     device = memory.device
     last = work.rollout.num_timesteps - 1
     *earlier_chunks, last_chunk = work.chunks
@@ -271,6 +293,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         work.before_last_backward()
     _backward((hidden, hidden_grads.pop()), (auxiliary, price))
     memory_grad = _grad_of(entering)
+    norms = [memory_grad.norm()]
     for timestep in reversed(range(last)):
         # The next timestep must not be built while this one's graph is still held.
         del hidden, next_memory, auxiliary, entering
@@ -281,8 +304,9 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             work.before_last_backward()
         _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (auxiliary, price))
         memory_grad = _grad_of(entering)
+        norms.append(memory_grad.norm())
     restore_randomness(after, device=device)
-    return total_nats, last_memory, memory_grad
+    return total_nats, last_memory, memory_grad, torch.stack(norms[::-1])
 
 
 def _backward(*outputs_and_grads: tuple[Tensor, Tensor | None]) -> None:
@@ -293,5 +317,5 @@ def _backward(*outputs_and_grads: tuple[Tensor, Tensor | None]) -> None:
         torch.autograd.backward(outputs, grads)
 
 
-def _grad_of(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+def _grad_of(memory: Tensor) -> Tensor:
+    return torch.zeros_like(memory) if memory.grad is None else memory.grad

@@ -183,6 +183,24 @@ def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None
     raise CheckpointError(f"{folder} has no checkpoint yet; there is nothing to go on from")
 
 
+def check_run_folder(folder: Path) -> None:
+    """Check, before anything is prepared, that a run may have a folder: it is new, empty, or one of a run.
+
+    Raises:
+        InputError: It is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; a run needs a folder")
+    if not folder.exists() or (folder / RUN_CONFIG_FILE).exists():
+        return
+    # What a run left that stopped while it began, and hidden files, do no harm.
+    foreign = sorted(
+        file.name for file in folder.iterdir() if not file.name.startswith((".", "tokenizer", "train.log"))
+    )
+    if foreign:
+        raise InputError(f"{folder} holds {foreign[0]!r} and no run; choose an empty folder or a new name for the run")
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; auto is CUDA where there is one, else the CPU.
 
