@@ -243,6 +243,19 @@ def test_evaluate_prints_a_table(run_folder):
     assert str(run_folder / "best") in out
 
 
+def test_the_last_evaluation_is_on_the_test_documents(base, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(99) * 3)
+    options = ["--data.test.kind", "text", "--data.test.path", other, "--folder", tmp_path / "run"]
+    result = call_json("train", base / "config.yaml", *options)
+    assert result["num_tokens"] == other.stat().st_size
+    assert call_json("evaluate", tmp_path / "run")["with_memory"] == result["with_memory"]
+    given = call_json("evaluate", tmp_path / "run", "--data.kind", "text", "--data.path", other)
+    assert given["with_memory"] == result["with_memory"]
+    options = ["--data.recall.task", "fact", "--data.test.kind", "text", "--data.test.path", other]
+    assert "data.recall and data.test are both given" in refused("train", base / "config.yaml", *options)
+
+
 def test_best_and_last_weights(copied):
     folder = copied
     best = call_json("evaluate", folder)

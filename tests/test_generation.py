@@ -288,3 +288,29 @@ def test_broken_weights_are_told_and_not_drawn_from_or_saved(tmp_path, temperatu
     with pytest.raises(InputError, match="session's memory is not finite"):
         session.save(tmp_path / "state")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_row_that_stops_keeps_its_state_while_the_others_go_on():
+    model = tiny_model(seed=3)
+    prompts = [random_tokens(9, seed=seed) for seed in range(4)]
+
+    def fed(prompt_rows):
+        session = Session(model, batch_size=len(prompt_rows))
+        session.feed(prompt_rows if len(prompt_rows) > 1 else prompt_rows[0])
+        return session
+
+    together = fed(prompts)
+    whole = [fed([prompt]).generate(40, temperature=0) for prompt in prompts]
+    # Tokens that some rows meet soon, some late and some never.
+    stops = {whole[0][3], whole[1][20]}
+    rows = together.generate(40, temperature=0, stop_token_ids=stops)
+    lengths = [next((n for n, token in enumerate(row, 1) if token in stops), 40) for row in whole]
+    assert rows == [row[:length] for row, length in zip(whole, lengths, strict=True)]
+    assert len(set(lengths)) > 1
+    assert together.num_tokens == [9 + length for length in lengths]
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        alone = fed([[*prompt, *row]])
+        assert_close(together.memory[number], alone.memory[0])
+        assert_close(together.next_token_logits()[number], alone.next_token_logits()[0])
+    with pytest.raises(InputError, match=f"stop token id {VOCAB_SIZE} is outside the vocabulary"):
+        together.stream(1, stop_token_ids=[VOCAB_SIZE])

@@ -1,6 +1,6 @@
 """A stream with a memory: feed tokens, ask what comes next, generate, save, go on later."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,7 @@ class Session:
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
     ) -> list[int] | list[list[int]]:
         """Return new token ids (a list for each row if there are several); they become part of the stream.
 
@@ -107,12 +108,24 @@ class Session:
             top_k: Sample among the k likeliest tokens only.
             top_p: Sample among the likeliest tokens that together have this probability.
             seed: Makes the result repeatable; None draws from torch's global generator.
+            stop_token_ids: A row ends with the first of these that it generates: what the others go on with leaves its
+                state alone.
 
         Raises:
             InputError: An option is out of its range.
+            InputTypeError: `max_new_tokens` is no integer.
         """
-        steps = list(self.stream(max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
-        rows = [[step[row] for step in steps] for row in range(self.batch_size)]
+        steps = list(
+            self.stream(
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+            )
+        )
+        rows = [_until_stop([step[row] for step in steps], stop_token_ids) for row in range(self.batch_size)]
         return rows[0] if self.batch_size == 1 else rows
 
     def stream(
@@ -123,8 +136,11 @@ class Session:
         top_k: int | None = None,
         top_p: float | int | None = None,
         seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
     ) -> Iterator[list[int]]:
         """Yield new token ids one step at a time, one id for each row; arguments as in `generate`.
+
+        A row that has stopped repeats its stop token, which is not read again, until all rows have.
 
         Raises:
             InputError: An option is out of its range.
@@ -137,14 +153,24 @@ class Session:
         check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         if seed is not None:
             check_seed("seed", seed)
+        for token in stop_token_ids:
+            if not 0 <= token < self.model.vocab_size:
+                raise InputError(
+                    f"stop token id {token} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
+                )
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
 
         def steps() -> Iterator[list[int]]:
+            stopped: dict[int, int] = {}  # row to its stop token
             for _ in range(max_new_tokens):
                 logits = self.next_token_logits()
-                tokens = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
-                self._feed(list(tokens[:, None]))
-                yield tokens.tolist()
+                drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
+                self._feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
+                tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
+                yield tokens
+                stopped = {row: token for row, token in enumerate(tokens) if token in stop_token_ids}
+                if len(stopped) == self.batch_size:
+                    return
 
         # A function of its own, so that a mistake is told here and not at the first token.
         return steps()
@@ -277,6 +303,11 @@ class Session:
         for row in rows:
             self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
             self._num_pending[row] = 0
+
+
+def _until_stop(ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids, start=1) if token in stop_token_ids), len(ids))
+    return ids[:end]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -33,6 +33,8 @@ class DataConfig:
         train: Documents to train on.
         validation: Documents to evaluate on; null holds out a fraction of the training documents.
         validation_fraction: Fraction of the training documents held out, chosen by `seed`, where validation is null.
+        test: Documents for the last evaluation alone, of the weights that did best on the validation documents; null
+            evaluates them on the validation documents, which chose them.
         tokenizer: How text becomes tokens; images are their own tokens.
         max_document_tokens: Cut longer documents in pieces of this many tokens; null keeps them whole.
         seed: Chooses the held-out documents.
@@ -46,6 +48,7 @@ class DataConfig:
     train: SourceConfig = field(default_factory=lambda: SourceConfig(kind="python"))
     validation: SourceConfig | None = None
     validation_fraction: float = 0.05
+    test: SourceConfig | None = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     max_document_tokens: int | None = None
     seed: int = 0
@@ -57,6 +60,8 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction ({self.validation_fraction}) must be between 0 and 1")
         check_seed("data.seed", self.seed)
+        if self.recall is not None and self.test is not None:
+            raise InputError("data.recall and data.test are both given; a recall task makes up what it is evaluated on")
         if self.recall is not None and self.multitask is not None:
             raise InputError("data.recall and data.multitask are both given; a recall task predicts no documents")
 

@@ -63,13 +63,15 @@ class DocumentData(RunData):
     Args:
         tokenizer: What the ids mean.
         train: Documents to train on.
-        validation: Held-out documents.
+        validation: Held-out documents, by which the best weights are chosen.
+        test: What they are evaluated on finally; None for the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, train: Corpus, validation: Corpus) -> None:
+    def __init__(self, tokenizer: Tokenizer, train: Corpus, validation: Corpus, test: Corpus | None = None) -> None:
         self.tokenizer = tokenizer
         self.train = train
         self.validation = validation
+        self.test = validation if test is None else test
 
     def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
         """Return lanes of documents."""
@@ -84,8 +86,8 @@ class DocumentData(RunData):
         return LaneStream(self.train, **options) if tasks is None else MultitaskStream(self.train, tasks, **options)
 
     def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Evaluation:
-        """Return the likelihood of the held-out documents: all of them finally, else `evaluation_tokens`."""
-        corpus = self.validation if is_final else first_documents(self.validation, training.evaluation_tokens)
+        """Return the likelihood of held-out documents: finally of all test documents, else of `evaluation_tokens`."""
+        corpus = self.test if is_final else first_documents(self.validation, training.evaluation_tokens)
         # As many timesteps are read out together as make a few thousand tokens: short segments on few lanes are slow.
         num_lanes = min(training.num_lanes, corpus.num_documents)
         rollout_length = max(1, _EVALUATION_TOKENS_AT_ONCE // (num_lanes * model.segment_length))
@@ -93,9 +95,10 @@ class DocumentData(RunData):
 
     def describe(self) -> str:
         """Return the numbers of documents and tokens."""
+        test = "" if self.test is self.validation else f", test {self.test.num_documents:,} of {self.test.num_tokens:,}"
         return (
             f"training on {self.train.num_documents:,} documents of {self.train.num_tokens:,} tokens, "
-            f"held out {self.validation.num_documents:,} of {self.validation.num_tokens:,}"
+            f"held out {self.validation.num_documents:,} of {self.validation.num_tokens:,}{test}"
         )
 
 
@@ -190,7 +193,10 @@ def prepare_data(
     else:
         validation = open_corpus(config, config.validation, tokenizer=tokenizer, progress=progress)
     if recall is None:
-        return DocumentData(tokenizer, train, validation)
+        test = None
+        if config.test is not None:
+            test = open_corpus(config, config.test, tokenizer=tokenizer, progress=progress)
+        return DocumentData(tokenizer, train, validation, test)
     return RecallData(
         recall,
         make_text_task(recall, tokenizer, train, path=recall.path),
