@@ -2,6 +2,9 @@
 
 Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 2 a mistake that the one line on stderr
 explains, 128 + the signal's number if a run was interrupted (it saved a checkpoint first).
+
+What a command alone needs and is slow to import (sharding, plots: a second and a half) it imports itself, so that the
+others, help and refusals begin sooner.
 """
 
 import contextlib
@@ -16,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from memformer import commands
@@ -30,15 +32,11 @@ from memformer.files import check_can_write, write_json
 from memformer.generation import Session
 from memformer.interruption import Interrupted, Signals, signals_noted
 from memformer.models import LanguageModel, build_model
-from memformer.progress import SegmentProgress
-from memformer.report import write_report
-from memformer.reproduction.command import reproduce
+from memformer.progress import SegmentProgress, print_warning
 from memformer.retention import Recall, measure_recall
-from memformer.retention_plot import draw_documents, draw_recall, write_figure
 from memformer.sampling import check_sampling
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import DataConfig, RunConfig, check_threads
-from memformer.training.loop import check_same_run, print_warning, train
 from memformer.training.processes import Processes, exit_process, processes_started, were_restarted
 from memformer.training.run import (
     CHECKPOINTS,
@@ -58,7 +56,6 @@ from memformer.training.run_data import (
     open_corpus,
     prepare_data,
 )
-from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
 
 RETENTION_FILE = "retention.json"
 RETENTION_FIGURE_FILE = "retention.png"
@@ -151,6 +148,9 @@ def run_train(argv: list[str]) -> None:
 
 
 def _train(config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
+    from memformer.report import write_report
+    from memformer.training.loop import check_same_run, train
+
     folder = Path(config.folder)
     check_run_folder(folder)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
@@ -230,6 +230,8 @@ def run_retention(argv: list[str]) -> None:
     Raises:
         InputError: The run or an option is wrong, or an option is for the other kind of run.
     """
+    from memformer.retention_plot import write_figure
+
     options = commands.parse(commands.retention_parser(), argv)
     if options.output is not None:
         check_can_write(Path(options.output) / RETENTION_FILE)
@@ -270,7 +272,9 @@ def run_retention(argv: list[str]) -> None:
         print(f"wrote {output / RETENTION_FILE} and {output / RETENTION_FIGURE_FILE}")
 
 
-def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tuple[Recall, Figure]:
+def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tuple[Recall, Any]:
+    from memformer.retention_plot import draw_recall
+
     _refuse_options(options, ("delays", "max_tokens", "num_lanes"), kind="on a recall task")
     data = prepare_data(config.data, tokenizer=run.tokenizer)
     assert isinstance(data, RecallData)
@@ -297,7 +301,9 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
     return found, draw_recall(found, trained_distance=longest, segment_length=run.model.segment_length)
 
 
-def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> tuple[DocumentRetention, Figure]:
+def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> tuple[DocumentRetention, Any]:
+    from memformer.retention_plot import draw_documents
+
     of_recall = ("distances", "num_facts", "facts_per_segment", "max_fact_gap", "num_episodes", "questions", "seed")
     _refuse_options(options, of_recall, kind="on documents")
     max_tokens = 200_000 if options.max_tokens is None else options.max_tokens
@@ -399,6 +405,8 @@ def run_report(argv: list[str]) -> None:
     Raises:
         InputError: The folder holds no run.
     """
+    from memformer.report import write_report
+
     options = commands.parse(commands.report_parser(), argv)
     summary = write_report(Path(options.run))
     print(json.dumps({"summary": str(summary)}) if options.json else summary)
@@ -410,6 +418,8 @@ def run_reproduce(argv: list[str]) -> None:
     Raises:
         InputError: There is no such table, or runs failed.
     """
+    from memformer.reproduction.command import reproduce
+
     own = argv[: argv.index("--")] if "--" in argv else argv
     options = commands.parse(commands.reproduce_parser(), own)
     print(reproduce(options, argv[len(own) + 1 :]))
@@ -493,6 +503,8 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.inte
 
 
 def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
+    from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
+
     text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
     _refuse_options(options, text_only, kind="on images")
     num_images = NUM_IMAGES if options.num_images is None else options.num_images

@@ -1,5 +1,6 @@
 """What a long reading says while it goes on, to stderr."""
 
+import sys
 import time
 from types import TracebackType
 
@@ -57,3 +58,8 @@ class SegmentProgress:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def print_warning(message: str) -> None:
+    """Print a warning to stderr."""
+    print(f"memformer: warning: {message}", file=sys.stderr)

@@ -108,7 +108,7 @@ def config_file(config):
 def _without_report():
     # Drawing a page at the end of each of these many runs takes longer than training them; it has its own tests.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memformer.cli.write_report", lambda folder: folder / "summary.html")
+        patch.setattr("memformer.report.write_report", lambda folder: folder / "summary.html")
         yield
 
 

@@ -49,7 +49,7 @@ def test_further_updates_compile_nothing():
 
 
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path, monkeypatch):
-    monkeypatch.setattr("memformer.cli.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.report.write_report", lambda folder: folder / "summary.html")
     compile_modules = Memformer.compile
     # Without a C++ compiler: what torch does with the graph is not what is tested here.
     monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="aot_eager"))

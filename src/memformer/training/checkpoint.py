@@ -18,7 +18,6 @@ from memformer.files import read_json, read_tensors, sync_folder, write_json, wr
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
-from memformer.training.sharding import is_sharded, load_moments, scatter_like, scatter_weights
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -144,6 +143,9 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
     Raises:
         CheckpointError: The checkpoint is damaged, or belongs to another model.
     """
+    # Here, for it is slow to import, and reading the checkpoints of a run needs none of it.
+    from memformer.training.sharding import is_sharded, load_moments, scatter_weights
+
     check_checkpoint(folder)
     if is_sharded(state.model):
         scatter_weights(state.model, read_weights(state.model, folder / WEIGHTS_FILE))
@@ -199,6 +201,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    from memformer.training.sharding import scatter_like
+
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

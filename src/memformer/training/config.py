@@ -8,8 +8,8 @@ from memformer.config import MemformerConfig, ModelConfig, check_seed
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.training.replay import Method
-from memformer.training.sharding import Sharding
 
+Sharding = Literal["none", "moments", "weights"]
 Precision = Literal["float32", "bfloat16"]
 
 _MOST_THREADS = 1 << 16

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +17,7 @@ from memformer.evaluation import Result
 from memformer.files import write_json
 from memformer.interruption import Interrupted, signals_noted
 from memformer.models import LanguageModel, Memformer, load_model
+from memformer.progress import print_warning
 from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
     TrainingState,
@@ -361,8 +361,3 @@ def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "")
             yield from _differences(before, now, prefix=f"{prefix}{key}.")
         elif before != now:
             yield f"{prefix}{key}", before, now
-
-
-def print_warning(message: str) -> None:
-    """Print a warning to stderr."""
-    print(f"memformer: warning: {message}", file=sys.stderr)

@@ -18,7 +18,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from memformer.errors import CheckpointError, InputError
 from memformer.training.randomness import RandomState, capture_randomness
-from memformer.training.sharding import is_sharded
 
 # Long enough for an evaluation that the others wait for; torchrun ends a job at once when one of its processes dies.
 _TIMEOUT = timedelta(hours=12)
@@ -60,6 +59,8 @@ class Processes:
         """
         if self.count == 1:
             return values
+        from memformer.training.sharding import is_sharded  # slow to import
+
         if is_sharded(model):
             numbers = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
             dist.all_reduce(numbers)
@@ -100,7 +101,11 @@ class Processes:
         Raises:
             CheckpointError: They have not.
         """
-        if self.count == 1 or is_sharded(model):
+        if self.count == 1:
+            return
+        from memformer.training.sharding import is_sharded
+
+        if is_sharded(model):
             return
         own = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
         first, *others = self._gather(own)

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,6 +64,8 @@ def write_image_grid(file: Path, images: NDArray[np.int64], *, tokenizer: PixelT
     Raises:
         SaveError: Writing failed.
     """
+    import matplotlib.image  # slow to import
+
     grid = image_grid(images, levels=tokenizer.levels)
     write_whole(
         file, lambda partial: matplotlib.image.imsave(partial, grid, cmap="gray", vmin=0, vmax=255, format="png")

@@ -10,7 +10,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel, Memformer, build_model
-
-Sharding = Literal["none", "moments", "weights"]
 
 
 def shard(model: Memformer, *, frees_weights: bool) -> None:
