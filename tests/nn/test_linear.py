@@ -111,3 +111,28 @@ def test_module_is_torchs():
     assert isinstance(module, torch.nn.Linear)
     x = torch.randn(4, 128, 64)
     assert torch.equal(module(x), linear(x, module.weight, module.bias))
+
+
+@onednn
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of torch, about itself
+def test_transformations_of_torch_func_and_forward_derivatives():
+    x, weight, bias = (tensor.detach() for tensor in data(512))
+    tangents = torch.randn(512, 64), torch.randn(96, 64), torch.randn(96)
+
+    def loss(map_, row, weight):
+        return map_(row.expand(512, -1), weight).pow(2).sum()
+
+    found, expected = (torch.func.jvp(map_, (x, weight, bias), tangents) for map_ in (linear, F.linear))
+    torch.testing.assert_close(found, expected)
+    found, expected = (
+        torch.func.vmap(torch.func.grad(lambda row, weight, map_=map_: loss(map_, row, weight), argnums=1), (0, None))(
+            x[:3], weight
+        )
+        for map_ in (linear, F.linear)
+    )
+    torch.testing.assert_close(found, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+        tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, weight, bias)).tangent
+        torch.testing.assert_close(tangent, F.linear(tangents[0], weight))
+    assert uses_onednn(lambda: linear(x, weight, bias))

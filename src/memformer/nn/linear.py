@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # The operator that torch.compile emits for a linear map on a CPU; torch builds without oneDNN lack it.
 _HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -45,7 +46,13 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and _HAS_ONEDNN_LINEAR
         # torch.compile chooses the library itself, and refuses the operator where weights may change.
         and not torch.compiler.is_compiling()
+        and not _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or a forward-mode derivative is at work: they know torch's own map alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
