@@ -176,7 +176,7 @@ class MemformerConfig(TransformerConfig):
             its authors' later code; off by default.
         decoder_starts_from_last_token: Let the decoder start from the last token that was read in place of `[BOS]`:
             else the first targets of a segment see the token before them by cross-attention alone, which costs most
-            where segments are short. A departure from the paper.
+            where segments are short. It helped after little training and not after more. A departure from the paper.
         convolution_kernel: Width of a depthwise convolution on the encoder's embedded tokens; odd, 0 for none.
             A departure from the paper, for binding neighbouring tokens.
         content_addressing: Start from weights with which a token finds the slot that holds what it holds: readers' keys
