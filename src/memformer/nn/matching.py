@@ -9,9 +9,9 @@ Matching = Bool[Tensor, "*rows K S"]
 
 # Between slots as eager as each other the first one wins. Above rounding, so that slots that are alike are taken in
 # the same order in a batch and alone; and in all so little, however many slots there are, that it does not come before
-# what tells other slots apart.
+# what tells other slots apart. (Up to 256 slots, what was measured: experiments/RETENTION.md.)
 _LARGEST_HEAD_START = 1e-3
-_LARGEST_HEAD_START_OF_ALL = 0.1
+_LARGEST_HEAD_START_OF_ALL = 0.256
 
 
 @torch.no_grad()
