@@ -617,7 +617,7 @@ def test_refused_evaluation(run_folder, options, message):
         (["--num_images", "2"], "--num_images has no meaning for a run on text"),
         (["--save_session", "/proc/none/s", "--max_new_tokens", "0"], "/proc/none/s could not be written"),
         # Before the prompt is read, which may take hours.
-        (["--save_session", "/tmp", "--prompt_file", "/no/such"], "/tmp could not be written: Is a directory"),
+        (["--save_session", "/", "--prompt_file", "/no/such"], "/ could not be written: Is a directory"),
         (["--save_session", "/dev/null/s"], "/dev/null/s could not be written: Not a directory"),
         (["--promt", "a"], "unknown option --promt; did you mean --prompt?"),
     ],
