@@ -196,9 +196,7 @@ def run_evaluate(argv: list[str]) -> None:
         InputError: The run or the data is wrong.
     """
     options = commands.parse(commands.evaluate_parser(), argv)
-    num_lanes = 8 if options.num_lanes is None else options.num_lanes
-    if num_lanes < 1:
-        raise InputError(f"num_lanes ({num_lanes}) must be at least 1")
+    num_lanes = _positive(options, "num_lanes", default=8)
     run = _load_run(options)
     result: Result
     if options.data is None:
@@ -306,11 +304,8 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
 
     of_recall = ("distances", "num_facts", "facts_per_segment", "max_fact_gap", "num_episodes", "questions", "seed")
     _refuse_options(options, of_recall, kind="on documents")
-    max_tokens = 200_000 if options.max_tokens is None else options.max_tokens
-    num_lanes = 8 if options.num_lanes is None else options.num_lanes
-    for name, value in (("max_tokens", max_tokens), ("num_lanes", num_lanes)):
-        if value < 1:
-            raise InputError(f"{name} ({value}) must be at least 1")
+    max_tokens = _positive(options, "max_tokens", default=200_000)
+    num_lanes = _positive(options, "num_lanes", default=8)
     data = prepare_data(config.data, tokenizer=run.tokenizer)
     assert isinstance(data, DocumentData)
     corpus = first_documents(data.validation, max_tokens)
@@ -329,6 +324,18 @@ def _with_options(recall: RecallConfig, options: Any) -> RecallConfig:
     if options.facts_per_segment is not None:
         recall = dataclasses.replace(recall, facts_per_segment=(options.facts_per_segment, options.facts_per_segment))
     return recall
+
+
+def _positive(options: Any, name: str, *, default: int) -> int:
+    """Return an option, or its default where it was not given.
+
+    Raises:
+        InputError: It is below 1.
+    """
+    value: int = default if options[name] is None else options[name]
+    if value < 1:
+        raise InputError(f"{name} ({value}) must be at least 1")
+    return value
 
 
 def _refuse_options(options: Any, names: Sequence[str], *, kind: str) -> None:
@@ -507,9 +514,7 @@ def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, samplin
 
     text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
     _refuse_options(options, text_only, kind="on images")
-    num_images = NUM_IMAGES if options.num_images is None else options.num_images
-    if num_images < 1:
-        raise InputError(f"num_images ({num_images}) must be at least 1")
+    num_images = _positive(options, "num_images", default=NUM_IMAGES)
     output = Path(options.output or "images.png")
     check_can_write(output)
     images = sample_images(model, tokenizer, num_images, **sampling)

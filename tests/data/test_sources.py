@@ -220,6 +220,7 @@ def test_documents_of_a_text_are_named_by_their_first_line(tmp_path: Path) -> No
         contents(source)
 
 
+@pytest.mark.data
 def test_articles_of_wikitext_2_hold_all_of_its_tokens() -> None:
     path = REAL_DATA / "wikitext-2" / "valid.txt"
     if not path.exists():

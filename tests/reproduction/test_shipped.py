@@ -16,6 +16,7 @@ def test_it_draws_digits(tmp_path):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.data
 def test_it_predicts_digits():
     images = ROOT.parent / "shared" / "data" / "mnist" / "t10k-images-idx3-ubyte.gz"
     if not images.exists():

@@ -212,8 +212,8 @@ class Memformer(LanguageModel):
             check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
         self._check_hidden(hidden, batch_size=targets.shape[0])
         num_followers = self.decoder.num_slots_read + self.config.decoder_starts_from_last_token
-        segment = hidden[:, : hidden.shape[1] - num_followers, 0]
-        check_mask(hidden_padding_mask, shape=segment.shape, name="hidden_padding_mask")
+        read = torch.Size((hidden.shape[0], hidden.shape[1] - num_followers))
+        check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
         past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
         x = self._embed_for_decoder(torch.cat([starts[:, None], targets[:, :-1]], dim=1), past)
         features: Tensor = self.decoder(x, past=past)

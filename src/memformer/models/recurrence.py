@@ -66,7 +66,7 @@ class RecurrentModel(nn.Module, ABC):
         """Refuse: a recurrence and a readout are called by their names.
 
         Raises:
-            NotImplementedError: Always.
+            NotImplementedError: Always, as every torch module without a `forward` does; here it says what to call.
         """
         raise NotImplementedError(
             f"a {type(self).__name__} has two parts: encode(segment, memory=...) reads, decode(targets, hidden=...) "

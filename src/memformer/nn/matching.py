@@ -29,7 +29,7 @@ def match_slots(eagerness: Eagerness, *, least: float, sharing: bool = False) ->
     """
     num_slots = eagerness.shape[-2]
     order = torch.arange(num_slots, device=eagerness.device, dtype=eagerness.dtype)
-    head_start = min(_LARGEST_HEAD_START, _LARGEST_HEAD_START_OF_ALL / max(num_slots, 1))
+    head_start = min(_LARGEST_HEAD_START, _LARGEST_HEAD_START_OF_ALL / num_slots)
     left = (eagerness - head_start * order[:, None]).masked_fill(eagerness <= least, float("-inf"))
     if sharing:
         return (left == left.amax(dim=-2, keepdim=True)) & (left > float("-inf"))

@@ -10,7 +10,6 @@ from memformer.data import PixelTokenizer, Tokenizer
 from memformer.files import write_text, write_whole
 from memformer.generation import Session
 from memformer.models import LanguageModel
-from memformer.models.recurrence import in_evaluation_mode
 
 NUM_IMAGES = 25
 PIXEL_SCALE = 4
@@ -25,14 +24,13 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_
         SaveError: Writing failed.
     """
     text = None
-    with in_evaluation_mode(model):
-        if isinstance(tokenizer, PixelTokenizer):
-            images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
-            write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
-        elif num_tokens:
-            steps = Session(model).stream(num_tokens, seed=seed)
-            text = "".join(tokenizer.decode_stream(step[0] for step in steps))
-            write_text(path.with_suffix(".txt"), text)
+    if isinstance(tokenizer, PixelTokenizer):
+        images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
+        write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
+    elif num_tokens:
+        steps = Session(model).stream(num_tokens, seed=seed)
+        text = "".join(tokenizer.decode_stream(step[0] for step in steps))
+        write_text(path.with_suffix(".txt"), text)
     return text
 
 
