@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from memformer.training.run import versions
+from memformer.utils.machine import versions
 
 
 def describe_machine(cores_used: int) -> dict[str, Any]:

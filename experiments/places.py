@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memformer.commands import parse_run_config
+from memformer.cli.run_config import parse_run_config
 from memformer.data import LaneStream
-from memformer.evaluation import encode_rollout, rollout_nats
-from memformer.training.run import load_run
+from memformer.evaluation.likelihood import encode_rollout, rollout_nats
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
+from memformer.training.run_folder import load_run
 
 
 def main() -> None:

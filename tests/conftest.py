@@ -1,50 +1,10 @@
 import pytest
 import torch
 
-from memformer import Memformer, MemformerConfig, Rollout
+from tests.helpers import VARIANTS, tiny_model
 
 # Tests are small and run side by side: more threads would only wait for each other.
 torch.set_num_threads(1)
-
-# Every option of the model's config that changes what is computed, one at a time on top of the defaults.
-VARIANTS = {
-    "default": {},
-    "paper": {"log_forgetting_speeds": False, "forgetting_speeds": (0.1, 0.1)},
-    "relative positions": {"positions": "relative"},
-    "decoder reads memory": {"decoder_reads_memory": True},
-    "decoder starts from last token": {"decoder_starts_from_last_token": True},
-    "convolution": {"convolution_kernel": 3},
-    "without memory": {"num_slots": 0},
-    "temperature 1": {"write_temperature": 1.0},
-    "without forgetting": {"forgetting": False},
-    "single-head writer": {"num_writer_heads": 1},
-    "one forgetting speed": {"forgetting_speeds": (0.1, 0.1)},
-    "entmax writer": {"write_normalizer": "entmax15"},
-    "sparsemax writer": {"write_normalizer": "sparsemax"},
-    "competing slots": {"write_competition": True},
-    "competing slots, sparse": {"write_competition": True, "write_normalizer": "entmax15"},
-    "competing slots, shared": {"write_competition": True, "write_sharing": True, "write_normalizer": "entmax15"},
-    "exchangeable slots": {
-        "write_competition": True,
-        "exchangeable_slots": True,
-        "forgetting_speeds": (0.1, 0.1),
-        "log_forgetting_speeds": False,
-        "free_slot_eagerness": 2.0,
-    },
-    "forgetting when written": {"forgetting_when_written": True},
-    "content addressing": {"content_addressing": True, "convolution_kernel": 3},
-    "place embedding": {"place_embedding": True},
-    "one slot": {"num_slots": 1},
-    "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
-    "all options": {
-        "positions": "relative",
-        "decoder_reads_memory": True,
-        "decoder_starts_from_last_token": True,
-        "convolution_kernel": 3,
-    },
-}
-VOCAB_SIZE = 11
-SEGMENT_LENGTH = 6
 
 
 @pytest.fixture(autouse=True)
@@ -60,55 +20,3 @@ def variant(request):
 @pytest.fixture
 def make_model():
     return tiny_model
-
-
-def tiny_config(**changes):
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "d_model": 16,
-        "num_heads": 2,
-        "d_ff": 32,
-        "num_encoder_layers": 2,
-        "num_decoder_layers": 2,
-        "segment_length": SEGMENT_LENGTH,
-        "num_slots": 5,
-    }
-    return MemformerConfig(**{**fields, **changes})
-
-
-def tiny_model(seed=0, **changes):
-    """A model small enough for float64 laws; in evaluation mode unless it has dropout."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Memformer(tiny_config(**changes)).double()
-    return model.train(model.config.dropout > 0)
-
-
-def random_rollout(num_timesteps, batch_size, *, resets=False, padding=False, seed=1):
-    """Random tokens; with padding, one row's input is cut short, one timestep of a row is empty, targets end early."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_timesteps, batch_size, SEGMENT_LENGTH)
-    reset = torch.rand(shape[:2], generator=generator) < 0.4 if resets else None
-    input_padding = target_padding = None
-    if padding:
-        input_padding = torch.zeros(shape, dtype=torch.bool)
-        input_padding[0, 0, 1:] = True
-        input_padding[-1, 1] = True
-        target_padding = torch.zeros(shape, dtype=torch.bool)
-        target_padding[-1, 0, 2:] = True
-        target_padding[-1, 1] = True
-    return Rollout(
-        inputs=torch.randint(0, VOCAB_SIZE + 1, shape, generator=generator),
-        targets=torch.randint(0, VOCAB_SIZE, shape, generator=generator),
-        reset=reset,
-        input_padding=input_padding,
-        target_padding=target_padding,
-    )
-
-
-def assert_close(actual, expected, *, relative=1e-10):
-    """Agreement in float64: the norm of the difference against the norm of what is expected."""
-    # Gradients of order one carry noise of order 1e-17: where the truth is zero, so small a difference is agreement.
-    scale = max(expected.norm().item(), 1e-4)
-    difference = (actual - expected).norm().item()
-    assert difference <= relative * scale, f"difference {difference:.3g} against {relative:.0e} of {scale:.3g}"

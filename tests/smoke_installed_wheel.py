@@ -10,7 +10,7 @@ CODE = """
 import pathlib, sys, torch, memformer
 assert "site" in memformer.__file__, memformer.__file__
 assert (pathlib.Path(memformer.__file__).parent / "py.typed").is_file()
-from memformer.cli import main
+from memformer.cli.main import main
 model = memformer.Memformer(memformer.MemformerConfig(d_model=16, num_heads=2, d_ff=32, segment_length=8, num_slots=4))
 tokens = torch.ones(2, 1, 8, dtype=torch.int64)
 rollout = memformer.Rollout(inputs=tokens, targets=tokens)
@@ -21,9 +21,9 @@ assert main(["train", "run.yaml", "--threads", "1"]) == 0
 assert main(["evaluate", "run"]) == 0
 assert main(["generate", "run", "--max_new_tokens", "5"]) == 0
 assert pathlib.Path("run/summary.html").is_file()
-from memformer.reproduction.tables import experiments_folder, read_table
-assert "site" in str(experiments_folder())
-assert len(read_table(experiments_folder() / "table1").rows) == 15
+from memformer.reproduction.tables import tables_folder, read_table
+assert "site" in str(tables_folder())
+assert len(read_table(tables_folder() / "table1").rows) == 15
 assert main(["reproduce", "table9"]) == 2
 """
 CONFIG = """

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from memformer.commands import parse_run_config
+from memformer.cli.run_config import parse_run_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,15 +1,8 @@
 """Memformer: sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891)."""
 
-from memformer.baseline_config import (
-    CompressiveTransformerConfig,
-    LSTMConfig,
-    RecurrentMemoryTransformerConfig,
-    TransformerXLConfig,
-)
-from memformer.config import MemformerConfig
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
-from memformer.evaluation import Evaluation, Likelihood, evaluate
-from memformer.generation import Session
+from memformer.evaluation.likelihood import Evaluation, Likelihood, evaluate
+from memformer.generation.session import Session
 from memformer.models import (
     LSTM,
     CompressiveTransformer,
@@ -20,6 +13,13 @@ from memformer.models import (
     build_model,
     load_model,
 )
+from memformer.models.baseline_configs import (
+    CompressiveTransformerConfig,
+    LSTMConfig,
+    RecurrentMemoryTransformerConfig,
+    TransformerXLConfig,
+)
+from memformer.models.config import MemformerConfig
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.training.replay import RolloutResult, backpropagate

@@ -1,5 +1,5 @@
 """`python -m memformer` is the command `memformer`."""
 
-from memformer.cli import entry_point
+from memformer.cli.main import entry_point
 
 entry_point()

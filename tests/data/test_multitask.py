@@ -12,8 +12,8 @@ from memformer.data import MultitaskConfig, MultitaskStream
 from memformer.data.multitask import INFILLING, MASK, NUM_TASK_TOKENS, RECALL, mask_spans
 from memformer.errors import CheckpointError
 from memformer.training.config import DataConfig, RunConfig
-from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 from tests.data.test_lanes import BOS, make_corpus, padding_of, stream_of, timesteps
+from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
 from tests.training.test_replay import assert_same_gradients, gradients
 

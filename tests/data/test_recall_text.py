@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from memformer import InputError
-from memformer.cli import main
+from memformer.cli.main import main
 from memformer.data import (
     ByteTokenizer,
     Document,
@@ -22,8 +22,8 @@ from memformer.data import (
     make_text_task,
     train_tokenizer,
 )
-from memformer.data.recall import task_text, tell
-from memformer.data.recall_text import Story, StoryQuestion, read_stories
+from memformer.data.recall.stream import task_text, tell
+from memformer.data.recall.text_tasks import Story, StoryQuestion, read_stories
 from memformer.training.config import DataConfig
 from memformer.training.run_data import prepare_data
 
@@ -374,7 +374,7 @@ def write_run(folder, recall, tokenizer, *, segment_length):
 
 @pytest.mark.parametrize("task", ["passkey", "babi"])
 def test_a_run_trains_evaluates_and_goes_on(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("memformer.report.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
     if task == "babi":
         path = write_stories(tmp_path)
         held_out = write_stories(tmp_path, STORIES.replace("Mary", "Sandra"), "held_out.txt")

@@ -9,7 +9,7 @@ from memformer import (
     TransformerXLConfig,
     build_model,
 )
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE
 
 _ATTENTION = {"num_heads": 2, "d_ff": 24}
 

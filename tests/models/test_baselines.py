@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import memformer
 from memformer import CheckpointError, InputError, InputTypeError, Memformer, build_model, evaluate, load_model
 from memformer.data import corpus_from_arrays
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_config
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_config
 from tests.models.baselines import BASELINES, TYPES, tiny_baseline, tokens, used_memory
 
 B, S = 3, SEGMENT_LENGTH

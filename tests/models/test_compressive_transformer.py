@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import Rollout, backpropagate
-from memformer.nn.compression import ReconstructionLoss
-from tests.conftest import SEGMENT_LENGTH, assert_close, random_rollout
+from memformer.models.compression import ReconstructionLoss
+from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 B = 3

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import backpropagate
-from tests.conftest import assert_close, random_rollout
+from tests.helpers import assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 

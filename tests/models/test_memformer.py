@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memformer import AttentionRecord, CheckpointError, InputError, InputTypeError, Memformer
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
 
 B, S = 3, SEGMENT_LENGTH
 

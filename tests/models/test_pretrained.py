@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memformer import CheckpointError, Memformer
-from tests.conftest import tiny_config
+from tests.helpers import tiny_config
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memformer import Rollout, backpropagate
-from tests.conftest import SEGMENT_LENGTH, assert_close, random_rollout
+from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 

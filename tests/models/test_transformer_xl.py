@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memformer import Rollout, backpropagate
 from memformer.nn.distances import Distances, descending_sinusoids
-from tests.conftest import assert_close, random_rollout
+from tests.helpers import assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 

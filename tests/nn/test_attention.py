@@ -7,7 +7,7 @@ import torch
 
 from memformer.nn.attention import CrossAttention, SelfAttention, keep_mask_of
 from memformer.nn.positions import Frame, RelativePositions, RotaryPositions
-from tests.conftest import assert_close
+from tests.helpers import assert_close
 
 B, S, D, H = 2, 5, 12, 3
 W = D // H

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from memformer.errors import InputError
 from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from tests.conftest import assert_close
+from tests.helpers import assert_close
 
 B, K, S, D, H = 2, 4, 5, 12, 3
 ALL_WRITTEN = torch.ones(B, H, K, 1)

@@ -6,7 +6,7 @@ import torch
 from memformer import InputError, Memformer, backpropagate
 from memformer.nn import vocabulary
 from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
-from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
+from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
 
 CUTOFFS = (4, 8)
 

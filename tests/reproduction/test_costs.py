@@ -9,8 +9,8 @@ from memformer.errors import InputError
 from memformer.reproduction import command
 from memformer.reproduction.costs import CostsScale, costs_names
 from memformer.reproduction.measure import Setting, Way, measure_growth
-from memformer.reproduction.tables import experiments_folder
-from tests.test_cli import call_json, refused
+from memformer.reproduction.tables import tables_folder
+from tests.cli.calls import call_json, refused
 
 MEMFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_encoder_layers": 1, "num_decoder_layers": 1}
 TRANSFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_layers": 2}
@@ -22,7 +22,7 @@ def write_costs(tmp_path, monkeypatch, *, paper, **scale):
     folder.mkdir(parents=True)
     shared = {"note": "Measured here.", "batch_size": 2, **scale}
     (folder / "costs.yaml").write_text(yaml.safe_dump({"title": "Costs", "paper": paper, "scales": {"small": shared}}))
-    monkeypatch.setattr(command, "experiments_folder", lambda: tmp_path / "experiments")
+    monkeypatch.setattr(command, "tables_folder", lambda: tmp_path / "experiments")
     return ["costs", "--folder", tmp_path / "out"]
 
 
@@ -76,8 +76,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
         measure_growth(Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), Way("replay"))
 
 
-@pytest.mark.parametrize("name", costs_names(experiments_folder()))
+@pytest.mark.parametrize("name", costs_names(tables_folder()))
 def test_every_committed_file_is_well_formed(name):
-    given = yaml.safe_load((experiments_folder() / name / "costs.yaml").read_text())
+    given = yaml.safe_load((tables_folder() / name / "costs.yaml").read_text())
     for scale in given["scales"].values():
         assert CostsScale(**scale).horizons or CostsScale(**scale).memory_sizes

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import yaml
 
-from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model, commands
-from memformer.flops import flops_per_token
+from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model
+from memformer.cli import parsing
+from memformer.evaluation.flops import flops_per_token
 from memformer.reproduction import command
 from memformer.reproduction.results import collect, draw
 from memformer.reproduction.runs import plan_runs
-from memformer.reproduction.tables import experiments_folder, read_table, table_names
-from tests.test_cli import call, call_json, make_text, refused
+from memformer.reproduction.tables import read_table, table_names, tables_folder
+from tests.cli.calls import call, call_json, make_text, refused
 
 TABLE = {
     "title": "A small table",
@@ -60,7 +61,7 @@ def table(base, tmp_path, monkeypatch):
     (folder / "table.yaml").write_text(yaml.safe_dump(TABLE))
     for key, row in ROWS.items():
         (folder / f"{key}.yaml").write_text(yaml.safe_dump(row))
-    monkeypatch.setattr(command, "experiments_folder", lambda: tmp_path / "experiments")
+    monkeypatch.setattr(command, "tables_folder", lambda: tmp_path / "experiments")
     return ["tiny", "--data", base, "--folder", tmp_path / "out"]
 
 
@@ -124,16 +125,16 @@ def test_mistakes_are_refused(table, tmp_path):
     assert "scale small lacks 'metric'" in refused("reproduce", *table)
 
 
-@pytest.mark.parametrize("name", table_names(experiments_folder()))
+@pytest.mark.parametrize("name", table_names(tables_folder()))
 def test_every_row_at_every_scale_is_a_run(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "train_parser", functools.cache(commands.train_parser))  # making one takes a second
-    table = read_table(experiments_folder() / name)
+    monkeypatch.setattr(parsing, "train_parser", functools.cache(parsing.train_parser))  # making one takes a second
+    table = read_table(tables_folder() / name)
     for scale in table.scales:
         assert table.rows_at(scale) == table.rows
         for row in table.rows:
             file = tmp_path / f"{row.key}-{scale}.yaml"
             file.write_text(yaml.safe_dump(table.config_of(row, scale, data="data")))
-            config, _ = commands.parse_run_config([str(file)])
+            config, _ = parsing.parse_run_config([str(file)])
             assert config.model_type == row.model_type
 
 

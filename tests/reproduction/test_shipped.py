@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import call, call_json
+from tests.cli.calls import call, call_json
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "experiments" / "models" / "digits-14x14"

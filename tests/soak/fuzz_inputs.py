@@ -18,9 +18,9 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
-from memformer.commands import parse_run_config
+from memformer.cli.run_config import parse_run_config
 from memformer.data import SourceConfig, TokenizerConfig
-from memformer.data.recall_text import Story, read_stories
+from memformer.data.recall.text_tasks import Story, read_stories
 from memformer.errors import InputError
 from memformer.training.config import DataConfig
 from memformer.training.run_data import DocumentData, prepare_data

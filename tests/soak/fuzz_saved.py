@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memformer import Memformer, Session
-from memformer.commands import parse_run_config
+from memformer.cli.run_config import parse_run_config
 from memformer.data import (
     ByteTokenizer,
     CurriculumConfig,
@@ -25,13 +25,13 @@ from memformer.data import (
     save_tokenizer,
     train_tokenizer,
 )
-from memformer.files import read_json
 from memformer.training.checkpoint import TrainingState, canonical, load_checkpoint, save_checkpoint
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.loop import check_same_run
 from memformer.training.optimizer import make_optimizer
-from memformer.training.run import RUN_CONFIG_FILE, read_run_config, write_run_config
-from tests.conftest import tiny_config
+from memformer.training.run_folder import RUN_CONFIG_FILE, read_run_config, write_run_config
+from memformer.utils.files import read_json
+from tests.helpers import tiny_config
 
 TEXTS = ["the cat sat on the mat\n", "the dog  sat on the log " * 5, "Äpfel über 猫\n\nof <unk> lines"]
 

@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from memformer.cli import main as memformer
+from memformer.cli.main import main as memformer
 from memformer.data import CurriculumConfig, RecallConfig
 from memformer.errors import CheckpointError
-from memformer.files import read_json
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.logs import read_log
-from memformer.training.run import newest_checkpoint
+from memformer.training.run_folder import newest_checkpoint
+from memformer.utils.files import read_json
 from tests.training.test_loop import checkpoint_of, run_config, saved_tensors, write_documents
 
 NUM_UPDATES = 40

@@ -11,7 +11,7 @@ import time
 import torch
 
 from memformer import Memformer
-from tests.conftest import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_config
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_config
 
 CHOSEN = ("default", "paper", "without forgetting", "competing slots, sparse")
 

@@ -17,8 +17,8 @@ from memformer.training.checkpoint import (
 from memformer.training.config import TrainingConfig
 from memformer.training.optimizer import make_optimizer
 from memformer.training.replay import backpropagate
-from memformer.training.run import CHECKPOINTS, newest_checkpoint
-from tests.conftest import random_rollout, tiny_model
+from memformer.training.run_folder import CHECKPOINTS, newest_checkpoint
+from tests.helpers import random_rollout, tiny_model
 
 FILES = [
     "config.json",

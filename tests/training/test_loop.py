@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from memformer import InputError, Memformer, MemformerConfig, load_model
-from memformer.cli import main
+from memformer.cli.main import main
 from memformer.data import NUM_TASK_TOKENS, MultitaskConfig, SourceConfig, corpus_from_arrays
 from memformer.training import loop
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
@@ -35,7 +35,7 @@ GOLDEN_CURVE = Path(__file__).with_name("golden_curve.json")
 REPEATED = ("bits_per_token", "gradient_norm", "learning_rate", "num_tokens")
 CHILD = """
 import os, signal, sys
-from memformer.cli import main
+from memformer.cli.main import main
 from memformer.training import checkpoint
 
 write = checkpoint.write_tensors
@@ -108,7 +108,7 @@ def config_file(config):
 def _without_report():
     # Drawing a page at the end of each of these many runs takes longer than training them; it has its own tests.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memformer.report.write_report", lambda folder: folder / "summary.html")
+        patch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
         yield
 
 

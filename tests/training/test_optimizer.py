@@ -7,7 +7,7 @@ import torch
 from memformer.training.config import TrainingConfig
 from memformer.training.optimizer import learning_rate_at, make_optimizer
 from memformer.training.replay import backpropagate
-from tests.conftest import assert_close, random_rollout, tiny_model
+from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
 
 

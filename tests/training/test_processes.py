@@ -13,19 +13,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from memformer import InputError, Memformer, commands
-from memformer.cli import main
+from memformer import InputError, Memformer
+from memformer.cli import parsing
+from memformer.cli.main import main
 from memformer.training.checkpoint import TrainingState, load_checkpoint
 from memformer.training.optimizer import make_optimizer
 from memformer.training.processes import Processes
-from tests.conftest import assert_close
+from tests.helpers import assert_close
 from tests.training.test_loop import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
 
 ROOT = Path(__file__).parents[2]
 # A process that dies in the middle of the seventh update, the first time that it is there.
 DYING = """
 import os, signal
-from memformer.cli import entry_point
+from memformer.cli.main import entry_point
 from memformer.training import loop
 
 backpropagate, calls = loop.backpropagate, []
@@ -189,7 +190,7 @@ def drop_checkpoints_after(folder, update):
 def whole_state(folder, update):
     """The weights, moments and lane memory of a checkpoint, whoever wrote it, as one process reads them."""
     run = yaml.safe_load((folder / "config.yaml").read_text())
-    config = commands.parse_run_config([str(folder / "config.yaml")])[0]
+    config = parsing.parse_run_config([str(folder / "config.yaml")])[0]
     model = Memformer(config.model)
     optimizer = make_optimizer(model, config.training)
     memory = model.initial_memory(run["training"]["num_lanes"]).detach().clone()

@@ -7,7 +7,7 @@ import torch
 
 from memformer import InputError, InputTypeError, Memformer, Rollout, backpropagate
 from memformer.nn import WritePressure
-from tests.conftest import VOCAB_SIZE, assert_close, random_rollout, tiny_model
+from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 
 
 def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options):

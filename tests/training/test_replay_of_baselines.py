@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import InputError, Rollout, backpropagate
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout
 from tests.models.baselines import BASELINES, TYPES, tiny_baseline, used_memory
 
 B, S = 3, SEGMENT_LENGTH

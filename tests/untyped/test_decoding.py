@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from memformer import InputError, Session
-from memformer.decoding import _compiled_steps
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from memformer.generation.decoding import _compiled_steps
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
 has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
 # torch's compiler warns of what torch itself does.

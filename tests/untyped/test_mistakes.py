@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memformer import InputError, InputTypeError, Session
-from tests.conftest import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
 
 B, S = 3, SEGMENT_LENGTH

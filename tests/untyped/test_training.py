@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from memformer import Memformer, backpropagate
-from memformer.cli import main
-from tests.conftest import assert_close, random_rollout, tiny_model
+from memformer.cli.main import main
+from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.training.test_loop import config_file, run_config, write_documents
 from tests.untyped.test_decoding import needs_compiler
 
@@ -49,7 +49,7 @@ def test_further_updates_compile_nothing():
 
 
 def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path, monkeypatch):
-    monkeypatch.setattr("memformer.report.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
     compile_modules = Memformer.compile
     # Without a C++ compiler: what torch does with the graph is not what is tested here.
     monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="aot_eager"))

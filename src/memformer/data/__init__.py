@@ -5,8 +5,9 @@ from memformer.data.corpus import Corpus, corpus_from_arrays
 from memformer.data.documents import Document
 from memformer.data.lanes import LaneStream
 from memformer.data.multitask import NUM_TASK_TOKENS, MultitaskConfig, MultitaskStream
-from memformer.data.recall import CurriculumConfig, RecallConfig, RecallStream, make_task, make_text_task
-from memformer.data.recall_tasks import RecallTask
+from memformer.data.recall.config import CurriculumConfig, RecallConfig
+from memformer.data.recall.stream import RecallStream, make_task, make_text_task
+from memformer.data.recall.tasks import RecallTask
 from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
 from memformer.data.stream import RolloutStream
 from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer

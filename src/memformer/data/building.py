@@ -26,7 +26,7 @@ from memformer.data.corpus import (
 from memformer.data.sources import SourceConfig, describe_source, iterate_documents, locate_source_files
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
-from memformer.files import saving, sync_folder, temporary_sibling, write_bytes
+from memformer.utils.files import saving, sync_folder, temporary_sibling, write_bytes
 
 
 def build_corpus(

@@ -23,7 +23,7 @@ from memformer.data.tokenizers import (
     fingerprint_of_text,
 )
 from memformer.errors import CheckpointError, InputError
-from memformer.files import write_bytes
+from memformer.utils.files import write_bytes
 
 _FORMAT_VERSION = 1
 _CONFIG_FILE = "tokenizer_config.json"

@@ -7,7 +7,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memformer.baseline_config import CompressiveTransformerConfig
+from memformer.models.baseline_configs import CompressiveTransformerConfig
+from memformer.models.compression import (
+    ConvolutionCompression,
+    MeanCompression,
+    ReconstructionLoss,
+    reconstruction_error,
+)
+from memformer.models.layers import CausalLayer
 from memformer.models.next_token import TokenCounts
 from memformer.models.transformer_xl import (
     TokenSlots,
@@ -17,13 +24,6 @@ from memformer.models.transformer_xl import (
     is_present,
     make_slots,
 )
-from memformer.nn.compression import (
-    ConvolutionCompression,
-    MeanCompression,
-    ReconstructionLoss,
-    reconstruction_error,
-)
-from memformer.nn.layers import CausalLayer
 from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding
 
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memformer.config import MemformerConfig
+from memformer.models.config import MemformerConfig
+from memformer.models.layers import DecoderLayer
 from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, keep_mask_of
-from memformer.nn.layers import DecoderLayer
 from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
 from memformer.shapes import Hidden, SegmentPadding
 

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from memformer.config import MemformerConfig
+from memformer.models.config import MemformerConfig
 from memformer.models.decoder import make_positions
+from memformer.models.layers import EncoderLayer
 from memformer.nn.attention import AttentionRecord, keep_mask_of
-from memformer.nn.layers import EncoderLayer
 from memformer.shapes import Hidden, Memory, SegmentPadding
 
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from memformer.config import ModelConfig
 from memformer.errors import CheckpointError, InputError
-from memformer.files import read_json
 from memformer.models.compressive_transformer import CompressiveTransformer
+from memformer.models.config import ModelConfig
 from memformer.models.language_model import LanguageModel
 from memformer.models.lstm import LSTM
 from memformer.models.memformer import Memformer
 from memformer.models.pretrained import CONFIG_FILE
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.models.transformer_xl import TransformerXL
+from memformer.utils.files import read_json
 
 _CLASSES: tuple[type[LanguageModel], ...] = (
     Memformer,

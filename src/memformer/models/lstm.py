@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from memformer.baseline_config import LSTMConfig
+from memformer.models.baseline_configs import LSTMConfig
 from memformer.models.next_token import NextTokenModel, TokenCounts
 from memformer.shapes import AnyMemory, Hidden
 

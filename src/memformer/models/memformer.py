@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memformer.config import MemformerConfig
 from memformer.errors import InputError
+from memformer.models.config import MemformerConfig
 from memformer.models.decoder import Decoder, Past
 from memformer.models.encoder import Encoder
 from memformer.models.language_model import LanguageModel

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memformer.config import ModelConfig
 from memformer.errors import CheckpointError, InputError
-from memformer.files import read_json, read_names, read_tensors, write_json, write_tensors
+from memformer.models.config import ModelConfig
+from memformer.utils.files import read_json, read_names, read_tensors, write_json, write_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

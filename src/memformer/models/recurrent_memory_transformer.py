@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from memformer.baseline_config import RecurrentMemoryTransformerConfig
+from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
+from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, TokenCounts
-from memformer.nn.layers import CausalLayer
 from memformer.nn.positions import RotaryPositions
 from memformer.shapes import AnyMemory, Hidden
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from memformer.baseline_config import TransformerXLConfig
+from memformer.models.baseline_configs import TransformerXLConfig
+from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, TokenCounts
 from memformer.nn.distances import Distances, descending_sinusoids
-from memformer.nn.layers import CausalLayer
 from memformer.shapes import AnyMemory, Hidden
 
 TokenSlots = Float[Tensor, "B J W"]

@@ -4,11 +4,13 @@ p = argmax_p p.z + H_alpha(p): Tsallis entropies, sparse for alpha > 1 (Peters e
 solution by sorting for 2 is Martins and Astudillo's, arXiv 1602.02068).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Normalizer = Literal["softmax", "entmax15", "sparsemax"]
 
 # How far below the highest score another one gets weight 0 (between two: a third only makes it nearer).
 REACH = {"softmax": float("inf"), "entmax15": 2.0, "sparsemax": 1.0}

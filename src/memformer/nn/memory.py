@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memformer.config import Normalizer
 from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
-from memformer.nn.entmax import REACH, normalize_scores
+from memformer.nn.entmax import REACH, Normalizer, normalize_scores
 from memformer.nn.linear import Linear, linear
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame

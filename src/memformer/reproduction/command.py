@@ -9,12 +9,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from memformer.errors import InputError
-from memformer.files import write_json, write_text
+from memformer.evaluation.plots import write_figure
 from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
 from memformer.reproduction.runs import finish_runs, plan_runs
-from memformer.reproduction.tables import Row, Table, experiments_folder, read_table, table_names
-from memformer.retention_plot import write_figure
+from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
+from memformer.utils.files import write_json, write_text
 
 
 def reproduce(options: Any, train_options: Sequence[str]) -> str:
@@ -23,7 +23,7 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     Raises:
         InputError: There is no such table, scale or row, or runs failed.
     """
-    folder = experiments_folder()
+    folder = tables_folder()
     known = [*table_names(folder), *costs_names(folder)]
     if options.table not in known:
         raise InputError(f"unknown table {options.table!r}; there are {', '.join(sorted(known))}")

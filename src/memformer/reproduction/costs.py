@@ -9,14 +9,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memformer.config import refuse_unknown_keys
 from memformer.errors import InputError
-from memformer.flops import flops_per_token
+from memformer.evaluation.flops import flops_per_token
 from memformer.models import build_model
 from memformer.models.loading import MODELS
 from memformer.reproduction.measure import Setting, Way, measure_growth, measure_seconds
-from memformer.training.run import versions
-from memformer.yaml_files import read_yaml
+from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.machine import versions
+from memformer.utils.yaml_files import read_yaml
 
 COSTS_FILE = "costs.yaml"
 WAYS = (Way("bptt"), Way("checkpoint"), Way("replay"))

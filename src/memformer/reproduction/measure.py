@@ -18,7 +18,7 @@ from memformer.models import LanguageModel, build_model
 from memformer.models.loading import MODELS
 from memformer.rollout import Rollout
 from memformer.training.replay import backpropagate
-from memformer.training.run import choose_device
+from memformer.utils.machine import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)

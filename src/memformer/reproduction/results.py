@@ -8,11 +8,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memformer.flops import flops_per_token
+from memformer.evaluation.flops import flops_per_token
 from memformer.models import load_model
 from memformer.reproduction.runs import Run
 from memformer.reproduction.tables import Row, ScaleConfig, Table
-from memformer.training.run import BEST, versions
+from memformer.training.run_folder import BEST
+from memformer.utils.machine import versions
 
 LABELS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "bits_per_token": "bits per token"}
 

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from memformer.errors import InputError
-from memformer.files import read_json, write_text
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.logs import read_log
-from memformer.training.run import CHECKPOINTS, RESULT_FILE
+from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.utils.files import read_json, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

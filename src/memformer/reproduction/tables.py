@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from memformer.config import refuse_unknown_keys
 from memformer.errors import InputError
-from memformer.yaml_files import read_yaml
+from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.yaml_files import read_yaml
 
 TABLE_FILE = "table.yaml"
 # Filled in by the command's --data.
@@ -114,10 +114,9 @@ class Table:
         return self.scales[scale]
 
 
-def experiments_folder() -> Path:
-    """Return where the tables are: in the installed package, or beside its sources in a checkout."""
-    installed = Path(__file__).parents[1] / "experiments"
-    return installed if installed.is_dir() else Path(__file__).parents[3] / "experiments"
+def tables_folder() -> Path:
+    """Return the folder of the tables' YAML files; they are data of the package."""
+    return Path(__file__).parent / "configs"
 
 
 def table_names(folder: Path) -> list[str]:

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from memformer.errors import CheckpointError, SaveError
-from memformer.files import read_json, read_tensors, sync_folder, write_json, write_tensors
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
+from memformer.utils.files import read_json, read_tensors, sync_folder, write_json, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -4,25 +4,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from memformer.config import MemformerConfig, ModelConfig, check_seed
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
+from memformer.models.config import MemformerConfig, ModelConfig
 from memformer.training.replay import Method
+from memformer.utils.checks import check_seed, check_threads
 
 Sharding = Literal["none", "moments", "weights"]
 Precision = Literal["float32", "bfloat16"]
-
-_MOST_THREADS = 1 << 16
-
-
-def check_threads(threads: int | None) -> None:
-    """Check that a number of threads is one that torch takes.
-
-    Raises:
-        InputError: It is below 1, or absurd.
-    """
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise InputError(f"threads ({threads}) must be from 1 to {_MOST_THREADS}")
 
 
 @dataclass(frozen=True, kw_only=True)

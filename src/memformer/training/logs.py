@@ -2,27 +2,24 @@
 
 import json
 import os
-import resource
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from memformer.errors import CheckpointError
-from memformer.evaluation import Result
-from memformer.files import write_text
+from memformer.evaluation.likelihood import Result
+from memformer.utils.files import write_text
+from memformer.utils.progress import SECONDS_BETWEEN_PLAIN_LINES
 
 # A figure, or one for each timestep.
 LoggedValues = dict[str, Any]
 
 LOG_FILE = "log.jsonl"
-SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
 
 class RunLog:
@@ -171,11 +168,3 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         elif number < len(raw_lines):
             raise CheckpointError(f"{file}: line {number} is damaged")
     return lines
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of the device for CUDA, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,11 +13,8 @@ import torch
 
 from memformer.data import save_tokenizer
 from memformer.errors import CheckpointError, InputError
-from memformer.evaluation import Result
-from memformer.files import write_json
-from memformer.interruption import Interrupted, signals_noted
+from memformer.evaluation.likelihood import Result
 from memformer.models import LanguageModel, Memformer, load_model
-from memformer.progress import print_warning
 from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
     TrainingState,
@@ -28,12 +25,12 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
-from memformer.training.logs import LoggedValues, NoLog, RunLog, peak_memory_bytes
+from memformer.training.logs import LoggedValues, NoLog, RunLog
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, write_price_at
 from memformer.training.processes import Processes
 from memformer.training.replay import RolloutResult, backpropagate
-from memformer.training.run import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.run_data import RunData
+from memformer.training.run_folder import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
 from memformer.training.samples import write_sample
 from memformer.training.sharding import (
     free_weights,
@@ -44,6 +41,10 @@ from memformer.training.sharding import (
     shard,
     sum_gradients_in_next_backward,
 )
+from memformer.utils.files import write_json
+from memformer.utils.machine import peak_memory_bytes
+from memformer.utils.progress import print_warning
+from memformer.utils.signals import Interrupted, signals_noted
 
 # Updates that the running mean of the loss goes back, about.
 _UPDATES_OF_MEAN = 100

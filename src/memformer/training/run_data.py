@@ -24,11 +24,11 @@ from memformer.data import (
     source_levels,
     train_tokenizer,
 )
-from memformer.data.recall import check_segment_length, task_text
+from memformer.data.recall.stream import check_segment_length, task_text
 from memformer.errors import InputError
-from memformer.evaluation import Evaluation, Result, evaluate
+from memformer.evaluation.likelihood import Evaluation, Result, evaluate
+from memformer.evaluation.recall import Recall, measure_recall
 from memformer.models.recurrence import RecurrentModel
-from memformer.retention import Recall, measure_recall
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 
 _RECALL_EPISODES = 64

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data import PixelTokenizer, Tokenizer
-from memformer.files import write_text, write_whole
-from memformer.generation import Session
+from memformer.generation.session import Session
 from memformer.models import LanguageModel
+from memformer.utils.files import write_text, write_whole
 
 NUM_IMAGES = 25
 PIXEL_SCALE = 4

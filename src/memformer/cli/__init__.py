@@ -1,0 +1,1 @@
+"""The command `memformer`: one module for each subcommand."""

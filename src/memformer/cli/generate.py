@@ -1,0 +1,195 @@
+"""`memformer generate`."""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
+
+from memformer.cli.loading import load_run_of
+from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
+from memformer.data import (
+    PixelTokenizer,
+    Tokenizer,
+)
+from memformer.data.tokenizers import encode_stream
+from memformer.errors import InputError
+from memformer.generation.sampling import check_sampling
+from memformer.generation.session import Session
+from memformer.models import LanguageModel
+from memformer.training.samples import NUM_IMAGES
+from memformer.utils.checks import check_seed
+from memformer.utils.files import check_can_write
+from memformer.utils.signals import Interrupted, Signals, signals_noted
+
+# Of a prompt, read at a time: an interrupt waits for as many.
+_PIECE_TOKENS = 4096
+
+NEW_TOKENS = 500
+
+
+GENERATE_HELP = """Continue a text, or draw images.
+
+RUN is a run folder, or a folder from save_pretrained with a tokenizer. A prompt of any length is read into the
+memory; the new text is written to stdout as it appears. Runs on images write a grid as PNG instead.
+
+  memformer generate runs/demo --prompt "import os"
+  cat chapters/*.txt | memformer generate runs/demo --prompt_file - --temperature 0.8
+  memformer generate runs/demo --prompt_file diary.txt --save_session diary.session
+  memformer generate runs/demo --load_session diary.session --prompt " And then"
+  memformer generate runs/digits --output digits.png --num_images 36
+"""
+
+
+def generate_parser() -> ArgumentParser:
+    """Return the parser of `memformer generate`."""
+    parser = new_parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
+    add_run_arguments(parser)
+    parser.add_argument("--prompt", type=str, default=None, help="Text to read first.")
+    parser.add_argument("--prompt_file", type=str, default=None, help="File to read first; - for stdin.")
+    parser.add_argument(
+        "--max_new_tokens", type=int | None, default=None, help=f"Tokens to generate; {NEW_TOKENS} if not given."
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="Below 1 sharpens, 0 is greedy.")
+    parser.add_argument("--top_k", type=int | None, default=None, help="Sample among the k likeliest tokens.")
+    parser.add_argument(
+        "--top_p", type=float | None, default=None, help="Sample among the likeliest tokens of this probability."
+    )
+    parser.add_argument("--seed", type=int | None, default=None, help="Makes the result repeatable.")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="Compile the decoding step: some seconds at the second segment, then up to three times the speed.",
+    )
+    parser.add_argument("--load_session", type=str, default=None, help="State to go on from.")
+    parser.add_argument("--save_session", type=str, default=None, help="Where to save the state at the end.")
+    parser.add_argument(
+        "--num_images", type=int | None, default=None, help=f"For images: how many; {NUM_IMAGES} if not given."
+    )
+    parser.add_argument("--output", type=str, default=None, help="For images: the PNG file.")
+    return parser
+
+
+def run_generate(argv: list[str]) -> None:
+    """Continue a text, or draw images.
+
+    Raises:
+        InputError: The run, the prompt or an option is wrong.
+        Interrupted: A signal arrived; the session that was to be saved is.
+    """
+    options = parse(generate_parser(), argv)
+    sampling = _sampling_options(options)
+    run = load_run_of(options)
+    if isinstance(run.tokenizer, PixelTokenizer):
+        if options.compiled:
+            raise InputError("--compiled has no meaning for a run on images")
+        _draw(run.model, run.tokenizer, options, sampling)
+        return
+    refuse_options(options, ("output", "num_images"), kind="on text")
+    if options.load_session is None:
+        session = Session(run.model, compiled=options.compiled)
+    else:
+        session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
+    if options.save_session is None:
+        done = _go_on(session, run.tokenizer, options, sampling, Signals())
+    else:
+        file = Path(options.save_session)
+        check_can_write(file)
+        # What was read may have taken hours: a signal ends the reading, and the state is saved nevertheless.
+        with signals_noted() as signals:
+            done = _go_on(session, run.tokenizer, options, sampling, signals)
+            session.save(file)
+        if signals.received:
+            read, new = done["prompt_tokens"], len(done["token_ids"])
+            raise Interrupted(
+                signals.received[0], f"{read:,} tokens read and {new:,} generated; their session is {file}"
+            )
+    print(json.dumps(done) if options.json else "")
+
+
+def _go_on(
+    session: Session, tokenizer: Tokenizer, options: Any, sampling: dict[str, Any], signals: Signals
+) -> dict[str, Any]:
+    """Read the prompt and, unless it is for JSON, print what follows, until a signal; return what was done."""
+    prompt_tokens = 0
+    for part in signals.until_signalled(_pieces(_read_prompt(options, tokenizer)), waits=True):
+        session.feed(part)
+        prompt_tokens += len(part)
+    ids: list[int] = []
+    num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+    steps = signals.until_signalled(session.stream(num_tokens, **sampling))
+    text = ""
+    for piece in tokenizer.decode_stream(_noted((step[0] for step in steps), ids)):
+        text += piece
+        if not options.json:
+            print(piece, end="", flush=True)
+    return {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
+
+
+def _pieces(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
+    """Cut parts, so that none takes long to read."""
+    for part in parts:
+        yield from (part[start : start + _PIECE_TOKENS] for start in range(0, len(part), _PIECE_TOKENS))
+
+
+def _sampling_options(options: Any) -> dict[str, Any]:
+    """Return the options of sampling, checked before anything is loaded or read.
+
+    Raises:
+        InputError: One is out of its range.
+    """
+    check_sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    if options.max_new_tokens is not None and options.max_new_tokens < 0:
+        raise InputError(f"max_new_tokens ({options.max_new_tokens}) must be at least 0")
+    if options.seed is not None:
+        check_seed("seed", options.seed)
+    return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
+
+
+def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the prompt's token ids part by part: it may be longer than what fits in memory.
+
+    Raises:
+        InputError: It cannot be read, or two are given.
+    """
+    if options.prompt is not None and options.prompt_file is not None:
+        raise InputError("--prompt and --prompt_file are both given; one prompt is read")
+    with contextlib.ExitStack() as stack:
+        stream: Any  # io.BufferedIOBase, which typeshed calls something else
+        if options.prompt_file == "-":
+            stream, name = sys.stdin.buffer, "stdin"
+        elif options.prompt_file is not None:
+            name = options.prompt_file
+            try:
+                stream = stack.enter_context(Path(name).open("rb"))
+            except OSError as error:
+                raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
+        else:
+            # Bytes of the command line that are not UTF-8 arrive as surrogates; they are given back as they were.
+            stream, name = io.BytesIO((options.prompt or "").encode("utf-8", "surrogateescape")), "prompt"
+        yield from encode_stream(tokenizer, stream, name=name)
+
+
+def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
+    from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
+
+    text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
+    refuse_options(options, text_only, kind="on images")
+    num_images = positive(options, "num_images", default=NUM_IMAGES)
+    output = Path(options.output or "images.png")
+    check_can_write(output)
+    images = sample_images(model, tokenizer, num_images, **sampling)
+    write_image_grid(output, images, tokenizer=tokenizer)
+    print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")
+
+
+def _noted(ids: Any, into: list[int]) -> Any:
+    for token in ids:
+        into.append(token)
+        yield token

@@ -1,0 +1,52 @@
+"""What the commands on a trained run share: its model, its config, the device."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memformer.cli.run_config import parse_run_config
+from memformer.errors import InputError
+from memformer.training.config import RunConfig
+from memformer.training.run_folder import (
+    LoadedRun,
+    load_run,
+)
+from memformer.utils.checks import check_threads
+from memformer.utils.machine import choose_device
+from memformer.utils.progress import print_warning
+
+
+def load_run_of(options: Any) -> LoadedRun:
+    """Load the run that the options name, on their device; without --threads it uses as many as it trained with."""
+    device = prepare_torch(options.device, options.threads)
+    run = load_run(
+        Path(options.run), which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
+    )
+    trained_with = None if run.run_config is None else run_config_of(run).threads
+    if options.threads is None and trained_with is not None:
+        torch.set_num_threads(trained_with)
+    return run
+
+
+def run_config_of(run: LoadedRun) -> RunConfig:
+    """Return the config that a run was trained with.
+
+    Raises:
+        InputError: The model comes from `save_pretrained`, which saves no run config.
+    """
+    if run.run_config is None:
+        raise InputError(f"{run.folder} has no held-out documents of its own; give --data.kind and --data.path")
+    return parse_run_config([str(run.folder)])[0]
+
+
+def prepare_torch(device: str, threads: int | None) -> torch.device:
+    """Set the number of CPU threads, if one is given, and return the device.
+
+    Raises:
+        InputError: The number is out of its range, or there is no such device.
+    """
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return choose_device(device)

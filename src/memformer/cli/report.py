@@ -1,0 +1,34 @@
+"""`memformer report`."""
+
+import json
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from memformer.cli.parsing import new_parser, parse
+
+REPORT_HELP = """Write summary.html into a run folder: loss curve, figures, samples, config.
+
+  memformer report runs/demo
+"""
+
+
+def report_parser() -> ArgumentParser:
+    """Return the parser of `memformer report`."""
+    parser = new_parser("report", REPORT_HELP, "RUN [--json]")
+    parser.add_argument("run", type=str, help="Run folder.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    return parser
+
+
+def run_report(argv: list[str]) -> None:
+    """Write a page about a run.
+
+    Raises:
+        InputError: The folder holds no run.
+    """
+    from memformer.training.report import write_report
+
+    options = parse(report_parser(), argv)
+    summary = write_report(Path(options.run))
+    print(json.dumps({"summary": str(summary)}) if options.json else summary)

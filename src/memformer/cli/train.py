@@ -1,0 +1,106 @@
+"""`memformer train`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memformer.cli.loading import prepare_torch
+from memformer.cli.parsing import parse
+from memformer.cli.run_config import find_model_type, parse_run_config, train_parser
+from memformer.data import (
+    NUM_TASK_TOKENS,
+    Tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
+from memformer.errors import InputError
+from memformer.models import build_model
+from memformer.models.config import MemformerConfig
+from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.config import RunConfig
+from memformer.training.processes import Processes, processes_started, were_restarted
+from memformer.training.run_data import (
+    prepare_data,
+)
+from memformer.training.run_folder import (
+    CHECKPOINTS,
+    check_run_folder,
+    read_run_config,
+    write_run_config,
+)
+
+
+def run_train(argv: list[str]) -> None:
+    """Train, or go on training, and report the evaluation on held-out documents.
+
+    Raises:
+        InputError: The config or the data is wrong, or the run folder holds another run.
+    """
+    if not argv or argv[0].startswith("-"):
+        if not {"-h", "--help"} & set(argv):
+            raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
+        parse(train_parser(find_model_type({}, argv, owner="")), argv)
+    config, options = parse_run_config(argv)
+    device = prepare_torch(config.device, config.threads)
+    with processes_started(device.type) as processes:
+        _train(config, options, device, processes)
+
+
+def _train(config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
+    from memformer.training.loop import check_same_run, train
+    from memformer.training.report import write_report
+
+    folder = Path(config.folder)
+    check_run_folder(folder)
+    started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
+    # Nobody writes before everybody has looked.
+    processes.wait_for_all()
+    resume = options.resume or (started_before and were_restarted())
+    if started_before and not resume:
+        raise InputError(f"{folder} already holds a run; go on with --resume, or choose another --folder")
+    tokenizer = None
+    if resume:
+        saved = read_run_config(folder)
+        tokenizer = load_tokenizer(folder)
+        check_same_run(saved, dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer)))
+    if processes.is_first:
+        print(f"preparing the data for {folder}", file=sys.stderr)
+        data = prepare_data(config.data, tokenizer=tokenizer)
+    processes.wait_for_all()
+    if not processes.is_first:
+        # From what the first one has put into the cache.
+        data = prepare_data(config.data, tokenizer=tokenizer)
+    config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
+    torch.manual_seed(config.seed)
+    model = build_model(config.model).to(device)
+    if processes.is_first:
+        print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
+        save_tokenizer(data.tokenizer, folder)
+        write_run_config(folder, config.to_dict())
+    result = train(config, data, model, resume=resume, processes=processes)
+    if result is None:
+        return
+    summary = write_report(folder)
+    if options.json:
+        print(json.dumps({"run": str(folder), **result.to_dict()}))
+    else:
+        print(result.to_table())
+        print(f"run folder: {folder}; open {summary}")
+
+
+def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:
+    default = type(config.model)().vocab_size
+    if config.model.vocab_size not in {default, tokenizer.vocab_size}:
+        raise InputError(
+            f"model.vocab_size ({config.model.vocab_size}) contradicts the data's tokenizer of "
+            f"{tokenizer.vocab_size} tokens; leave it out"
+        )
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    if isinstance(model, MemformerConfig) and config.data.multitask is not None:
+        num_special_tokens = max(model.num_special_tokens, NUM_TASK_TOKENS)
+        model = dataclasses.replace(model, num_special_tokens=num_special_tokens)
+    return model

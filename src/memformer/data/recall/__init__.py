@@ -1,0 +1,1 @@
+"""Recall tasks: facts to remember, questions to answer, made on the fly."""

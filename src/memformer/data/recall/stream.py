@@ -1,0 +1,322 @@
+"""Recall tasks as rollouts to train on: told facts, then filler, with questions on the way whose answers are predicted.
+
+A row is one episode. Its first timestep reads the beginning-of-sequence token, as every document's does; then come the
+segments that tell the facts, then up to `max_distance` segments of filler, some of which end with a question. The
+answer is what must follow that segment; it is a target, and nothing else is. The next segment does not show it, so a
+question never refreshes what it asks for.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memformer.data.corpus import Corpus
+from memformer.data.recall.config import RecallConfig
+from memformer.data.recall.tasks import CopyTask, Episode, PairTask, Question, RecallTask, Tokens, pad_answers, place
+from memformer.data.recall.text_tasks import (
+    PASSKEY_SENTENCES,
+    BabiTask,
+    PasskeyTask,
+    read_stories,
+    spell,
+    story_sentences,
+)
+from memformer.data.stream import RolloutStream
+from memformer.data.tokenizers import Tokenizer
+from memformer.errors import CheckpointError, InputError
+from memformer.rollout import Rollout
+
+_PADDING_TOKEN_ID = 0
+
+
+def make_task(config: RecallConfig) -> RecallTask:
+    """Return the task that a config names, one with words of its own.
+
+    Raises:
+        InputError: The task is one in text.
+    """
+    symbols = {"num_values": config.num_values, "num_fillers": config.num_fillers}
+    match config.task:
+        case "copy":
+            return CopyTask(most_facts=config.num_facts[1], **symbols)
+        case "fact":
+            return PairTask(rewrite=False, num_keys=1, **symbols)
+        case "associative" | "rewrite":
+            return PairTask(rewrite=config.task == "rewrite", num_keys=config.num_keys, **symbols)
+        case "passkey" | "babi":
+            raise InputError(f"recall.task ({config.task!r}) is in text; it needs a tokenizer and documents")
+
+
+def make_text_task(
+    config: RecallConfig, tokenizer: Tokenizer, haystack: Corpus, *, path: str | list[str] | None
+) -> RecallTask:
+    """Return the task in text that a config names.
+
+    Args:
+        config: The task.
+        tokenizer: What the ids mean.
+        haystack: Documents that the facts are hidden in.
+        path: For babi: the stories, `config.path` or `config.validation_path`.
+
+    Raises:
+        InputError: The stories are missing or malformed, or all have more facts than `config.num_facts`; or the
+            tokenizer lacks a word.
+    """
+    if path is None:
+        return PasskeyTask(tokenizer, haystack)
+    return BabiTask(tokenizer, haystack, read_stories(path), fewest_facts=config.num_facts[0])
+
+
+def task_text(config: RecallConfig, kind: str) -> str:
+    """Return all that a task in text can say in training, one sentence a line, for a tokenizer of a kind.
+
+    Raises:
+        InputError: The stories are missing or malformed.
+    """
+    sentences = PASSKEY_SENTENCES if config.path is None else story_sentences(read_stories(config.path))
+    return "\n".join(spell(sentence, kind) for sentence in sentences)
+
+
+class RecallStream(RolloutStream):
+    """Rollouts of episodes, all rows of a rollout of one shape; a pure function of seed, position and level.
+
+    An episode longer than `rollout_length` is cut: the memory goes on, the gradient does not.
+
+    Args:
+        task: What is told and asked.
+        config: How episodes are laid out.
+        num_lanes: Rows B.
+        segment_length: Tokens S of a segment.
+        rollout_length: Most timesteps of a rollout.
+        bos_token_id: What the first timestep reads.
+        seed: Decides every episode.
+
+    Raises:
+        InputError: A segment cannot hold the facts or the question.
+    """
+
+    def __init__(
+        self,
+        task: RecallTask,
+        config: RecallConfig,
+        *,
+        num_lanes: int,
+        segment_length: int,
+        rollout_length: int,
+        bos_token_id: int,
+        seed: int,
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.num_lanes = num_lanes
+        self.segment_length = segment_length
+        self.rollout_length = rollout_length
+        self.bos_token_id = bos_token_id
+        self.seed = seed
+        self.level = 0
+        self._recent_losses: list[float] = []
+        self._episode = 0
+        self._timestep = 0
+        self._whole: Rollout | None = None
+        check_segment_length(task, config, segment_length)
+
+    def __iter__(self) -> "RecallStream":
+        return self
+
+    def __next__(self) -> Rollout:
+        if self._whole is None:
+            self._whole = self._make_episodes()
+        whole, start = self._whole, self._timestep
+        end = min(start + self.rollout_length, whole.num_timesteps)
+        if end == whole.num_timesteps:
+            self._whole, self._timestep = None, 0
+            self._episode += 1
+        else:
+            self._timestep = end
+        return whole[start:end]
+
+    @property
+    def most_facts(self) -> int:
+        """Most facts of an episode at the present level."""
+        fewest, most = self.config.num_facts
+        curriculum = self.config.curriculum
+        return most if curriculum is None else min(most, max(fewest, curriculum.start_facts + self.level))
+
+    @property
+    def max_distance(self) -> int:
+        """Largest distance at the present level."""
+        curriculum = self.config.curriculum
+        longest = self.config.max_distance
+        # 2**level is only formed where it can matter.
+        if curriculum is None or self.level >= longest.bit_length():
+            return longest
+        return min(longest, curriculum.start_distance << self.level)
+
+    @property
+    def is_hardest(self) -> bool:
+        """Whether the curriculum, if any, has reached its end."""
+        return (self.most_facts, self.max_distance) == (self.config.num_facts[1], self.config.max_distance)
+
+    def observe(self, loss: float) -> None:
+        """Note the loss of an update, in nats per answer token; a small mean makes the next episodes harder."""
+        curriculum = self.config.curriculum
+        if curriculum is None or self.is_hardest:
+            return
+        self._recent_losses = [*self._recent_losses, loss][-curriculum.window :]
+        if len(self._recent_losses) == curriculum.window and np.mean(self._recent_losses) < curriculum.advance_below:
+            self.level += 1
+            self._recent_losses = []
+            self._whole, self._timestep = None, 0
+            self._episode += 1
+
+    def _make_episodes(self) -> Rollout:
+        generator = np.random.Generator(np.random.PCG64([self.seed, self._episode]))
+        fewest, most = self.config.num_facts[0], self.most_facts
+        num_facts = int(generator.integers(min(fewest, most), most + 1))
+        if not self.is_hardest and generator.random() < 0.5:
+            num_facts = most
+        horizon = int(np.exp(generator.uniform(0, np.log(self.max_distance + 1))))
+        episodes = [self.task.make_episode(generator, num_facts) for _ in range(self.num_lanes)]
+        # Of stories there may be none of just so many facts.
+        num_facts = max(len(episode.facts) for episode in episodes)
+        facts_per_segment = _draw_log_uniform(generator, *self.config.facts_per_segment)
+        fact_timesteps = draw_fact_timesteps(self.config, generator, num_facts, facts_per_segment=facts_per_segment)
+        first_question = fact_timesteps[-1] + 1
+        num_timesteps = first_question + horizon
+        shape = num_timesteps, self.num_lanes
+        asks = generator.random(shape) < self.config.question_probability
+        asks[:first_question] = False
+        asks[-1] = True
+        inputs = tell(self.task, episodes, fact_timesteps, range(num_timesteps), self.segment_length, generator)
+        answers = [np.empty(0, np.int64)] * asks.size
+        for timestep, row in np.argwhere(asks):
+            questions = episodes[row].questions
+            question = questions[int(generator.integers(len(questions)))]
+            ask(inputs[timestep, row], question)
+            answers[timestep * self.num_lanes + row] = question.answer
+        targets, padding = pad_answers(answers, self.task.answer_length)
+        return with_first_timestep(
+            inputs,
+            targets.reshape(*shape, -1),
+            target_padding=padding.reshape(*shape, -1),
+            bos_token_id=self.bos_token_id,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return the cursor and the curriculum's state, as JSON values."""
+        return {
+            "seed": self.seed,
+            "num_lanes": self.num_lanes,
+            "segment_length": self.segment_length,
+            "episode": self._episode,
+            "timestep": self._timestep,
+            "level": self.level,
+            "recent_losses": list(self._recent_losses),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where the stream that gave `state` was.
+
+        Raises:
+            CheckpointError: It is of another stream, or damaged; the stream stays where it was.
+        """
+        for name in ("seed", "num_lanes", "segment_length"):
+            if state.get(name) != getattr(self, name):
+                raise CheckpointError(
+                    f"the data cursor has {name} {state.get(name)!r}; this stream has {getattr(self, name)!r}"
+                )
+        counts = [state.get(name) for name in ("episode", "timestep", "level")]
+        losses = state.get("recent_losses")
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise CheckpointError(f"the data cursor has episode, timestep, level {counts}; they must be counts")
+        if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
+            raise CheckpointError(f"the data cursor has recent_losses {losses!r}; it must be a list of numbers")
+        resumed = copy.copy(self)
+        resumed._episode, resumed._timestep, resumed.level = (int(count or 0) for count in counts)
+        resumed._recent_losses = losses
+        resumed._whole = resumed._make_episodes() if resumed._timestep else None
+        if resumed._whole is not None and resumed._timestep >= resumed._whole.num_timesteps:
+            raise CheckpointError(f"the data cursor has timestep {counts[1]}, which episode {counts[0]} has not")
+        vars(self).update(vars(resumed))
+
+
+def _draw_log_uniform(generator: np.random.Generator, fewest: int, most: int) -> int:
+    return int(np.exp(generator.uniform(np.log(fewest), np.log(most + 1)))) if fewest < most else most
+
+
+def check_segment_length(task: RecallTask, config: RecallConfig, segment_length: int) -> None:
+    """Check that segments can hold what a task puts into one.
+
+    Raises:
+        InputError: They cannot.
+    """
+    num_facts = min(config.facts_per_segment[1], config.num_facts[1])
+    longest = max(task.question_length, num_facts * task.fact_length)
+    if longest > segment_length:
+        raise InputError(
+            f"model.segment_length ({segment_length}) must be at least {longest}: a segment tells {num_facts} facts "
+            f"(recall.facts_per_segment) of up to {task.fact_length} tokens, or ends with a question of up to "
+            f"{task.question_length}"
+        )
+
+
+def draw_fact_timesteps(
+    config: RecallConfig, generator: np.random.Generator, num_facts: int, *, facts_per_segment: int
+) -> list[int]:
+    """Return the timesteps that tell facts: `facts_per_segment` in each, gaps of filler between."""
+    num_segments = -(-num_facts // facts_per_segment)
+    gaps = generator.integers(config.max_fact_gap + 1, size=num_segments - 1)
+    return [0, *(int(timestep) for timestep in np.cumsum(gaps + 1))]
+
+
+def tell(
+    task: RecallTask,
+    episodes: Sequence[Episode],
+    timesteps: Sequence[int],
+    window: range,
+    segment_length: int,
+    generator: np.random.Generator,
+) -> Tokens:
+    """Return a window of filler, (timesteps, rows, tokens), in which each row's facts are told at `timesteps`."""
+    shape = len(episodes), len(window), segment_length
+    inputs = np.stack([task.make_filler(generator, shape[1] * shape[2]) for _ in episodes]).reshape(shape)
+    for row, episode in zip(inputs, episodes, strict=True):
+        share = -(-len(episode.facts) // len(timesteps))
+        for index, timestep in enumerate(timesteps):
+            facts = episode.facts[index * share : (index + 1) * share]
+            if facts and timestep in window:
+                place(row[timestep - window.start], facts, generator)
+    return inputs.swapaxes(0, 1)
+
+
+def ask(segment: NDArray[Any], question: Question) -> None:
+    """Let a segment end with a question."""
+    segment[len(segment) - len(question.tokens) :] = question.tokens
+
+
+def with_first_timestep(
+    inputs: Tokens, targets: Tokens, *, target_padding: NDArray[np.bool_], bos_token_id: int
+) -> Rollout:
+    """Return a rollout whose first timestep reads the beginning-of-sequence token, as every document's does."""
+
+    def prepend(first: Any, rest: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.full_like(rest[:1], first), rest]))
+
+    bos = np.zeros_like(inputs, np.bool_)
+    rollout_inputs, input_padding = prepend(_PADDING_TOKEN_ID, inputs), prepend(True, bos)
+    rollout_inputs[0, :, 0] = bos_token_id
+    input_padding[0, :, 0] = False
+    reset = torch.zeros(rollout_inputs.shape[:2], dtype=torch.bool)
+    reset[0] = True
+    return Rollout(
+        inputs=rollout_inputs,
+        targets=prepend(_PADDING_TOKEN_ID, targets),
+        reset=reset,
+        input_padding=input_padding,
+        target_padding=prepend(True, target_padding),
+    )

@@ -1,0 +1,1 @@
+"""Evaluation: likelihood, recall, retention, and their pictures."""

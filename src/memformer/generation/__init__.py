@@ -1,0 +1,1 @@
+"""Sessions: streams that are fed, continued, saved and loaded."""

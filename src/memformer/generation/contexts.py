@@ -1,0 +1,125 @@
+"""What a session holds of the tokens before the present segment, beside the memory; it depends on the kind of model."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from memformer.errors import InputError
+from memformer.generation.decoding import Decoding
+from memformer.models import LanguageModel, Memformer, NextTokenModel
+from memformer.shapes import AnyMemory
+
+Rows = Int64[Tensor, " R"]
+PendingTokens = Int64[Tensor, "B S"]
+
+
+class SegmentContext:
+    """Of a Memformer: the hidden states of the last full segment, which the decoder looks back at.
+
+    Args:
+        model: The model that reads.
+        batch_size: Number of rows.
+        compiled: Compile the decoding step.
+    """
+
+    def __init__(self, model: Memformer, batch_size: int, *, compiled: bool) -> None:
+        self.model = model
+        self.compiled = compiled
+        length = model.segment_length
+        bos = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
+        hidden, self.first_memory = model.encode(bos, memory=model.initial_memory(batch_size))
+        # The one hidden state of [BOS] stands where a segment's first would; the slots, if any, follow at the end.
+        slots = hidden.shape[1] - 1
+        self.hidden = hidden.new_zeros((batch_size, length + slots, hidden.shape[2]))
+        self.hidden[:, :1] = hidden[:, :1]
+        self.hidden[:, length:] = hidden[:, 1:]
+        self.hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=model.device)
+        self.hidden_padding[:, 0] = False
+        self._decoding: Decoding | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a session saves of it."""
+        return {"hidden": self.hidden, "hidden_padding": self.hidden_padding}
+
+    def is_possible(self) -> bool:
+        """Whether the tensors, which were read from a file, can be of this model."""
+        return True
+
+    def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
+        """Read the full segments of some rows; return the memory (R, K, W) that leaves them."""
+        hidden, memory = self.model.encode(segment, memory=memory)
+        self.hidden[rows] = hidden
+        self.hidden_padding[rows] = False
+        if self._decoding is not None:
+            self._decoding.restart(rows.tolist())
+        return memory
+
+    def next_token_logits(
+        self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
+    ) -> Float[Tensor, "B V"]:
+        """Return the logits of what follows the pending tokens of each row."""
+        del memory  # the decoder sees the past through the hidden states alone
+        if self._decoding is None:
+            self._decoding = Decoding(self.model, len(num_pending), compiled=self.compiled)
+        return self._decoding.advance(tokens, num_pending, hidden=self.hidden, hidden_padding=self.hidden_padding)
+
+
+class TokenContext:
+    """Of a model that predicts the next token: the token before the present segment, which is read with it.
+
+    The present segment is read anew for every token: a token costs as much as a segment.
+
+    Args:
+        model: The model that reads.
+        batch_size: Number of rows.
+    """
+
+    def __init__(self, model: NextTokenModel, batch_size: int) -> None:
+        self.model = model
+        self.first_memory = model.initial_memory(batch_size)
+        self.previous = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a session saves of it."""
+        return {"previous": self.previous}
+
+    def is_possible(self) -> bool:
+        """Whether the tensors, which were read from a file, can be of this model."""
+        return bool(((self.previous >= 0) & (self.previous <= self.model.bos_token_id)).all())
+
+    def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
+        """Read the full segments of some rows; return the memory (R, K, W) that leaves them."""
+        _, memory = self.model.encode(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory=memory)
+        self.previous[rows] = segment[:, -1:]
+        return memory
+
+    def next_token_logits(
+        self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
+    ) -> Float[Tensor, "B V"]:
+        """Return the logits of what follows the pending tokens of each row."""
+        pending = torch.tensor(num_pending, device=self.model.device)[:, None]
+        width = max(num_pending)
+        inputs = torch.cat([self.previous, tokens[:, :width].to(self.model.device)], dim=1)
+        padding = torch.arange(width + 1, device=self.model.device) > pending
+        hidden, _ = self.model.encode(inputs, memory=memory, padding_mask=padding if padding.any() else None)
+        last = hidden.gather(1, pending[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.model.decode(torch.zeros_like(pending), hidden=last)[:, 0]
+
+
+Context = SegmentContext | TokenContext
+
+
+def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Context:
+    """Return what a session needs for a model.
+
+    Raises:
+        InputError: The decoding step is to be compiled, and the model has none.
+    """
+    if isinstance(model, Memformer):
+        return SegmentContext(model, batch_size, compiled=compiled)
+    assert isinstance(model, NextTokenModel)
+    if compiled:
+        raise InputError(f"a {model.config.model_type} has no decoding step to compile; only a memformer has")
+    return TokenContext(model, batch_size)

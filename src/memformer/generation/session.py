@@ -1,0 +1,333 @@
+"""A stream with a memory: feed tokens, ask what comes next, generate, save, go on later."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.generation.contexts import make_context
+from memformer.generation.sampling import check_sampling, sample
+from memformer.models import LanguageModel
+from memformer.models.recurrence import in_evaluation_mode
+from memformer.shapes import AnyMemory
+from memformer.utils.checks import check_seed
+from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
+
+TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
+
+FORMAT = "memformer-session"
+FORMAT_VERSION = "3"
+WEIGHTS = "weights"
+FEED_CHUNK_TOKENS = 1 << 20
+
+
+class Session:
+    """One stream of tokens, or several side by side; the state's size does not depend on how much was fed.
+
+    The state of a row is its memory, the hidden states of its last full segment (of a model that predicts the next
+    token: the last token of that segment), and the tokens fed since: a segment is read into the memory as soon as it
+    is full. It depends on the tokens alone, not on how they were split. Rows may
+    have been fed different numbers of tokens. The model reads in evaluation mode, whatever mode it is in otherwise.
+
+    Args:
+        model: The model that reads.
+        batch_size: Number of rows.
+        compiled: Compile the decoding step: from the second segment on a token takes a fraction of the time where rows
+            are few, and weights are held twice. Compiling takes some seconds, once for a model and a number of rows,
+            and once more when a segment starts with other weights. Needs a C++ compiler.
+    """
+
+    def __init__(self, model: LanguageModel, *, batch_size: int = 1, compiled: bool = False) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size ({batch_size}) must be at least 1")
+        self.model = model
+        self.compiled = compiled
+        self.batch_size = batch_size
+        # On the CPU: read one by one.
+        self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64)
+        self._num_pending = [0] * batch_size
+        self._num_fed = [0] * batch_size
+        with torch.no_grad(), in_evaluation_mode(model):
+            self._context = make_context(model, batch_size, compiled=compiled)
+        self._memory = self._context.first_memory.clone()
+
+    @property
+    def memory(self) -> AnyMemory:
+        """A copy of the memory after the last full segment."""
+        return self._memory.clone()
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens fed or generated so far, for each row."""
+        return list(self._num_fed)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` would keep: the memory, and what is held of a segment. It never grows."""
+        return sum(tensor.nbytes for tensor in self._state().values())
+
+    def feed(self, token_ids: TokenIds) -> None:
+        """Read tokens.
+
+        Args:
+            token_ids: Ids of one stream, or a list with the ids of each row; numbers may differ between rows.
+
+        Raises:
+            InputError: An id is outside the vocabulary, or the number of rows is not the session's.
+            InputTypeError: The ids are not integers.
+        """
+        rows = [self._check_ids(row) for row in self._split_rows(token_ids)]
+        for start in range(0, max(len(row) for row in rows), FEED_CHUNK_TOKENS):
+            self._feed([torch.from_numpy(row[start : start + FEED_CHUNK_TOKENS].astype(np.int64)) for row in rows])
+
+    def next_token_logits(self) -> Float[Tensor, "B V"]:
+        """Return the logits of each row's next token, given everything fed so far."""
+        with torch.no_grad(), in_evaluation_mode(self.model):
+            return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
+
+    def generate(
+        self,
+        max_new_tokens: int,
+        *,
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> list[int] | list[list[int]]:
+        """Return new token ids (a list for each row if there are several); they become part of the stream.
+
+        Args:
+            max_new_tokens: How many.
+            temperature: 1 samples from the model, below 1 sharpens, 0 is greedy.
+            top_k: Sample among the k likeliest tokens only.
+            top_p: Sample among the likeliest tokens that together have this probability.
+            seed: Makes the result repeatable; None draws from torch's global generator.
+            stop_token_ids: A row ends with the first of these that it generates: what the others go on with leaves its
+                state alone.
+
+        Raises:
+            InputError: An option is out of its range.
+            InputTypeError: `max_new_tokens` is no integer.
+        """
+        steps = list(
+            self.stream(
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+            )
+        )
+        rows = [_until_stop([step[row] for step in steps], stop_token_ids) for row in range(self.batch_size)]
+        return rows[0] if self.batch_size == 1 else rows
+
+    def stream(
+        self,
+        max_new_tokens: int,
+        *,
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> Iterator[list[int]]:
+        """Yield new token ids one step at a time, one id for each row; arguments as in `generate`.
+
+        A row that has stopped repeats its stop token, which is not read again, until all rows have.
+
+        Raises:
+            InputError: An option is out of its range.
+            InputTypeError: `max_new_tokens` is no integer.
+        """
+        if not isinstance(max_new_tokens, int):
+            raise InputTypeError(f"max_new_tokens ({max_new_tokens!r}) must be an integer")
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens ({max_new_tokens}) must be at least 0")
+        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        if seed is not None:
+            check_seed("seed", seed)
+        for token in stop_token_ids:
+            if not 0 <= token < self.model.vocab_size:
+                raise InputError(
+                    f"stop token id {token} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
+                )
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+
+        def steps() -> Iterator[list[int]]:
+            stopped: dict[int, int] = {}  # row to its stop token
+            for _ in range(max_new_tokens):
+                logits = self.next_token_logits()
+                drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
+                self._feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
+                tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
+                yield tokens
+                stopped = {row: token for row, token in enumerate(tokens) if token in stop_token_ids}
+                if len(stopped) == self.batch_size:
+                    return
+
+        # A function of its own, so that a mistake is told here and not at the first token.
+        return steps()
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as one safetensors file, whole or not at all, with a fingerprint of the model's weights.
+
+        Raises:
+            InputError: The state is not finite: the model's weights are broken.
+            SaveError: Writing failed; a file that was there before is intact.
+        """
+        state = self._state()
+        for name, tensor in state.items():
+            if not _is_finite(tensor):
+                raise InputError(f"the session's {name} is not finite: the model's weights are broken")
+        metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
+        write_tensors(Path(path), state, metadata=metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, model: LanguageModel, compiled: bool = False, any_weights: bool = False
+    ) -> "Session":
+        """Return the session that `save` wrote.
+
+        Args:
+            path: The file.
+            model: The model that read the stream so far.
+            compiled: As for a new session.
+            any_weights: Go on with other weights of the same shapes than those that read the stream so far: what they
+                make of its memory is not checked.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, of another version, or of another model.
+        """
+        path = Path(path)
+        state, metadata = read_tensors_and_metadata(path)
+        _check_format(path, metadata)
+        batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
+        if batch_size < 1:
+            raise CheckpointError(f"{path} holds no memory; it is not a session")
+        session = cls(model, batch_size=batch_size, compiled=compiled)
+        fresh = session._state()
+        for name, expected in fresh.items():
+            found = state.get(name)
+            if found is None:
+                raise CheckpointError(f"{path} lacks {name!r}; it is not a whole session")
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                raise CheckpointError(
+                    f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(expected.shape)} "
+                    f"{expected.dtype}: the session belongs to another model"
+                )
+            if not _is_finite(found):
+                raise CheckpointError(f"{path}: {name} holds values that are not finite")
+            expected.copy_(found)
+        if not any_weights and metadata.get(WEIGHTS) != model.fingerprint():
+            raise CheckpointError(
+                f"{path} was saved with other weights than this model's: its memory means nothing to them"
+            )
+        pending, fed = fresh["counts"].unbind()
+        if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
+            raise CheckpointError(f"{path}: counts {fresh['counts'].tolist()} are impossible; the file is damaged")
+        if session._tokens.min() < 0 or session._tokens.max() >= model.vocab_size:
+            raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+        if not session._context.is_possible():
+            raise CheckpointError(f"{path}: the token before them is outside the vocabulary of {model.vocab_size}")
+        session._num_pending, session._num_fed = pending.tolist(), fed.tolist()
+        return session
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            "memory": self._memory,
+            **self._context.tensors,
+            "tokens": self._tokens,
+            "counts": torch.tensor([self._num_pending, self._num_fed]),
+        }
+
+    def _split_rows(self, token_ids: TokenIds) -> list[object]:
+        if isinstance(token_ids, str | bytes | Mapping) or not _has_length(token_ids):
+            raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
+        if self.batch_size == 1:
+            nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
+            if not nested:
+                return [token_ids]
+        rows = list(token_ids)
+        if len(rows) != self.batch_size or (self.batch_size > 1 and not all(_has_length(row) for row in rows)):
+            raise InputError(
+                f"a session of {self.batch_size} rows was fed {len(rows)} items; "
+                "it takes a list with the token ids of each row"
+            )
+        return list(rows)
+
+    def _check_ids(self, row: object) -> NDArray[np.integer]:
+        ids = np.asarray(row.cpu() if isinstance(row, Tensor) else row)
+        if ids.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if ids.dtype.kind not in "iu":
+            raise InputTypeError(f"token ids have dtype {ids.dtype}; they must be integers")
+        if ids.ndim != 1:
+            raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.model.vocab_size)][0]
+            raise InputError(
+                f"token id {wrong} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
+            )
+        return ids
+
+    def _feed(self, rows: list[Tensor]) -> None:
+        length = self.model.segment_length
+        taken = [0] * self.batch_size
+        while True:
+            for row, ids in enumerate(rows):
+                start = self._num_pending[row]
+                count = min(length - start, len(ids) - taken[row])
+                self._tokens[row, start : start + count] = ids[taken[row] : taken[row] + count]
+                self._num_pending[row] += count
+                self._num_fed[row] += count
+                taken[row] += count
+            full = [row for row, pending in enumerate(self._num_pending) if pending == length]
+            if not full:
+                return
+            self._read_segment(full)
+
+    @torch.no_grad()
+    def _read_segment(self, rows: list[int]) -> None:
+        """Read the full segments of these rows into their memories."""
+        chosen = torch.tensor(rows, device=self.model.device)
+        segment = self._tokens[rows].to(self.model.device)
+        with in_evaluation_mode(self.model):
+            self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
+        for row in rows:
+            self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
+            self._num_pending[row] = 0
+
+
+def _until_stop(ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids, start=1) if token in stop_token_ids), len(ids))
+    return ids[:end]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _has_length(value: object) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes)
+
+
+def _is_nested(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
+    return len(token_ids) > 0 and _has_length(token_ids[0])
+
+
+def _check_format(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a saved session; its format is {metadata.get('format')!r}")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has session format version {metadata.get('version')!r}; this memformer reads {FORMAT_VERSION!r}"
+        )
+    if CHECKSUM not in metadata:
+        raise CheckpointError(f"{path} is damaged: it has no checksum")

@@ -1,0 +1,165 @@
+"""Pre-LayerNorm encoder and decoder layers, a residual around each part (arXiv 2010.06891v2, Figure 1)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memformer.models.baseline_configs import DecoderConfig
+from memformer.models.config import MemformerConfig
+from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention, HeadTokens, SelfAttention
+from memformer.nn.linear import Linear
+from memformer.nn.memory import MemoryReader
+from memformer.nn.positions import Frame
+from memformer.shapes import Hidden, Memory
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with GELU between.
+
+    Args:
+        width: Model width D.
+        d_ff: Width F inside.
+    """
+
+    def __init__(self, width: int, *, d_ff: int) -> None:
+        super().__init__()
+        self.expand = Linear(width, d_ff)
+        self.activation = nn.GELU()
+        self.output = Linear(d_ff, width)
+
+    def forward(self, x: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q D"]:
+        """Return the token-wise map of x."""
+        return self.output(self.activation(self.expand(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, memory reader, feed-forward.
+
+    Args:
+        config: The model's config; without slots there is no memory reader.
+        bias: Whether self-attention's projections have biases.
+    """
+
+    def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
+        super().__init__()
+        width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
+        reads_memory = config.num_slots > 0
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=bias)
+        self.memory_reader_norm = nn.LayerNorm(width) if reads_memory else None
+        self.memory_reader = MemoryReader(width, num_heads=heads, dropout=dropout) if reads_memory else None
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, d_ff=config.d_ff)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Hidden,
+        *,
+        slots: Memory | None,
+        frame: Frame,
+        keep_mask: Tensor | None,
+        record: AttentionRecord | None = None,
+    ) -> Hidden:
+        """Return the segment after one layer; tokens look at each other in both directions and at the slots."""
+        x = x + self.dropout(self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask))
+        if self.memory_reader is not None and self.memory_reader_norm is not None:
+            x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots, record=record))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention to the previous segment, (optionally the memory,) feed-forward.
+
+    Args:
+        config: The model's config; the memory is read only where `decoder_reads_memory` (not the paper's design).
+        bias: Whether self- and cross-attention's projections have biases.
+    """
+
+    def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
+        super().__init__()
+        width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
+        reads_memory = config.decoder_reads_memory
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=bias)
+        self.cross_attention_norm = nn.LayerNorm(width)
+        self.cross_attention = CrossAttention(width, num_heads=heads, dropout=dropout, bias=bias)
+        self.memory_reader_norm = nn.LayerNorm(width) if reads_memory else None
+        self.memory_reader = MemoryReader(width, num_heads=heads, dropout=dropout) if reads_memory else None
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, d_ff=config.d_ff)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def look_back(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys and values of the previous segment, for cross-attention."""
+        return self.cross_attention.project(hidden, frame=frame)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        past: tuple[HeadTokens, HeadTokens],
+        past_frame: Frame,
+        past_keep_mask: Tensor | None,
+        slots: Memory | None,
+        frame: Frame,
+        keep_mask: Tensor | None = None,
+        cache: CacheWindow | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the targets' features after one layer; `past` are the previous segment's keys and values."""
+        x = x + self.dropout(
+            self.self_attention(
+                self.self_attention_norm(x),
+                frame=frame,
+                keep_mask=keep_mask,
+                is_causal=cache is None,
+                cache=cache,
+            )
+        )
+        key, value = past
+        x = x + self.dropout(
+            self.cross_attention(
+                self.cross_attention_norm(x), key=key, value=value, frame=past_frame, keep_mask=past_keep_mask
+            )
+        )
+        if self.memory_reader is not None and self.memory_reader_norm is not None:
+            x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class CausalLayer(nn.Module):
+    """Self-attention, feed-forward: the layer of models with one stack, where each token predicts the next one.
+
+    Args:
+        config: The model's config.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
+        self.self_attention_norm = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, d_ff=config.d_ff)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q D"],
+        *,
+        frame: Frame,
+        keep_mask: Tensor | None,
+        past: Float[Tensor, "B P D"] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Return the tokens after one layer.
+
+        Args:
+            x: The tokens that enter the layer.
+            frame: Where they and the past stand.
+            keep_mask: True where a token may look, past first; None for wherever the frame lets it.
+            past: Tokens before, as they entered this layer.
+        """
+        if past is not None:
+            past = self.self_attention_norm(past)
+        read = self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask, past=past)
+        x = x + self.dropout(read)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -1,0 +1,117 @@
+"""A page about a run that a person can open: loss curve, figures, samples, config."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from matplotlib.figure import Figure
+
+from memformer.errors import CheckpointError, InputError
+from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.run_folder import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
+from memformer.utils.files import read_json, write_text
+
+SUMMARY_FILE = "summary.html"
+
+
+def write_report(folder: Path) -> Path:
+    """Write summary.html into a run folder and return its path; it needs no other file and no network.
+
+    Raises:
+        InputError: The folder holds no run.
+        CheckpointError: A file of the run is damaged.
+        SaveError: Writing failed.
+    """
+    if not (folder / LOG_FILE).is_file():
+        raise InputError(f"{folder} has no {LOG_FILE}; a report needs a run that was trained")
+    lines = read_log(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("memformer.training"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    result = read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else None
+    training = [line for line in lines if line["kind"] == "training"]
+    try:
+        page = environment.get_template("summary.html.jinja").render(
+            name=folder.resolve().name,
+            folder=str(folder),
+            curve=draw_curve(lines),
+            gradients=draw_gradients(training),
+            result=result,
+            last=training[-1] if training else None,
+            sample=_newest_sample(folder / SAMPLES),
+            config=yaml.safe_dump(read_run_config(folder), sort_keys=False),
+            versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
+        )
+    except (KeyError, jinja2.UndefinedError) as error:
+        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a figure: {error}") from error
+    write_text(folder / SUMMARY_FILE, page)
+    return folder / SUMMARY_FILE
+
+
+def draw_curve(lines: list[dict[str, Any]]) -> str:
+    """Return the curve of a run's log as SVG: training loss, and what its evaluations found."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    training = [line for line in lines if line["kind"] == "training"]
+    evaluation = [line for line in lines if line["kind"] == "evaluation"]
+    axes.plot(
+        [line["update"] for line in training],
+        [line["bits_per_token"] for line in training],
+        color="0.75",
+        label="training (bits per token)",
+    )
+    for key, label, style in (
+        ("bits_per_byte", "held out, with memory (bits per byte)", "o-"),
+        ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
+        ("accuracy", "answers right (mean over distances)", "o-"),
+        ("accuracy_memory_erased", "answers right, memory erased", "s--"),
+    ):
+        measured = [line for line in evaluation if key in line]
+        if measured:
+            axes.plot([line["update"] for line in measured], [line[key] for line in measured], style, label=label, ms=4)
+    axes.set_xlabel("update")
+    axes.set_ylabel("bits")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _as_svg(figure)
+
+
+def draw_gradients(training: list[dict[str, Any]]) -> str | None:
+    """Return the gradient that reaches the memory at every timestep of a rollout, as SVG; None if none does."""
+    lines = [line for line in training if any(line.get("memory_gradient_norms", []))]
+    if not lines:
+        return None
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes = figure.subplots()
+    shown = sorted({0, len(lines) // 2, len(lines) - 1})
+    for index, grey in zip(shown, ("0.75", "0.5", "0.0")[-len(shown) :], strict=True):
+        norms = lines[index]["memory_gradient_norms"]
+        before_the_end = range(len(norms), 0, -1)
+        axes.plot(before_the_end, norms, "o-", color=grey, ms=4, label=f"update {lines[index]['update']:,}")
+    axes.invert_xaxis()
+    axes.set_yscale("log")
+    axes.set_xlabel("segments before the end of the rollout")
+    axes.set_ylabel("norm of the gradient")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _as_svg(figure)
+
+
+def _as_svg(figure: Figure) -> str:
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :]  # without the declarations of a file of its own
+
+
+def _newest_sample(folder: Path) -> dict[str, str] | None:
+    files = sorted(file for file in folder.glob("update-*") if file.suffix in {".txt", ".png"})
+    if not files:
+        return None
+    if files[-1].suffix == ".png":
+        return {"image": base64.b64encode(files[-1].read_bytes()).decode("ascii")}
+    return {"text": files[-1].read_text(encoding="utf-8")}

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models: files, checks, signals, progress, the machine."""

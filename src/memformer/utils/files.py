@@ -1,0 +1,199 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memformer.errors import CheckpointError, SaveError
+
+CHECKSUM = "sha256"
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into one error about it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SaveError: No space, no permission, not a folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SaveError(f"{path} could not be written: {reason or error}") from error
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return an unused hidden path beside `path`, on the same file system, that nobody else will pick."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `file`, make it durable, then put it in place.
+
+    Raises:
+        SaveError: Writing failed; what was at `file` before is intact and nothing is left beside it.
+    """
+    partial = temporary_sibling(file)
+    try:
+        with saving(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(file)
+            sync_folder(file.parent)
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written, or the folder is not one
+            partial.unlink()
+
+
+def check_can_write(file: Path) -> None:
+    """Check, before long work, that its result can be written afterwards.
+
+    Raises:
+        SaveError: `file` is a folder, or the folder it would be in cannot be made or written to.
+    """
+    folder = file.parent
+    while not folder.exists():
+        folder = folder.parent
+    reason = None
+    if file.is_dir():
+        reason = errno.EISDIR
+    elif not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    if reason is not None:
+        raise SaveError(f"{file} could not be written: {os.strerror(reason)}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable (a rename is in the folder, not in the file), where the system can."""
+    with contextlib.suppress(OSError):  # Windows, and some network mounts, cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_whole(file, lambda partial: partial.write_bytes(content))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file whole.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole, with a checksum of what it holds among its metadata.
+
+    Raises:
+        SaveError: Writing failed; see `write_whole`.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**(metadata or {}), CHECKSUM: _checksum(contiguous)}
+    write_whole(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: The file is missing, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
+def read_names(file: Path) -> list[str]:
+    """Return the names of the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, checked where it has a checksum: what others wrote has none.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return read_tensors_and_metadata(file)[0]
+
+
+def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, checked as by `read_tensors`, and its metadata.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
+        metadata: dict[str, str] = opened.metadata() or {}
+    if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
+        raise CheckpointError(f"{file} is damaged: what it holds has not the checksum it was written with")
+    return tensors, metadata

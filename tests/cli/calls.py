@@ -1,0 +1,40 @@
+"""Calls of the command within the process, as tests make them."""
+
+import contextlib
+import io
+import json
+import random
+
+from memformer.cli.main import main
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran"]
+
+
+def call(*argv):
+    """Exit status, stdout and stderr."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main([str(argument) for argument in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+def call_json(*argv):
+    status, out, err = call(*argv, "--json")
+    assert status == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def refused(*argv):
+    """The message of the one line with which the command refuses, with exit status 2 and nothing on stdout."""
+    status, out, err = call(*argv)
+    assert status == 2, err
+    assert out == ""
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("memformer: error: ")] == lines[-1:]
+    assert "Traceback" not in err
+    return lines[-1].removeprefix("memformer: error: ")
+
+
+def make_text(seed):
+    words = random.Random(seed)
+    return " ".join(words.choice(WORDS) for _ in range(30)) + "\n"

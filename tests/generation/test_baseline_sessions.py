@@ -1,0 +1,134 @@
+"""Sessions, evaluation and the command take every model; a session predicts what evaluation predicts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from memformer import CheckpointError, InputError, MemformerConfig, Session, evaluate, load_model
+from memformer.data import corpus_from_arrays
+from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from tests.cli.calls import call, call_json, make_text, refused
+from tests.generation.test_session import assert_same_state, random_tokens
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
+from tests.models.baselines import BASELINES, TYPES, tiny_baseline
+
+baselines = pytest.mark.parametrize("name", BASELINES)
+
+
+def session_nats(model, tokens):
+    """Nats of every token, each predicted by a session that was fed those before it one by one."""
+    session, nats = Session(model), []
+    for token in tokens:
+        nats.append(-session.next_token_logits()[0].log_softmax(-1)[token])
+        session.feed([token])
+    return torch.stack(nats)
+
+
+@baselines
+def test_a_session_predicts_what_evaluation_predicts(name):
+    model = tiny_baseline(name)
+    documents = [random_tokens(count, seed=count) for count in (1, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 2)]
+    corpus = corpus_from_arrays([np.array(tokens) for tokens in documents], vocab_size=VOCAB_SIZE)
+    found = evaluate(model, corpus, num_lanes=2, rollout_length=2)
+    expected = torch.cat([session_nats(model, tokens) for tokens in documents]).sum()
+    assert_close(torch.tensor(found.with_memory.nats, dtype=torch.float64), expected)
+
+
+@baselines
+def test_any_split_and_any_rows_give_the_same_state(name, tmp_path):
+    model = tiny_baseline(name)
+    rows = [random_tokens(count, seed=count) for count in (0, 5, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 1)]
+    together = Session(model, batch_size=len(rows))
+    together.feed([row[:2] for row in rows])
+    together.next_token_logits()
+    together.feed([row[2:] for row in rows])
+    together.save(tmp_path / "session")
+    again = Session.load(tmp_path / "session", model=model)
+    assert_same_state(again, together)
+    assert again.state_bytes == together.state_bytes
+    for index, row in enumerate(rows):
+        alone = Session(model)
+        alone.feed(row)
+        assert_close(together.next_token_logits()[index], alone.next_token_logits()[0])
+        assert_close(together.memory[index], alone.memory[0])
+
+
+def test_a_session_of_another_model_and_a_compiled_one_are_refused(tmp_path):
+    model = tiny_baseline("lstm")
+    with pytest.raises(InputError, match="a lstm has no decoding step to compile"):
+        Session(model, compiled=True)
+    session = Session(model)
+    session.feed([1, 2])
+    session._context.previous.fill_(model.bos_token_id + 1)
+    session.save(tmp_path / "session")
+    with pytest.raises(CheckpointError, match="the token before them is outside the vocabulary"):
+        Session.load(tmp_path / "session", model=model)
+    with pytest.raises(CheckpointError, match="another model"):
+        Session.load(tmp_path / "session", model=tiny_baseline("transformer-xl"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("baselines")
+    (base / "texts").mkdir()
+    for seed in range(8):
+        (base / "texts" / f"{seed}.txt").write_text(make_text(seed))
+    return base
+
+
+def config_of(base, model_type):
+    config = {
+        "folder": str(base / model_type),
+        "threads": 1,
+        "device": "cpu",
+        "model_type": model_type,
+        "model": {"d_model": 16, "segment_length": 8},
+        "data": {"train": {"kind": "text", "path": str(base / "texts")}, "cache": str(base / "cache")},
+        "training": {"num_updates": 4, "num_lanes": 2, "rollout_length": 2, "sample_tokens": 10, "save_every": 2},
+    }
+    file = base / f"{model_type}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize("model_type", [BASELINES[name][0].model_type for name in TYPES])
+def test_the_commands_take_every_type_of_model(base, model_type):
+    file, run = config_of(base, model_type), base / model_type
+    trained = call_json("train", file)
+    assert load_model(run / "best").config.model_type == model_type
+    assert yaml.safe_load((run / "config.yaml").read_text())["model_type"] == model_type
+    evaluated = call_json("evaluate", run)
+    assert evaluated["with_memory"] == trained["with_memory"]
+    generated = call_json("generate", run, "--prompt", "the cat", "--max_new_tokens", "12", "--seed", "1")
+    assert len(generated["token_ids"]) == 12
+    status, _, error = call("retention", run, "--delays", "1", "2")
+    assert status == 0, error
+    assert json.loads((run / "retention.json").read_text())["segment_length"] == 8
+    (run / "evaluation.json").unlink()
+    assert call_json("train", run, "--resume", "--training.num_updates", "6")["run"] == str(run)
+
+
+def test_the_type_of_model_decides_which_options_there_are(base):
+    lstm, memformer = config_of(base, "lstm"), config_of(base, "memformer")
+    assert "unknown option --model.num_slots" in refused("train", lstm, "--model.num_slots", "4")
+    assert "model_type ('gru') in --model_type must be one of memformer, lstm" in refused(
+        "train", lstm, "--model_type=gru"
+    )
+    assert "num_layers" in refused("train", memformer, "--model.num_layers", "2")
+    status, out, _ = call("train", "--model_type", "transformer_xl", "--help")
+    assert status == 0
+    assert "--model.memory_length" in out
+    assert "  --model.num_slots" not in out
+    assert "for a memformer, not for a lstm" in refused("train", lstm, "--training.write_price", "0.1")
+
+
+def test_what_only_a_memformer_can_do_is_refused():
+    lstm = type(tiny_baseline("lstm").config)()
+    with pytest.raises(InputError, match=r"model_type \('memformer'\) contradicts the model, a lstm"):
+        RunConfig(model=lstm)
+    with pytest.raises(InputError, match="training.sharding is for a memformer, not for a lstm"):
+        RunConfig(model_type="lstm", model=lstm, training=TrainingConfig(sharding="moments"))
+    assert RunConfig(model=MemformerConfig(), data=DataConfig()).model_type == "memformer"

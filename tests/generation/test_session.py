@@ -1,0 +1,316 @@
+"""A session's state depends on the tokens alone; what it predicts is what evaluation predicts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memformer import CheckpointError, InputError, InputTypeError, SaveError, Session
+from memformer.generation.sampling import sample
+from memformer.generation.session import FORMAT, FORMAT_VERSION, WEIGHTS
+from memformer.utils.files import write_tensors
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+
+
+def random_tokens(count, seed=4):
+    return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def document_log_probabilities(model, tokens):
+    """Log-probabilities of every next token, by encode and decode alone: [BOS] first, then whole segments."""
+    memory, segment, rows = model.initial_memory(1), torch.tensor([[model.bos_token_id]]), []
+    with torch.no_grad():
+        for start in range(0, len(tokens), SEGMENT_LENGTH):
+            hidden, memory = model.encode(segment, memory=memory)
+            segment = torch.tensor([tokens[start : start + SEGMENT_LENGTH]])
+            rows.append(model.decode(segment, hidden=hidden)[0].log_softmax(-1))
+    return torch.cat(rows)
+
+
+def assert_same_state(session, other, *, relative=1e-10):
+    assert_close(session.memory, other.memory, relative=relative)
+    assert session.num_tokens == other.num_tokens
+    assert_close(session.next_token_logits(), other.next_token_logits(), relative=relative)
+
+
+def test_next_token_distribution_is_that_of_the_whole_document(variant):
+    model = tiny_model(**variant).eval()
+    tokens = random_tokens(3 * SEGMENT_LENGTH + 4)
+    expected = document_log_probabilities(model, tokens)
+    session = Session(model)
+    for position, token in enumerate(tokens):
+        assert_close(session.next_token_logits()[0].log_softmax(-1), expected[position])
+        session.feed([token])
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_split_gives_the_same_state(data):
+    model = tiny_model()
+    tokens = random_tokens(data.draw(st.integers(0, 5 * SEGMENT_LENGTH)))
+    whole = Session(model)
+    whole.feed(tokens)
+    split = Session(model)
+    position = 0
+    while position < len(tokens):
+        size = data.draw(st.integers(0, 2 * SEGMENT_LENGTH + 1))
+        split.feed(tokens[position : position + size])
+        position += size
+        if data.draw(st.booleans()):
+            split.next_token_logits()  # asking must not change anything
+    assert_same_state(split, whole)
+
+
+def test_rows_fed_unequal_numbers_of_tokens_equal_sessions_of_their_own(variant):
+    model = tiny_model(**variant)
+    rows = [random_tokens(n, seed=n) for n in (0, 5, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 1)]
+    together = Session(model, batch_size=4)
+    together.feed(rows)
+    together.next_token_logits()
+    together.feed([row[:2] for row in rows])
+    logits = together.next_token_logits()
+    for index, row in enumerate(rows):
+        alone = Session(model)
+        alone.feed(row)
+        alone.feed(row[:2])
+        assert_close(together.memory[index : index + 1], alone.memory)
+        assert_close(logits[index : index + 1], alone.next_token_logits())
+        assert together.num_tokens[index] == len(row) + len(row[:2])
+
+
+def test_generated_tokens_become_part_of_the_stream():
+    model = tiny_model()
+    session = Session(model)
+    session.feed(random_tokens(8))
+    new = session.generate(2 * SEGMENT_LENGTH, seed=0)
+    other = Session(model)
+    other.feed(random_tokens(8) + new)
+    assert_same_state(session, other)
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time():
+    model = tiny_model()
+    prompt = random_tokens(7)
+    new = _generate_greedily(model, prompt, 2 * SEGMENT_LENGTH)
+    for count in range(len(new)):
+        likeliest = document_log_probabilities(model, prompt + new[: count + 1])[-1].argmax()
+        assert new[count] == likeliest
+
+
+def _generate_greedily(model, prompt, count):
+    session = Session(model)
+    session.feed(prompt)
+    return session.generate(count, temperature=0)
+
+
+def test_seeds_make_generation_repeatable_and_leave_the_global_generator_alone():
+    model = tiny_model()
+    before = torch.get_rng_state()
+    first, second, other = (Session(model).generate(20, seed=seed) for seed in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batched_generation_gives_a_list_for_each_row():
+    session = Session(tiny_model(), batch_size=3)
+    session.feed([random_tokens(2), random_tokens(9), []])
+    rows = session.generate(SEGMENT_LENGTH + 2, temperature=0)
+    assert [len(row) for row in rows] == [SEGMENT_LENGTH + 2] * 3
+    assert rows[1] == _generate_greedily(session.model, random_tokens(9), SEGMENT_LENGTH + 2)
+
+
+def test_state_does_not_grow():
+    session = Session(tiny_model())
+    at_start = session.state_bytes
+    for _ in range(50):
+        session.feed(random_tokens(37))
+        session.next_token_logits()
+        assert session.state_bytes == at_start
+
+
+def test_a_saved_session_goes_on_as_if_never_saved(tmp_path, variant):
+    model = tiny_model(**variant)
+    session = Session(model, batch_size=2)
+    session.feed([random_tokens(15), random_tokens(7)])
+    session.save(tmp_path / "state.safetensors")
+    loaded = Session.load(tmp_path / "state.safetensors", model=model)
+    assert_same_state(loaded, session, relative=0)
+    assert loaded.generate(10, seed=3) == session.generate(10, seed=3)
+
+
+def test_damaged_and_foreign_sessions_are_refused(tmp_path):
+    session = Session(tiny_model())
+    session.feed(random_tokens(20))
+    path = tmp_path / "state.safetensors"
+    session.save(path)
+    content = path.read_bytes()
+    with pytest.raises(CheckpointError, match="the session belongs to another model"):
+        Session.load(path, model=tiny_model(num_slots=3))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Session.load(tmp_path / "nothing", model=session.model)
+    for damaged in (content[:40], content[: len(content) // 2], b"", b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            Session.load(path, model=session.model)
+    path.write_bytes(content.replace(b"memformer-session", b"memformer-sassion"))
+    with pytest.raises(CheckpointError, match="not a saved session"):
+        Session.load(path, model=session.model)
+    path.write_bytes(content.replace(b'"version":"3"', b'"version":"9"'))
+    with pytest.raises(CheckpointError, match="session format version '9'"):
+        Session.load(path, model=session.model)
+    session.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="not a saved session|holds no memory"):
+        Session.load(tmp_path / "model" / "model.safetensors", model=session.model)
+
+
+def test_values_that_cannot_be_a_state_are_refused(tmp_path):
+    session = Session(tiny_model())
+    session.feed(random_tokens(20))
+    path = tmp_path / "state.safetensors"
+    session._memory[0, 0, 0] = float("nan")
+    metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: session.model.fingerprint()}
+    write_tensors(path, session._state(), metadata=metadata)
+    with pytest.raises(CheckpointError, match="memory holds values that are not finite"):
+        Session.load(path, model=session.model)
+    session._memory[0, 0, 0] = 0.0
+    session._num_pending[0] = SEGMENT_LENGTH
+    session.save(path)
+    with pytest.raises(CheckpointError, match="impossible"):
+        Session.load(path, model=session.model)
+
+
+def test_a_failed_save_leaves_the_file_that_was_there(tmp_path):
+    session = Session(tiny_model())
+    (tmp_path / "folder").write_text("a file where a folder must be")
+    with pytest.raises(SaveError, match="could not be written"):
+        session.save(tmp_path / "folder" / "state")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_wrong_tokens_and_options_are_named():
+    session = Session(tiny_model())
+    for wrong in ([0, VOCAB_SIZE], [-1]):
+        with pytest.raises(InputError, match=f"token id {wrong[-1]} is outside the vocabulary; valid ids are 0 to 10"):
+            session.feed(wrong)
+    with pytest.raises(InputTypeError, match="token ids have dtype float32"):
+        session.feed(torch.zeros(3))
+    assert session.num_tokens == [0]
+    with pytest.raises(InputError, match=r"batch_size \(0\) must be at least 1"):
+        Session(tiny_model(), batch_size=0)
+    with pytest.raises(InputError, match="a session of 2 rows was fed 3 items"):
+        Session(tiny_model(), batch_size=2).feed([1, 2, 3])
+    for options, message in (
+        ({"temperature": -1.0}, r"temperature \(-1.0\) must be at least 0"),
+        ({"top_k": 0}, r"top_k \(0\) must be at least 1"),
+        ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0"),
+        ({"max_new_tokens": -1}, r"max_new_tokens \(-1\)"),
+        ({"seed": 2**70}, r"seed \(1180591620717411303424\) must be from 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            session.stream(**{"max_new_tokens": 1, **options})  # at once, not at the first token
+
+
+def test_sampling_keeps_the_likeliest_tokens_only():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
+        return sample(logits, generator=generator, **options).bincount(minlength=4) / 4000
+
+    assert torch.allclose(drawn(), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    assert torch.allclose(drawn(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+    assert torch.allclose(drawn(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+    assert torch.allclose(drawn(temperature=0.5), torch.tensor([0.685, 0.247, 0.062, 0.007]), atol=0.03)
+    assert drawn(temperature=0.0)[0] == drawn(top_p=1e-6)[0] == 1
+
+
+def test_feeding_nothing_is_allowed_and_tensors_and_arrays_are_too():
+    session = Session(tiny_model())
+    session.feed([])
+    session.feed(torch.tensor(random_tokens(9)))
+    session.feed(torch.tensor([random_tokens(9)]).numpy())
+    other = Session(tiny_model())
+    other.feed(random_tokens(9) * 2)
+    assert_same_state(session, other)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+def test_a_temperature_as_low_as_can_be_is_greedy(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.9], [80.0, -80.0, 79.0]])
+    chosen = sample(logits, temperature=temperature, top_k=None, top_p=None, generator=None)
+    assert chosen.tolist() == [1, 0]
+
+
+def test_the_k_likeliest_are_k_even_if_more_are_as_likely():
+    logits = torch.zeros(500, 5)
+    chosen = sample(logits, temperature=1.0, top_k=2, top_p=None, generator=torch.Generator().manual_seed(0))
+    assert len(set(chosen.tolist())) == 2
+
+
+def test_a_model_in_training_mode_reads_without_dropout_and_stays_in_it():
+    model = tiny_model(dropout=0.5)
+    expected = Session(model.eval())
+    expected.feed(random_tokens(20))
+    session = Session(model.train())
+    session.feed(random_tokens(20))
+    assert_same_state(session, expected)
+    assert model.training
+    assert model.decoder.training
+
+
+def test_a_session_goes_on_with_the_weights_that_it_was_saved_with(tmp_path):
+    path = tmp_path / "state"
+    session = Session(tiny_model())
+    session.feed(random_tokens(20))
+    session.save(path)
+    other = tiny_model()
+    with torch.no_grad():
+        other.decoder.norm.bias += 1e-3
+    with pytest.raises(CheckpointError, match="was saved with other weights than this model's"):
+        Session.load(path, model=other)
+    for changed in (tiny_model(seed=1), tiny_model(write_temperature=0.5)):
+        with pytest.raises(CheckpointError, match="was saved with other weights"):
+            Session.load(path, model=changed)
+    assert Session.load(path, model=other, any_weights=True).num_tokens == [20]
+    assert Session.load(path, model=tiny_model(dropout=0.0)).num_tokens == [20]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_weights_are_told_and_not_drawn_from_or_saved(tmp_path, temperature):
+    model = tiny_model()
+    with torch.no_grad():
+        model.encoder.norm.weight[0] = float("nan")
+    session = Session(model)
+    with pytest.raises(InputError, match="logits are not finite: its weights are broken"):
+        session.generate(3, temperature=temperature)
+    session.feed(random_tokens(20))
+    with pytest.raises(InputError, match="session's memory is not finite"):
+        session.save(tmp_path / "state")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_row_that_stops_keeps_its_state_while_the_others_go_on():
+    model = tiny_model(seed=3)
+    prompts = [random_tokens(9, seed=seed) for seed in range(4)]
+
+    def fed(prompt_rows):
+        session = Session(model, batch_size=len(prompt_rows))
+        session.feed(prompt_rows if len(prompt_rows) > 1 else prompt_rows[0])
+        return session
+
+    together = fed(prompts)
+    whole = [fed([prompt]).generate(40, temperature=0) for prompt in prompts]
+    # Tokens that some rows meet soon, some late and some never.
+    stops = {whole[0][3], whole[1][20]}
+    rows = together.generate(40, temperature=0, stop_token_ids=stops)
+    lengths = [next((n for n, token in enumerate(row, 1) if token in stops), 40) for row in whole]
+    assert rows == [row[:length] for row, length in zip(whole, lengths, strict=True)]
+    assert len(set(lengths)) > 1
+    assert together.num_tokens == [9 + length for length in lengths]
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        alone = fed([[*prompt, *row]])
+        assert_close(together.memory[number], alone.memory[0])
+        assert_close(together.next_token_logits()[number], alone.next_token_logits()[0])
+    with pytest.raises(InputError, match=f"stop token id {VOCAB_SIZE} is outside the vocabulary"):
+        together.stream(1, stop_token_ids=[VOCAB_SIZE])

@@ -1,0 +1,51 @@
+"""Imports point one way: a package imports those before it in this list, never one after it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import memformer
+
+PACKAGE = Path(memformer.__file__).parent
+# Packages and modules of one line do not import each other.
+ORDER = (
+    {"errors", "shapes"},
+    {"utils", "rollout"},
+    {"nn"},
+    {"models"},
+    {"data", "generation"},
+    {"evaluation"},
+    {"training"},
+    {"reproduction"},
+    {"cli"},
+)
+RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
+MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.stem in RANKS)
+
+
+def imported_by(file):
+    """The top-level parts of this package that a module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.split(".")[0] == "memformer")
+
+
+@pytest.mark.parametrize("file", MODULES, ids=[file.relative_to(PACKAGE).as_posix() for file in MODULES])
+def test_a_module_imports_only_what_comes_before_it(file):
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    wrong = [name for name in imported_by(file) if name != own and RANKS.get(name, len(ORDER)) >= RANKS[own]]
+    assert wrong == []
+
+
+def test_the_top_level_holds_nothing_else():
+    modules = {file.stem for file in PACKAGE.glob("*.py")}
+    assert modules == {"__init__", "__main__", "errors", "shapes", "rollout"}
+    packages = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert packages == RANKS.keys() - modules

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+
+from memformer import CheckpointError, SaveError
+from memformer.utils.files import read_json, read_tensors, write_json, write_tensors, write_text, write_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_written_is_read(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor(7)}
+    write_tensors(tmp_path / "new" / "folder" / "t.safetensors", tensors)
+    write_json(tmp_path / "j.json", {"é": [1, None]})
+    read = read_tensors(tmp_path / "new" / "folder" / "t.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert read_json(tmp_path / "j.json") == {"é": [1, None]}
+    assert names(tmp_path) == ["j.json", "new"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "file.txt"
+    write_text(file, "before")
+
+    def fill_the_disk(partial):
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError, match=r"file\.txt could not be written: .*No space left"):
+        write_whole(file, fill_the_disk)
+    assert file.read_text() == "before"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "file.txt"
+    write_text(file, "before")
+
+    def stop(partial):
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, stop)
+    assert file.read_text() == "before"
+    assert names(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("name", ["a_file/below.txt", "a_folder"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, name):
+    (tmp_path / "a_file").write_text("x")
+    (tmp_path / "a_folder").mkdir()
+    with pytest.raises(SaveError, match=name):
+        write_text(tmp_path / name, "text")
+    assert names(tmp_path) == ["a_file", "a_folder"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"{", "is not readable JSON"),
+        (b"\xff", "is not readable JSON"),
+        (b"[" * 100_000, "is not readable JSON"),
+        (b"[]", "holds a JSON list; it must be an object"),
+    ],
+    ids=["missing", "cut short", "not UTF-8", "nested too deep", "list"],
+)
+def test_refused_json(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "j.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"j\.json {message}"):
+        read_json(tmp_path / "j.json")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "header", "folder"])
+def test_refused_tensors(tmp_path, damage):
+    file = tmp_path / "t.safetensors"
+    write_tensors(file, {"a": torch.ones(100)})
+    content = file.read_bytes()
+    file.unlink()
+    match damage:
+        case "empty":
+            file.write_bytes(b"")
+        case "cut short":
+            file.write_bytes(content[:-50])
+        case "header":
+            file.write_bytes(b"\xff" * 8 + content[8:])
+        case "folder":
+            file.mkdir()
+    with pytest.raises(CheckpointError, match=r"t\.safetensors (does not exist|is damaged)"):
+        read_tensors(file)
+
+
+def test_json_is_for_people_too(tmp_path):
+    write_json(tmp_path / "j.json", {"a": 1, "b": [2]})
+    text = (tmp_path / "j.json").read_text()
+    assert json.loads(text) == {"a": 1, "b": [2]}
+    assert text.count("\n") > 1
