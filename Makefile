@@ -1,9 +1,10 @@
-# `make demo` and `make test` each do everything on a fresh machine, set-up included.
+# `make demo` and `make test` work on a fresh machine: they set up the environment first.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+TEXT_DEMO := runs/demo-text
 
-.PHONY: setup demo test soak check packages format clean
+.PHONY: setup demo demo-text test soak check packages format clean
 
 setup: .venv/.complete
 
@@ -12,15 +13,24 @@ setup: .venv/.complete
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Trains a model that recalls one fact after 10,000 segments; takes about two minutes on a CPU.
 demo: setup
-	$(BIN)/memformer train experiments/demo.yaml --folder $(DEMO)
-	$(BIN)/memformer generate $(DEMO) --prompt "import os" --max_new_tokens 400 --temperature 0.7 --seed 1
+	$(BIN)/memformer train experiments/retention/fact.yaml --folder $(DEMO)
+	$(BIN)/memformer retention $(DEMO) --distances 1 32 100 1000 10000
 	@echo
-	@echo "Open $(DEMO)/summary.html. Then try:"
+	@echo "Open $(DEMO)/retention.png and $(DEMO)/summary.html. Then try:"
+	@echo "  make demo-text                                                          a language model of Python source"
 	@echo "  $(BIN)/memformer train experiments/text.yaml --data.train.path YOUR.txt    your own text"
-	@echo "  $(BIN)/memformer train $(DEMO) --resume --training.num_updates 2000        go on with the demo"
 	@echo "  $(BIN)/memformer train experiments/digits.yaml                            draw digits"
-	@echo "  $(BIN)/memformer generate $(DEMO) --prompt_file FILE --save_session STATE  a memory to come back to"
+
+# Trains a small language model on the Python standard library; takes about three minutes on a CPU.
+demo-text: setup
+	$(BIN)/memformer train experiments/demo.yaml --folder $(TEXT_DEMO)
+	$(BIN)/memformer generate $(TEXT_DEMO) --prompt "import os" --max_new_tokens 400 --temperature 0.7 --seed 1
+	@echo
+	@echo "Open $(TEXT_DEMO)/summary.html. Then try:"
+	@echo "  $(BIN)/memformer train $(TEXT_DEMO) --resume --training.num_updates 2000     continue training"
+	@echo "  $(BIN)/memformer generate $(TEXT_DEMO) --prompt_file FILE --save_session STATE  save the memory for later"
 
 test: setup
 	$(BIN)/pytest -n 2
@@ -31,14 +41,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Long campaigns: kills at random moments, documents of growing length, long streams, damaged files.
+# Long-running tests: kills at random times, documents of growing length, long streams, damaged files.
 soak: setup
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
 	$(BIN)/python -m tests.soak.long_horizon
 	$(BIN)/python -m tests.soak.fuzz --cases 1000000
 
-# The sdist and the wheel build, and the installed wheel works outside the tree.
+# Builds the sdist and the wheel, and tests the installed wheel outside the source tree.
 packages: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -1,14 +1,14 @@
-"""The models that are compared, behind one face; run by `turns.py`, each in a process of its own.
+"""Models for the speed benchmark behind a common interface; `turns.py` runs each in a separate process.
 
     python benchmarks/contenders.py NAME '{"batch_size": 4, ...}'
 
-builds one, prints its facts as a line of JSON, and then answers each line on stdin (train, evaluate) with a line of
-JSON: the seconds and the tokens of one unit of work, `num_segments` segments of every row. All are byte models of the
-same width and the same number of layers, with random weights, reading random bytes; training is forward and backward
-without optimizer.
+The script builds one model and prints its properties as a line of JSON. It then answers each line on stdin ("train" or
+"evaluate") with a line of JSON: the seconds and the tokens of one unit of work, which is `num_segments` segments of
+every row. All are byte models of the same width and number of layers, with random weights and random input. Training
+is forward and backward without optimizer.
 """
 
-# ruff: noqa: D102 - what the methods do is said once, at Contender.
+# ruff: noqa: D102 - the methods are documented in Contender.
 
 import json
 import sys
@@ -31,8 +31,8 @@ class Contender(ABC):
     """A model and its unit of work.
 
     Args:
-        options: batch_size, segment_length, num_segments, width, heads, layers, threads, precision, and what one
-            contender alone reads.
+        options: batch_size, segment_length, num_segments, width, heads, layers, threads and precision, and the
+            options of single models.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Contender(ABC):
         self.options = options
         self.batch_size, self.length = options["batch_size"], options["segment_length"]
         self.num_segments = options["num_segments"]
-        # One token more than is read: every token has one that follows.
+        # One token more than the input, so that every token has a next one.
         self.tokens = torch.randint(0, VOCABULARY, (self.batch_size, self.num_segments * self.length + 1))
         self.model = self.build()
 
@@ -51,35 +51,35 @@ class Contender(ABC):
 
     @abstractmethod
     def train(self) -> None:
-        """Add the gradient of the mean loss over all tokens."""
+        """Compute the gradient of the mean loss over all tokens and add it to `.grad`."""
 
     @abstractmethod
     def evaluate(self) -> float:
         """Return the mean loss over all tokens."""
 
     def state_bytes(self) -> int:
-        """Bytes that one row carries from segment to segment."""
+        """Return the bytes of state that one row carries from segment to segment."""
         return 0
 
     def useful_flops(self) -> int:
-        """Floating-point operations of forward and backward, without what is computed twice."""
-        # On a CPU the counter knows attention only where it is spelled out.
+        """Return the floating-point operations of forward and backward, without recomputation."""
+        # On a CPU the counter does not know fused attention.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.train()
         return counter.get_total_flops()
 
     def segments(self) -> list[tuple[Tensor, Tensor]]:
-        """Return what is read and what follows each token, segment by segment."""
+        """Return the inputs and targets of each segment."""
         inputs, targets = self.tokens[:, :-1], self.tokens[:, 1:]
         return list(zip(inputs.split(self.length, dim=1), targets.split(self.length, dim=1), strict=True))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of forward computation."""
+        """Return the autocast context for the forward pass."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options["precision"] == "bfloat16")
 
 
 class Memformer(Contender):
-    """This project: `method` and `readout_timesteps` as in `backpropagate`."""
+    """This project's Memformer; `method` and `readout_timesteps` are those of `backpropagate`."""
 
     def build(self) -> nn.Module:
         from sizes import sized
@@ -87,7 +87,7 @@ class Memformer(Contender):
         import memformer
 
         config = sized(self.options)
-        # Segment t is predicted from segment t - 1; the first one from the memory that enters, as in a long document.
+        # Segment t is predicted from segment t - 1, and the first one from the incoming memory, as in a long document.
         segments = self.tokens[:, 1:].unflatten(1, (self.num_segments, self.length)).movedim(1, 0)
         self.rollout = memformer.Rollout(inputs=segments.roll(1, dims=0), targets=segments.clone())
         self.model = memformer.Memformer(config)
@@ -110,7 +110,7 @@ class Memformer(Contender):
             )
 
     def useful_flops(self) -> int:
-        # Counted with torch's own products: the counter does not know oneDNN's.
+        # Count with torch's own matrix products: the counter does not know those of oneDNN.
         torch.backends.mkldnn.enabled = False
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self._train("bptt")
@@ -123,15 +123,15 @@ class Memformer(Contender):
             for segment in self.rollout.inputs:
                 hidden, memory = self.model.encode(segment, memory=memory)
                 hiddens.append(hidden)
-            nats = self.model.token_nats(self.rollout.targets.flatten(0, 1), hidden=torch.cat(hiddens))
-        return float(nats.mean())
+            nll = self.model.token_nll(self.rollout.targets.flatten(0, 1), hidden=torch.cat(hiddens))
+        return float(nll.mean())
 
     def state_bytes(self) -> int:
         return self.memory[0].nbytes
 
 
 class Lucidrains(Contender):
-    """lucidrains/memformer with its replay; its own loop has a loss on the last segment only, this one on each."""
+    """lucidrains/memformer with its replay, and a loss on every segment (its own loop has one on the last only)."""
 
     def build(self) -> nn.Module:
         from memformer import Memformer
@@ -143,10 +143,10 @@ class Lucidrains(Contender):
             num_memory_slots=options["num_slots"],
             mem_update_attn_heads=options["heads"],
             **{f"enc_{key}": value for key, value in {**shape, "max_seq_len": self.length}.items()},
-            # Its wrapper cuts the first token off the targets: segments of one token more.
+            # Its wrapper drops the first token of the targets, so they have one token more.
             **{f"dec_{key}": value for key, value in {**shape, "max_seq_len": self.length + 1}.items()},
         )
-        # The decoder predicts the segment after the one the encoder read; its wrapper needs the token before it.
+        # The decoder predicts the segment after the encoder's; its wrapper also needs the token before that segment.
         segments = self.tokens[:, 1:].split(self.length, dim=1)
         before = [segments[-1], *segments[:-1]]
         self.pairs = [
@@ -193,7 +193,7 @@ class Lucidrains(Contender):
 
 
 class TransformerXL(Contender):
-    """Transformer-XL of `transformers`, with the hidden states of the last `memory_length` tokens of each layer."""
+    """Transformer-XL from `transformers`; each layer keeps its hidden states of the last `memory_length` tokens."""
 
     def build(self) -> nn.Module:
         from transformers.models.deprecated.transfo_xl import TransfoXLConfig, TransfoXLLMHeadModel
@@ -247,7 +247,7 @@ class TransformerXL(Contender):
 
 
 def _mend_type_as() -> None:
-    """Let `type_as` take a dtype: the model's last version calls it so, which no torch has allowed."""
+    """Patch `type_as` to accept a dtype: the model's last version passes one, which torch does not support."""
     original = torch.Tensor.type_as
 
     def type_as(tensor: Tensor, other: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -257,7 +257,7 @@ def _mend_type_as() -> None:
 
 
 class GPT2(Contender):
-    """GPT-2 of `transformers`, which sees nothing beyond the segment; the exact GELU, which is faster on a CPU."""
+    """GPT-2 from `transformers`, without context beyond the segment; with the exact GELU, faster on a CPU."""
 
     def build(self) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -292,7 +292,7 @@ class GPT2(Contender):
 
 
 class MatrixProduct(Contender):
-    """No model: what this processor reaches in matrix products of the size that the models have."""
+    """Not a model: the speed of matrix products in the sizes of the models, for the peak of this processor."""
 
     SHAPES = ((4096, 256, 1024), (4096, 1024, 256), (1024, 1024, 1024), (2048, 2048, 2048))
 
@@ -315,7 +315,7 @@ class MatrixProduct(Contender):
         return 0
 
     def peak(self) -> float:
-        """Return floating-point operations per second of the fastest of the products."""
+        """Return the floating-point operations per second of the fastest matrix product."""
         return max(
             self._flops_per_second(product, *factors)
             for factors in self.factors
@@ -346,7 +346,7 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], Contender]] = {
 
 
 def main() -> None:
-    """Build, say so, and work at every line until stdin ends."""
+    """Build the model, print its properties, and do one unit of work for each line on stdin."""
     name, options = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(options["threads"])
     torch.manual_seed(0)

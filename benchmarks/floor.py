@@ -1,10 +1,10 @@
-"""Where the time of training and evaluation goes, and the floor that operations and bytes set under it.
+"""Measure the time of each operation in training and evaluation, and its lower bound (the floor).
 
     python benchmarks/floor.py          # table; JSON to benchmarks/results/floor.json
 
-The floor of a matrix product is its operations at the rate of this processor's fastest one, measured here; that of
-everything else is the bytes it reads and writes at the rate of a copy of memory. What fits the caches can be faster
-than a copy, so the second floor is a guide and not a law. All that is done is counted, what is done twice too.
+The floor of matrix products is their operations at the rate of this processor's fastest matrix product, measured here.
+The floor of everything else is the bytes read and written at the rate of a memory copy; it is only a guide, because
+data that fit into the caches can be faster. All operations count, including those that are computed twice.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-LINEAR, ATTENTION = "linear maps", "attention"
+LINEAR, ATTENTION = "linear layers", "attention"
 PARTS = {
     LINEAR: ("_linear_pointwise", "mm", "addmm"),
     ATTENTION: ("_scaled_dot_product_flash_attention_for_cpu", "bmm", "softmax"),
     "layer norm": ("layer_norm",),
     "GELU": ("gelu",),
-    "turning by position": ("roll", "addcmul"),
+    "rotary positions": ("roll", "addcmul"),
     "copies": ("copy_", "clone"),
 }
-REST = "the rest"
+REST = "other"
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def copy_rate() -> float:
-    """Return the bytes per second, read and written, of a copy that no cache holds."""
+    """Return the bytes read and written per second by a copy too large for the caches."""
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
     seconds = []
@@ -91,7 +91,7 @@ def copy_rate() -> float:
 
 
 def measure(work: Callable[[], Any], rates: dict[str, float], rounds: int) -> dict[str, Any]:
-    """Return the time of each part of the work, its operations and bytes, and the floor under it."""
+    """Return the time, operations, bytes and floor of each part of the work."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         started = time.perf_counter()
@@ -121,7 +121,7 @@ def measure(work: Callable[[], Any], rates: dict[str, float], rounds: int) -> di
 
 
 def part_of(operator: str) -> str:
-    """Return the part that an operator (aten::mm) belongs to."""
+    """Return the part to which an operator (such as aten::mm) belongs."""
     name = operator.rpartition("::")[2]
     for part, names in PARTS.items():
         if name in names or any(len(each) > 5 and each in name for each in names):
@@ -130,7 +130,7 @@ def part_of(operator: str) -> str:
 
 
 def count_flops(work: Callable[[], Any]) -> dict[str, int]:
-    """Return the operations of linear maps and of attention; the counter knows both only as products of matrices."""
+    """Return the operations of linear layers and attention, counted through torch's own matrix products."""
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
@@ -145,7 +145,7 @@ def count_flops(work: Callable[[], Any]) -> dict[str, int]:
 
 
 class _ByteCounter(TorchDispatchMode):
-    """Adds up what operators read and write, views left out."""
+    """Sums the bytes that operators read and write, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,10 @@ class _ByteCounter(TorchDispatchMode):
 
 def format_table(result: dict[str, Any]) -> str:
     """Return a Markdown table."""
-    lines = ["| part | ms | share | GFLOP | GB moved | floor ms | of the floor |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| operation | time, ms | share of time | GFLOP | GB moved | floor, ms | floor / time |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for part in result["parts"]:
         ratio = part["floor_seconds"] / part["seconds"] if part["seconds"] else 0.0
         lines.append(

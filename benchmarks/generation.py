@@ -1,11 +1,11 @@
-"""Decoding beside the peers: milliseconds a token and bytes of state, by the tokens of context before it.
+"""Compare decoding with other models: milliseconds per token and bytes of state, by the length of the context.
 
     python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers-requirements.txt
     python benchmarks/generation.py --peers_python .venv-peers/bin/python   # JSON: benchmarks/results/generation.json
 
-Each model is a process of its own (`generators.py`); they take turns, round after round, and a ratio is one of the same
-round. Decoding is greedy. What has a state of one size is measured after 1,024 tokens and, this project's, after a
-million too; what keeps every token at growing contexts.
+Each model runs in a separate process (`generators.py`). The models alternate, and ratios compare the same round.
+Decoding is greedy. Models with a state of fixed size are measured after 1,024 tokens, and this project's also after a
+million; models that keep every token are measured at growing contexts.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
         contender.close()
     print(format_table(rows))
     for name, values in flat.items():
-        print(f"\n{name}: a token after {options.million:,} takes {format_spread(values)} of one after 1,024")
+        print(f"\n{name}: time per token after {options.million:,} tokens, relative to 1,024: {format_spread(values)}")
     result = {
         "setting": {**setting, "rounds": options.rounds},
         "machine": describe_machine(options.threads),
@@ -62,32 +62,40 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the setting."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--segment_length", type=int, default=128)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=8, help="In all: half of them encode in an encoder-decoder.")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="Total layers; in an encoder-decoder half of them encode."
+    )
     parser.add_argument("--num_slots", type=int, default=32)
-    parser.add_argument("--num_tokens", type=int, default=128, help="Decoded at each turn.")
-    parser.add_argument("--longest_context", type=int, default=8192, help="Of the models that keep every token.")
-    parser.add_argument("--million", type=int, default=1_000_000, help="Longest context of this project.")
+    parser.add_argument("--num_tokens", type=int, default=128, help="Tokens decoded in each turn.")
+    parser.add_argument(
+        "--longest_context", type=int, default=8192, help="Longest context, in tokens, of models that keep every token."
+    )
+    parser.add_argument(
+        "--million", type=int, default=1_000_000, help="Longest context, in tokens, of this project's model."
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peers_python", default=None, help="Interpreter of the environment with the peers.")
+    parser.add_argument(
+        "--peers_python", default=None, help="Python interpreter of the environment with the other models."
+    )
     parser.add_argument("--output", default="benchmarks/results/generation.json")
     return parser.parse_args()
 
 
 def growth(contender: Contender, context: int, rounds: int) -> dict[str, float]:
-    """Return how many times as long as after 1,024 tokens a token takes after `context`."""
+    """Return the time of a token after `context` tokens divided by its time after 1,024 tokens."""
     pairs = [(contender.work("1024"), contender.work(str(context))) for _ in range(rounds)]
     return spread([far["seconds"] / near["seconds"] for near, far in pairs])
 
 
 def describe(name: str, context: int, measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return a row of the result; its ratios are how many times as fast as it this project decodes."""
+    """Return a row of the result; its ratios are this project's speed divided by the model's."""
     rounds = measured[name]
     return {
         "name": name,
@@ -101,7 +109,9 @@ def describe(name: str, context: int, measured: dict[str, list[dict[str, Any]]])
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table."""
     lines = [
-        "| model | context | ms a token | " + " | ".join(f"{ours} is faster by" for ours in OURS) + " | state KiB |",
+        "| model | context, tokens | ms/token | "
+        + " | ".join(f"speed ratio of {ours}" for ours in OURS)
+        + " | state, KiB |",
         "|---|---|---|" + "---|" * len(OURS) + "---|",
     ]
     for row in rows:

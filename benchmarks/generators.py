@@ -1,13 +1,13 @@
-"""The models whose decoding is compared, behind one face; run by `turns.py`, each in a process of its own.
+"""Models for the decoding benchmark behind a common interface; `turns.py` runs each in a separate process.
 
     python benchmarks/generators.py NAME '{"width": 256, ...}'
 
-builds one, prints its facts as a line of JSON, and then answers each line on stdin (a number of tokens of context)
-with a line of JSON: the seconds in which it decoded some tokens greedily after so many, and the bytes of its state. All
-have the same width and the same number of layers, random weights and bytes as tokens.
+The script builds one model and prints its properties as a line of JSON. It then answers each line on stdin (the length
+of the context in tokens) with a line of JSON: the seconds of greedily decoding `num_tokens` tokens after that context,
+and the bytes of the state. All models have the same width and number of layers, random weights, and bytes as tokens.
 """
 
-# ruff: noqa: D102 - what the methods do is said once, at Generator.
+# ruff: noqa: D102 - the methods are documented in Generator.
 
 import json
 import sys
@@ -24,7 +24,7 @@ VOCABULARY = 256
 
 
 class Generator(ABC):
-    """A model and its decoding.
+    """A model that decodes.
 
     Args:
         options: batch_size, segment_length, width, heads, layers, num_slots, num_tokens (to decode), threads.
@@ -44,18 +44,18 @@ class Generator(ABC):
 
     @abstractmethod
     def make_state(self, context: int) -> Any:
-        """Return the state after so many tokens."""
+        """Return the state after `context` tokens."""
 
     @abstractmethod
     def decode(self, state: Any, num_tokens: int) -> Any:
-        """Decode tokens, one by one; return what is decoded from the next time."""
+        """Decode tokens one by one, and return the state for the next call."""
 
     @abstractmethod
     def state_bytes(self, state: Any) -> int:
-        """Bytes of the state, all rows."""
+        """Return the bytes of the state, over all rows."""
 
     def work(self, context: int) -> dict[str, Any]:
-        """Return the seconds of decoding after so many tokens."""
+        """Return the seconds of decoding after `context` tokens."""
         if context not in self.states:
             self.states[context] = self.make_state(context)
         num_tokens = self.options["num_tokens"]
@@ -67,7 +67,7 @@ class Generator(ABC):
 
 
 class MemformerSession(Generator):
-    """This project's `Session`; half of the layers read, the other half decode."""
+    """This project's `Session`; half of the layers encode and half decode."""
 
     compiled = False
 
@@ -94,13 +94,13 @@ class MemformerSession(Generator):
 
 
 class CompiledSession(MemformerSession):
-    """This project's `Session` with its step compiled."""
+    """This project's `Session` with a compiled decoding step."""
 
     compiled = True
 
 
 class GPT2(Generator):
-    """GPT-2 of `transformers` with its cache, filled at random: what is in it does not change the time."""
+    """GPT-2 from `transformers` with its cache, filled at random: the contents do not change the time."""
 
     def build(self) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -132,14 +132,14 @@ class GPT2(Generator):
         tokens = torch.zeros((self.batch_size, 1), dtype=torch.int64)
         for _ in range(num_tokens):
             tokens = self.model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(dim=-1)
-        return state  # the next time begins at the same context
+        return state  # the next call starts from the same context
 
     def state_bytes(self, state: Any) -> int:
         return sum(tensor.nbytes for layer in state for tensor in layer)
 
 
 class GPT2Preallocated(GPT2):
-    """The same weights with a cache that is allocated once, and one call of attention a layer."""
+    """GPT-2 with a cache that is allocated once, and one attention call per layer."""
 
     def make_state(self, context: int) -> Any:
         cache = self.random_cache(context + self.options["num_tokens"])
@@ -171,7 +171,7 @@ class GPT2Preallocated(GPT2):
 
 
 class Mamba(Generator):
-    """Mamba of `transformers` (its path in torch: the CPU has no other) with its state."""
+    """Mamba from `transformers`, in its pure PyTorch version (the only one for a CPU)."""
 
     def build(self) -> nn.Module:
         from transformers import MambaConfig, MambaForCausalLM
@@ -182,7 +182,7 @@ class Mamba(Generator):
         )
 
     def make_state(self, context: int) -> Any:
-        # The state is as large after one segment as after any number of tokens.
+        # The state has the same size after any number of tokens, so one segment is enough.
         tokens = torch.randint(0, VOCABULARY, (self.batch_size, self.options["segment_length"]))
         return self.model(tokens, use_cache=True).cache_params
 
@@ -199,7 +199,7 @@ class Mamba(Generator):
 
 
 class Rwkv(Generator):
-    """RWKV-4 of `transformers` with its state."""
+    """RWKV-4 from `transformers`."""
 
     def build(self) -> nn.Module:
         from transformers import RwkvConfig, RwkvForCausalLM
@@ -235,7 +235,7 @@ GENERATORS: dict[str, Callable[[dict[str, Any]], Generator]] = {
 
 @torch.no_grad()
 def main() -> None:
-    """Build, say so, and work at every line until stdin ends."""
+    """Build the model, print its properties, and decode once for each line on stdin."""
     name, options = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(options["threads"])
     torch.manual_seed(0)

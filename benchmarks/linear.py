@@ -1,8 +1,8 @@
-"""Linear maps, forward and backward, by torch's matrix products (MKL on x86) and by oneDNN.
+"""Compare linear layers, forward and backward, between torch's matrix products (MKL on x86) and oneDNN.
 
     python benchmarks/linear.py          # table; JSON to benchmarks/results/linear.json
 
-Both take turns in one process, round after round; a ratio is one of the same round.
+The two alternate in one process, and ratios compare the same round.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from turns import spread
 
 from memformer.nn import linear as ours
 
-# Rows, inputs and outputs: from one token to a chunk of four thousand.
+# Rows, inputs and outputs, from a single token to a chunk of four thousand.
 SHAPES = [
     *((rows, 256, 1024) for rows in (1, 4, 16, 64, 512, 1024, 4096)),
     *((rows, 1024, 256) for rows in (64, 512, 4096)),
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(shape, options.rounds) for shape in SHAPES]
-    print("| rows x inputs x outputs | torch GFLOP/s | oneDNN GFLOP/s | oneDNN is faster by |\n|---|---|---|---|")
+    print("| rows x inputs x outputs | torch, GFLOP/s | oneDNN, GFLOP/s | oneDNN speed ratio |\n|---|---|---|---|")
     for row in rows:
         ratio = row["ratio"]
         print(
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
-    """Return the speed of both, and their ratio."""
+    """Return the speed of both implementations, and their ratio."""
     rows, inner, columns = shape
     x, weight, grad = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
     flops = 6 * rows * inner * columns
@@ -62,7 +62,7 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
         run(ours._OneDNNLinear.apply, x, weight, grad)
 
     seconds: dict[Callable[[], None], list[float]] = {by_torch: [], by_onednn: []}
-    ours._LEAST_PRODUCTS, least = 0, ours._LEAST_PRODUCTS  # in the backward pass too, whatever its size
+    ours._LEAST_PRODUCTS, least = 0, ours._LEAST_PRODUCTS  # use oneDNN in the backward pass at any size
     for count in range(rounds + 1):
         for function, own in seconds.items():
             started = time.perf_counter()
@@ -80,7 +80,7 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
 
 
 def run(function: Callable[..., Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> None:
-    """Map, and differentiate by both factors."""
+    """Apply the layer, and differentiate with respect to input and weight."""
     x, weight = x.requires_grad_(), weight.requires_grad_()
     torch.autograd.grad(function(x, weight, None), (x, weight), grad)
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how much memory this process holds."""
+"""Describe the machine of a measurement, and read the memory use of this process."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ from memformer.utils.machine import versions
 
 
 def describe_machine(cores_used: int) -> dict[str, Any]:
-    """Return processor, versions and commit for the record beside a result."""
+    """Return the processor, versions and commit to store with a result."""
     return {"processor": processor_name(), "cores_used": cores_used, "versions": versions(), "commit": commit()}
 
 
@@ -22,14 +22,14 @@ def processor_name() -> str:
 
 
 def commit() -> str:
-    """Return the commit this runs from, with a mark if the tree has changes."""
+    """Return the checked-out commit, marked as dirty if the working tree has changes."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip() or "unknown"
 
 
 def memory_mib(field: str) -> float:
-    """Return a memory figure of this process (Linux): VmRSS now, VmHWM at its peak."""
+    """Return the memory use of this process on Linux: VmRSS is the present value, VmHWM the peak."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024

@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks wrote to benchmarks/results: speed.png, generation.png, replay.png.
+"""Plot the benchmark results in benchmarks/results as speed.png, generation.png and replay.png.
 
 python benchmarks/plots.py
 """
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Draw every result that is there."""
+    """Draw every result file that exists."""
     mpl.use("agg")
     for name, draw in (("speed", draw_speed), ("generation", draw_generation), ("replay", draw_replay)):
         file = RESULTS / f"{name}.json"
@@ -41,20 +41,20 @@ def draw_speed(result: dict[str, Any], training: Axes, evaluation: Axes) -> None
 
 
 def draw_generation(result: dict[str, Any], time: Axes, state: Axes) -> None:
-    """Draw milliseconds a token and state over the context."""
+    """Draw milliseconds per token and the size of the state over the context."""
     for name in dict.fromkeys(row["name"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["name"] == name]
         contexts = [row["context"] for row in rows]
         style = "o-" if name.startswith("memformer") else "s--"
         time.plot(contexts, [row["ms_per_token"]["median"] for row in rows], style, label=name)
         state.plot(contexts, [row["state_bytes"] / 1024 for row in rows], style)
-    for axes, title in ((time, "milliseconds a token"), (state, "state, KiB")):
+    for axes, title in ((time, "milliseconds per token"), (state, "state, KiB")):
         axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=title)
     time.legend(fontsize="small")
 
 
 def draw_replay(result: dict[str, Any], memory: Axes, horizon: Axes) -> None:
-    """Draw speed against memory of every method, and replay's memory over the horizon."""
+    """Draw the speed of every method over its memory growth, and replay's memory growth over the horizon."""
     for method in dict.fromkeys(row["method"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["method"] == method]
         growth = [row["memory_growth_mib"] for row in rows]
@@ -66,7 +66,7 @@ def draw_replay(result: dict[str, Any], memory: Axes, horizon: Axes) -> None:
     memory.legend(title="number: timesteps read out together", fontsize="small")
     rows = result["horizons"]
     horizon.plot([row["num_timesteps"] for row in rows], [row["memory_growth_mib"] for row in rows], "o-")
-    horizon.set(xlabel="timesteps of a rollout", ylabel="replay's memory growth, MiB", ylim=(0, None))
+    horizon.set(xlabel="timesteps per rollout", ylabel="replay's memory growth, MiB", ylim=(0, None))
 
 
 if __name__ == "__main__":

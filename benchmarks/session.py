@@ -1,4 +1,4 @@
-"""State and memory of a session that is fed a million bytes, and the state after feeding them in random splits.
+"""Measure the state and peak memory of a session fed a million bytes, and the effect of random splits.
 
 python benchmarks/session.py                 # table; JSON to benchmarks/results/session.json
 """
@@ -34,7 +34,7 @@ def main() -> None:
     done, started = 0, time.perf_counter()
     for mark in MARKS:
         for start in range(done, mark, MARKS[0]):
-            # Parts of one size: what is fed at once is held at once.
+            # Feed parts of equal size, because each part is held in memory as a whole.
             session.feed(stream[start : start + MARKS[0]])
         session.next_token_logits()
         done = mark
@@ -46,7 +46,7 @@ def main() -> None:
                 "seconds": time.perf_counter() - started,
             }
         )
-    print("| bytes fed | state bytes | peak memory MiB | seconds |\n|---|---|---|---|")
+    print("| bytes fed | state, bytes | peak memory, MiB | seconds |\n|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['bytes_fed']:,} | {row['state_bytes']:,} | {row['peak_memory_mib']:.1f} | {row['seconds']:.1f} |"
@@ -54,7 +54,7 @@ def main() -> None:
     growth = rows[-1]["peak_memory_mib"] / rows[0]["peak_memory_mib"] - 1
     difference = split_difference(config)
     print(f"peak memory from {MARKS[0]:,} to {MARKS[-1]:,} bytes: {growth:+.2%}")
-    print(f"float64, 100,000 bytes in random splits against one feed: largest difference {difference:.1e}")
+    print(f"float64, 100,000 bytes in random splits compared with one feed: largest difference {difference:.1e}")
     result = {"machine": describe_machine(options.threads), "rows": rows, "split_difference_float64": difference}
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The model that the benchmarks measure."""
+"""Config of the model that the benchmarks measure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 def half_and_half(
     *, width: int, layers: int, segment_length: int, heads: int = 4, num_slots: int = 32, **further: Any
 ) -> MemformerConfig:
-    """Return a model half of whose `layers` encode and half decode; bytes unless said otherwise."""
+    """Return a config with half of the `layers` in the encoder and half in the decoder; byte tokens by default."""
     return MemformerConfig(
         d_model=width,
         num_heads=heads,
@@ -25,5 +25,5 @@ def half_and_half(
 
 
 def sized(options: Mapping[str, Any]) -> MemformerConfig:
-    """Return that model in the sizes that a benchmark's options name."""
+    """Return that config in the sizes given by a benchmark's options."""
     return half_and_half(**{key: options[key] for key in SIZES})

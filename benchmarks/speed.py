@@ -1,11 +1,11 @@
-"""Training and evaluation speed beside the peers, and how much of the processor's matrix products that uses.
+"""Compare training and evaluation speed with other models and with the processor's peak matmul throughput.
 
     python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmarks/peers-requirements.txt
     python benchmarks/speed.py --peers_python .venv-peers/bin/python   # JSON: benchmarks/results/speed.json
 
-Each contender is a process of its own (`contenders.py`); they take turns, round after round, and a ratio is one of the
-same round. Useful operations leave out what is computed twice; the peak is the fastest of some matrix products in
-float32 that this processor did in the same round. Without `--peers_python` only this project is measured.
+Each model runs in a separate process (`contenders.py`). The models alternate, and ratios compare the same round.
+Useful operations exclude recomputation. The peak is the fastest of several float32 matrix products in the same round.
+Without `--peers_python` only this project is measured.
 """
 
 import argparse
@@ -62,18 +62,22 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the setting."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--segment_length", type=int, default=128)
-    parser.add_argument("--num_segments", type=int, default=8, help="Segments of a unit of work: the rollout.")
+    parser.add_argument("--num_segments", type=int, default=8, help="Segments per unit of work (the rollout).")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=8, help="In all: half of them encode in an encoder-decoder.")
+    parser.add_argument(
+        "--layers", type=int, default=8, help="Total layers; in an encoder-decoder half of them encode."
+    )
     parser.add_argument("--num_slots", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peers_python", default=None, help="Interpreter of the environment with the peers.")
+    parser.add_argument(
+        "--peers_python", default=None, help="Python interpreter of the environment with the other models."
+    )
     parser.add_argument("--output", default="benchmarks/results/speed.json")
     return parser.parse_args()
 
@@ -102,10 +106,11 @@ def describe(
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table; ratios are to lucidrains/memformer in float32, with the range over the rounds."""
+    """Return a Markdown table; ratios are relative to lucidrains/memformer in float32, with the range over rounds."""
     peak, *models = rows
     lines = [
-        "| model | training tokens/s | ratio | useful / peak | evaluation tokens/s | ratio | state KiB a row |",
+        "| model | training, tokens/s | training speed ratio | fraction of peak | evaluation, tokens/s "
+        "| evaluation speed ratio | state per row, KiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in models:

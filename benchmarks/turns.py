@@ -1,7 +1,7 @@
-"""Contenders that take turns, each in a process of its own, so that they may live in different environments.
+"""Run models alternately, each in a separate process, so that they can use different environments.
 
-What counts is the ratio of two contenders in the same round: absolute times drift where a machine is shared. A
-contender is built once, warms up once, and works on whenever it is its turn; the others wait meanwhile.
+Compare two models by the ratio of their speeds in the same round: absolute times drift on a shared machine. Each model
+is built once and warmed up once; while one works, the others wait.
 """
 
 import json
@@ -14,14 +14,14 @@ from typing import Any
 
 
 class Contender:
-    """A process that works when it is told to.
+    """A process that holds one model and does a unit of work on request.
 
     Args:
-        python: The interpreter of its environment.
-        script: The file beside this one that builds it and works: it is called with name and options (JSON), prints a
-            line of facts, and answers each line on stdin with a line.
-        name: Which of the script's contenders.
-        options: Its setting.
+        python: The interpreter of the model's environment.
+        script: A file in this folder that builds the model. It is called with name and options (JSON), prints a line
+            of properties, and answers each line on stdin with a line of JSON.
+        name: The model's name in the script.
+        options: The model's options.
     """
 
     def __init__(self, python: str, script: str, name: str, options: Mapping[str, Any]) -> None:
@@ -31,7 +31,7 @@ class Contender:
         self.facts = self._answer()
 
     def work(self, what: str) -> dict[str, Any]:
-        """Do one unit of work; return what the contender measured: at least `seconds` and `tokens`."""
+        """Do one unit of work, and return the measurement: at least `seconds` and `tokens`."""
         assert self.process.stdin is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
@@ -53,7 +53,7 @@ class Contender:
 
 
 def take_turns(contenders: Mapping[str, Contender], what: str, *, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Return what each contender measured in each round; a round before the first warms up and does not count."""
+    """Return each model's measurements, one per round, after a warm-up round that does not count."""
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for count in range(rounds + 1):
         for name, contender in contenders.items():
@@ -71,10 +71,10 @@ def speed(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, lowest and highest."""
+    """Return the median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def ratios(rounds: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return how many times as fast as the base a contender was, round by round."""
+    """Return the spread over rounds of a model's speed divided by the base's speed."""
     return spread([own / other for own, other in zip(speed(rounds), speed(base), strict=True)])

@@ -1,9 +1,9 @@
-"""Training with a word-level vocabulary: one softmax over all words, whole or in parts, and the adaptive one.
+"""Compare output layers for a word-level vocabulary: one softmax, one softmax in parts, and adaptive softmax.
 
     python benchmarks/vocabulary.py          # table; JSON to benchmarks/results/vocabulary.json
 
-The vocabulary is WikiText-103's in size, the words are drawn by Zipf's law. Forward and backward by replay, without
-optimizer; both models take turns in one process, memory is measured in a process each.
+The vocabulary has the size of WikiText-103's, and the words are drawn by Zipf's law. The work is forward and backward
+by replay, without optimizer. The variants alternate in one process; memory is measured in a separate process for each.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from memformer import Memformer, Rollout, backpropagate
 from memformer.nn import vocabulary
 
 ADAPTIVE_CUTOFFS = (20_000, 60_000)
-# How many logits each holds at once.
+# Largest number of logits that each variant holds at once.
 VARIANTS = {"one softmax": 1 << 62, "one softmax, in parts": 1 << 26, "adaptive": 1 << 62}
 
 
@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the setting."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab_size", type=int, default=267_735)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4, help="Encoder layers, and decoder layers.")
+    parser.add_argument("--layers", type=int, default=4, help="Number of encoder layers and of decoder layers.")
     parser.add_argument("--num_timesteps", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--segment_length", type=int, default=64)
@@ -96,20 +96,20 @@ def build(options: argparse.Namespace, name: str) -> tuple[Memformer, Rollout]:
 
 
 def run(name: str, model: Memformer, rollout: Rollout) -> None:
-    """Back-propagate through the rollout, all of it read out together."""
+    """Back-propagate through the rollout, with all timesteps read out together."""
     vocabulary._MOST_LOGITS = VARIANTS[name]
     backpropagate(model, rollout, readout_timesteps=rollout.num_timesteps)
 
 
 def measure_memory(options: argparse.Namespace) -> float:
-    """Return the peak of the resident set in MiB: weights, gradients and what a rollout holds."""
+    """Return the peak of the resident set in MiB: weights, gradients and activations of a rollout."""
     model, rollout = build(options, options.measure_memory)
     run(options.measure_memory, model, rollout)
     return memory_mib("VmHWM")
 
 
 def run_memory_child(name: str) -> float:
-    """Measure a variant's memory in a process of its own, with this process's arguments."""
+    """Measure a variant's memory in a separate process, with this process's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure_memory", name]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -118,7 +118,10 @@ def run_memory_child(name: str) -> float:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table."""
-    lines = ["| softmax | parameters M | tokens/s | faster by | peak memory MiB |", "|---|---|---|---|---|"]
+    lines = [
+        "| softmax | parameters, M | tokens/s | speed ratio to one softmax | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         ratio = row["ratio"]
         lines.append(

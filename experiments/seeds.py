@@ -1,9 +1,9 @@
-"""Train one config with several seeds; what memory is worth, with the spread over the seeds.
+"""Train one config with several seeds, and report the memory gain with its spread over the seeds.
 
     python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
 
-Further options go to `memformer train`. Runs land in runs/NAME-seed-N; one that is there already is resumed or, if
-finished, taken as it is. The table goes to stdout, JSON to experiments/results/NAME.json.
+Options not listed here are passed to `memformer train`. Runs are written to runs/NAME-seed-N. An unfinished run is
+resumed, and a finished one is not repeated. The table goes to stdout, JSON to experiments/results/NAME.json.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from machine import describe_machine
 
 
 def main() -> None:
-    """Train, print the table and write JSON."""
+    """Train all seeds, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
-    parser.add_argument("--jobs", type=int, default=1, help="Seeds trained side by side, a core each.")
+    parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of seeds trained in parallel, one core each.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:
-    """Train one seed to the end, and return the evaluation on held-out documents with the training's figures."""
+    """Train one seed to the end, and return its evaluation on held-out documents with figures of the training."""
     folder = Path("runs") / f"{name}-seed-{seed}"
     if not (folder / "evaluation.json").exists():
         run(config, folder, seed, further)
@@ -59,7 +59,7 @@ def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, A
 
 
 def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
-    """Run `memformer train` to its end, going on from what is there."""
+    """Run `memformer train` to its end, resuming from the last checkpoint if there is one."""
     command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
     if any(folder.glob("checkpoints/update-*")):
         command.append("--resume")
@@ -67,14 +67,17 @@ def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Return mean, standard deviation, lowest and highest."""
+    """Return the mean, the standard deviation, the lowest and the highest value."""
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
     return {"mean": statistics.mean(values), "deviation": deviation, "low": min(values), "high": max(values)}
 
 
 def format_table(results: dict[int, dict[str, Any]]) -> str:
     """Return a Markdown table."""
-    lines = ["| seed | with memory | memory erased | memory is worth (bits per byte) |", "|---|---|---|---|"]
+    lines = [
+        "| seed | bits/byte with memory | bits/byte, memory erased | memory gain, bits/byte |",
+        "|---|---|---|---|",
+    ]
     for seed, run in results.items():
         lines.append(
             f"| {seed} | {run['with_memory']['bits_per_byte']:.4f} | {run['memory_erased']['bits_per_byte']:.4f} "

@@ -1,15 +1,14 @@
-"""Small models, rollouts and comparisons that many tests share."""
+"""Small models, rollouts and comparisons shared by many tests."""
 
 import torch
 
 from memformer import Memformer, MemformerConfig, Rollout
 
-# Every option of the model's config that changes what is computed, one at a time on top of the defaults.
+# Every option of the model config that changes the output, one at a time on top of the defaults.
 VARIANTS = {
     "default": {},
     "paper": {"log_forgetting_speeds": False, "forgetting_speeds": (0.1, 0.1)},
     "relative positions": {"positions": "relative"},
-    "decoder reads memory": {"decoder_reads_memory": True},
     "decoder starts from last token": {"decoder_starts_from_last_token": True},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
@@ -27,16 +26,15 @@ VARIANTS = {
         "exchangeable_slots": True,
         "forgetting_speeds": (0.1, 0.1),
         "log_forgetting_speeds": False,
-        "free_slot_eagerness": 2.0,
+        "free_slot_bias": 2.0,
     },
     "forgetting when written": {"forgetting_when_written": True},
     "content addressing": {"content_addressing": True, "convolution_kernel": 3},
-    "place embedding": {"place_embedding": True},
+    "position embedding": {"position_embedding": True},
     "one slot": {"num_slots": 1},
     "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
     "all options": {
         "positions": "relative",
-        "decoder_reads_memory": True,
         "decoder_starts_from_last_token": True,
         "convolution_kernel": 3,
     },
@@ -60,7 +58,7 @@ def tiny_config(**changes):
 
 
 def tiny_model(seed=0, **changes):
-    """A model small enough for float64 laws; in evaluation mode unless it has dropout."""
+    """Return a small float64 model, in evaluation mode unless it has dropout."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Memformer(tiny_config(**changes)).double()
@@ -68,7 +66,10 @@ def tiny_model(seed=0, **changes):
 
 
 def random_rollout(num_timesteps, batch_size, *, resets=False, padding=False, seed=1):
-    """Random tokens; with padding, one row's input is cut short, one timestep of a row is empty, targets end early."""
+    """Return a rollout of random tokens.
+
+    With padding, the input of one row is shortened, one timestep of a row is empty, and targets end early.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_timesteps, batch_size, SEGMENT_LENGTH)
     reset = torch.rand(shape[:2], generator=generator) < 0.4 if resets else None
@@ -90,8 +91,8 @@ def random_rollout(num_timesteps, batch_size, *, resets=False, padding=False, se
 
 
 def assert_close(actual, expected, *, relative=1e-10):
-    """Agreement in float64: the norm of the difference against the norm of what is expected."""
-    # Gradients of order one carry noise of order 1e-17: where the truth is zero, so small a difference is agreement.
+    """Assert that the norm of the difference is small relative to the norm of the expected tensor."""
+    # Gradients of order 1 have rounding errors of order 1e-17, so such a difference from a zero gradient is accepted.
     scale = max(expected.norm().item(), 1e-4)
     difference = (actual - expected).norm().item()
     assert difference <= relative * scale, f"difference {difference:.3g} against {relative:.0e} of {scale:.3g}"

@@ -1,4 +1,4 @@
-"""Imports point one way: a package imports those before it in this list, never one after it."""
+"""Import layers: a package may import only packages from earlier lines of ORDER."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import memformer
 
 PACKAGE = Path(memformer.__file__).parent
-# Packages and modules of one line do not import each other.
+# Packages and modules in the same line do not import each other.
 ORDER = (
     {"errors", "shapes"},
     {"utils", "rollout"},
@@ -25,7 +25,7 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if file.parent != PACKAG
 
 
 def imported_by(file):
-    """The top-level parts of this package that a module imports, anywhere in it."""
+    """Yield the top-level packages and modules of memformer that a module imports, also inside functions."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} has a relative import"
@@ -38,13 +38,13 @@ def imported_by(file):
 
 
 @pytest.mark.parametrize("file", MODULES, ids=[file.relative_to(PACKAGE).as_posix() for file in MODULES])
-def test_a_module_imports_only_what_comes_before_it(file):
+def test_a_module_imports_only_earlier_layers(file):
     own = file.relative_to(PACKAGE).with_suffix("").parts[0]
     wrong = [name for name in imported_by(file) if name != own and RANKS.get(name, len(ORDER)) >= RANKS[own]]
     assert wrong == []
 
 
-def test_the_top_level_holds_nothing_else():
+def test_the_top_level_has_no_other_modules():
     modules = {file.stem for file in PACKAGE.glob("*.py")}
     assert modules == {"__init__", "__main__", "errors", "shapes", "rollout"}
     packages = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}

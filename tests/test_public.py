@@ -32,7 +32,7 @@ def test_public_names():
     assert all(getattr(memformer, name).__doc__ for name in memformer.__all__)
 
 
-def test_every_error_of_a_user_is_one_kind():
+def test_all_user_errors_are_input_errors():
     for name in ("CheckpointError", "InputTypeError", "SaveError"):
         assert issubclass(getattr(memformer, name), memformer.InputError)
     assert issubclass(memformer.InputError, ValueError)

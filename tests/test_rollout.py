@@ -12,7 +12,7 @@ TOKENS = torch.zeros(2, 3, 4, dtype=torch.int64)
         ({"inputs": TOKENS.float()}, InputTypeError, "rollout inputs have dtype torch.float32"),
         ({"targets": TOKENS[0]}, InputError, r"rollout targets have shape \(3, 4\)"),
         ({"targets": TOKENS[:1]}, InputError, "must agree in timesteps and rows"),
-        ({"inputs": TOKENS[:, :, :0]}, InputError, "none zero"),
+        ({"inputs": TOKENS[:, :, :0]}, InputError, "with no dimension equal to zero"),
         ({"reset": torch.zeros(2, 3)}, InputTypeError, "rollout reset has dtype torch.float32"),
         ({"reset": torch.zeros(3, 2, dtype=torch.bool)}, InputError, r"reset has shape \(3, 2\); it must be \(2, 3\)"),
         ({"input_padding": torch.zeros(2, 3, dtype=torch.bool)}, InputError, "input_padding has shape"),
@@ -33,7 +33,7 @@ def test_counts():
     assert rollout.to("cpu").target_padding is not None
 
 
-def test_shifted_by_one_token_each_target_is_beside_the_token_before_it():
+def test_shifting_by_one_token_gives_each_target_the_preceding_token_as_input():
     bos = 9
     inputs = torch.tensor([[[bos, 0, 0], [0, 0, bos]], [[1, 2, 3], [4, 5, 6]]])
     targets = torch.tensor([[[1, 2, 3], [4, 5, 6]], [[4, 5, 0], [7, 8, 9]]])

@@ -1,12 +1,12 @@
-"""Train variants of one recall task over seeds, and tabulate accuracy against distance.
+"""Train variants of one recall task over seeds, and print accuracy by distance.
 
     python experiments/retention/compare.py experiments/retention/fact.yaml --variants config paper --seeds 0 1 2
     python experiments/retention/compare.py experiments/retention/associative.yaml --num_facts 4 20 --num_slots 32 64
         --facts_per_segment 1 --distances 1 1000
 
-Runs land in runs/retention/NAME-VARIANT-seed-N; one that is there already is resumed or, if finished, taken as it is.
-Options that are not listed here go to `memformer train`. The table goes to stdout, JSON to
-experiments/results/retention-NAME.json, beside what was measured before.
+Runs are written to runs/retention/NAME-VARIANT-seed-N. An unfinished run is resumed; a finished one is not repeated.
+Options not listed here are passed to `memformer train`. The table goes to stdout; JSON is added to
+experiments/results/retention-NAME.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 MEMFORMER = [sys.executable, "-m", "memformer"]
-# The paper's writer; the configs name what departs from it.
+# The paper's writer, which undoes the changes of the configs.
 PAPER = {
     "write_normalizer": "softmax",
     "write_competition": False,
@@ -33,14 +33,14 @@ PAPER = {
     "log_forgetting_speeds": False,
     "exchangeable_slots": False,
     "forgetting_speeds": [0.3, 1e-5],
-    "free_slot_eagerness": 0.0,
+    "free_slot_bias": 0.0,
     "content_addressing": False,
 }
-# How an evaluation lays facts out, and in how many slots.
+# Options of an evaluation: the layout of the facts, and the number of slots.
 LAYOUT = {
-    "num_facts": "Facts of an episode",
-    "facts_per_segment": "Facts told in one segment",
-    "num_slots": "Memory slots to run with",
+    "num_facts": "Facts per episode",
+    "facts_per_segment": "Facts inserted in one segment",
+    "num_slots": "Number of memory slots",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "config": {},
@@ -51,35 +51,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spread to 1e-7": {**PAPER, "forgetting_speeds": [0.3, 1e-7]},
     "spread, temperature 1": {**PAPER, "write_temperature": 1.0},
     "spread, entmax": {**PAPER, "write_normalizer": "entmax15"},
-    "spread, decoder reads memory": {**PAPER, "decoder_reads_memory": True},
     "log": {**PAPER, "log_forgetting_speeds": True},
     "when written": {**PAPER, "forgetting_when_written": True},
     "when written+log": {**PAPER, "forgetting_when_written": True, "log_forgetting_speeds": True},
     "log+entmax": {**PAPER, "log_forgetting_speeds": True, "write_normalizer": "entmax15"},
     "no forgetting": {**PAPER, "forgetting": False},
     "no forgetting+entmax": {**PAPER, "forgetting": False, "write_normalizer": "entmax15"},
-    # The config less one of its parts.
+    # The config without one of its options.
     "softmax": {"write_normalizer": "softmax"},
     "temperature 1": {"write_temperature": 1.0},
     "no competition": {"write_competition": False, "write_sharing": False, "exchangeable_slots": False},
     "heads": {"num_writer_heads": None},
     "always forgetting": {"forgetting_when_written": False},
-    "a vector a slot": {"exchangeable_slots": False},
-    "no eagerness": {"free_slot_eagerness": 0.0},
+    "a vector per slot": {"exchangeable_slots": False},
+    "no free-slot bias": {"free_slot_bias": 0.0},
 }
 
 
 def main() -> None:
-    """Train, measure, print the table and write JSON."""
+    """Train and measure all variants, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--variants", nargs="+", default=["config", "paper", "spread"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--distances", nargs="+", default=["1", "4", "16", "32", "100", "1000", "10000"])
     for name, text in LAYOUT.items():
-        parser.add_argument(f"--{name}", nargs="+", default=[None], help=f"{text}; as trained if not given.")
-    parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="Which weights of a run.")
-    parser.add_argument("--name", default=None, help="Name of the result; the config's if not given.")
+        parser.add_argument(f"--{name}", nargs="+", default=[None], help=f"{text}; by default as in training.")
+    parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="Weights to evaluate.")
+    parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
@@ -88,7 +87,7 @@ def main() -> None:
     for variant in options.variants:
         model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
         if VARIANTS[variant].get("write_normalizer") == "softmax":
-            model += ["--training.write_price", "0"]  # where every token is written, a price has nothing to refuse
+            model += ["--training.write_penalty", "0"]  # softmax writes every token: nothing to penalize
         folders = {seed: ROOT / "runs" / "retention" / f"{name}-{variant}-seed-{seed}" for seed in options.seeds}
         for seed, folder in folders.items():
             train(options.config, folder, seed, [*model, *further])
@@ -108,17 +107,17 @@ def main() -> None:
 
 
 def identity(run: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what makes a later measurement take the place of an earlier one."""
+    """Return the key by which a new measurement replaces an earlier one."""
     return run["seed"], run.get("checkpoint", "best"), *(run.get(name) for name in LAYOUT)
 
 
 def as_option(value: Any) -> str:
-    """Return a value as it stands on a command line."""
+    """Return a value in the form of a command-line argument."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
-    """Train one run to its end, if it is not there."""
+    """Train one run to its end, unless it is finished already."""
     if (folder / "evaluation.json").exists():
         return
     command = [*MEMFORMER, "train", str(config), "--folder", str(folder), "--seed", str(seed), *further]
@@ -132,13 +131,13 @@ def measure(folder: Path, options: list[str]) -> dict[str, Any]:
     command = [*MEMFORMER, "retention", str(folder), "--json", *options]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
-    # Where the weights lay on this machine is nobody's business.
+    # The path of the weights is of no use on another machine.
     del result["weights"]
     return result
 
 
 def format_row(title: str, runs: list[dict[str, Any]]) -> str:
-    """Return a row of a Markdown table: the mean over seeds at each distance, and the range where it is wide."""
+    """Return a row of a Markdown table: the mean over seeds at each distance, with the range if it is wide."""
     cells = []
     for points in zip(*(run["points"] for run in runs), strict=True):
         accuracies = [point["accuracy"] for point in points]

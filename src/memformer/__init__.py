@@ -1,4 +1,7 @@
-"""Memformer: sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891)."""
+"""Memformer: sequence models with a fixed-size memory for arbitrarily long input (arXiv 2010.06891)."""
+
+import importlib.metadata
+import warnings
 
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
 from memformer.evaluation.likelihood import Evaluation, Likelihood, evaluate
@@ -24,7 +27,7 @@ from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.training.replay import RolloutResult, backpropagate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "LSTM",
@@ -53,3 +56,20 @@ __all__ = [
     "evaluate",
     "load_model",
 ]
+
+
+def _warn_of_namesake() -> None:
+    """Warn if the unrelated PyPI package `memformer` is installed: both packages install into the same folder."""
+    try:
+        version = importlib.metadata.version("memformer")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    warnings.warn(
+        f"the distribution memformer {version} is installed together with memformer-lm {__version__} and has the same "
+        "import name, so their files overwrite each other; run `pip uninstall memformer memformer-lm`, then install "
+        "memformer-lm again",
+        stacklevel=3,
+    )
+
+
+_warn_of_namesake()

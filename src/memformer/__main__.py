@@ -1,4 +1,4 @@
-"""`python -m memformer` is the command `memformer`."""
+"""Run the `memformer` command with `python -m memformer`."""
 
 from memformer.cli.main import entry_point
 

@@ -1,8 +1,8 @@
-"""Errors that a person can cause and mend; the command prints their message as one line and exits with status 2."""
+"""Errors that users can cause and fix; the command prints the message as one line and exits with status 2."""
 
 
 class InputError(ValueError):
-    """Something given by the user is wrong; the message names the thing, its value and the rule."""
+    """A value given by the user is invalid; the message names the value and the rule that it breaks."""
 
 
 class InputTypeError(InputError, TypeError):
@@ -10,8 +10,8 @@ class InputTypeError(InputError, TypeError):
 
 
 class CheckpointError(InputError):
-    """A saved file is damaged, incomplete or belongs to something else; nothing was loaded from it."""
+    """A saved file is damaged, incomplete or of another model, run or format; nothing was loaded from it."""
 
 
 class SaveError(InputError):
-    """Writing failed (full disk, no permission); whatever was there before is intact."""
+    """Writing failed (full disk, no permission); any earlier file is intact."""

@@ -1,4 +1,4 @@
-"""The segments that one update back-propagates through."""
+"""Rollout: the batch of consecutive segments that one update backpropagates through."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,20 +15,19 @@ from memformer.errors import InputError, InputTypeError
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """N timesteps of B independent rows: what is read, what must be predicted, and where rows start again.
+    """N timesteps of B independent rows: input segments, target segments, and where new documents start.
 
     Timestep t reads `inputs[t]` and predicts `targets[t]`, the segment that follows it.
 
     Args:
-        inputs: (N, B, S) int64, the segments the encoder reads.
-        targets: (N, B, T) int64, the segments the decoder predicts.
-        reset: (N, B) bool, True where a row starts a new document: its memory is the initial memory again
-            before that timestep. None means nowhere.
-        input_padding: (N, B, S) bool, True at padding of `inputs`. None means no padding.
-        target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are not to be predicted, whose
-            loss does not count; targets after them in the segment are predicted from them nevertheless. None means
-            none.
-        starts: (N, B) int64, what the decoder starts from in place of `[BOS]`. None means `[BOS]` everywhere.
+        inputs: (N, B, S) int64, the segments that the encoder reads.
+        targets: (N, B, T) int64, the segments that the decoder predicts.
+        reset: (N, B) bool, True where a row starts a new document: its memory is set to the initial memory before that
+            timestep. None: no row is reset.
+        input_padding: (N, B, S) bool, True at padding of `inputs`. None: no padding.
+        target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are excluded from the loss.
+            Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
+        decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.
@@ -40,7 +39,7 @@ class Rollout:
     reset: Tensor | None = None
     input_padding: Tensor | None = None
     target_padding: Tensor | None = None
-    starts: Tensor | None = None
+    decoder_start_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -49,7 +48,8 @@ class Rollout:
                 raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
             if tokens.ndim != 3 or 0 in tokens.shape:
                 raise InputError(
-                    f"rollout {name} have shape {tuple(tokens.shape)}; it must be (timesteps, rows, tokens), none zero"
+                    f"rollout {name} have shape {tuple(tokens.shape)}; the shape must be (timesteps, rows, tokens), "
+                    "with no dimension equal to zero"
                 )
         if self.inputs.shape[:2] != self.targets.shape[:2]:
             raise InputError(
@@ -63,17 +63,21 @@ class Rollout:
         }
         for name, shape in expected_shapes.items():
             check_mask(getattr(self, name), shape=shape, name=f"rollout {name}")
-        if self.starts is not None:
-            if self.starts.dtype != torch.int64:
-                raise InputTypeError(f"rollout starts have dtype {self.starts.dtype}; token ids must be torch.int64")
-            if self.starts.shape != self.inputs.shape[:2]:
+        if self.decoder_start_ids is not None:
+            if self.decoder_start_ids.dtype != torch.int64:
+                raise InputTypeError(
+                    f"rollout decoder_start_ids have dtype {self.decoder_start_ids.dtype}; "
+                    "token ids must be torch.int64"
+                )
+            if self.decoder_start_ids.shape != self.inputs.shape[:2]:
                 raise InputError(
-                    f"rollout starts have shape {tuple(self.starts.shape)}; it must be {tuple(self.inputs.shape[:2])}"
+                    f"rollout decoder_start_ids have shape {tuple(self.decoder_start_ids.shape)}; "
+                    f"the shape must be {tuple(self.inputs.shape[:2])}"
                 )
 
     @property
     def num_timesteps(self) -> int:
-        """Number of segments N that each row reads."""
+        """Number of timesteps N, one segment per row each."""
         return self.inputs.shape[0]
 
     @property
@@ -82,7 +86,7 @@ class Rollout:
         return self.inputs.shape[1]
 
     def __getitem__(self, timesteps: slice) -> "Rollout":
-        """Return some of the timesteps, as views."""
+        """Return a slice of the timesteps, as views."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[timesteps]
@@ -93,7 +97,7 @@ class Rollout:
             reset=cut(self.reset),
             input_padding=cut(self.input_padding),
             target_padding=cut(self.target_padding),
-            starts=cut(self.starts),
+            decoder_start_ids=cut(self.decoder_start_ids),
         )
 
     def count_input_tokens(self) -> int:
@@ -109,25 +113,29 @@ class Rollout:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def select_rows(self, rows: Sequence[int] | NDArray[np.integer]) -> "Rollout":
-        """Return the rollout of these rows alone."""
+        """Return the rollout with these rows only."""
         return self._map(lambda tensor: tensor[:, rows])
 
     def shifted_by_one_token(self) -> "Rollout":
-        """Return the same targets, each beside the token before it as its input: how next-token models read.
+        """Return the rollout for next-token models: the same targets, each with the preceding token as its input.
 
-        A timestep's inputs are the last token that it read and all its targets but the last; where a target does not
-        count its input is padding. So targets that must be read but not predicted (recall tasks) cannot be shifted.
+        A timestep's new inputs are the last token of its old inputs and all its targets but the last. The input of a
+        padded target is padding. So a rollout whose targets include tokens to be read but not predicted (recall tasks)
+        cannot be shifted.
 
         Raises:
-            InputError: What the decoder starts from is given: there is no place for it.
+            InputError: `decoder_start_ids` are given; a next-token model has no input for them.
         """
-        if self.starts is not None:
-            raise InputError("a rollout with starts (multi-task training) is for a Memformer: it cannot be shifted")
-        before = self.inputs[..., -1:]
+        if self.decoder_start_ids is not None:
+            raise InputError(
+                "a rollout with decoder_start_ids (multi-task training) can be read only by a Memformer; "
+                "it cannot be shifted"
+            )
+        previous = self.inputs[..., -1:]
         if self.input_padding is not None:
-            before = self.inputs.gather(-1, last_places(self.input_padding)[..., None])
+            previous = self.inputs.gather(-1, last_token_indices(self.input_padding)[..., None])
         return dataclasses.replace(
-            self, inputs=torch.cat([before, self.targets[..., :-1]], dim=-1), input_padding=self.target_padding
+            self, inputs=torch.cat([previous, self.targets[..., :-1]], dim=-1), input_padding=self.target_padding
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
@@ -137,11 +145,11 @@ class Rollout:
 
 
 def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
-    """Check a mask, where there is one.
+    """Check the shape and the dtype of a mask; None is valid.
 
     Raises:
-        InputError: It has another shape than what it masks.
-        InputTypeError: It is not bool.
+        InputError: The shape is not `shape`.
+        InputTypeError: The dtype is not bool.
     """
     if mask is None:
         return
@@ -151,10 +159,10 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
         raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
 
 
-def last_places(padding_mask: Tensor) -> Tensor:
-    """Return the place of the last token in each row of a mask (..., S), True at padding; 0 where there is none."""
-    places = torch.arange(padding_mask.shape[-1], device=padding_mask.device)
-    return places.masked_fill(padding_mask, 0).amax(dim=-1)
+def last_token_indices(padding_mask: Tensor) -> Tensor:
+    """Return the index of the last token in each row of a padding mask (..., S); 0 for a row that is all padding."""
+    indices = torch.arange(padding_mask.shape[-1], device=padding_mask.device)
+    return indices.masked_fill(padding_mask, 0).amax(dim=-1)
 
 
 def _count(tokens: Tensor, padding: Tensor | None) -> int:

@@ -1,21 +1,21 @@
-"""The one legend of axis letters, used in every annotation and shape comment of the package.
+"""Axis letters and tensor types used in every annotation and shape comment of the package.
 
 | letter | axis |
 |---|---|
 | B | batch rows (streams, lanes) |
 | N | timesteps (segments) of a rollout |
 | S | tokens of an encoder segment |
-| R | hidden states that the readout sees: S, or more where the written slots or the last token follow them |
+| R | hidden states passed to the readout: S, or S + 1 if the embedded last token is appended |
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |
-| W | width of a memory slot, where it need not be D |
+| W | width of a memory slot, in code for models where it is not always D |
 | H | attention heads; one head is D/H wide |
 | F | feed-forward width |
 | V | vocabulary |
-| Q, J | query and key positions of one attention |
+| Q, J | queries and keys of one attention |
 
-A mask's name says what True means: `padding_mask` is True at padding, `keep_mask` is True where attention may look.
+A mask is named after its True entries: `padding_mask` is True at padding, `keep_mask` where attention is allowed.
 """
 
 from jaxtyping import Bool, Float, Int64
@@ -23,7 +23,7 @@ from torch import Tensor
 
 Segment = Int64[Tensor, "B S"]
 Targets = Int64[Tensor, "B T"]
-Starts = Int64[Tensor, " B"]
+DecoderStartIds = Int64[Tensor, " B"]
 SegmentPadding = Bool[Tensor, "B S"]
 TargetPadding = Bool[Tensor, "B T"]
 Memory = Float[Tensor, "B K D"]

@@ -1,4 +1,4 @@
-"""Calls of the command within the process, as tests make them."""
+"""Helpers that run the `memformer` command inside the test process."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran"]
 
 
 def call(*argv):
-    """Exit status, stdout and stderr."""
+    """Run the command; return exit status, stdout and stderr."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main([str(argument) for argument in argv])
     return status, out.getvalue(), err.getvalue()
@@ -25,7 +25,7 @@ def call_json(*argv):
 
 
 def refused(*argv):
-    """The message of the one line with which the command refuses, with exit status 2 and nothing on stdout."""
+    """Run a command that must fail with exit status 2, one error line and no stdout; return the error message."""
     status, out, err = call(*argv)
     assert status == 2, err
     assert out == ""

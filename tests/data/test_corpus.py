@@ -74,7 +74,7 @@ def test_images(tmp_path: Path) -> None:
     assert (corpus.num_documents, corpus.num_tokens, corpus.num_bytes) == (3, 192, 192)
 
 
-def test_second_build_reads_nothing_again(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
+def test_second_build_uses_the_cache(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
     first = build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
     monkeypatch.setattr(building, "iterate_documents", None)
     assert documents_of(build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")) == documents_of(first)
@@ -112,7 +112,7 @@ def test_failure_midway_leaves_nothing(tmp_path: Path, source: SourceConfig, mon
     assert build_corpus(source, ByteTokenizer(), cache=cache).num_documents == 4
 
 
-def test_the_second_of_two_builders_takes_what_the_first_built(
+def test_the_second_of_two_builders_uses_the_corpus_of_the_first(
     tmp_path: Path, source: SourceConfig, monkeypatch
 ) -> None:
     cache = tmp_path / "cache"
@@ -182,7 +182,7 @@ def test_other_format_version_is_refused(tmp_path: Path, source: SourceConfig) -
         Corpus.open(folder)
 
 
-def test_corpus_stays_readable_when_its_folder_goes(tmp_path: Path, source: SourceConfig) -> None:
+def test_corpus_stays_readable_when_its_folder_is_removed(tmp_path: Path, source: SourceConfig) -> None:
     corpus = build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
     before = documents_of(corpus)
     shutil.rmtree(tmp_path / "cache")
@@ -262,7 +262,7 @@ def test_subset_is_a_consistent_view() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 30), st.floats(0.001, 0.999), st.integers(0, 1000))
-def test_split_parts_all_documents(num_documents: int, fraction: float, seed: int) -> None:
+def test_split_partitions_all_documents(num_documents: int, fraction: float, seed: int) -> None:
     corpus = numbered(num_documents)
     train, held_out = corpus.split(fraction, seed)
     again = corpus.split(fraction, seed)
@@ -271,7 +271,7 @@ def test_split_parts_all_documents(num_documents: int, fraction: float, seed: in
     assert held_out.num_documents == min(max(1, round(fraction * num_documents)), num_documents - 1)
 
 
-def test_split_depends_on_the_seed_and_refuses_what_it_cannot_do() -> None:
+def test_split_depends_on_the_seed_and_refuses_invalid_arguments() -> None:
     corpus = numbered(20)
     assert len({str(documents_of(corpus.split(0.3, seed)[1])) for seed in range(5)}) > 1
     with pytest.raises(InputError, match="has 1 document; holding some out needs at least 2"):

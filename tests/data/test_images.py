@@ -55,14 +55,14 @@ def test_mean_then_equal_bins(tmp_path: Path, images: np.ndarray, levels: int, d
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[:-1], "images ends inside image 4; its header promises 5 images"),
-        (lambda raw: raw + b"x", "images goes on after the 5 images"),
+        (lambda raw: raw[:-1], "images ends inside image 4; its header declares 5 images"),
+        (lambda raw: raw + b"x", "images has data after the 5 images that its header declares"),
         (lambda raw: raw[:10], r"images is too short \(10 bytes\)"),
         (lambda raw: b"\0\0\x08\x01" + raw[4:], "starts with 0x00000801; an idx file of images starts with 0x00000803"),
-        (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "promises 5 images of 0x6"),
+        (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "declares 5 images of 0x6; no number may be 0"),
         (
             lambda raw: raw[:8] + b"\xff" * 8 + raw[16:],
-            "promises images of 4294967295x4294967295; at most 16777216 pix",
+            "declares images of 4294967295x4294967295; at most 16777216 pix",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_damaged_files_are_refused(tmp_path: Path, images: np.ndarray, damage, m
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, images: np.ndarray) -> None:
     (tmp_path / "a").write_bytes(idx_bytes(images))
     (tmp_path / "b").write_bytes(idx_bytes(images[:, :2]))
-    with pytest.raises(InputError, match=r"b holds images of 2x6, .*a of 4x6"):
+    with pytest.raises(InputError, match=r"b holds images of 2x6, but .*a of 4x6; all images must have the same size"):
         list(iterate_documents(SourceConfig(kind="idx", path=str(tmp_path))))
     source = SourceConfig(kind="idx", path=str(tmp_path / "a"), downsample=4)
     for use in (image_shape, lambda source: next(iterate_documents(source))):

@@ -1,5 +1,6 @@
+"""Lanes: every token is predicted once, a stream resumes exactly, and damaged cursors are refused."""
+
 import json
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,45 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memformer.data import Corpus, LaneStream, corpus_from_arrays
+from memformer.data import LaneStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
-
-BOS = 99
-
-
-def make_corpus(*lengths: int) -> Corpus:
-    """Tokens that are all different and never 0, so that any misplaced one is seen."""
-    ends = np.cumsum(lengths)
-    return corpus_from_arrays([np.arange(e - n, e) + 1 + 1000 for e, n in zip(ends, lengths, strict=True)], 10**6)
-
-
-def stream_of(corpus: Corpus, lanes: int = 2, segment: int = 4, rollout: int = 3, **options) -> LaneStream:
-    return LaneStream(
-        corpus, num_lanes=lanes, segment_length=segment, rollout_length=rollout, bos_token_id=BOS, **options
-    )
+from tests.data.streams import BOS, make_corpus, stream_of, timesteps
 
 
 def batches(stream: LaneStream) -> list[tuple[Rollout, Tensor]]:
     return list(iter(stream.next_with_documents, None))
-
-
-def padding_of(mask: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=torch.bool) if mask is None else mask
-
-
-def timesteps(stream: LaneStream, limit: int | None = None) -> list[tuple]:
-    """Every timestep in plain lists, whatever the rollout length."""
-    rows = []
-    for rollout, documents in islice(iter(stream.next_with_documents, None), limit):
-        read, predicted = (
-            padding_of(rollout.input_padding, rollout.inputs),
-            padding_of(rollout.target_padding, rollout.targets),
-        )
-        for n in range(rollout.num_timesteps):
-            parts = rollout.inputs[n], read[n], rollout.targets[n], predicted[n], rollout.reset[n], documents[n]
-            rows.append(tuple(part.tolist() for part in parts))
-    return rows
 
 
 def test_one_document_by_hand() -> None:
@@ -138,7 +108,7 @@ def test_every_token_is_predicted_once(lanes: int, seed: int | None) -> None:
     rollout=st.integers(1, 6),
     seed=st.none() | st.integers(0, 2**40),
 )
-def test_every_token_is_predicted_once_whatever_the_sizes(lengths, lanes, segment, rollout, seed) -> None:
+def test_every_token_is_predicted_once_for_any_sizes(lengths, lanes, segment, rollout, seed) -> None:
     check_coverage([segment, *lengths], lanes=lanes, segment=segment, rollout=rollout, seed=seed, epochs=1)
 
 
@@ -146,7 +116,7 @@ def test_one_lane_reads_epoch_after_epoch() -> None:
     check_coverage([5, 1, 17, 4], lanes=1, segment=4, rollout=3, seed=1, epochs=3)
 
 
-def test_rollout_length_changes_nothing_but_the_cuts() -> None:
+def test_rollout_length_changes_only_the_cuts() -> None:
     corpus = make_corpus(5, 1, 17, 4, 8, 3, 2, 30)
     expected = timesteps(stream_of(corpus, 3, seed=5, num_epochs=3, rollout=1000))
     for rollout in (1, 2, 7):
@@ -155,7 +125,7 @@ def test_rollout_length_changes_nothing_but_the_cuts() -> None:
 
 @pytest.mark.parametrize("num_epochs", [None, 3])
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 8])
-def test_resuming_equals_going_on_across_an_epoch_edge(cut: int, num_epochs: int | None) -> None:
+def test_resuming_equals_continuing_across_an_epoch_boundary(cut: int, num_epochs: int | None) -> None:
     corpus = make_corpus(5, 1, 17, 4, 8)  # 11 segments an epoch for 3 lanes
     options = {"seed": 7, "num_epochs": num_epochs}
     stream = stream_of(corpus, 3, rollout=1, **options)
@@ -168,7 +138,7 @@ def test_resuming_equals_going_on_across_an_epoch_edge(cut: int, num_epochs: int
     resumed = stream_of(corpus, 3, rollout=4, **options)
     resumed.load_state(state)
     assert timesteps(resumed, limit=5)[: len(expected)] == expected
-    # A stream that has run elsewhere goes there as well.
+    # A stream at another position resumes there as well.
     resumed.load_state(state)
     assert timesteps(resumed, limit=1) == expected[:4]
 
@@ -187,7 +157,7 @@ def test_order_is_a_function_of_the_seed_and_the_epoch() -> None:
     assert sorted(first[:50]) == sorted(first[50:]) == list(range(50))
     assert first[:50] != first[50:]
     assert order(None) == list(range(50)) * 2
-    # Fixed for good: a run that was saved must find the same order in any later version.
+    # Fixed: a saved run must find the same order in every later version.
     assert first[:5] == [int(index) for index in np.random.Generator(np.random.PCG64([3, 0])).permutation(50)[:5]]
 
 
@@ -264,7 +234,7 @@ def test_too_few_tokens() -> None:
         ({"segment": 0}, r"segment_length \(0\) must be at least 1"),
         ({"rollout": 0}, r"rollout_length \(0\) must be at least 1"),
         ({"num_epochs": 0}, r"num_epochs \(0\) must be at least 1"),
-        ({"seed": -1}, r"seed \(-1\) must be at least 0"),
+        ({"seed": -1}, r"seed \(-1\) must be from 0 to 2\*\*63 - 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict, message: str) -> None:

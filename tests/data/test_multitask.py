@@ -1,4 +1,4 @@
-"""Multi-task training: tasks drawn for timesteps, whatever the rollouts and lanes, and documents as they were."""
+"""Multi-task training: tasks are drawn per timestep, independent of rollouts and lanes, and documents stay intact."""
 
 import dataclasses
 from itertools import islice
@@ -12,10 +12,10 @@ from memformer.data import MultitaskConfig, MultitaskStream
 from memformer.data.multitask import INFILLING, MASK, NUM_TASK_TOKENS, RECALL, mask_spans
 from memformer.errors import CheckpointError
 from memformer.training.config import DataConfig, RunConfig
-from tests.data.test_lanes import BOS, make_corpus, padding_of, stream_of, timesteps
+from tests.data.streams import BOS, make_corpus, padding_of, stream_of, timesteps
 from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
-from tests.training.test_replay import assert_same_gradients, gradients
+from tests.training.gradients import assert_same_gradients, gradients
 
 SEGMENT = 8
 
@@ -33,8 +33,8 @@ def multitask_of(corpus, lanes=3, rollout=4, seed=7, num_epochs=None, **tasks):
     )
 
 
-def asked(stream, limit=None):
-    """Every timestep of every document: (what stands where, its start), by document and order."""
+def timesteps_by_document(stream, limit=None):
+    """Return every timestep as (tokens read, tokens predicted, start token as an offset from [BOS]), by document."""
     found = {}
     for rollout, documents in islice(iter(stream.next_with_documents, None), limit):
         read = padding_of(rollout.input_padding, rollout.inputs)
@@ -45,14 +45,14 @@ def asked(stream, limit=None):
                     continue
                 parts = rollout.inputs[n, lane][~read[n, lane]], rollout.targets[n, lane][counts[n, lane]]
                 found.setdefault(document, []).append(
-                    (*(part.tolist() for part in parts), int(rollout.starts[n, lane]) - BOS)
+                    (*(part.tolist() for part in parts), int(rollout.decoder_start_ids[n, lane]) - BOS)
                 )
     return found
 
 
-def with_starts(rollout):
-    starts = torch.arange(rollout.reset.numel()).view_as(rollout.reset) % 4 + VOCAB_SIZE
-    return dataclasses.replace(rollout, starts=starts)
+def with_decoder_start_ids(rollout):
+    decoder_start_ids = torch.arange(rollout.reset.numel()).view_as(rollout.reset) % 4 + VOCAB_SIZE
+    return dataclasses.replace(rollout, decoder_start_ids=decoder_start_ids)
 
 
 def test_continuation_alone_is_the_stream_of_documents():
@@ -60,14 +60,16 @@ def test_continuation_alone_is_the_stream_of_documents():
     plain = stream_of(corpus, lanes=3, segment=SEGMENT, rollout=4, seed=7, num_epochs=1)
     mixed = multitask_of(corpus, num_epochs=1, continuation=1.0, infilling=0.0, recall=0.0)
     assert timesteps(mixed) == timesteps(plain)
-    assert {start for rows in asked(multitask_of(corpus, num_epochs=1)).values() for *_, start in rows} > {0}
+    assert {
+        start for rows in timesteps_by_document(multitask_of(corpus, num_epochs=1)).values() for *_, start in rows
+    } > {0}
 
 
-def test_every_timestep_is_one_of_the_tasks_as_often_as_asked():
+def test_every_timestep_has_one_of_the_tasks_at_its_probability():
     length = SEGMENT * 400
     corpus = make_corpus(length, length)
     counts = np.zeros(4, int)
-    for document, rows in asked(multitask_of(corpus, lanes=2, num_epochs=1)).items():
+    for document, rows in timesteps_by_document(multitask_of(corpus, lanes=2, num_epochs=1)).items():
         tokens = corpus.document(document)
         segments = [tokens[at * SEGMENT : (at + 1) * SEGMENT].tolist() for at in range(400)]
         assert len(rows) == 400
@@ -94,15 +96,15 @@ def test_every_timestep_is_one_of_the_tasks_as_often_as_asked():
 
 def test_draws_depend_on_documents_not_on_rollouts_or_lanes():
     corpus = make_corpus(100, 37, 8, 55)
-    once = asked(multitask_of(corpus, num_epochs=1))
-    assert asked(multitask_of(corpus, lanes=1, num_epochs=1)) == once
-    assert asked(multitask_of(corpus, rollout=1, num_epochs=1)) == once
-    assert asked(multitask_of(corpus, seed=8, num_epochs=1)) != once
-    twice = asked(multitask_of(corpus, lanes=1, num_epochs=2))
+    once = timesteps_by_document(multitask_of(corpus, num_epochs=1))
+    assert timesteps_by_document(multitask_of(corpus, lanes=1, num_epochs=1)) == once
+    assert timesteps_by_document(multitask_of(corpus, rollout=1, num_epochs=1)) == once
+    assert timesteps_by_document(multitask_of(corpus, seed=8, num_epochs=1)) != once
+    twice = timesteps_by_document(multitask_of(corpus, lanes=1, num_epochs=2))
     assert any(rows[: len(rows) // 2] != rows[len(rows) // 2 :] for rows in twice.values())
 
 
-def test_the_cursor_goes_on_exactly_and_is_of_its_tasks():
+def test_the_cursor_resumes_exactly_and_belongs_to_its_tasks():
     corpus = make_corpus(100, 37, 8, 55)
     stream = multitask_of(corpus)
     for _ in range(3):
@@ -112,13 +114,13 @@ def test_the_cursor_goes_on_exactly_and_is_of_its_tasks():
     for _ in range(5):
         ours, theirs = next(resumed), next(stream)
         assert torch.equal(ours.inputs, theirs.inputs)
-        assert torch.equal(ours.starts, theirs.starts)
+        assert torch.equal(ours.decoder_start_ids, theirs.decoder_start_ids)
     with pytest.raises(CheckpointError, match="the data cursor has multitask"):
         multitask_of(corpus, continuation=0.5, infilling=0.4).load_state(stream.state())
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 1.0])
-def test_spans_are_taken_out_once_for_each_mask(fraction):
+def test_each_mask_replaces_one_span(fraction):
     tasks = MultitaskConfig(masked_fraction=fraction)
     tokens = np.arange(100, 150)
     for seed in range(20):
@@ -133,36 +135,39 @@ def test_spans_are_taken_out_once_for_each_mask(fraction):
 @pytest.mark.parametrize("method", ["checkpoint", "replay"])
 def test_with_tasks_replay_and_checkpoint_equal_bptt(method):
     model = tiny_model(num_special_tokens=NUM_TASK_TOKENS, dropout=0.2)
-    rollout = with_starts(random_rollout(5, 3, resets=True, padding=True))
-    assert set((rollout.starts - VOCAB_SIZE).unique().tolist()) == {0, 1, 2, 3}
+    rollout = with_decoder_start_ids(random_rollout(5, 3, resets=True, padding=True))
+    assert set((rollout.decoder_start_ids - VOCAB_SIZE).unique().tolist()) == {0, 1, 2, 3}
     memory = model.initial_memory(3).detach()
     expected = gradients(model, rollout, memory, "bptt", readout_timesteps=2)
     assert_same_gradients(gradients(model, rollout, memory, method, readout_timesteps=2), expected)
 
 
-def test_a_rollout_is_read_out_from_its_starts():
+def test_the_readout_uses_the_decoder_start_ids():
     model = tiny_model(num_special_tokens=NUM_TASK_TOKENS)
-    rollout = with_starts(random_rollout(5, 3, resets=True))
-    memory, nats = model.initial_memory(3).detach(), 0.0
+    rollout = with_decoder_start_ids(random_rollout(5, 3, resets=True))
+    memory, nll = model.initial_memory(3).detach(), 0.0
     result = backpropagate(model, rollout, memory=memory, readout_timesteps=2)
     for t in range(5):
         hidden, memory = model.encode(rollout.inputs[t], memory=model.reset_memory(memory, rollout.reset[t]))
-        nats = nats + model.token_nats(rollout.targets[t], hidden=hidden, starts=rollout.starts[t]).sum()
-    assert_close(result.loss, nats.detach() / rollout.targets.numel())
+        nll = (
+            nll
+            + model.token_nll(rollout.targets[t], hidden=hidden, decoder_start_ids=rollout.decoder_start_ids[t]).sum()
+        )
+    assert_close(result.loss, nll.detach() / rollout.targets.numel())
 
 
-def test_the_start_tells_the_decoder_its_task():
+def test_the_decoder_start_id_selects_the_task():
     model = tiny_model(num_special_tokens=NUM_TASK_TOKENS)
     rollout = random_rollout(1, 2)
     hidden, _ = model.encode(rollout.inputs[0], memory=model.initial_memory(2))
     targets = rollout.targets[0]
-    plain = model.token_nats(targets, hidden=hidden)
+    plain = model.token_nll(targets, hidden=hidden)
     bos = torch.full((2,), model.bos_token_id)
-    assert torch.equal(model.token_nats(targets, hidden=hidden, starts=bos), plain)
-    assert not torch.allclose(model.token_nats(targets, hidden=hidden, starts=bos + RECALL), plain)
+    assert torch.equal(model.token_nll(targets, hidden=hidden, decoder_start_ids=bos), plain)
+    assert not torch.allclose(model.token_nll(targets, hidden=hidden, decoder_start_ids=bos + RECALL), plain)
     assert model.decode(targets, hidden=hidden).shape[-1] == VOCAB_SIZE
-    with pytest.raises(InputError, match="starts holds token id 15; valid ids are 0 to 14"):
-        model.token_nats(targets, hidden=hidden, starts=bos + 4)
+    with pytest.raises(InputError, match="decoder_start_ids holds token id 15; valid ids are 0 to 14"):
+        model.token_nll(targets, hidden=hidden, decoder_start_ids=bos + 4)
     with pytest.raises(InputError, match="segment holds token id 12; valid ids are 0 to 11"):
         tiny_model().encode(bos[:, None] + 1, memory=model.initial_memory(2))
 
@@ -178,11 +183,11 @@ def test_mistakes_are_refused():
         MultitaskConfig(mean_span=0.0)
     with pytest.raises(InputError, match="data.multitask is for a memformer"):
         RunConfig(model_type="lstm", model=LSTMConfig(), data=DataConfig(multitask=MultitaskConfig()))
-    with pytest.raises(InputError, match="embeddings with adaptive_cutoffs know"):
+    with pytest.raises(InputError, match=r"num_special_tokens \(3\) must be 0 if adaptive_cutoffs are set"):
         tiny_model(num_special_tokens=3, adaptive_cutoffs=(4, 8))
 
 
-def test_models_that_predict_from_states_alone_refuse_starts():
+def test_models_that_predict_from_states_alone_refuse_decoder_start_ids():
     model = tiny_baseline("transformer-xl")
     with pytest.raises(InputError, match="it cannot be shifted"):
-        backpropagate(model, with_starts(random_rollout(2, 3, resets=True)))
+        backpropagate(model, with_decoder_start_ids(random_rollout(2, 3, resets=True)))

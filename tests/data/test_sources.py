@@ -50,7 +50,7 @@ def test_glob_and_list_keep_their_order(folder: Path) -> None:
     assert contents(SourceConfig(path=[str(folder / "sub"), str(folder / "a.txt")])) == [b"sea\xff", b"ay"]
 
 
-def test_existing_file_is_not_taken_for_a_pattern(tmp_path: Path) -> None:
+def test_existing_file_is_not_treated_as_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_bytes(b"one")
     assert contents(SourceConfig(path=str(tmp_path / "a[1].txt"))) == [b"one"]
 
@@ -91,7 +91,7 @@ def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
         iterate_documents(SourceConfig(path=str(tmp_path)))
 
 
-def test_compressed_nothing_in_a_folder_is_left_out(tmp_path: Path) -> None:
+def test_empty_compressed_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(InputError, match="holds no document"):
         contents(SourceConfig(path=str(tmp_path)))
@@ -127,7 +127,7 @@ def test_json_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [":", "2:", ":3", "1:4", "-3:", ":-2", "-5:-2", "2:-3", "-4:9", " 1 : 2 ", "-99:"])
-def test_slices_are_those_of_a_list(text: str) -> None:
+def test_slices_equal_list_slices(text: str) -> None:
     documents = [Document(str(index), b"") for index in range(7)]
     start, stop = parse_slice(text)
     assert list(slice_documents(iter(documents), start=start, stop=stop)) == documents[start:stop]
@@ -170,7 +170,7 @@ def test_contradictory_configurations_are_refused(fields: dict, message: str) ->
 
 
 def test_unknown_kind_is_refused() -> None:
-    # The type checker of the tests would refuse it first, as a user's program does not.
+    # Avoids the type checker of the tests, which a user's program does not have.
     config = object.__new__(SourceConfig)
     object.__setattr__(config, "kind", "csv")
     with pytest.raises(InputError, match=r"kind \('csv'\) must be one of text, jsonl"):
@@ -233,7 +233,7 @@ def test_articles_of_wikitext_2_hold_all_of_its_tokens() -> None:
 
 
 def test_records_of_the_hub_are_lines_where_documents_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As the hub has WikiText: a record for each line, blank ones without their end.
+    # Like WikiText on the hub: one record per line, and blank lines have no line ending.
     records = [line if line.strip() else "" for line in WIKITEXT.splitlines(keepends=True)]
     module = ModuleType("datasets")
     module.load_dataset = lambda *_, **__: [{"text": record} for record in records]
@@ -262,7 +262,7 @@ def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(("x/y", "raw"), {"split": "train", "streaming": True})]
     with pytest.raises(InputError, match="x/y:0 has no key text_key"):
         contents(SourceConfig(kind="huggingface", name="x/y", split="train"))
-    with pytest.raises(InputError, match=r"data set 'missing' .*no such data set"):
+    with pytest.raises(InputError, match=r"data set 'missing' .* cannot be loaded: no such data set"):
         contents(SourceConfig(kind="huggingface", name="missing", split="train"))
 
 

@@ -63,7 +63,7 @@ def test_pixels() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"text", "document x is a text; the pixels tokenizer reads images"),
+        (b"text", "document x is text; the pixels tokenizer reads images"),
         (np.zeros(5, np.uint8), "document x has 5 pixels; the tokenizer's images have 2x3"),
         (np.full(6, 4, np.uint8), "document x has grey level 4; it must be below 4"),
     ],
@@ -75,7 +75,7 @@ def test_pixels_refuse_other_content(content, message: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "word"])
 def test_texts_refuse_images(kind: str) -> None:
-    with pytest.raises(InputError, match=f"document x is an image; a tokenizer of kind '{kind}' reads texts"):
+    with pytest.raises(InputError, match=f"document x is an image; a tokenizer of kind '{kind}' reads text"):
         ALL[kind].encode(np.zeros(6, np.uint8), "x")
     if kind != "bytes":
         with pytest.raises(InputError, match="document x is an image"):
@@ -104,7 +104,7 @@ def test_ids_out_of_the_vocabulary_are_refused(kind: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.text())
-def test_bpe_gives_every_text_back(text: str) -> None:
+def test_bpe_restores_every_text(text: str) -> None:
     ids = BPE.encode(text.encode(), "x")
     assert ids.dtype == np.uint16
     assert BPE.decode(ids.tolist()) == text.encode()
@@ -117,7 +117,7 @@ def test_bpe_merges_and_respects_its_size() -> None:
     assert not BPE.encode(b"", "x").size
 
 
-# Learned where merging over the ends of lines would pay most.
+# Trained on text in which merges across line ends would save the most tokens.
 LINES_BPE = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [Document("x", b"a\n\n\n b\n\n\n\n" * 20)])
 
 
@@ -144,14 +144,14 @@ def test_words_follow_wikitext() -> None:
     )
 
 
-def test_word_cap_keeps_the_commonest() -> None:
+def test_word_limit_keeps_the_most_frequent() -> None:
     tokenizer = train_tokenizer(TokenizerConfig(kind="word", vocab_size=3), DOCUMENTS)
     assert tokenizer.vocab_size == 3
     assert tokenizer.decode(tokenizer.encode(b"the cat\n", "x").tolist()) == b"the <unk>\n"
 
 
 @pytest.mark.parametrize("config", [TokenizerConfig(kind="bpe", vocab_size=290), TokenizerConfig(kind="word")])
-def test_training_is_deterministic_and_fingerprints_tell_tokenizers_apart(config: TokenizerConfig) -> None:
+def test_training_is_deterministic_and_fingerprints_distinguish_tokenizers(config: TokenizerConfig) -> None:
     first, again = (train_tokenizer(config, DOCUMENTS) for _ in range(2))
     assert first.fingerprint == again.fingerprint
     fingerprints = {tokenizer.fingerprint for tokenizer in ALL.values()} | {PixelTokenizer(4, 3, 2).fingerprint}
@@ -173,7 +173,7 @@ def test_wrong_configurations_are_refused(kind: str, vocab_size: int | None, mes
 
 
 def test_unknown_kind_is_refused() -> None:
-    # The type checker of the tests would refuse it first, as a user's program does not.
+    # Avoids the type checker of the tests, which a user's program does not have.
     config = object.__new__(TokenizerConfig)
     object.__setattr__(config, "kind", "char")
     with pytest.raises(InputError, match=r"kind \('char'\) must be one of bytes, bpe, word"):
@@ -220,12 +220,12 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     for changes, message in (
-        ({"kind": "char"}, "has kind 'char'"),
+        ({"kind": "char"}, "has kind 'char', which is unknown or lacks its fields"),
         ({"format_version": 9}, "is not a tokenizer configuration of format version 1"),
-        ({"fingerprint": "0"}, "does not have the fingerprint that tokenizer_config.json says"),
+        ({"fingerprint": "0"}, "its fingerprint does not match that in tokenizer_config.json"),
         ({"kind": "pixels"}, "lacks its fields"),
         ({"kind": "pixels", "vocab_size": 1, "height": 1, "width": 1}, r"is damaged: levels \(1\)"),
-        ({"kind": "bytes"}, "fingerprint is not"),
+        ({"kind": "bytes"}, "its fingerprint or vocab_size does not match"),
     ):
         save_tokenizer(WORD, tmp_path)
         edit(config, **changes)
@@ -263,7 +263,7 @@ def test_foreign_tokenizers_and_unwritable_folders_are_refused(tmp_path: Path) -
         encode = decode = decode_stream = list
 
     save_tokenizer(Foreign(), tmp_path)
-    with pytest.raises(InputError, match="tokenizer is a Other; only this package's own can be saved"):
+    with pytest.raises(InputError, match="tokenizer is a Other; only this package's tokenizers can be saved"):
         save_tokenizer(Other(), tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="could not be written"):

@@ -8,16 +8,12 @@ from hypothesis import strategies as st
 
 from memformer import InputError, evaluate
 from memformer.data import corpus_from_arrays
-from tests.generation.test_session import document_log_probabilities
+from tests.evaluation.corpora import documents
+from tests.generation.sessions import document_log_probabilities
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 
 
-def documents(lengths, seed=0):
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, VOCAB_SIZE, size=length) for length in lengths]
-
-
-def nats_by_hand(model, arrays):
+def nll_by_hand(model, arrays):
     total = 0.0
     for array in arrays:
         tokens = array.tolist()
@@ -38,27 +34,27 @@ def test_packed_evaluation_equals_documents_one_by_one(lengths, num_lanes, rollo
     arrays = documents(lengths)
     result = evaluate(model, corpus_from_arrays(arrays, VOCAB_SIZE), num_lanes=num_lanes, rollout_length=rollout_length)
     assert result.with_memory.num_tokens == sum(lengths)
-    assert result.with_memory.nats == pytest.approx(nats_by_hand(model, arrays), rel=1e-10)
+    assert result.with_memory.nll == pytest.approx(nll_by_hand(model, arrays), rel=1e-10)
 
 
 def test_erased_memory_is_the_initial_memory_before_every_segment():
     model = tiny_model()
     (array,) = documents([4 * SEGMENT_LENGTH])
     result = evaluate(model, corpus_from_arrays([array], VOCAB_SIZE))
-    nats, segment = 0.0, torch.tensor([[model.bos_token_id]])
+    nll, segment = 0.0, torch.tensor([[model.bos_token_id]])
     for start in range(0, len(array), SEGMENT_LENGTH):
         hidden, _ = model.encode(segment, memory=model.initial_memory(1))
         segment = torch.tensor(array[None, start : start + SEGMENT_LENGTH])
-        nats += model.token_nats(segment, hidden=hidden).sum().item()
-    assert result.memory_erased.nats == pytest.approx(nats, rel=1e-10)
-    assert result.memory_erased.nats != pytest.approx(result.with_memory.nats, rel=1e-6)
+        nll += model.token_nll(segment, hidden=hidden).sum().item()
+    assert result.memory_erased.nll == pytest.approx(nll, rel=1e-10)
+    assert result.memory_erased.nll != pytest.approx(result.with_memory.nll, rel=1e-6)
 
 
 def test_documents_shorter_than_a_segment_are_evaluated():
     model = tiny_model()
     arrays = documents([2])
     result = evaluate(model, corpus_from_arrays(arrays, VOCAB_SIZE))
-    assert result.with_memory.nats == pytest.approx(nats_by_hand(model, arrays), rel=1e-10)
+    assert result.with_memory.nll == pytest.approx(nll_by_hand(model, arrays), rel=1e-10)
 
 
 def test_units():
@@ -66,7 +62,7 @@ def test_units():
     figures = evaluate(tiny_model(), corpus).with_memory
     assert figures.bits_per_token == pytest.approx(2 * figures.bits_per_byte)
     assert 2**figures.bits_per_token == pytest.approx(figures.perplexity)
-    assert figures.nats == pytest.approx(figures.bits_per_token * 36 * np.log(2))
+    assert figures.nll == pytest.approx(figures.bits_per_token * 36 * np.log(2))
 
 
 def test_evaluation_leaves_mode_and_randomness_alone():
@@ -78,7 +74,7 @@ def test_evaluation_leaves_mode_and_randomness_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_cannot_be_evaluated_is_refused():
+def test_other_vocabularies_and_broken_weights_are_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="vocabulary of 12 tokens, the model one of 11"):
         evaluate(model, corpus_from_arrays(documents([40]), 12))

@@ -1,4 +1,4 @@
-"""Sessions, evaluation and the command take every model; a session predicts what evaluation predicts."""
+"""Sessions, evaluation and commands support every model; sessions and evaluation predict the same."""
 
 import json
 
@@ -11,30 +11,30 @@ from memformer import CheckpointError, InputError, MemformerConfig, Session, eva
 from memformer.data import corpus_from_arrays
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from tests.cli.calls import call, call_json, make_text, refused
-from tests.generation.test_session import assert_same_state, random_tokens
+from tests.generation.sessions import assert_same_state, random_tokens
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
 from tests.models.baselines import BASELINES, TYPES, tiny_baseline
 
 baselines = pytest.mark.parametrize("name", BASELINES)
 
 
-def session_nats(model, tokens):
-    """Nats of every token, each predicted by a session that was fed those before it one by one."""
-    session, nats = Session(model), []
+def session_nll(model, tokens):
+    """Return the NLL of every token, each predicted by a session that was fed the tokens before it one by one."""
+    session, nll = Session(model), []
     for token in tokens:
-        nats.append(-session.next_token_logits()[0].log_softmax(-1)[token])
+        nll.append(-session.next_token_logits()[0].log_softmax(-1)[token])
         session.feed([token])
-    return torch.stack(nats)
+    return torch.stack(nll)
 
 
 @baselines
-def test_a_session_predicts_what_evaluation_predicts(name):
+def test_a_session_predicts_the_same_as_evaluation(name):
     model = tiny_baseline(name)
     documents = [random_tokens(count, seed=count) for count in (1, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 2)]
     corpus = corpus_from_arrays([np.array(tokens) for tokens in documents], vocab_size=VOCAB_SIZE)
     found = evaluate(model, corpus, num_lanes=2, rollout_length=2)
-    expected = torch.cat([session_nats(model, tokens) for tokens in documents]).sum()
-    assert_close(torch.tensor(found.with_memory.nats, dtype=torch.float64), expected)
+    expected = torch.cat([session_nll(model, tokens) for tokens in documents]).sum()
+    assert_close(torch.tensor(found.with_memory.nll, dtype=torch.float64), expected)
 
 
 @baselines
@@ -64,7 +64,7 @@ def test_a_session_of_another_model_and_a_compiled_one_are_refused(tmp_path):
     session.feed([1, 2])
     session._context.previous.fill_(model.bos_token_id + 1)
     session.save(tmp_path / "session")
-    with pytest.raises(CheckpointError, match="the token before them is outside the vocabulary"):
+    with pytest.raises(CheckpointError, match="the token before the pending tokens is outside the vocabulary"):
         Session.load(tmp_path / "session", model=model)
     with pytest.raises(CheckpointError, match="another model"):
         Session.load(tmp_path / "session", model=tiny_baseline("transformer-xl"))
@@ -95,7 +95,7 @@ def config_of(base, model_type):
 
 
 @pytest.mark.parametrize("model_type", [BASELINES[name][0].model_type for name in TYPES])
-def test_the_commands_take_every_type_of_model(base, model_type):
+def test_the_commands_support_every_model_type(base, model_type):
     file, run = config_of(base, model_type), base / model_type
     trained = call_json("train", file)
     assert load_model(run / "best").config.model_type == model_type
@@ -111,7 +111,7 @@ def test_the_commands_take_every_type_of_model(base, model_type):
     assert call_json("train", run, "--resume", "--training.num_updates", "6")["run"] == str(run)
 
 
-def test_the_type_of_model_decides_which_options_there_are(base):
+def test_the_model_type_determines_the_options(base):
     lstm, memformer = config_of(base, "lstm"), config_of(base, "memformer")
     assert "unknown option --model.num_slots" in refused("train", lstm, "--model.num_slots", "4")
     assert "model_type ('gru') in --model_type must be one of memformer, lstm" in refused(
@@ -122,13 +122,13 @@ def test_the_type_of_model_decides_which_options_there_are(base):
     assert status == 0
     assert "--model.memory_length" in out
     assert "  --model.num_slots" not in out
-    assert "for a memformer, not for a lstm" in refused("train", lstm, "--training.write_price", "0.1")
+    assert "for a memformer, not for a lstm" in refused("train", lstm, "--training.write_penalty", "0.1")
 
 
-def test_what_only_a_memformer_can_do_is_refused():
+def test_options_for_a_memformer_only_are_refused_for_others():
     lstm = type(tiny_baseline("lstm").config)()
     with pytest.raises(InputError, match=r"model_type \('memformer'\) contradicts the model, a lstm"):
         RunConfig(model=lstm)
     with pytest.raises(InputError, match="training.sharding is for a memformer, not for a lstm"):
-        RunConfig(model_type="lstm", model=lstm, training=TrainingConfig(sharding="moments"))
+        RunConfig(model_type="lstm", model=lstm, training=TrainingConfig(sharding="optimizer_state"))
     assert RunConfig(model=MemformerConfig(), data=DataConfig()).model_type == "memformer"

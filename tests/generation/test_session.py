@@ -1,4 +1,4 @@
-"""A session's state depends on the tokens alone; what it predicts is what evaluation predicts."""
+"""Sessions: the state depends only on the tokens, and predictions match those over whole documents."""
 
 import pytest
 import torch
@@ -9,31 +9,11 @@ from memformer import CheckpointError, InputError, InputTypeError, SaveError, Se
 from memformer.generation.sampling import sample
 from memformer.generation.session import FORMAT, FORMAT_VERSION, WEIGHTS
 from memformer.utils.files import write_tensors
+from tests.generation.sessions import assert_same_state, document_log_probabilities, random_tokens
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
 
-def random_tokens(count, seed=4):
-    return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def document_log_probabilities(model, tokens):
-    """Log-probabilities of every next token, by encode and decode alone: [BOS] first, then whole segments."""
-    memory, segment, rows = model.initial_memory(1), torch.tensor([[model.bos_token_id]]), []
-    with torch.no_grad():
-        for start in range(0, len(tokens), SEGMENT_LENGTH):
-            hidden, memory = model.encode(segment, memory=memory)
-            segment = torch.tensor([tokens[start : start + SEGMENT_LENGTH]])
-            rows.append(model.decode(segment, hidden=hidden)[0].log_softmax(-1))
-    return torch.cat(rows)
-
-
-def assert_same_state(session, other, *, relative=1e-10):
-    assert_close(session.memory, other.memory, relative=relative)
-    assert session.num_tokens == other.num_tokens
-    assert_close(session.next_token_logits(), other.next_token_logits(), relative=relative)
-
-
-def test_next_token_distribution_is_that_of_the_whole_document(variant):
+def test_next_token_distribution_matches_the_whole_document(variant):
     model = tiny_model(**variant).eval()
     tokens = random_tokens(3 * SEGMENT_LENGTH + 4)
     expected = document_log_probabilities(model, tokens)
@@ -57,11 +37,11 @@ def test_any_split_gives_the_same_state(data):
         split.feed(tokens[position : position + size])
         position += size
         if data.draw(st.booleans()):
-            split.next_token_logits()  # asking must not change anything
+            split.next_token_logits()  # computing logits must not change the state
     assert_same_state(split, whole)
 
 
-def test_rows_fed_unequal_numbers_of_tokens_equal_sessions_of_their_own(variant):
+def test_rows_with_unequal_numbers_of_tokens_equal_separate_sessions(variant):
     model = tiny_model(**variant)
     rows = [random_tokens(n, seed=n) for n in (0, 5, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 1)]
     together = Session(model, batch_size=4)
@@ -88,13 +68,13 @@ def test_generated_tokens_become_part_of_the_stream():
     assert_same_state(session, other)
 
 
-def test_greedy_generation_takes_the_likeliest_token_each_time():
+def test_greedy_generation_takes_the_most_likely_token_each_time():
     model = tiny_model()
     prompt = random_tokens(7)
     new = _generate_greedily(model, prompt, 2 * SEGMENT_LENGTH)
     for count in range(len(new)):
-        likeliest = document_log_probabilities(model, prompt + new[: count + 1])[-1].argmax()
-        assert new[count] == likeliest
+        most_likely = document_log_probabilities(model, prompt + new[: count + 1])[-1].argmax()
+        assert new[count] == most_likely
 
 
 def _generate_greedily(model, prompt, count):
@@ -128,7 +108,7 @@ def test_state_does_not_grow():
         assert session.state_bytes == at_start
 
 
-def test_a_saved_session_goes_on_as_if_never_saved(tmp_path, variant):
+def test_a_saved_session_continues_as_if_never_saved(tmp_path, variant):
     model = tiny_model(**variant)
     session = Session(model, batch_size=2)
     session.feed([random_tokens(15), random_tokens(7)])
@@ -163,7 +143,7 @@ def test_damaged_and_foreign_sessions_are_refused(tmp_path):
         Session.load(tmp_path / "model" / "model.safetensors", model=session.model)
 
 
-def test_values_that_cannot_be_a_state_are_refused(tmp_path):
+def test_invalid_saved_states_are_refused(tmp_path):
     session = Session(tiny_model())
     session.feed(random_tokens(20))
     path = tmp_path / "state.safetensors"
@@ -179,7 +159,7 @@ def test_values_that_cannot_be_a_state_are_refused(tmp_path):
         Session.load(path, model=session.model)
 
 
-def test_a_failed_save_leaves_the_file_that_was_there(tmp_path):
+def test_a_failed_save_leaves_earlier_files_intact(tmp_path):
     session = Session(tiny_model())
     (tmp_path / "folder").write_text("a file where a folder must be")
     with pytest.raises(SaveError, match="could not be written"):
@@ -187,7 +167,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
-def test_wrong_tokens_and_options_are_named():
+def test_errors_name_wrong_tokens_and_options():
     session = Session(tiny_model())
     for wrong in ([0, VOCAB_SIZE], [-1]):
         with pytest.raises(InputError, match=f"token id {wrong[-1]} is outside the vocabulary; valid ids are 0 to 10"):
@@ -207,10 +187,10 @@ def test_wrong_tokens_and_options_are_named():
         ({"seed": 2**70}, r"seed \(1180591620717411303424\) must be from 0"),
     ):
         with pytest.raises(InputError, match=message):
-            session.stream(**{"max_new_tokens": 1, **options})  # at once, not at the first token
+            session.stream(**{"max_new_tokens": 1, **options})  # immediately, not at the first token
 
 
-def test_sampling_keeps_the_likeliest_tokens_only():
+def test_sampling_keeps_only_the_most_likely_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
     generator = torch.Generator().manual_seed(0)
 
@@ -225,7 +205,7 @@ def test_sampling_keeps_the_likeliest_tokens_only():
     assert drawn(temperature=0.0)[0] == drawn(top_p=1e-6)[0] == 1
 
 
-def test_feeding_nothing_is_allowed_and_tensors_and_arrays_are_too():
+def test_empty_lists_tensors_and_arrays_can_be_fed():
     session = Session(tiny_model())
     session.feed([])
     session.feed(torch.tensor(random_tokens(9)))
@@ -236,19 +216,19 @@ def test_feeding_nothing_is_allowed_and_tensors_and_arrays_are_too():
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
-def test_a_temperature_as_low_as_can_be_is_greedy(temperature):
+def test_an_extremely_low_temperature_is_greedy(temperature):
     logits = torch.tensor([[1.0, 3.0, 2.9], [80.0, -80.0, 79.0]])
     chosen = sample(logits, temperature=temperature, top_k=None, top_p=None, generator=None)
     assert chosen.tolist() == [1, 0]
 
 
-def test_the_k_likeliest_are_k_even_if_more_are_as_likely():
+def test_top_k_keeps_k_tokens_even_if_more_are_equally_likely():
     logits = torch.zeros(500, 5)
     chosen = sample(logits, temperature=1.0, top_k=2, top_p=None, generator=torch.Generator().manual_seed(0))
     assert len(set(chosen.tolist())) == 2
 
 
-def test_a_model_in_training_mode_reads_without_dropout_and_stays_in_it():
+def test_a_model_in_training_mode_reads_without_dropout_and_stays_in_training_mode():
     model = tiny_model(dropout=0.5)
     expected = Session(model.eval())
     expected.feed(random_tokens(20))
@@ -259,7 +239,7 @@ def test_a_model_in_training_mode_reads_without_dropout_and_stays_in_it():
     assert model.decoder.training
 
 
-def test_a_session_goes_on_with_the_weights_that_it_was_saved_with(tmp_path):
+def test_a_session_loads_only_with_the_weights_that_it_was_saved_with(tmp_path):
     path = tmp_path / "state"
     session = Session(tiny_model())
     session.feed(random_tokens(20))
@@ -267,7 +247,8 @@ def test_a_session_goes_on_with_the_weights_that_it_was_saved_with(tmp_path):
     other = tiny_model()
     with torch.no_grad():
         other.decoder.norm.bias += 1e-3
-    with pytest.raises(CheckpointError, match="was saved with other weights than this model's"):
+    message = "was saved with other weights than this model's, so its memory is meaningless to this model"
+    with pytest.raises(CheckpointError, match=message):
         Session.load(path, model=other)
     for changed in (tiny_model(seed=1), tiny_model(write_temperature=0.5)):
         with pytest.raises(CheckpointError, match="was saved with other weights"):
@@ -277,7 +258,7 @@ def test_a_session_goes_on_with_the_weights_that_it_was_saved_with(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_broken_weights_are_told_and_not_drawn_from_or_saved(tmp_path, temperature):
+def test_broken_weights_raise_errors_in_generation_and_saving(tmp_path, temperature):
     model = tiny_model()
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
@@ -290,7 +271,7 @@ def test_broken_weights_are_told_and_not_drawn_from_or_saved(tmp_path, temperatu
     assert not any(tmp_path.iterdir())
 
 
-def test_a_row_that_stops_keeps_its_state_while_the_others_go_on():
+def test_a_stopped_row_keeps_its_state_while_other_rows_continue():
     model = tiny_model(seed=3)
     prompts = [random_tokens(9, seed=seed) for seed in range(4)]
 
@@ -301,7 +282,7 @@ def test_a_row_that_stops_keeps_its_state_while_the_others_go_on():
 
     together = fed(prompts)
     whole = [fed([prompt]).generate(40, temperature=0) for prompt in prompts]
-    # Tokens that some rows meet soon, some late and some never.
+    # Stop tokens that some rows generate early, some late and some never.
     stops = {whole[0][3], whole[1][20]}
     rows = together.generate(40, temperature=0, stop_token_ids=stops)
     lengths = [next((n for n, token in enumerate(row, 1) if token in stops), 40) for row in whole]

@@ -1,4 +1,4 @@
-"""The paper's baselines at tiny sizes, for laws that every one of them must obey."""
+"""Tiny baselines, for properties that all of them must have."""
 
 import torch
 
@@ -13,7 +13,7 @@ from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE
 
 _ATTENTION = {"num_heads": 2, "d_ff": 24}
 
-# Each model with the options that change what it computes.
+# Each model with options that change its computation.
 BASELINES = {
     "lstm": (LSTMConfig, {}),
     "lstm, adaptive softmax": (LSTMConfig, {"adaptive_cutoffs": (4, 8)}),
@@ -24,7 +24,7 @@ BASELINES = {
         CompressiveTransformerConfig,
         {**_ATTENTION, "memory_length": 6, "compressed_length": 4, "compression_rate": 2},
     ),
-    # Nothing is a multiple of anything, and a segment is longer than the memory.
+    # No length is a multiple of another, and a segment is longer than the memory.
     "compressive, uneven": (
         CompressiveTransformerConfig,
         {**_ATTENTION, "memory_length": 4, "compressed_length": 2, "compression_rate": 3},
@@ -36,18 +36,18 @@ BASELINES = {
     "recurrent memory": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 3}),
     "recurrent memory, one token": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 1}),
 }
-# One of each type.
+# One model of each type.
 TYPES = ["lstm", "transformer-xl", "compressive", "recurrent memory"]
 
 
 def tiny_baseline(name, seed=0, **changes):
-    """A baseline small enough for float64 laws; in evaluation mode unless it has dropout."""
+    """Return a baseline small enough for float64 tests, in evaluation mode unless it has dropout."""
     config_class, fields = BASELINES[name]
     sizes = {"vocab_size": VOCAB_SIZE, "d_model": 16, "num_layers": 2, "segment_length": SEGMENT_LENGTH}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_model(config_class(**{**sizes, **fields, **changes})).double()
-        # What starts at zero would hide a mistake in where it is added.
+        # Parameters that start at zero would hide a mistake in their use.
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.norm() == 0:
@@ -60,7 +60,7 @@ def tokens(batch_size, length, seed=2):
 
 
 def used_memory(model, batch_size):
-    """A memory that has read some tokens, more in some rows than in others."""
+    """Return a memory that has read tokens, more in some rows than in others."""
     memory = model.initial_memory(batch_size)
     with torch.no_grad():
         for row in range(batch_size):

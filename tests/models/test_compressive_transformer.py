@@ -1,4 +1,4 @@
-"""The Compressive Transformer: what is compressed when, what it is read as, and what the compression learns by."""
+"""The Compressive Transformer: layout and timing of its memory, attention to it, and the reconstruction loss."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import Rollout, backpropagate
-from memformer.models.compression import ReconstructionLoss
+from memformer.nn import AuxiliaryLoss
 from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
@@ -20,7 +20,7 @@ few = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 def read(model, lengths):
-    """Yield for each timestep the segment, its padding, the states of its tokens and the memory that leaves."""
+    """Yield for each timestep the segment, its padding, the hidden states of its tokens and the next memory."""
     memory = model.initial_memory(B)
     for timestep, counts in enumerate(lengths):
         segment = tokens(B, 7, seed=timestep)
@@ -31,7 +31,7 @@ def read(model, lengths):
 
 @few
 @given(lengths=lengths, memory_length=st.integers(1, 5), compressed_length=st.integers(1, 5))
-def test_tokens_compressed_alone_are_a_longer_memory(lengths, memory_length, compressed_length):
+def test_compression_with_rate_one_equals_a_longer_memory(lengths, memory_length, compressed_length):
     model = tiny_baseline(
         "compressive, mean", memory_length=memory_length, compressed_length=compressed_length, compression_rate=1
     )
@@ -52,7 +52,7 @@ def test_the_memory_is_a_list_of_tokens_whose_oldest_are_compressed_in_whole_blo
     recent, compressed = [[] for _ in range(B)], [[] for _ in range(B)]
     for segment, padding, _, memory in read(model, lengths):
         for row in range(B):
-            embedded = model.embedding(segment[row : row + 1])[0] * 4.0  # sqrt(16): what enters the first layer
+            embedded = model.embedding(segment[row : row + 1])[0] * 4.0  # sqrt(16): the input of the first layer
             recent[row] += [state for state, is_padding in zip(embedded, padding[row], strict=True) if not is_padding]
             while len(recent[row]) > config.memory_length:
                 block = torch.stack([recent[row].pop(0) for _ in range(config.compression_rate)])
@@ -60,7 +60,7 @@ def test_the_memory_is_a_list_of_tokens_whose_oldest_are_compressed_in_whole_blo
                     compressed[row].append(block.sum(dim=0) / len(block))
                     continue
                 kernel = model.compressions[0].projection.weight.unflatten(1, (len(block), -1))
-                parts = [kernel[:, place] @ state for place, state in enumerate(block)]
+                parts = [kernel[:, position] @ state for position, state in enumerate(block)]
                 compressed[row].append(sum(parts) + model.compressions[0].projection.bias)
             compressed[row] = compressed[row][-config.compressed_length :]
             for part, expected in zip(
@@ -75,8 +75,8 @@ def test_the_memory_is_a_list_of_tokens_whose_oldest_are_compressed_in_whole_blo
                     assert_close(part[num_missing:, :16], torch.stack(expected))
 
 
-def test_a_state_sees_the_memory_and_through_the_compressed_memory_further_back():
-    model = tiny_baseline("compressive", num_layers=1)  # 6 tokens, and 4 times 2
+def test_a_state_depends_on_the_memory_and_the_compressed_memory_only():
+    model = tiny_baseline("compressive", num_layers=1)  # a memory of 6 tokens, and 4 compressed memories of 2 tokens
     document = tokens(1, 30)
 
     def last_state(document):
@@ -92,7 +92,7 @@ def test_a_state_sees_the_memory_and_through_the_compressed_memory_further_back(
         assert (not torch.equal(last_state(changed), expected)) == (position >= 24 - 6 - 8)
 
 
-def test_no_gradient_of_the_likelihood_reaches_memory_or_compression():
+def test_the_likelihood_gives_no_gradient_to_memory_or_compression():
     model = tiny_baseline("compressive")
     memory = used_memory(model, 2).requires_grad_()
     total = 0.0
@@ -106,12 +106,12 @@ def test_no_gradient_of_the_likelihood_reaches_memory_or_compression():
 
 
 def reconstruction_by_hand(model, segment, padding, memory):
-    """The loss token by token and head by head, from the memory that enters; nothing but the blocks has gradient."""
+    """Return the loss, computed by token and head; only the compressed blocks have gradient."""
     config, total = model.config, torch.zeros(()).double()
     heads, rate = config.num_heads, config.compression_rate
     _, next_memory = model.encode(segment, memory=memory, padding_mask=padding)
     for row in range(len(segment)):
-        # What enters each layer is what the next memory holds of it, as long as segment and memory are that long.
+        # The inputs of each layer are read from the next memory, which holds the whole segment.
         present = memory[row, config.compressed_length :]
         recent = [slot for slot in present if slot[-1] > 0]
         num_tokens = int((~padding[row]).sum())
@@ -126,7 +126,7 @@ def reconstruction_by_hand(model, segment, padding, memory):
             weights = [part.detach() for part in layer.self_attention.query_key_value.weight.chunk(3)]
             scale, shift = norm.weight.detach(), norm.bias.detach()
 
-            def look(x, scale=scale, shift=shift):
+            def normalize(x, scale=scale, shift=shift):
                 centred = x - x.mean()
                 return centred / (centred.square().mean() + 1e-5).sqrt() * scale + shift
 
@@ -134,11 +134,11 @@ def reconstruction_by_hand(model, segment, padding, memory):
             projection = model.compressions[index].projection
             summaries = [projection.weight @ block.flatten() + projection.bias for block in blocks]
             for token in arrived:
-                query = weights[0] @ look(token[own])
+                query = weights[0] @ normalize(token[own])
                 reads = []
                 for source in (list(leaving[:, own]), summaries):
-                    keys = [(weights[1] @ look(state)).view(heads, -1) for state in source]
-                    values = [(weights[2] @ look(state)).view(heads, -1) for state in source]
+                    keys = [(weights[1] @ normalize(state)).view(heads, -1) for state in source]
+                    values = [(weights[2] @ normalize(state)).view(heads, -1) for state in source]
                     for head in range(heads):
                         scores = torch.stack([query.view(heads, -1)[head] @ key[head] for key in keys])
                         attention = (scores / math.sqrt(16 / heads)).softmax(0)
@@ -152,7 +152,7 @@ def compression_gradients(model):
     return [parameter.grad.clone() for parameter in model.compressions.parameters()]
 
 
-def test_the_reconstruction_loss_is_that_of_the_algorithm_written_out_and_teaches_the_compression_alone():
+def test_the_reconstruction_loss_matches_the_algorithm_and_trains_only_the_compression():
     model = tiny_baseline("compressive")
     memory = model.initial_memory(B)
     for seed, counts in enumerate(([6, 6, 2], [6, 3, 0])):
@@ -163,9 +163,9 @@ def test_the_reconstruction_loss_is_that_of_the_algorithm_written_out_and_teache
     expected.backward()
     expected_grads = compression_gradients(model)
     model.zero_grad()
-    loss = ReconstructionLoss()
+    loss = AuxiliaryLoss()
     entering = memory.requires_grad_()
-    hidden, next_memory = model.encode(segment, memory=entering, padding_mask=padding, reconstruction=loss)
+    hidden, next_memory = model.encode(segment, memory=entering, padding_mask=padding, auxiliary=loss)
     plain, plain_memory = model.encode(segment, memory=memory, padding_mask=padding)
     assert torch.equal(hidden, plain)
     assert torch.equal(next_memory, plain_memory)
@@ -181,22 +181,22 @@ def test_the_reconstruction_loss_is_that_of_the_algorithm_written_out_and_teache
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_training_adds_the_mean_reconstruction_loss_by_its_weight_and_does_not_report_it(method):
+def test_training_adds_the_weighted_mean_reconstruction_loss_and_does_not_report_it(method):
     rollout = random_rollout(5, B, resets=True, padding=True)
     results = {}
     for weight in (0.0, 0.5, 1.0):
         model = tiny_baseline("compressive", reconstruction_weight=weight)
         memory = used_memory(model, B)
         results[weight] = backpropagate(model, rollout, memory=memory, method=method), model
-    arranged, state, total = model.arrange(rollout), memory, 0.0
+    aligned, state, total = model.align_inputs(rollout), memory, 0.0
     reference = tiny_baseline("compressive")
     for t in range(5):
-        state = reference.reset_memory(state, arranged.reset[t])
-        _, state, loss = reference.encode_with_auxiliary_loss(
-            arranged.inputs[t], memory=state, padding_mask=arranged.input_padding[t]
-        )
-        total = total + loss
-    (total / (~arranged.input_padding).sum()).backward()
+        state = reference.reset_memory(state, aligned.reset[t])
+        loss = AuxiliaryLoss()
+        padding = aligned.input_padding[t]
+        _, state = reference.encode(aligned.inputs[t], memory=state, padding_mask=padding, auxiliary=loss)
+        total = total + loss.total
+    (total / (~aligned.input_padding).sum()).backward()
     expected = compression_gradients(reference)
     for weight in (0.5, 1.0):
         result, model = results[weight]
@@ -210,7 +210,7 @@ def test_training_adds_the_mean_reconstruction_loss_by_its_weight_and_does_not_r
     assert all(p.grad is None for p in results[0.0][1].compressions.parameters())
 
 
-def test_a_rollout_in_which_nothing_is_compressed_has_no_reconstruction_loss():
+def test_a_rollout_without_compression_has_no_reconstruction_loss():
     model = tiny_baseline("compressive", memory_length=60)
     rollout = Rollout(inputs=tokens(2, SEGMENT_LENGTH)[None], targets=tokens(2, SEGMENT_LENGTH, seed=3)[None])
     backpropagate(model, rollout)

@@ -1,4 +1,4 @@
-"""The LSTM: its state is all that a segment leaves, and it is the cell of the equations."""
+"""The LSTM: its memory is its whole state, and its cell matches the equations."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 
 def by_hand(model, segment):
-    """States of all tokens, cell by cell; and h and c of each layer, gates written out."""
+    """Return the hidden states of all tokens, and h and c of each layer, from explicit gates."""
     width = model.config.d_model
     states = [
         (torch.zeros(len(segment), width).double(), torch.zeros(len(segment), width).double()) for _ in model.layers
@@ -23,15 +23,15 @@ def by_hand(model, segment):
         for index, layer in enumerate(model.layers):
             h, c = states[index]
             gates = x @ layer.weight_ih_l0.T + layer.bias_ih_l0 + h @ layer.weight_hh_l0.T + layer.bias_hh_l0
-            keep_in, keep_old, new, out = gates.chunk(4, dim=-1)
-            c = keep_old.sigmoid() * c + keep_in.sigmoid() * new.tanh()
-            x = out.sigmoid() * c.tanh()
+            input_gate, forget_gate, new, output_gate = gates.chunk(4, dim=-1)
+            c = forget_gate.sigmoid() * c + input_gate.sigmoid() * new.tanh()
+            x = output_gate.sigmoid() * c.tanh()
             states[index] = x, c
         hidden.append(x)
     return torch.stack(hidden, dim=1), torch.stack([h for h, _ in states] + [c for _, c in states], dim=1)
 
 
-def test_states_are_those_of_the_equations_written_out():
+def test_states_match_the_equations():
     model, segment = tiny_baseline("lstm"), tokens(2, 9)
     hidden, memory = model.encode(segment, memory=model.initial_memory(2))
     expected, expected_memory = by_hand(model, segment)
@@ -66,20 +66,21 @@ def test_forget_gates_start_open_and_other_biases_at_zero():
         assert torch.equal(gates, torch.tensor([0.0, 1.0, 0.0, 0.0])[:, None].expand_as(gates).double())
 
 
-def test_dropout_stands_between_layers_alone():
+def test_dropout_acts_only_between_layers():
     memory, segment = tiny_baseline("lstm", num_layers=1).initial_memory(2), tokens(2, 6)
-    model = tiny_baseline("lstm", num_layers=1, dropout=0.5, embedding_dropout=0.0)
+    model = tiny_baseline("lstm", num_layers=1, dropout=0.5)
+    model.embedding_dropout.p = 0.0  # the embedded tokens have dropout too
     dropped, _ = model.encode(segment, memory=memory)
     assert torch.equal(dropped, model.eval().encode(segment, memory=memory)[0])
 
 
-def test_gradient_reaches_the_memory_that_enters():
+def test_gradients_reach_the_initial_memory():
     model = tiny_baseline("lstm")
     result = backpropagate(model, random_rollout(3, 2), memory=used_memory(model, 2))
     assert (result.memory_grad.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_autocast_leaves_the_states_as_they_are():
+def test_autocast_does_not_change_the_states():
     model = tiny_baseline("lstm").float()
     memory, segment = model.initial_memory(2), tokens(2, 6)
     expected, expected_memory = model.encode(segment, memory=memory)

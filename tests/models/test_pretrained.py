@@ -1,4 +1,4 @@
-"""A config that does not fit the weights is one line, before any memory is taken for what it asks."""
+"""Saving and loading: a loaded model is unchanged; damaged files and configs that do not fit are refused."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memformer import CheckpointError, Memformer
-from tests.helpers import tiny_config
+from tests.helpers import tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -36,13 +36,49 @@ def test_weights_that_changed_on_disk_are_refused(folder):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="has not the checksum it was written with"):
+    with pytest.raises(CheckpointError, match="its content does not match its checksum"):
         Memformer.from_pretrained(folder)
 
 
-def test_what_is_loaded_can_be_trained(folder):
+def test_a_loaded_model_can_be_trained(folder):
     model = Memformer.from_pretrained(folder)
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
     hidden, _ = model.encode(torch.zeros((1, 6), dtype=torch.int64), memory=model.initial_memory(1))
     hidden.sum().backward()
     assert model.encoder.norm.weight.grad is not None
+
+
+def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
+    model = tiny_model(**variant).float().eval()
+    model.save_pretrained(tmp_path / "saved")
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = Memformer.from_pretrained(tmp_path / "saved")
+    assert loaded.config == model.config
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path):
+    model = tiny_model().float()
+    model.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"nothing.config\.json does not exist"):
+        Memformer.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        Memformer.from_pretrained(tmp_path)
+    tiny_model(d_ff=64).float().save_pretrained(tmp_path / "other")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="feed_forward.*has shape .*this model's is"):
+        Memformer.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist"):
+        Memformer.from_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("num_slots", "num_slot"))
+    with pytest.raises(CheckpointError, match="unknown key 'num_slot'.*did you mean 'num_slots'"):
+        Memformer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config.replace("memformer", "bert"))
+    with pytest.raises(CheckpointError, match="does not describe a memformer"):
+        Memformer.from_pretrained(tmp_path)

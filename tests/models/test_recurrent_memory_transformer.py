@@ -1,4 +1,4 @@
-"""The Recurrent Memory Transformer: what attends to what, and that gradient flows through what is written."""
+"""The Recurrent Memory Transformer: its attention pattern, and gradients through its memory."""
 
 import math
 
@@ -10,16 +10,16 @@ from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 
-def turned(vector, position):
-    """A rotary turn, as multiplication of complex numbers."""
+def rotated(vector, position):
+    """Return the vector after rotary rotation, as a multiplication of complex numbers."""
     half = len(vector) // 2
-    turns = [complex(math.cos(a), math.sin(a)) for a in (position * 10_000.0 ** (-i / half) for i in range(half))]
-    pairs = torch.complex(vector[:half], vector[half:]) * torch.tensor(turns, dtype=torch.complex128)
+    rotations = [complex(math.cos(a), math.sin(a)) for a in (position * 10_000.0 ** (-i / half) for i in range(half))]
+    pairs = torch.complex(vector[:half], vector[half:]) * torch.tensor(rotations, dtype=torch.complex128)
     return torch.cat([pairs.real, pairs.imag])
 
 
 def by_hand(model, segment, memory):
-    """One row: every token of the stack, and what the class says that it attends to."""
+    """Return hidden states and next memory of one row, with the attention pattern of the class docstring."""
     num_memory, heads = len(memory), model.config.num_heads
     embedded = model.embedding(segment[None])[0] * 4.0  # sqrt(16)
     kinds = ["read"] * num_memory + ["token"] * len(segment) + ["write"] * num_memory
@@ -27,28 +27,28 @@ def by_hand(model, segment, memory):
     for layer in model.layers:
         norm, attention = layer.self_attention_norm, layer.self_attention
         projected = [attention.query_key_value(norm(state)).view(3, heads, -1) for state in states]
-        left = []
-        for place, kind in enumerate(kinds):
+        next_states = []
+        for position, kind in enumerate(kinds):
             seen = [
                 other
                 for other in range(len(states))
-                if kinds[other] == "read" or kind == "write" or (kind == "token" and other <= place)
+                if kinds[other] == "read" or kind == "write" or (kind == "token" and other <= position)
             ]
             read = []
             for head in range(heads):
-                query = turned(projected[place][0, head], place)
-                scores = torch.stack([query @ turned(projected[other][1, head], other) for other in seen])
+                query = rotated(projected[position][0, head], position)
+                scores = torch.stack([query @ rotated(projected[other][1, head], other) for other in seen])
                 weights = (scores / math.sqrt(len(query))).softmax(0)
                 read.append(sum(w * projected[other][2, head] for w, other in zip(weights, seen, strict=True)))
-            x = states[place] + attention.output(torch.cat(read))
-            left.append(x + layer.feed_forward(layer.feed_forward_norm(x)[None, None])[0, 0])
-        states = left
+            x = states[position] + attention.output(torch.cat(read))
+            next_states.append(x + layer.feed_forward(layer.feed_forward_norm(x)[None, None])[0, 0])
+        states = next_states
     states = model.norm(torch.stack(states))
     return states[num_memory:-num_memory], states[-num_memory:]
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_every_token_attends_to_what_is_said(length):
+def test_every_token_attends_as_documented(length):
     model = tiny_baseline("recurrent memory")
     memory, segment = torch.randn(2, 3, 16).double(), tokens(2, length)
     hidden, next_memory = model.encode(segment, memory=memory)
@@ -69,7 +69,7 @@ def test_a_document_starts_from_learned_memory_tokens():
 def test_gradient_flows_through_the_memory_from_the_last_timestep_to_the_first(method):
     model = tiny_baseline("recurrent memory")
     target_padding = torch.zeros(4, 2, SEGMENT_LENGTH, dtype=torch.bool)
-    target_padding[:-1, :, 1:] = True  # a token in each timestep, for what is not predicted is not read
+    target_padding[:-1, :, 1:] = True  # one target per timestep: tokens that are not predicted are not read
     plain = random_rollout(4, 2)
     rollout = Rollout(inputs=plain.inputs, targets=plain.targets, target_padding=target_padding)
     with_last = backpropagate(model, rollout, memory=used_memory(model, 2), method=method)

@@ -1,4 +1,4 @@
-"""Transformer-XL: its attention is that of the paper's equations, and its memory stands for the tokens before."""
+"""Transformer-XL: its attention matches the paper's equations, and its memory replaces the earlier tokens."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ from tests.models.baselines import tiny_baseline, tokens, used_memory
 
 
 def attention_by_hand(module, query, key, value, present):
-    """Dai et al.'s equation for A^rel, and its softmax, one pair of tokens after the other."""
+    """Return attention by Dai et al.'s equation for A^rel and a softmax, pair by pair."""
     rows, heads, num_queries, head_width = query.shape
     num_keys, width = key.shape[2], heads * head_width
     read = torch.zeros_like(query)
@@ -24,12 +24,12 @@ def attention_by_hand(module, query, key, value, present):
             own = slice(h * head_width, (h + 1) * head_width)
             u, v = module.content_bias[h], module.distance_bias[h]
             for i in range(num_queries):
-                place = num_keys - num_queries + i
+                position = num_keys - num_queries + i
                 scores = {}
-                for j in range(place + 1):
+                for j in range(position + 1):
                     if not present[b][j]:
                         continue
-                    distance = place - j
+                    distance = position - j
                     sines = torch.zeros(width).double()
                     for k in range(0, width, 2):
                         sines[k] = math.sin(distance / 10_000 ** (k / width))
@@ -44,7 +44,7 @@ def attention_by_hand(module, query, key, value, present):
 
 @pytest.mark.parametrize("num_past", [0, 1, 4])
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_attention_is_the_papers_equation_written_out(num_past, num_queries):
+def test_attention_matches_the_papers_equation(num_past, num_queries):
     num_keys = num_past + num_queries
     module = Distances(8, num_heads=2).double()
     torch.nn.init.normal_(module.content_bias)
@@ -61,7 +61,7 @@ def test_attention_is_the_papers_equation_written_out(num_past, num_queries):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(cuts=st.sets(st.integers(1, 17)))
-def test_with_a_memory_as_long_as_the_document_segments_equal_full_attention_over_it(cuts):
+def test_a_memory_as_long_as_the_document_equals_full_attention(cuts):
     document = tokens(2, 18)
     whole = tiny_baseline("transformer decoder")
     expected, _ = whole.encode(document, memory=whole.initial_memory(2))
@@ -76,7 +76,7 @@ def test_with_a_memory_as_long_as_the_document_segments_equal_full_attention_ove
 
 
 @pytest.mark.parametrize("memory_length", [1, 4, 9])
-def test_a_token_sees_as_many_tokens_before_its_segment_as_the_memory_is_long(memory_length):
+def test_a_token_attends_to_memory_length_tokens_before_its_segment(memory_length):
     model = tiny_baseline("transformer-xl", num_layers=1, memory_length=memory_length)
     document = tokens(1, 15)
 
@@ -94,7 +94,7 @@ def test_a_token_sees_as_many_tokens_before_its_segment_as_the_memory_is_long(me
         assert is_seen == (position >= 10 - memory_length)
 
 
-def test_the_memory_holds_what_entered_each_layer_the_oldest_first():
+def test_the_memory_holds_the_inputs_of_each_layer_oldest_first():
     model = tiny_baseline("transformer-xl", memory_length=5)
     segment = tokens(1, 3)
     _, memory = model.encode(segment, memory=model.initial_memory(1))
@@ -102,7 +102,7 @@ def test_the_memory_holds_what_entered_each_layer_the_oldest_first():
     assert (memory[0, :2] == 0).all()
     embedded = model.embedding(segment)[0] * 4.0  # sqrt(16)
     assert_close(memory[0, 2:, :16], embedded)
-    # The second layer's input, from the first layer alone.
+    # The second layer's input, computed by a model with the first layer only.
     first_only = tiny_baseline("transformer-xl", memory_length=5, num_layers=1)
     weights = {name: model.state_dict()[name] for name in first_only.state_dict()}
     first_only.load_state_dict(weights)
@@ -123,13 +123,13 @@ def test_no_gradient_flows_into_the_memory():
     whole = backpropagate(model, rollout)
     assert whole.memory_grad.norm() == 0
     grads = [parameter.grad.clone() for parameter in model.parameters()]
-    # So the gradient of a rollout is the mean of those of its timesteps, each by itself.
+    # So the gradient of a rollout is the mean of the gradients of its separate timesteps.
     model.zero_grad()
     state = model.initial_memory(2)
-    arranged = model.arrange(rollout)
+    aligned = model.align_inputs(rollout)
     for t in range(3):
         one = Rollout(inputs=rollout.inputs[t : t + 1], targets=rollout.targets[t : t + 1])
         state = backpropagate(model, one, memory=state, gradient_scale=1 / 3).memory
-        assert torch.equal(model.arrange(one).inputs[0], arranged.inputs[t])
+        assert torch.equal(model.align_inputs(one).inputs[0], aligned.inputs[t])
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         assert_close(parameter.grad, grad)

@@ -1,4 +1,4 @@
-"""Attention and positions against loops."""
+"""Attention and position schemes, compared with explicit loops."""
 
 import math
 
@@ -22,7 +22,7 @@ def sinusoid(distance):
 
 
 def rotated(vector, position):
-    """Pairs (i, i + half) turned by position * 10000^(-i/half)."""
+    """Return the vector with pairs (i, i + half) rotated by position * 10000^(-i/half)."""
     half = W // 2
     result = vector.clone()
     for i in range(half):
@@ -62,7 +62,7 @@ def self_attention_by_hand(attention, x, *, kind, positions, keep):
 
 @pytest.mark.parametrize("kind", ["rotary", "relative"])
 @pytest.mark.parametrize("masking", ["none", "padding", "causal"])
-def test_self_attention_is_the_equation(kind, masking):
+def test_self_attention_matches_the_equation(kind, masking):
     scheme = RotaryPositions(head_width=W) if kind == "rotary" else RelativePositions(num_heads=H, head_width=W)
     attention = SelfAttention(D, num_heads=H, dropout=0.0, bias=scheme.biased_projections).double()
     x = torch.randn(B, S, D).double()
@@ -94,13 +94,13 @@ def test_only_differences_of_positions_matter(kind):
     assert_close(results[1], results[0])
 
 
-def test_relative_positions_cost_the_parameters_that_the_paper_counts():
+def test_relative_positions_have_the_papers_number_of_parameters():
     attention = SelfAttention(512, num_heads=8, dropout=0.0, bias=RelativePositions.biased_projections)
     count = sum(p.numel() for p in attention.parameters())
-    assert round(count / 1e6, 2) == 1.05  # v1: 1.05 M against 1.32 M of Transformer-XL
+    assert round(count / 1e6, 2) == 1.05  # v1: 1.05 M, compared with 1.32 M of Transformer-XL
 
 
-def test_a_row_of_padding_alone_is_finite_with_finite_gradient():
+def test_an_all_padding_row_is_finite_with_finite_gradient():
     scheme = RotaryPositions(head_width=W)
     attention = SelfAttention(D, num_heads=H, dropout=0.0, bias=False)
     x = torch.randn(B, S, D, requires_grad=True)
@@ -114,9 +114,9 @@ def test_a_row_of_padding_alone_is_finite_with_finite_gradient():
     assert x.grad[0].norm() == 0
 
 
-@pytest.mark.parametrize("num_keys", [5, 12, 2000], ids=["fewer", "as many", "too many to spell out"])
+@pytest.mark.parametrize("num_keys", [5, 12, 2000], ids=["fewer", "as many", "too many for unfused attention"])
 @pytest.mark.parametrize("masking", ["nothing", "causal", "padding", "causal and padding"])
-def test_bfloat16_attention_on_a_cpu_is_that_of_float32(num_keys, masking):
+def test_bfloat16_attention_on_a_cpu_matches_float32(num_keys, masking):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 2, 12, 8), (2, 2, num_keys, 8), (2, 2, num_keys, 8)
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
@@ -124,7 +124,7 @@ def test_bfloat16_attention_on_a_cpu_is_that_of_float32(num_keys, masking):
     padding[1, 3:] = True
     keep_mask = keep_mask_of(padding) if "padding" in masking else None
     if "causal" in masking and keep_mask is not None:
-        # The fused kernel takes one of the two only.
+        # The fused kernel accepts only one of the two.
         keep_mask = keep_mask & torch.ones(12, num_keys, dtype=torch.bool).tril()
 
     def attend(dtype):
@@ -139,7 +139,7 @@ def test_bfloat16_attention_on_a_cpu_is_that_of_float32(num_keys, masking):
         assert (ours - exact).abs().max() <= 0.03 * exact.abs().max()
 
 
-def test_bfloat16_attention_drops_weights():
+def test_bfloat16_attention_applies_dropout_to_weights():
     query, key = torch.ones(1, 1, 1, 8).bfloat16(), torch.ones(1, 1, 500, 8).bfloat16()
     value = torch.eye(500).bfloat16()[None, None]
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Sparse relatives of the softmax: their defining properties, and their gradients."""
+"""Softmax and its sparse alternatives: defining properties and gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def scores():
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "entmax15", "sparsemax"])
-def test_weights_sum_to_one_ignore_shifts_and_minus_infinity(normalizer, scores):
+def test_weights_sum_to_one_and_ignore_shifts_and_minus_infinity(normalizer, scores):
     weights = normalize_scores(scores, normalizer)
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(5, dtype=torch.float64))
@@ -22,8 +22,8 @@ def test_weights_sum_to_one_ignore_shifts_and_minus_infinity(normalizer, scores)
 
 
 @pytest.mark.parametrize(("normalizer", "alpha"), [("entmax15", 1.5), ("sparsemax", 2.0)])
-def test_weights_are_the_only_ones_that_satisfy_the_conditions_of_the_optimum(normalizer, alpha, scores):
-    # p_i^(alpha-1) = max(0, (alpha-1) z_i - tau) with one tau for all: with the sum of 1 there is only one such p.
+def test_weights_satisfy_the_optimality_conditions(normalizer, alpha, scores):
+    # p_i^(alpha-1) = max(0, (alpha-1) z_i - tau) with one tau for all; together with the sum of 1 this determines p.
     weights = normalize_scores(scores, normalizer)
     assert (weights == 0).any()
     taus = (alpha - 1) * scores - weights ** (alpha - 1)
@@ -33,11 +33,11 @@ def test_weights_are_the_only_ones_that_satisfy_the_conditions_of_the_optimum(no
 
 
 @pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
-def test_the_gradient_is_that_of_finite_differences(normalizer, scores):
+def test_the_gradient_matches_finite_differences(normalizer, scores):
     assert torch.autograd.gradcheck(lambda z: normalize_scores(z, normalizer), scores.requires_grad_())
 
 
 @pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
-def test_a_clear_winner_takes_exactly_all(normalizer):
+def test_a_clearly_highest_score_gets_weight_exactly_one(normalizer):
     weights = normalize_scores(torch.tensor([[5.0, 0.0, -1.0, float("-inf")]]), normalizer)
     assert weights.tolist() == [[1.0, 0.0, 0.0, 0.0]]

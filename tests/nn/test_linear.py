@@ -1,4 +1,4 @@
-"""A linear map is the same by either library, and so are its gradients."""
+"""Linear layers give the same results and gradients with oneDNN as with PyTorch's own operator."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ onednn = pytest.mark.skipif(
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def data(*rows, inner=64, columns=96, dtype=torch.float32):
 
 
 def derivatives(function, x, weight, bias):
-    """What a map gives, its gradients, and the gradients of a function of its gradients."""
+    """Return the result of a map, its gradients, and the gradients of a function of its gradients."""
     inputs = [x, weight] if bias is None else [x, weight, bias]
     result = function(x, weight, bias)
     first = torch.autograd.grad((result**3).mean(), inputs, create_graph=True)
@@ -48,7 +48,7 @@ def derivatives(function, x, weight, bias):
 @onednn
 @pytest.mark.parametrize("rows", [(512,), (4, 128), (2, 2, 128)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_map_and_gradients_are_those_of_float64(rows, has_bias):
+def test_map_and_gradients_match_float64(rows, has_bias):
     x, weight, bias = data(*rows)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
     bias, exact_bias = (bias, exact[2]) if has_bias else (None, None)
@@ -68,7 +68,7 @@ def test_tensors_need_not_be_contiguous():
 
 
 @onednn
-def test_a_tensor_without_gradient_gets_none():
+def test_a_tensor_that_requires_no_gradient_gets_none():
     x, weight, bias = data(4, 128)
     linear(x.detach(), weight, bias.detach()).sum().backward()
     assert x.grad is None
@@ -77,7 +77,7 @@ def test_a_tensor_without_gradient_gets_none():
 
 
 @onednn
-def test_where_onednn_is_not_asked():
+def test_cases_in_which_onednn_is_not_used():
     x, weight, bias = data(4, 128)
     assert uses_onednn(lambda: linear(x, weight, bias))
     assert not uses_onednn(lambda: linear(x[:1, :1], weight, bias)), "a small product"
@@ -92,7 +92,7 @@ def test_where_onednn_is_not_asked():
 
 
 @onednn
-def test_a_compiled_map_leaves_the_choice_to_the_compiler():
+def test_a_compiled_map_leaves_the_choice_of_library_to_the_compiler():
     x, weight, bias = (tensor.detach() for tensor in data(4, 128))
     graphs = []
 
@@ -106,7 +106,7 @@ def test_a_compiled_map_leaves_the_choice_to_the_compiler():
     assert "_linear_pointwise" not in graphs[0]
 
 
-def test_module_is_torchs():
+def test_module_is_a_torch_linear():
     module = Linear(64, 96)
     assert isinstance(module, torch.nn.Linear)
     x = torch.randn(4, 128, 64)
@@ -114,8 +114,8 @@ def test_module_is_torchs():
 
 
 @onednn
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of torch, about itself
-def test_transformations_of_torch_func_and_forward_derivatives():
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # raised by PyTorch's own code
+def test_torch_func_transformations_and_forward_mode_differentiation():
     x, weight, bias = (tensor.detach() for tensor in data(512))
     tangents = torch.randn(512, 64), torch.randn(96, 64), torch.randn(96)
 

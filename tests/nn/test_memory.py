@@ -1,4 +1,4 @@
-"""The writer and the normalization against the paper's equations, written out as loops."""
+"""Memory reader, writer and normalization, compared with loops that implement the paper's equations."""
 
 import math
 
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from memformer.errors import InputError
-from memformer.nn import AttentionRecord, MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
+from memformer.nn import AttentionRecord, AuxiliaryLoss, MemoryNormalization, MemoryReader, MemoryWriter
 from tests.helpers import assert_close
 
 B, K, S, D, H = 2, 4, 5, 12, 3
 ALL_WRITTEN = torch.ones(B, H, K, 1)
-TERMINAL = torch.ones(K, D)  # read only where free slots are eager
+TERMINAL = torch.ones(K, D)  # used only with a free-slot bias
 
 
 def write_by_hand(writer, memory, hidden, padding):
@@ -37,18 +37,18 @@ def write_by_hand(writer, memory, hidden, padding):
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_writer_is_the_papers_equation(num_heads, padded):
+def test_writer_matches_the_papers_equation(num_heads, padded):
     writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = None
     if padded:
         padding = torch.zeros(B, S, dtype=torch.bool)
         padding[0, 3:] = True
-    looked, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
-    assert_close(looked, write_by_hand(writer, memory, hidden, padding))
+    updated, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
+    assert_close(updated, write_by_hand(writer, memory, hidden, padding))
 
 
-def test_slots_never_interfere_in_the_writer():
+def test_slots_do_not_interact_in_the_writer():
     writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     before, _ = writer(memory, terminal=TERMINAL, hidden=hidden)
@@ -60,17 +60,17 @@ def test_slots_never_interfere_in_the_writer():
     assert not torch.allclose(before[:, 1], after[:, 1])
 
 
-def test_a_slot_that_sees_only_itself_keeps_its_content_exactly():
+def test_a_slot_that_attends_only_to_itself_keeps_its_content_exactly():
     writer = MemoryWriter(D, num_heads=H, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
     everything = torch.ones(B, S, dtype=torch.bool)
-    looked, written = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=everything)
-    assert torch.equal(looked, memory)
+    updated, written = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=everything)
+    assert torch.equal(updated, memory)
     assert torch.equal(written, torch.zeros(B, H, K, 1))
 
 
 @pytest.mark.parametrize("num_heads", [1, 3])
-def test_competing_slots_look_at_themselves_and_at_the_token_matched_to_them(num_heads):
+def test_competing_slots_attend_to_themselves_and_to_their_matched_token(num_heads):
     writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, competition=True).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     record = AttentionRecord()
@@ -92,9 +92,9 @@ def test_competing_slots_look_at_themselves_and_at_the_token_matched_to_them(num
                 assert_close(record.writer[b, h, i], expected)
 
 
-def greedy_matching(eagerness):
-    """The token of each slot that has one, found the plain way."""
-    ranked = sorted(((value, i, s) for i, row in enumerate(eagerness) for s, value in enumerate(row)), reverse=True)
+def greedy_matching(preference):
+    """Return the token of each matched slot, from a sorted list of all pairs."""
+    ranked = sorted(((value, i, s) for i, row in enumerate(preference) for s, value in enumerate(row)), reverse=True)
     pairs = {}
     for _, i, s in ranked:
         if i not in pairs and s not in pairs.values():
@@ -104,15 +104,15 @@ def greedy_matching(eagerness):
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
-def test_free_slots_score_themselves_lower_by_their_cosine_with_their_terminal_state(num_heads, shared):
+def test_the_free_slot_bias_lowers_own_scores_by_the_cosine_with_the_terminal_state(num_heads, shared):
     plain = MemoryWriter(D, num_heads=num_heads, temperature=0.25).double()
-    eager = MemoryWriter(D, num_heads=num_heads, temperature=0.25, free_slot_eagerness=2.0).double()
-    eager.load_state_dict(plain.state_dict(), strict=False)
+    biased = MemoryWriter(D, num_heads=num_heads, temperature=0.25, free_slot_bias=2.0).double()
+    biased.load_state_dict(plain.state_dict(), strict=False)
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     terminal = torch.randn(1 if shared else K, D).double()
     before, after = AttentionRecord(), AttentionRecord()
     plain(memory, terminal=terminal, hidden=hidden, record=before)
-    eager(memory, terminal=terminal, hidden=hidden, record=after)
+    biased(memory, terminal=terminal, hidden=hidden, record=after)
     width = D // num_heads
     for b in range(B):
         for h in range(num_heads):
@@ -137,12 +137,12 @@ def test_padding_is_matched_to_no_slot():
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
 @pytest.mark.parametrize("competition", [False, True])
-def test_pressure_is_how_far_tokens_are_above_being_clearly_refused(num_heads, normalizer, competition):
+def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_heads, normalizer, competition):
     writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, normalizer=normalizer, competition=competition)
     writer = writer.double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = torch.arange(S).expand(B, S) >= torch.tensor([[2], [S]])
-    width, reach = D // num_heads, {"entmax15": 2.0, "sparsemax": 1.0}[normalizer]
+    width, support_width = D // num_heads, {"entmax15": 2.0, "sparsemax": 1.0}[normalizer]
     expected = 0.0
     for b, s in torch.nonzero(~padding).tolist():
         for h in range(num_heads):
@@ -152,31 +152,34 @@ def test_pressure_is_how_far_tokens_are_above_being_clearly_refused(num_heads, n
                 query = (writer.query.weight @ memory[b, i])[part] / (math.sqrt(width) * 0.25)
                 own, token = writer.key.weight @ memory[b, i], writer.key.weight @ hidden[b, s]
                 excess.append(query @ token[part] - query @ own[part])
-            expected = expected + torch.log1p(F.relu(max(excess) + reach + 1)) / num_heads
-    pressure = WritePressure()
-    writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, pressure=pressure)
+            expected = expected + torch.log1p(F.relu(max(excess) + support_width + 1)) / num_heads
+    penalty = AuxiliaryLoss()
+    writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, auxiliary=penalty)
     assert expected > 0
-    assert_close(pressure.total, expected)
+    assert_close(penalty.total, expected)
 
 
-def test_without_pressure_nothing_is_written():
+def test_a_write_penalty_of_zero_means_that_nothing_is_written():
     writer = MemoryWriter(D, num_heads=1, temperature=0.25, normalizer="entmax15").double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     with torch.no_grad():
-        writer.key.weight.copy_(writer.query.weight)  # a slot's own score is then its query's square, never negative
+        writer.key.weight.copy_(writer.query.weight)  # a slot's own score is its query's square, never negative
         hidden *= 1e-3
-    pressure, record = WritePressure(), AttentionRecord()
+    penalty, record = AuxiliaryLoss(), AttentionRecord()
     memory *= 10
-    writer(memory, terminal=TERMINAL, hidden=hidden, record=record, pressure=pressure)
-    assert pressure.total == 0
+    writer(memory, terminal=TERMINAL, hidden=hidden, record=record, auxiliary=penalty)
+    assert penalty.total == 0
     assert (record.writer[..., 0] == 1).all()
 
 
-def test_a_price_on_a_write_that_cannot_be_zero_is_refused():
+def test_a_write_penalty_with_the_softmax_is_refused():
     writer = MemoryWriter(D, num_heads=1, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
-    with pytest.raises(InputError, match=r"write_normalizer \('softmax'\) writes every token"):
-        writer(memory, terminal=TERMINAL, hidden=hidden, pressure=WritePressure())
+    with pytest.raises(
+        InputError,
+        match=r"write_normalizer \('softmax'\) writes every token; a write penalty needs a sparse normalizer",
+    ):
+        writer(memory, terminal=TERMINAL, hidden=hidden, auxiliary=AuxiliaryLoss())
 
 
 def test_record_of_the_writer_sums_to_one_and_gives_the_result():
@@ -203,7 +206,7 @@ def test_record_of_the_reader_sums_to_one_and_changes_nothing():
     assert_close(weights.sum(-1), torch.ones(B, H, S).double())
 
 
-def test_normalization_is_the_papers_equation():
+def test_normalization_matches_the_papers_equation():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01)).double()
     memory = torch.randn(B, K, D).double()
     result = normalization(memory, written=torch.rand(B, H, K, 1).double())
@@ -213,7 +216,7 @@ def test_normalization_is_the_papers_equation():
             assert_close(result[b, i], math.sqrt(D) * moved / moved.norm())
 
 
-def test_undisturbed_slots_stay_on_the_sphere_and_drift_to_their_terminal_state():
+def test_unwritten_slots_stay_on_the_sphere_and_decay_to_their_terminal_state():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.05)).double()
     memory = torch.randn(B, K, D).double()
     with torch.no_grad():
@@ -240,14 +243,14 @@ def test_exchangeable_slots_share_one_vector_and_its_speed():
     assert torch.equal(memory, memory[:1, :1].expand_as(memory))
 
 
-def test_without_forgetting_a_slot_stays_where_it_is():
+def test_without_forgetting_a_slot_does_not_change():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.05), forgetting=False).double()
     written = ALL_WRITTEN.double()
     memory = normalization(torch.randn(B, K, D).double(), written=written)
     assert_close(normalization(memory, written=written), memory)
 
 
-def test_forgetting_only_when_written_moves_a_head_as_far_as_it_was_written():
+def test_forgetting_only_when_written_is_scaled_by_the_written_share_of_each_head():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), only_when_written=True).double()
     memory, written = torch.randn(B, K, D).double(), torch.rand(B, H, K, 1).double()
     result = normalization(memory, written=written)
@@ -258,13 +261,13 @@ def test_forgetting_only_when_written_moves_a_head_as_far_as_it_was_written():
             assert_close(result[b, i], math.sqrt(D) * moved / moved.norm())
 
 
-def test_forgetting_only_when_written_keeps_an_undisturbed_slot_for_ever():
+def test_forgetting_only_when_written_keeps_an_unwritten_slot_forever():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), only_when_written=True)
     memory = first = normalization(torch.randn(B, K, D), written=ALL_WRITTEN).detach()
     with torch.no_grad():
         for _ in range(10_000):
             memory = normalization(memory, written=torch.zeros(B, H, K, 1))
-    # float32: rounding does not add up either.
+    # In float32, rounding errors do not accumulate either.
     assert torch.allclose(memory, first, rtol=1e-5)
 
 
@@ -274,7 +277,7 @@ def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sph
     memory = normalization.initial_memory(1).detach()
     with torch.no_grad():
         for _ in range(2000):
-            looked, written = writer(memory, terminal=TERMINAL, hidden=10 * torch.randn(1, S, D))
-            memory = normalization(looked, written=written)
+            updated, written = writer(memory, terminal=TERMINAL, hidden=10 * torch.randn(1, S, D))
+            memory = normalization(updated, written=written)
     assert memory.isfinite().all()
     assert torch.allclose(memory.norm(dim=-1), torch.full((1, K), math.sqrt(D)))

@@ -1,4 +1,4 @@
-"""Words in and out: a proper distribution, tied to the embeddings, with fewer numbers for rare words."""
+"""Tied and adaptive embeddings: a normalized distribution, tied weights, and fewer parameters for rare words."""
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ def adaptive_embedding():
     return AdaptiveEmbedding(VOCAB_SIZE, 16, cutoffs=CUTOFFS).double()
 
 
-def test_probabilities_are_by_hand_those_of_two_steps():
+def test_probabilities_match_two_softmax_steps_by_hand():
     embedding = adaptive_embedding()
     features = torch.randn(2, 3, 16, dtype=torch.float64)
     head, tail = embedding.softmax.head.weight, embedding.softmax.tail
-    first_step = (features @ head.T).softmax(dim=-1)  # four words, and an entry for each of the two clusters
+    first_step = (features @ head.T).softmax(dim=-1)  # four words and one entry for each of the two clusters
     expected = [first_step[..., :4]]
     for index, (narrow, wide) in enumerate(tail):
         within = (features @ narrow.weight.T @ wide.weight.T).softmax(dim=-1)
@@ -28,10 +28,10 @@ def test_probabilities_are_by_hand_those_of_two_steps():
     assert_close(embedding.logits(features).exp(), expected)
     assert_close(expected.sum(dim=-1), torch.ones(2, 3, dtype=torch.float64))
     targets = torch.randint(0, VOCAB_SIZE, (2, 3))
-    assert_close(embedding.nats(features, targets), -expected.log().gather(-1, targets[..., None])[..., 0])
+    assert_close(embedding.nll(features, targets), -expected.log().gather(-1, targets[..., None])[..., 0])
 
 
-def test_a_word_is_read_as_it_is_predicted():
+def test_input_and_output_vectors_of_a_word_are_tied():
     # The score of a rare word within its cluster is the product of the features with its embedding.
     embedding = adaptive_embedding()
     features = torch.randn(1, 1, 16, dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_a_word_is_read_as_it_is_predicted():
         assert_close(difference, difference[0].expand_as(difference))
 
 
-def test_bos_has_a_vector_of_its_own_and_every_vector_starts_near_length_one():
+def test_bos_has_its_own_vector_and_all_vectors_start_with_norm_near_one():
     embedding = AdaptiveEmbedding(50_000, 64, cutoffs=(1_000, 10_000))
     vectors = embedding(torch.arange(50_001)[None])[0].detach()
     assert torch.equal(vectors[-1], embedding.bos)
@@ -51,17 +51,17 @@ def test_bos_has_a_vector_of_its_own_and_every_vector_starts_near_length_one():
         assert vectors[first:end].square().sum(dim=-1).mean() == pytest.approx(1.0, rel=0.5)
 
 
-def test_rare_words_cost_less():
+def test_rare_words_have_fewer_parameters():
     plain = Memformer(tiny_config(vocab_size=10_000, d_model=64))
     adaptive = Memformer(tiny_config(vocab_size=10_000, d_model=64, adaptive_cutoffs=(1_000, 4_000)))
     saved = plain.num_parameters - adaptive.num_parameters
-    # Three thousand words of width 16 and six thousand of width 4; two projections, two entries of the first softmax.
+    # 3,000 words of width 16, 6,000 words of width 4, two projections, and two entries of the first softmax.
     assert saved == 3_000 * (64 - 16) + 6_000 * (64 - 4) - 64 * (16 + 4) - 2 * 64
 
 
 def test_gradient_reaches_every_cluster_that_occurs():
     embedding = adaptive_embedding()
-    embedding.nats(torch.randn(1, 2, 16, dtype=torch.float64), torch.tensor([[0, 9]])).sum().backward()
+    embedding.nll(torch.randn(1, 2, 16, dtype=torch.float64), torch.tensor([[0, 9]])).sum().backward()
     assert embedding.softmax.head.weight.grad.abs().sum() > 0
     assert embedding.softmax.tail[1][1].weight.grad.abs().sum() > 0
     assert embedding.softmax.tail[0][1].weight.grad is None
@@ -71,16 +71,16 @@ def test_padding_has_no_loss():
     model = tiny_model(adaptive_cutoffs=CUTOFFS)
     rollout = random_rollout(1, batch_size=3, padding=True)
     hidden, _ = model.encode(rollout.inputs[0], memory=model.initial_memory(3), padding_mask=rollout.input_padding[0])
-    nats = model.token_nats(
+    nll = model.token_nll(
         rollout.targets[0],
         hidden=hidden,
         hidden_padding_mask=rollout.input_padding[0],
         target_padding_mask=rollout.target_padding[0],
     )
-    assert (nats == 0).equal(rollout.target_padding[0])
+    assert (nll == 0).equal(rollout.target_padding[0])
     logits = model.decode(rollout.targets[0], hidden=hidden, hidden_padding_mask=rollout.input_padding[0])
     expected = -logits.log_softmax(dim=-1).gather(-1, rollout.targets[0][..., None])[..., 0]
-    assert_close(nats, expected.masked_fill(rollout.target_padding[0], 0))
+    assert_close(nll, expected.masked_fill(rollout.target_padding[0], 0))
 
 
 def test_under_autocast_the_likelihood_is_float32():
@@ -88,18 +88,18 @@ def test_under_autocast_the_likelihood_is_float32():
     tokens = torch.randint(0, VOCAB_SIZE, (2, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden, _ = model.encode(tokens, memory=model.initial_memory(2))
-        nats = model.token_nats(tokens, hidden=hidden)
-    assert nats.dtype == torch.float32
+        nll = model.token_nll(tokens, hidden=hidden)
+    assert nll.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adaptive_cutoffs": (4, 4)}, r"adaptive_cutoffs \(\[4, 4\]\) must ascend"),
-        ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs \(\[8, 4\]\) must ascend"),
+        ({"adaptive_cutoffs": (4, 4)}, r"adaptive_cutoffs \(\[4, 4\]\) must be strictly ascending"),
+        ({"adaptive_cutoffs": (8, 4)}, r"adaptive_cutoffs \(\[8, 4\]\) must be strictly ascending"),
         ({"adaptive_cutoffs": (0,)}, r"adaptive_cutoffs \(0\) must be at least 1"),
         ({"adaptive_cutoffs": (VOCAB_SIZE,)}, r"adaptive_cutoffs \(\[11\]\) must be below vocab_size \(11\)"),
-        ({"adaptive_cutoffs": (2, 4, 6)}, r"d_model \(16\) is too small"),
+        ({"adaptive_cutoffs": (2, 4, 6)}, r"d_model \(16\) must be at least 64"),
     ],
 )
 def test_wrong_cutoffs_are_refused(changes, message):
@@ -108,7 +108,7 @@ def test_wrong_cutoffs_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("most_logits", [1, 5 * (VOCAB_SIZE + 1)], ids=["a token at a time", "five tokens at a time"])
-def test_logits_in_parts_change_nothing(most_logits, monkeypatch):
+def test_computing_logits_in_parts_does_not_change_results(most_logits, monkeypatch):
     model = tiny_model()
     rollout = random_rollout(3, batch_size=2, padding=True)
     whole = backpropagate(model, rollout)
@@ -130,7 +130,7 @@ def test_logits_in_parts_are_not_held_for_the_backward_pass(monkeypatch):
     def largest_held():
         held = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
-            embedding.nats(features, targets)
+            embedding.nll(features, targets)
         return max(held)
 
     assert largest_held() == 2 * 64 * 1_000

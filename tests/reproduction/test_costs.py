@@ -1,4 +1,4 @@
-"""`memformer reproduce` for what is measured and not trained: each figure is there, and each mistake one line."""
+"""`memformer reproduce` for tables that are measured without training: results and error messages."""
 
 import json
 
@@ -8,7 +8,7 @@ import yaml
 from memformer.errors import InputError
 from memformer.reproduction import command
 from memformer.reproduction.costs import CostsScale, costs_names
-from memformer.reproduction.measure import Setting, Way, measure_growth
+from memformer.reproduction.measure import MethodSpec, Setting, measure_growth
 from memformer.reproduction.tables import tables_folder
 from tests.cli.calls import call_json, refused
 
@@ -56,24 +56,22 @@ def test_operations_and_memory_of_every_model(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == figures
 
 
-def test_memory_grows_with_what_an_update_holds():
+def test_memory_growth_is_larger_for_bptt_than_for_replay():
     model = {**MEMFORMER, "segment_length": 64, "num_slots": 4, "d_model": 64}
-    growth = {
-        method: measure_growth(
-            Setting(model_type="memformer", model=model, batch_size=8, num_timesteps=16, device="cpu"), Way(method)
-        )
-        for method in ("bptt", "replay")
-    }
+    setting = Setting(model_type="memformer", model=model, batch_size=8, num_timesteps=16, device="cpu")
+    growth = {method: measure_growth(setting, MethodSpec(method)) for method in ("bptt", "replay")}
     assert growth["bptt"] > 2 * growth["replay"] > 0
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch):
+def test_invalid_input_gives_one_error_line(tmp_path, monkeypatch):
     models = {"memformer": {**MEMFORMER, "segment_length": 0}}
     options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2])
     assert "segment_length (0) must be at least 1" in refused("reproduce", *options)
     assert "costs has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
     with pytest.raises(InputError, match="measuring lstm failed"):
-        measure_growth(Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), Way("replay"))
+        measure_growth(
+            Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), MethodSpec("replay")
+        )
 
 
 @pytest.mark.parametrize("name", costs_names(tables_folder()))

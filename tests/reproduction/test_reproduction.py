@@ -1,4 +1,4 @@
-"""`memformer reproduce`: what is missing is trained, what is there is taken, ours and the paper's stay apart."""
+"""`memformer reproduce`: missing runs are trained, finished runs are reused, and the results are written."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model
-from memformer.cli import parsing
+from memformer.cli import run_config
 from memformer.evaluation.flops import flops_per_token
 from memformer.reproduction import command
 from memformer.reproduction.results import collect, draw
@@ -65,7 +65,7 @@ def table(base, tmp_path, monkeypatch):
     return ["tiny", "--data", base, "--folder", tmp_path / "out"]
 
 
-def test_missing_runs_are_trained_and_finished_ones_taken(table, tmp_path):
+def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path):
     out = tmp_path / "out"
     figures = call_json("reproduce", *table, "--seeds", "2", "--jobs", "2")
     assert [row["row"] for row in figures["rows"]] == ["1-lstm", "2-memory"]
@@ -88,11 +88,11 @@ def test_missing_runs_are_trained_and_finished_ones_taken(table, tmp_path):
 
     before = (out / "2-memory-seed-0" / "log.jsonl").read_bytes()
     shutil.rmtree(out / "1-lstm-seed-0")
-    (out / "1-lstm-seed-1" / "evaluation.json").unlink()  # stopped before its end: it goes on
+    (out / "1-lstm-seed-1" / "evaluation.json").unlink()  # an interrupted run, which is resumed
     status, printed, error = call("reproduce", *table, "--seeds", "2")
     assert status == 0, error
     assert "2 of 4 runs are finished" in error
-    assert "going on from" in (out / "1-lstm-seed-1" / "train.log").read_text()
+    assert "resuming from" in (out / "1-lstm-seed-1" / "train.log").read_text()
     assert (out / "2-memory-seed-0" / "log.jsonl").read_bytes() == before
     header, _, lstm, memory = (out / "table.md").read_text().splitlines()[4:]
     assert "paper: perplexity" in header
@@ -106,8 +106,8 @@ def test_missing_runs_are_trained_and_finished_ones_taken(table, tmp_path):
     ] == ("2-memory")
 
 
-def test_mistakes_are_refused(table, tmp_path):
-    assert "unknown table 'tabel1'; there are tiny" in refused("reproduce", "tabel1")
+def test_invalid_input_is_refused(table, tmp_path):
+    assert "unknown table 'tabel1'; the tables are tiny" in refused("reproduce", "tabel1")
     assert "tiny has no row 'x'; it has 1-lstm, 2-memory" in refused("reproduce", *table, "--rows", "x")
     assert "tiny has no scale 'paper'; it has small" in refused("reproduce", *table, "--scale", "paper")
     assert "seeds (0) must be at least 1" in refused("reproduce", *table, "--seeds", "0")
@@ -127,14 +127,15 @@ def test_mistakes_are_refused(table, tmp_path):
 
 @pytest.mark.parametrize("name", table_names(tables_folder()))
 def test_every_row_at_every_scale_is_a_run(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(parsing, "train_parser", functools.cache(parsing.train_parser))  # making one takes a second
+    # Building the parser takes a second.
+    monkeypatch.setattr(run_config, "train_parser", functools.cache(run_config.train_parser))
     table = read_table(tables_folder() / name)
     for scale in table.scales:
         assert table.rows_at(scale) == table.rows
         for row in table.rows:
             file = tmp_path / f"{row.key}-{scale}.yaml"
             file.write_text(yaml.safe_dump(table.config_of(row, scale, data="data")))
-            config, _ = parsing.parse_run_config([str(file)])
+            config, _ = run_config.parse_run_config([str(file)])
             assert config.model_type == row.model_type
 
 
@@ -147,7 +148,7 @@ def test_operations_are_counted_as_by_hand():
     memory = 4
     keys = memory + length
     transformer = build_model(TransformerXLConfig(**sizes, num_heads=2, d_ff=d_ff, num_layers=3, memory_length=memory))
-    # Projections of the tokens, keys and values of the remembered ones, distances; scores twice, and what is read.
+    # Projections of the tokens, keys and values of the cached tokens, distances; scores twice, and weighted values.
     layer = 2 * length * (4 * width * width + 2 * width * d_ff) + 2 * memory * 2 * width * width
     layer += 2 * keys * width * width + 3 * 2 * length * keys * width
     assert flops_per_token(transformer) == pytest.approx(3 * layer / length + output)

@@ -1,4 +1,4 @@
-"""The digit model that comes with the experiments: it loads, draws, and predicts as well as is said."""
+"""The digit model shipped with the experiments: it loads, samples, and has the documented bits per byte."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "experiments" / "models" / "digits-14x14"
 
 
-def test_it_draws_digits(tmp_path):
+def test_it_samples_digits(tmp_path):
     status, _, error = call("generate", MODEL, "--output", tmp_path / "digits.png", "--num_images", "2", "--seed", "0")
     assert status == 0, error
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")

@@ -2,8 +2,8 @@
 
     python -m tests.soak.flat_memory --lengths 10000 100000 1000000 10000000
 
-One document of so many bytes, a process for each figure. A memory-mapped file's pages count where they are resident,
-so the bytes of the tokens on disk are told beside the peak. Linux and macOS.
+For each length in bytes, one document is read, and each peak is measured in a separate process. Resident pages of a
+memory-mapped file count towards the peak, so the size of the token ids on disk is printed as well. Linux and macOS.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SEGMENT_LENGTH, ROLLOUT_LENGTH = 64, 8
 
 
 def main() -> int:
-    """Print the table; return 1 if a peak grew by more than the tokens on disk and a tolerance."""
+    """Print the table; return 1 if a peak grew by more than the token ids on disk plus a tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--tolerance_mib", type=float, default=16.0)
@@ -28,7 +28,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         (base / "held_out.txt").write_text(text_of(2_000), encoding="ascii")
-        print("| bytes | " + " | ".join(f"{what}, MiB" for what in peaks) + " |")
+        print("| bytes | " + " | ".join(f"{name}, MiB" for name in peaks) + " |")
         print("|---|" + "---|" * len(peaks))
         for length in options.lengths:
             document, run = base / f"{length}.txt", base / f"run-{length}"
@@ -40,20 +40,21 @@ def main() -> int:
                 "evaluate": ["evaluate", str(run), "--data.kind", "text", "--data.path", str(document)],
                 "generate": ["generate", str(run), "--prompt_file", str(document), "--max_new_tokens", "100"],
             }
-            for what, arguments in commands.items():
-                peaks[what].append(peak_mib(arguments))
+            for command, arguments in commands.items():
+                peaks[command].append(peak_mib(arguments))
             print(f"| {length:,} | " + " | ".join(f"{values[-1]:.0f}" for values in peaks.values()) + " |", flush=True)
-    # Token ids on disk take two bytes each, at most.
+    # Token ids on disk take at most two bytes each.
     mapped = 2 * (options.lengths[-1] - options.lengths[0]) / 2**20
-    grown = {what: values[-1] - values[0] for what, values in peaks.items()}
+    grown = {name: values[-1] - values[0] for name, values in peaks.items()}
     print(
-        f"growth: {', '.join(f'{what} {mib:.1f} MiB' for what, mib in grown.items())}; tokens mapped {mapped:.1f} MiB"
+        f"growth: {', '.join(f'{name} {mib:.1f} MiB' for name, mib in grown.items())}; "
+        f"token ids on disk {mapped:.1f} MiB"
     )
     return int(any(mib > mapped + options.tolerance_mib for mib in grown.values()))
 
 
 def text_of(length: int) -> str:
-    """Return so many characters of words."""
+    """Return a text of random words with `length` characters."""
     words = random.Random(0)
     parts: list[str] = []
     size = 0
@@ -64,7 +65,7 @@ def text_of(length: int) -> str:
 
 
 def run_once_through(document: Path, base: Path, length: int) -> dict[str, object]:
-    """Return the config of a run that reads the document once, one rollout after the other."""
+    """Return the config of a run that reads the document once."""
     tokens = SEGMENT_LENGTH * ROLLOUT_LENGTH
     return {
         "threads": 1,
@@ -96,7 +97,7 @@ def run_once_through(document: Path, base: Path, length: int) -> dict[str, objec
 
 
 def peak_mib(arguments: list[str]) -> float:
-    """Return the peak of the resident set of a command, in MiB."""
+    """Return the peak resident memory of a command, in MiB."""
     child = os.posix_spawn(
         sys.executable,
         [sys.executable, "-m", "memformer", *arguments],

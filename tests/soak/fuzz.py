@@ -1,12 +1,12 @@
-"""Damage saved files, configs and input at random; each case must give the documented error or what was written.
+"""Fuzz test: damage saved files, configs and input at random; reading must succeed correctly or raise InputError.
 
     python -m tests.soak.fuzz --cases 1000000
 
-A case takes a target of tests/soak/fuzz_saved.py or tests/soak/fuzz_inputs.py (a session, a checkpoint, a run config,
-a text to train on, ...), damages a file of it (a flipped bit, bytes overwritten, cut off, doubled or put in, the
-length of a safetensors header set to anything, a number or a word replaced, a line left out) and reads it. What is
-read in spite of the damage must be what was written or, of what people write and edit, what the file now says.
-Anything else is a failure: another exception, another content, a crash of the interpreter, more than a few seconds.
+A case picks a target from tests/soak/fuzz_saved.py or tests/soak/fuzz_inputs.py (a session, a checkpoint, a run config,
+a training text, ...), damages one of its files (a flipped bit, bytes overwritten, truncated, repeated or inserted, a
+random length of the safetensors header, a number or a word replaced, a line deleted) and reads it. If reading succeeds,
+the result must equal what was written or, for files that people write or edit, the current content of the file.
+Anything else is a failure: another exception, another result, a crash of the interpreter, more than a few seconds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from tests.soak.fuzz_saved import (
 
 Damage = Callable[[bytes, random.Random], bytes]
 SLOW_SECONDS = 5.0
-# What stands in for a number or a word, in JSON and YAML: out of range, of another type, of no type at all.
+# Replacements for a number or a word in JSON and YAML: out of range, of another type, or malformed.
 VALUES = [
     *b"-1 0 1 7 0.5 1e999 NaN .nan .inf 9223372036854775808 99999999 0x_ 1:30 2020-01-01 2020-99-99".split(),
     *b'x text "x" "" null true [] [1] [[1,2]] {} {"x":1} *a \\ud800 \xff'.split(),
@@ -64,38 +64,40 @@ def main() -> int:
 
 
 def fuzz(base: Path, *, num_cases: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Return how the cases ended, by target, and what failed.
+    """Return the number of cases by target and outcome, and descriptions of the failures.
 
-    The same seed gives the same cases, but for the order of a session's metadata, which safetensors leaves open.
+    The same seed gives the same cases, except for the order of a session's metadata, which safetensors does not fix.
     """
     torch.manual_seed(seed)
     chooser, counts, failures = random.Random(seed), Counter[str](), []
-    # Some of the files hold their paths: from here, those are the same wherever `base` is.
+    # Some of the files contain their own paths. Relative to the working directory, these do not depend on `base`.
     with contextlib.chdir(base):
         targets = make_targets(Path())
         weights = [target.weight for target in targets]
         for target in targets:
-            assert target.is_as_written(), f"{target.name}: not read as written even undamaged"
+            assert target.is_as_written(), f"{target.name}: not read as written although undamaged"
         for number in range(num_cases):
             (target,) = chooser.choices(targets, weights)
             file = chooser.choice(target.files)
             damage = chooser.choice(DAMAGES)
             original = file.read_bytes()
-            write_anew(file, damage(original, chooser))
-            # Of the processor: on a machine that does other things too, any case takes any time.
+            replace_file(file, damage(original, chooser))
+            # CPU time, because wall time depends on the load of the machine.
             started = time.process_time()
-            ending = how_it_ends(target)
+            outcome = outcome_of(target)
             seconds = time.process_time() - started
-            write_anew(file, original)
-            known = ending in {"read as written", "refused"}
-            counts[f"{target.name}: {ending if known else 'FAILED'}"] += 1
+            replace_file(file, original)
+            known = outcome in {"read as written", "refused"}
+            counts[f"{target.name}: {outcome if known else 'FAILED'}"] += 1
             if not known or seconds > SLOW_SECONDS:
-                failures.append(f"case {number} (seed {seed}): {target.name}, {file.name}, {damage.__name__}: {ending}")
+                failures.append(
+                    f"case {number} (seed {seed}): {target.name}, {file.name}, {damage.__name__}: {outcome}"
+                )
     return counts, failures
 
 
-def how_it_ends(target: "Target") -> str:
-    """Read a target, and return what came of it."""
+def outcome_of(target: "Target") -> str:
+    """Read a target and return the outcome."""
     try:
         return "read as written" if target.is_as_written() else "OTHER CONTENT"
     except InputError:
@@ -106,19 +108,19 @@ def how_it_ends(target: "Target") -> str:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def write_anew(file: Path, content: bytes) -> None:
-    """Write another file of the same name: overwriting one waits for the disk on some file systems."""
+def replace_file(file: Path, content: bytes) -> None:
+    """Delete a file and write a new one: on some file systems, overwriting a file waits for the disk."""
     file.unlink()
     file.write_bytes(content)
 
 
 class Target(Protocol):
-    """Files that were written, and a way to read them.
+    """Files that were written, and a method that reads them.
 
     Attributes:
-        name: What they are.
-        weight: How often they are damaged, relative to the others.
-        files: Those that are damaged, one at a time.
+        name: Name of the target.
+        weight: Frequency of this target relative to the others.
+        files: Files to damage, one at a time.
     """
 
     name: str
@@ -126,11 +128,11 @@ class Target(Protocol):
     files: list[Path]
 
     def is_as_written(self) -> bool:
-        """Read them and compare."""
+        """Read the files and compare."""
 
 
 def make_targets(base: Path) -> list[Target]:
-    """Return all targets, written into `base`; those that take long to read have a smaller weight."""
+    """Return all targets, written into `base`; slow ones have a smaller weight."""
     return [
         SessionFile(base),
         WeightsFile(base),
@@ -149,40 +151,40 @@ def make_targets(base: Path) -> list[Target]:
 
 
 def flip_a_bit(content: bytes, chooser: random.Random) -> bytes:
-    """Flip one bit anywhere."""
+    """Flip a random bit."""
     where = chooser.randrange(len(content))
     return content[:where] + bytes([content[where] ^ 1 << chooser.randrange(8)]) + content[where + 1 :]
 
 
 def flip_an_early_bit(content: bytes, chooser: random.Random) -> bytes:
-    """Flip one bit where headers are."""
+    """Flip a random bit in the first 400 bytes, which contain the headers."""
     return flip_a_bit(content[:400], chooser) + content[400:]
 
 
 def overwrite(content: bytes, chooser: random.Random) -> bytes:
-    """Put random bytes over some."""
+    """Overwrite some bytes with random bytes."""
     where, length = chooser.randrange(len(content)), chooser.randrange(1, 64)
     return content[:where] + chooser.randbytes(length) + content[where + length :]
 
 
 def cut_off(content: bytes, chooser: random.Random) -> bytes:
-    """Keep the beginning alone."""
+    """Truncate the content."""
     return content[: chooser.randrange(len(content))]
 
 
 def double(content: bytes, chooser: random.Random) -> bytes:
-    """Append a part of it to itself."""
+    """Append the end of the content once more."""
     return content + content[chooser.randrange(len(content)) :]
 
 
 def put_in(content: bytes, chooser: random.Random) -> bytes:
-    """Put random bytes in."""
+    """Insert random bytes."""
     where = chooser.randrange(len(content) + 1)
     return content[:where] + chooser.randbytes(chooser.randrange(1, 16)) + content[where:]
 
 
 def set_header_length(content: bytes, chooser: random.Random) -> bytes:
-    """Set the first eight bytes, the length of a safetensors header, to anything."""
+    """Set the first eight bytes, the length of a safetensors header, to a random value."""
     return (
         chooser.choice([0, 1, 8, 2**31, 2**62, 2**64 - 1, len(content), len(content) * 2]).to_bytes(8, "little")
         + content[8:]
@@ -190,17 +192,17 @@ def set_header_length(content: bytes, chooser: random.Random) -> bytes:
 
 
 def replace_a_number(content: bytes, chooser: random.Random) -> bytes:
-    """Replace a number in a text by something else; binary files have some in their header."""
+    """Replace a number; binary files have some in their header."""
     return replace_a_match(rb"\d+(\.\d+)?", content, chooser)
 
 
 def replace_a_word(content: bytes, chooser: random.Random) -> bytes:
-    """Replace a word in a text, with its quotes or without."""
+    """Replace a word, with or without its quotes."""
     return replace_a_match(rb"\w+" if chooser.randrange(2) else rb'"\w+"', content, chooser)
 
 
 def replace_a_match(pattern: bytes, content: bytes, chooser: random.Random) -> bytes:
-    """Replace one of the first matches of a pattern by something else; nothing is left of what has none."""
+    """Replace one of the matches in the first 4000 bytes by a value of VALUES; without a match, return no bytes."""
     matches = list(re.finditer(pattern, content[:4000]))
     if not matches:
         return b""
@@ -209,7 +211,7 @@ def replace_a_match(pattern: bytes, content: bytes, chooser: random.Random) -> b
 
 
 def leave_out_a_line(content: bytes, chooser: random.Random) -> bytes:
-    """Leave a line out."""
+    """Delete a line."""
     lines = content.splitlines(keepends=True)
     del lines[chooser.randrange(len(lines))]
     return b"".join(lines)

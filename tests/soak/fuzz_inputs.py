@@ -1,6 +1,6 @@
-"""What tests/soak/fuzz.py damages of what people give: what it says now is what is read, or it is refused.
+"""Targets of tests/soak/fuzz.py that users write: reading must return the current content of a file, or be refused.
 
-What a damaged file says is read here once more in a few plain lines, to compare with.
+The expected content of a damaged file is computed here by a few lines of independent code.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ STORIES = """\
 2 Is Sandra in the garden?\tyes\t1
 """
 RUN_CONFIG = """\
-# Every kind of value: numbers, names, paths, lists, what is nested, what is left out.
+# All kinds of values: numbers, names, paths, lists, nested mappings, missing keys.
 folder: runs/passkey
 seed: 3
 threads: 1
@@ -77,13 +77,13 @@ training:
   method: replay
   learning_rate: 3e-3
   betas: [0.9, 0.95]
-  write_price: 0.001
+  write_penalty: 0.001
   evaluation_tokens: null
 """
 
 
 class RunConfigFile:
-    """The config that a person gives to `memformer train`: what it says counts, and the defaults for the rest."""
+    """A user-written config for `memformer train`: its values must be read, with the defaults for missing keys."""
 
     name, weight = "run config", 0.5
 
@@ -92,37 +92,37 @@ class RunConfigFile:
         self.files[0].write_text(RUN_CONFIG, encoding="utf-8")
 
     def is_as_written(self) -> bool:
-        """Read it and compare with what it says."""
+        """Read the config and compare it with the YAML."""
         config, _ = parse_run_config([str(self.files[0])])
-        return says_the_same(config, yaml.safe_load(self.files[0].read_text(encoding="utf-8")))
+        return equals_yaml(config, yaml.safe_load(self.files[0].read_text(encoding="utf-8")))
 
 
-def says_the_same(value: Any, said: Any) -> bool:
-    """Whether a value of a config is what YAML says, and a dataclass its defaults where YAML says nothing."""
-    if isinstance(value, list | tuple) and isinstance(said, list | tuple):
-        return len(value) == len(said) and all(map(says_the_same, value, said))
-    if not dataclasses.is_dataclass(value) or not isinstance(said, Mapping):
-        # YAML's own reading of 3e-3 and 089 is a string, and of a name like 2020-01-01 a date.
-        is_number = isinstance(value, int | float) and isinstance(said, str)
-        is_name = isinstance(value, str) and isinstance(said, datetime.date)
-        return value == said or (is_number and value == float(said)) or (is_name and value == said.isoformat())
+def equals_yaml(value: Any, parsed: Any) -> bool:
+    """Whether a config value equals a parsed YAML value; fields of dataclasses missing in YAML must have defaults."""
+    if isinstance(value, list | tuple) and isinstance(parsed, list | tuple):
+        return len(value) == len(parsed) and all(map(equals_yaml, value, parsed))
+    if not dataclasses.is_dataclass(value) or not isinstance(parsed, Mapping):
+        # YAML parses 3e-3 and 089 as strings, and a name like 2020-01-01 as a date.
+        is_number = isinstance(value, int | float) and isinstance(parsed, str)
+        is_name = isinstance(value, str) and isinstance(parsed, datetime.date)
+        return value == parsed or (is_number and value == float(parsed)) or (is_name and value == parsed.isoformat())
     fields = {field.name: field for field in dataclasses.fields(value)}
-    return said.keys() <= fields.keys() and all(
-        says_the_same(getattr(value, name), said[name] if name in said else default_of(field))
+    return parsed.keys() <= fields.keys() and all(
+        equals_yaml(getattr(value, name), parsed[name] if name in parsed else default_of(field))
         and (getattr(value, name) is not None or type(None) in get_args(field.type))
         for name, field in fields.items()
     )
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of a dataclass's field."""
+    """Return the default of a dataclass field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 class InputFiles(ABC):
-    """Files that a run reads documents from: what they say counts, as a few lines here read it once more.
+    """Files with documents, whose current content must be read.
 
-    A subclass writes `files`, and says what `source` they are.
+    A subclass writes `files` and sets `source` and `expected_documents`.
     """
 
     name = "input"
@@ -135,18 +135,19 @@ class InputFiles(ABC):
         self.cache = base / f"cache of {self.name}"
 
     @abstractmethod
-    def said(self) -> Iterator[bytes]:
+    def expected_documents(self) -> Iterator[bytes]:
         """Yield the content of every document."""
 
     def is_as_written(self) -> bool:
-        """Read them as a run does and compare; a refusal leaves no trace in the cache."""
+        """Read the files as a run does and compare; if they are refused, nothing may remain in the cache."""
         config = DataConfig(train=self.source, validation=self.source, tokenizer=self.tokenizer, cache=str(self.cache))
         try:
             data = prepare_data(config)
             assert isinstance(data, DocumentData)
             corpus = data.train
             documents = [corpus.document(index).tolist() for index in range(corpus.num_documents)]
-            return [data.tokenizer.decode(ids) for ids in documents] == [content for content in self.said() if content]
+            decoded = [data.tokenizer.decode(ids) for ids in documents]
+            return decoded == [content for content in self.expected_documents() if content]
         except InputError:
             if any(self.cache.glob("*")):
                 return False
@@ -156,7 +157,7 @@ class InputFiles(ABC):
 
 
 class TextFiles(InputFiles):
-    """A folder of texts, plain and compressed, that a BPE tokenizer is trained on."""
+    """A folder of texts, plain and compressed, on which a BPE tokenizer is trained."""
 
     name = "text files"
     tokenizer = TokenizerConfig(kind="bpe", vocab_size=260)
@@ -170,13 +171,13 @@ class TextFiles(InputFiles):
             file.write_bytes(write(content))
         self.source = SourceConfig(path=str(folder))
 
-    def said(self) -> Iterator[bytes]:
-        """Yield what is in the files; an empty one is left out of a folder."""
+    def expected_documents(self) -> Iterator[bytes]:
+        """Yield the content of the files, without empty files."""
         yield from (uncompressed(file) for file in self.files if file.stat().st_size)
 
 
 class JsonLines(InputFiles):
-    """A text on every line."""
+    """A file with one text per line, as JSON."""
 
     name = "JSON lines"
 
@@ -187,14 +188,14 @@ class JsonLines(InputFiles):
         self.files[0].write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.source = SourceConfig(kind="jsonl", path=str(self.files[0]))
 
-    def said(self) -> Iterator[bytes]:
+    def expected_documents(self) -> Iterator[bytes]:
         """Yield the text of every line."""
         lines = self.files[0].read_bytes().split(b"\n")
         yield from (json.loads(line)["text"].encode() for line in lines if line.strip())
 
 
 class Images(InputFiles):
-    """Grey images, plain and compressed."""
+    """Grey-level images, plain and compressed."""
 
     name = "images"
 
@@ -208,8 +209,8 @@ class Images(InputFiles):
             file.write_bytes(write(content))
         self.source = SourceConfig(kind="idx", path=str(folder), levels=GREY_LEVELS)
 
-    def said(self) -> Iterator[bytes]:
-        """Yield the grey levels of every image; an empty file is left out of a folder."""
+    def expected_documents(self) -> Iterator[bytes]:
+        """Yield the grey levels of every image, without empty files."""
         for file in self.files:
             if file.stat().st_size:
                 content = uncompressed(file)
@@ -219,7 +220,7 @@ class Images(InputFiles):
 
 
 class Stories:
-    """Stories of bAbI."""
+    """bAbI stories."""
 
     name, weight = "stories", 0.5
 
@@ -228,28 +229,28 @@ class Stories:
         self.files[0].write_text(STORIES, encoding="utf-8")
 
     def is_as_written(self) -> bool:
-        """Read them and compare with the lines."""
-        told = [line for story in read_stories(str(self.files[0])) for line in told_lines(story)]
-        said = [line for line in self.files[0].read_bytes().decode().split("\n") if line.strip()]
-        parts = [[part.strip() for part in line.partition(" ")[2].split("\t")][:2] for line in said]
-        return told == [(line.partition(" ")[0], *part) for line, part in zip(said, parts, strict=True)]
+        """Read the stories and compare them with the lines of the file."""
+        found = [line for story in read_stories(str(self.files[0])) for line in story_lines(story)]
+        lines = [line for line in self.files[0].read_bytes().decode().split("\n") if line.strip()]
+        parts = [[part.strip() for part in line.partition(" ")[2].split("\t")][:2] for line in lines]
+        return found == [(line.partition(" ")[0], *part) for line, part in zip(lines, parts, strict=True)]
 
 
-def told_lines(story: Story) -> Iterator[tuple[str, ...]]:
-    """Yield number, text and, of a question, answer of every line of a story."""
+def story_lines(story: Story) -> Iterator[tuple[str, ...]]:
+    """Yield number, text and, for a question, answer of every line of a story."""
     lines: list[tuple[str, ...]] = []
     for number, statement in enumerate(story.statements, start=1):
         lines.append((statement,))
-        lines += [(asked.text, asked.answer) for asked in story.questions if asked.num_statements == number]
+        lines += [(question.text, question.answer) for question in story.questions if question.num_statements == number]
     yield from ((str(number), *line) for number, line in enumerate(lines, start=1))
 
 
 def compress(content: bytes) -> bytes:
-    """Return gzip's form, without the time in it."""
+    """Compress with gzip, without a time stamp."""
     return gzip.compress(content, mtime=0)
 
 
 def uncompressed(file: Path) -> bytes:
-    """Return what is in a file, through gzip or xz where its name says so."""
+    """Return the content of a file, decompressed if its name ends with .gz or .xz."""
     readers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
     return readers.get(file.suffix, bytes)(file.read_bytes())

@@ -1,6 +1,6 @@
-"""What tests/soak/fuzz.py damages of what is saved: it is read exactly as it was written, or refused.
+"""Targets of tests/soak/fuzz.py that the library saves: a file must be read exactly as written, or be refused.
 
-Of configs that people edit, what they say counts.
+For configs that users may edit, the current content of the file counts.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ TEXTS = ["the cat sat on the mat\n", "the dog  sat on the log " * 5, "Äpfel üb
 
 
 def small_model() -> Memformer:
-    """Return a model that is saved and read in a millisecond."""
+    """Return a model that is saved and loaded in one millisecond."""
     return Memformer(tiny_config(num_encoder_layers=1, num_decoder_layers=1))
 
 
@@ -54,7 +54,7 @@ class SessionFile:
         self.session.save(self.files[0])
 
     def is_as_written(self) -> bool:
-        """Read it and compare."""
+        """Read the files and compare."""
         found = Session.load(self.files[0], model=self.model)._state()
         return all(torch.equal(found[name], tensor) for name, tensor in self.session._state().items())
 
@@ -70,12 +70,12 @@ class WeightsFile:
         self.files = [self.folder / "model.safetensors"]
 
     def is_as_written(self) -> bool:
-        """Read it and compare."""
+        """Read the files and compare."""
         return same_weights(Memformer.from_pretrained(self.folder), self.model)
 
 
 class ConfigFile(WeightsFile):
-    """The config of a saved model: a text that people may edit, so what it says counts, if it can be."""
+    """The config of a saved model. Users may edit it, so its current content must be read if it is valid."""
 
     name = "config"
 
@@ -84,11 +84,11 @@ class ConfigFile(WeightsFile):
         self.files = [self.folder / "config.json"]
 
     def is_as_written(self) -> bool:
-        """Read it and compare with what it says."""
+        """Load the model and compare its config with the file."""
         model = Memformer.from_pretrained(self.folder)
-        said = {key: value for key, value in read_json(self.files[0]).items() if key != "model_type"}
-        has = canonical(model.config.to_dict())
-        return all(has[key] == value for key, value in said.items()) and same_weights(model, self.model)
+        written = {key: value for key, value in read_json(self.files[0]).items() if key != "model_type"}
+        loaded = canonical(model.config.to_dict())
+        return all(loaded[key] == value for key, value in written.items()) and same_weights(model, self.model)
 
 
 class CheckpointFolder:
@@ -104,13 +104,13 @@ class CheckpointFolder:
         self.files = sorted(self.folder.iterdir())
 
     def fresh_state(self) -> TrainingState:
-        """Return a state to save, or to load into."""
+        """Return a training state to save or to load into."""
         model = small_model()
         memory = model.initial_memory(2).detach().clone()
         return TrainingState(model, make_optimizer(model, TrainingConfig()), memory, {"num_updates": 1})
 
     def is_as_written(self) -> bool:
-        """Read it and compare."""
+        """Read the files and compare."""
         found = self.fresh_state()
         load_checkpoint(self.folder, found)
         same_memory = torch.equal(found.memory, self.state.memory)
@@ -124,7 +124,7 @@ def same_weights(model: Memformer, other: Memformer) -> bool:
 
 
 class RunFolder:
-    """The config that a run has saved."""
+    """The config saved by a run."""
 
     name, weight = "saved run config", 1.0
 
@@ -138,13 +138,13 @@ class RunFolder:
         self.files = [self.folder / RUN_CONFIG_FILE]
 
     def is_as_written(self) -> bool:
-        """Read it both ways and compare."""
+        """Read the config in both ways and compare."""
         saved, parsed = read_run_config(self.folder), parse_run_config([str(self.folder)])[0]
         return parsed == self.config and saved == canonical(self.config.to_dict())
 
 
 class EditedRunFolder(RunFolder):
-    """The same changed by hand, so without a checksum: what it says counts, but a run goes on as itself only."""
+    """A saved config without its checksum, as after editing: its content counts, but must allow resuming the run."""
 
     name, weight = "edited run config", 0.5
 
@@ -153,29 +153,29 @@ class EditedRunFolder(RunFolder):
         self.files[0].write_text(self.files[0].read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
 
     def is_as_written(self) -> bool:
-        """Read it as a run that goes on does, and compare what may not change."""
+        """Read the config as when resuming, and compare the sections that must not change."""
         saved = read_run_config(self.folder)
         check_same_run(saved, self.config)
         written = canonical(self.config.to_dict())
-        return all(said_in(saved.get(key)) == said_in(written[key]) for key in ("seed", "model", "data"))
+        return all(relevant_part(saved.get(key)) == relevant_part(written[key]) for key in ("seed", "model", "data"))
 
 
-def said_in(value: Any) -> Any:
-    """Return what counts in a part of a run's config: a null says the same as nothing, and the cache may move."""
+def relevant_part(value: Any) -> Any:
+    """Return a section of a run config without nulls, which equal missing keys, and without the cache folder."""
     if not isinstance(value, dict):
         return value
-    return {key: said_in(each) for key, each in value.items() if each is not None and key != "cache"}
+    return {key: relevant_part(each) for key, each in value.items() if each is not None and key != "cache"}
 
 
 def small_tokenizers() -> list[Tokenizer]:
-    """Return a tokenizer of every kind: of bytes, pixels, byte pairs and words."""
+    """Return a tokenizer of every kind: bytes, pixels, byte pairs and words."""
     documents = [Document(str(number), text.encode()) for number, text in enumerate(TEXTS)]
     bpe, word = (train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), documents) for kind in ("bpe", "word"))
     return [ByteTokenizer(), PixelTokenizer(4, 2, 3), bpe, word]
 
 
 class TokenCache:
-    """Token ids that were built before."""
+    """Cached token ids."""
 
     name, weight = "token cache", 1.0
 
@@ -191,13 +191,13 @@ class TokenCache:
         self.files = sorted(file for folder in self.cache.iterdir() for file in folder.iterdir())
 
     def read(self) -> list[tuple[list[int], int]]:
-        """Return the ids of every document, and its size in bytes."""
+        """Return the token ids and the size in bytes of every document."""
         corpus = build_corpus(self.source, self.tokenizer, cache=self.cache, max_document_tokens=7)
         ids = [corpus.document(index).tolist() for index in range(corpus.num_documents)]
         return list(zip(ids, corpus.document_bytes.tolist(), strict=True))
 
     def is_as_written(self) -> bool:
-        """Read it and compare."""
+        """Read the files and compare."""
         return self.read() == self.documents
 
 
@@ -213,7 +213,7 @@ class TokenizerFolder:
         self.files = sorted(self.folder.iterdir())
 
     def is_as_written(self) -> bool:
-        """Read it and compare."""
+        """Read the files and compare."""
         found, expected = load_tokenizer(self.folder), self.tokenizer
         ids = list(range(expected.vocab_size))
         return (
@@ -223,6 +223,6 @@ class TokenizerFolder:
         )
 
     def ids_of_texts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Return the ids of some texts, or nothing for images."""
+        """Return the token ids of some texts; empty for images."""
         is_of_texts = isinstance(tokenizer, ByteTokenizer | TextTokenizer)
         return [tokenizer.encode(text.encode(), "text").tolist() for text in TEXTS] if is_of_texts else []

@@ -1,12 +1,13 @@
-"""Kill training with SIGKILL at random moments, resume it, and compare what comes out with the run never killed.
+"""Kill training with SIGKILL at random times, resume it, and compare the result with an uninterrupted run.
 
     python -m tests.soak.kills --kills 200
 
-A run is killed and resumed until it has finished, then begun again, until so many kills are done; two runs take turns,
-one over documents with dropout, accumulation and the edge of an epoch, one over a recall task with a curriculum. After
-every kill: no checkpoint that was safe before is gone before a newer one is. At the end of a run: losses, weights,
-moments, memory, random numbers, the data's cursor and the evaluation are those of the run never killed, bit for bit.
-Processes are forked from one that has torch loaded, so a kill costs the time of the run alone. Linux only.
+A run is killed and resumed until it finishes, then started again, until the number of kills is reached. Two runs
+alternate: one on documents, with dropout, gradient accumulation and several epochs, and one on a recall task with a
+curriculum. After every kill, the newest undamaged checkpoint must be at least as new as after the previous kill. At the
+end of a run, losses, weights, optimizer state, memory, random states, data cursor and evaluation must equal those of
+the uninterrupted run bit for bit. Processes are forked from one that has loaded torch, so a restart takes no import
+time. Linux only.
 """
 
 import argparse
@@ -32,19 +33,19 @@ from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.logs import read_log
 from memformer.training.run_folder import newest_checkpoint
 from memformer.utils.files import read_json
-from tests.training.test_loop import checkpoint_of, run_config, saved_tensors, write_documents
+from tests.training.runs import checkpoint_of, run_config, saved_tensors, write_documents
 
 NUM_UPDATES = 40
 
 
 def main() -> int:
-    """Kill until enough is killed; return 1 if anything was lost."""
+    """Run until the number of kills is reached; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    moments = random.Random(options.seed)
+    times = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         write_documents(base / "texts")
@@ -54,7 +55,7 @@ def main() -> int:
         started = time.monotonic()
         while kills < options.kills:
             for kind, config in runs.items():
-                killed, saving, lost = run_killed(base, kind, config, seconds[kind], moments)
+                killed, saving, lost = run_killed(base, kind, config, seconds[kind], times)
                 kills, while_saving, whole_runs = kills + killed, while_saving + saving, whole_runs + 1
                 losses += lost
                 print(f"{kind}: {killed} kills ({saving} while saving), {len(lost)} losses; {kills} so far", flush=True)
@@ -68,13 +69,13 @@ def main() -> int:
 
 
 def document_run(base: Path) -> RunConfig:
-    """Return a run over documents; dropout, two rollouts an update, several epochs."""
+    """Return the config of a run on documents with dropout, two rollouts per update and several epochs."""
     return run_config(base, "documents", num_updates=NUM_UPDATES, evaluate_every=10, save_every=2, keep_checkpoints=2)
 
 
 def curriculum_run(base: Path) -> RunConfig:
-    """Return a run over a recall task that gets harder while it is learned."""
-    # Any loss is good enough: so it does get harder within the few updates.
+    """Return the config of a run on a recall task with a curriculum."""
+    # Every loss is below this threshold, so the curriculum advances within the few updates.
     recall = RecallConfig(
         task="fact", num_values=4, max_distance=8, curriculum=CurriculumConfig(advance_below=10.0, window=5)
     )
@@ -99,7 +100,7 @@ def curriculum_run(base: Path) -> RunConfig:
 
 
 def start(arguments: list[str]) -> int:
-    """Run the command in a forked process; return its id."""
+    """Run the command in a forked process; return the process id."""
     child = os.fork()
     if child:
         return child
@@ -114,20 +115,20 @@ def start(arguments: list[str]) -> int:
 
 
 def run_unbroken(base: Path, kind: str, config: RunConfig) -> float:
-    """Make the run that is never killed; return its seconds."""
+    """Make the uninterrupted run; return its duration in seconds."""
     file = base / f"{kind}.yaml"
     file.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     started = time.monotonic()
     _, status = os.waitpid(start(["train", str(file), "--folder", str(base / f"{kind}-unbroken")]), 0)
     if status:
-        sys.exit(f"the run never killed ended with status {status}")
+        sys.exit(f"the uninterrupted run ended with status {status}")
     return time.monotonic() - started
 
 
 def run_killed(
-    base: Path, kind: str, config: RunConfig, seconds: float, moments: random.Random
+    base: Path, kind: str, config: RunConfig, seconds: float, times: random.Random
 ) -> tuple[int, int, list[str]]:
-    """Kill and resume a run until it has finished; return the kills, those while saving, and what was lost."""
+    """Kill and resume a run until it finishes; return the kills, the kills while saving, and the losses."""
     folder = Path(config.folder)
     shutil.rmtree(folder, ignore_errors=True)
     kills, while_saving, lost, safe = 0, 0, [], None
@@ -135,11 +136,11 @@ def run_killed(
         resume = ["--resume"] if newest_whole(folder) else []
         started = time.time()
         child = start(["train", str(base / f"{kind}.yaml"), *resume])
-        # A third of the kills waits for the next checkpoint to be written; few would hit one by chance.
+        # A third of the kills waits until a checkpoint is being written, because few would hit this time by chance.
         checkpoints = folder / "checkpoints"
         saving = partial(is_saving, checkpoints, started)
-        until = saving if moments.random() < 1 / 3 else (lambda: True)
-        is_over, status = wait(child, until, least=moments.uniform(0, 0.7 * seconds))
+        until = saving if times.random() < 1 / 3 else (lambda: True)
+        is_over, status = wait(child, until, least=times.uniform(0, 0.7 * seconds))
         if is_over:
             if status:
                 lost.append(f"{kind}: resumed after kill {kills}, the run ended with status {status}")
@@ -148,7 +149,7 @@ def run_killed(
         while_saving += saving()
         newest = newest_whole(folder)
         if safe is not None and (newest is None or newest < safe):
-            lost.append(f"{kind}: kill {kills} took checkpoint {safe}; the newest whole one is {newest}")
+            lost.append(f"{kind}: kill {kills} lost checkpoint {safe}; the newest undamaged one is {newest}")
         safe = newest
     if not lost:
         lost += differences(folder, base / f"{kind}-unbroken", kind)
@@ -156,10 +157,10 @@ def run_killed(
 
 
 def wait(child: int, until: Callable[[], bool], *, least: float) -> tuple[bool, int]:
-    """Wait for a process `least` seconds and on `until` something is so, then kill it.
+    """Wait at least `least` seconds and then until `until()` is true, and kill the process.
 
     Returns:
-        Whether it had ended by itself, and its status.
+        Whether the process had ended by itself, and its status.
     """
     deadline = time.monotonic() + least
     while time.monotonic() < deadline or not until():
@@ -173,7 +174,7 @@ def wait(child: int, until: Callable[[], bool], *, least: float) -> tuple[bool, 
 
 
 def is_saving(checkpoints: Path, since: float) -> bool:
-    """Whether a checkpoint is being written, or was when its process was killed; older leftovers do not count."""
+    """Whether a checkpoint was being written after the time `since`; older partial folders do not count."""
     for leftover in checkpoints.glob(".*.partial"):
         with contextlib.suppress(FileNotFoundError):
             if leftover.stat().st_mtime >= since:
@@ -182,7 +183,7 @@ def is_saving(checkpoints: Path, since: float) -> bool:
 
 
 def newest_whole(folder: Path) -> str | None:
-    """Return the name of the newest checkpoint that is whole, if there is one."""
+    """Return the name of the newest undamaged checkpoint, if any."""
     try:
         return newest_checkpoint(folder).name
     except CheckpointError:
@@ -190,33 +191,33 @@ def newest_whole(folder: Path) -> str | None:
 
 
 def differences(folder: Path, unbroken: Path, kind: str) -> list[str]:
-    """Return how a run differs from the one never killed."""
+    """Return the differences between a run and the uninterrupted run."""
     found = [] if logged_values(folder) == logged_values(unbroken) else [f"{kind}: the log differs"]
     ours, theirs = (saved_tensors(checkpoint_of(each, NUM_UPDATES)) for each in (folder, unbroken))
     if ours.keys() != theirs.keys():
-        return [*found, f"{kind}: other tensors were saved"]
+        return [*found, f"{kind}: the names of the saved tensors differ"]
     found += [f"{kind}: {name} differs" for name in ours if not torch.equal(ours[name], theirs[name])]
     if progress_of(folder) != progress_of(unbroken):
-        found.append(f"{kind}: the counters or the data's cursor differ")
+        found.append(f"{kind}: the counters or the data cursor differ")
     if evaluation_of(folder) != evaluation_of(unbroken):
         found.append(f"{kind}: the evaluation differs")
     return found
 
 
 def evaluation_of(folder: Path) -> list[str]:
-    """Return the lines of the evaluation, but for those that say how much memory it took."""
+    """Return the lines of the evaluation, without those about peak memory."""
     lines = (folder / "evaluation.json").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if "peak_memory_bytes" not in line]
 
 
 def logged_values(folder: Path) -> object:
-    """Return what the log says of losses; a recall task's evaluation has no bits per byte."""
+    """Return the entries of the log, without times, speeds and peak memory."""
     timing = {"seconds", "tokens_per_second", "peak_memory_bytes"}
     return [{key: value for key, value in line.items() if key not in timing} for line in read_log(folder)]
 
 
 def progress_of(folder: Path) -> dict[str, object]:
-    """Return counters and cursor, without the time that passed."""
+    """Return the counters and the data cursor, without the training time."""
     progress: dict[str, object] = read_json(checkpoint_of(folder, NUM_UPDATES) / "progress.json")["progress"]
     return {key: value for key, value in progress.items() if key != "seconds"}
 

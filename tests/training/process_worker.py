@@ -1,4 +1,4 @@
-"""What `test_processes.py` starts several of: one update of a float64 model; the first one writes what came of it."""
+"""Worker process of `test_processes.py`: makes updates of a float64 model; the first process writes the result."""
 
 import sys
 from collections import Counter
@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memformer import Memformer
 from memformer.training import loop
-from memformer.training.logs import NoLog
+from memformer.training.logs import RunLog
 from memformer.training.processes import exit_process, processes_started
 from memformer.training.run_data import prepare_data
-from tests.training.test_loop import run_config
+from tests.training.runs import run_config
 
 
 def main(base: Path, target: Path, method: str, sharding: str) -> None:
-    """Make two updates of two rollouts each; write the gradients of the second one and the memory of all lanes."""
+    """Make two updates of two rollouts each; write the gradients of the second update and the memory of all lanes."""
     torch.set_num_threads(1)
     config = run_config(base, num_lanes=4, method=method, sharding=sharding)
     model_config = type(config.model)(**{**config.model.to_dict(), "dropout": 0.0})
@@ -25,29 +25,30 @@ def main(base: Path, target: Path, method: str, sharding: str) -> None:
         torch.manual_seed(0)
         model = Memformer(model_config).double()
         trainer = loop._Trainer(config, prepare_data(config.data), model, resume=False, processes=processes)
-        trainer._update(NoLog(base, total_updates=2, num_updates=0), [])
+        trainer._update(RunLog(), [])
         gradients = {}
         trainer.state.optimizer.step = lambda: gradients.update(
             {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
         )
         with Exchanges() as exchanges:
-            trainer._update(NoLog(base, total_updates=2, num_updates=0), [])
+            trainer._update(RunLog(), [])
         memory = processes.gather_lanes(trainer.state.memory)
         names = ("allreduce_", "_reduce_scatter_base_", "_allgather_base_")
         found = [exchanges.counts[f"c10d::{name}"] for name in names]
         if sharding == "none":
             assert found == [int(processes.count > 1), 0, 0], found
         else:
-            # The loss; the gradients of two layers and of the rest, this once more where lanes start again.
+            # One all-reduce for the loss. Reduce-scatters for the gradients of two layers and of the rest; the rest is
+            # reduced twice because lanes are reset.
             assert found[:2] == [1, 4], found
-            # The weights of the same: once an update, or whenever they are used.
-            assert found[2] == 3 if sharding == "moments" else found[2] > 30, found
+            # All-gathers of the same weights: once per update, or at each use.
+            assert found[2] == 3 if sharding == "optimizer_state" else found[2] > 30, found
         if processes.is_first:
             save_file({**gradients, "memory": memory}, target)
 
 
 class Exchanges(TorchDispatchMode):
-    """Counts what processes say to each other."""
+    """Counts the collective operations."""
 
     def __init__(self):
         super().__init__()

@@ -38,7 +38,7 @@ def make_state(seed=0, batch_size=3, **changes):
 
 
 def advance(state, seed):
-    """One update with dropout, as the loop makes it."""
+    """Make one update with dropout, as the training loop does."""
     result = backpropagate(state.model, random_rollout(2, 3, seed=seed), memory=state.memory)
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -49,7 +49,7 @@ def advance(state, seed):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run folder with two checkpoints; never written to."""
+    """A run folder with two checkpoints; read-only."""
     folder = tmp_path_factory.mktemp("whole")
     state = make_state()
     for update in (1, 2):
@@ -68,7 +68,7 @@ def newest(run_folder):
     return run_folder / CHECKPOINTS / checkpoint_name(2)
 
 
-def test_a_loaded_state_goes_on_as_the_saved_one(tmp_path):
+def test_training_from_a_loaded_state_equals_training_from_the_saved_one(tmp_path):
     state = make_state()
     advance(state, seed=1)
     save_checkpoint(tmp_path / "c", state)
@@ -90,7 +90,7 @@ def test_a_checkpoint_holds_these_files_and_no_other(newest):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("where", [0.02, 0.5, 0.98])
-def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_is_used(run_folder, newest, name, where):
+def test_a_flipped_bit_is_detected_and_the_previous_checkpoint_is_used(run_folder, newest, name, where):
     content = bytearray((newest / name).read_bytes())
     content[int(where * len(content))] ^= 1
     (newest / name).write_bytes(content)
@@ -105,7 +105,7 @@ def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_is_used(run_f
 def test_a_flipped_bit_of_the_manifest_is_refused_or_changes_nothing(newest):
     file = newest / "manifest.json"
     content = file.read_bytes()
-    meant = json.loads(content)
+    original = json.loads(content)
     for position in range(0, len(content), 3):
         damaged = bytearray(content)
         damaged[position] ^= 1
@@ -114,12 +114,12 @@ def test_a_flipped_bit_of_the_manifest_is_refused_or_changes_nothing(newest):
             check_checkpoint(newest)
         except CheckpointError:
             continue
-        assert json.loads(damaged) == meant
+        assert json.loads(damaged) == original
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut short", "empty", "missing"])
-def test_a_file_cut_short_or_missing_is_named(newest, name, damage):
+def test_the_error_names_a_truncated_or_missing_file(newest, name, damage):
     content = (newest / name).read_bytes()
     match damage:
         case "cut short":
@@ -141,14 +141,14 @@ def test_a_file_cut_short_or_missing_is_named(newest, name, damage):
         ({"files": {}}, "does not list the files"),
     ],
 )
-def test_another_manifest_is_refused(newest, change, message):
+def test_an_invalid_manifest_is_refused(newest, change, message):
     file = newest / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(CheckpointError, match=message):
         check_checkpoint(newest)
 
 
-def test_a_manifest_with_another_name_is_refused_before_anything_is_looked_for(newest):
+def test_a_manifest_with_an_unknown_file_name_is_refused_before_files_are_read(newest):
     file = newest / "manifest.json"
     file.write_text(file.read_text().replace("config.json", f"config.{'7' * 5000}"))
     with pytest.raises(CheckpointError, match=r"manifest\.json does not list the files of a checkpoint"):
@@ -165,26 +165,26 @@ def test_a_checkpoint_of_another_model_is_refused(newest, changes):
 
 
 def test_a_checkpoint_of_another_number_of_lanes_is_refused(newest):
-    with pytest.raises(CheckpointError, match=r"carries memory of shape \(3, 5, 16\); this run's is \(2, 5, 16\)"):
+    with pytest.raises(CheckpointError, match=r"has lane memory of shape \(3, 5, 16\); this run needs \(2, 5, 16\)"):
         load_checkpoint(newest, make_state(batch_size=2))
 
 
-def test_all_damaged(run_folder):
+def test_the_error_describes_the_newest_checkpoint_if_all_are_damaged(run_folder):
     for checkpoint in checkpoints_newest_first(run_folder / CHECKPOINTS):
         (checkpoint / "manifest.json").unlink()
     warnings = []
-    with pytest.raises(CheckpointError, match=f"no whole checkpoint: .*{checkpoint_name(2)}.*does not exist"):
+    with pytest.raises(CheckpointError, match=f"no undamaged checkpoint: .*{checkpoint_name(2)}.*does not exist"):
         newest_checkpoint(run_folder, warn=warnings.append)
     assert len(warnings) == 2
 
 
-def test_none_at_all(tmp_path):
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+def test_a_run_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet; there is nothing to resume from"):
         newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("failing", ["write_tensors", "write_json", "sync_folder"])
-def test_a_failed_save_leaves_the_earlier_checkpoints_and_nothing_else(run_folder, monkeypatch, failing):
+def test_a_failed_save_leaves_only_the_earlier_checkpoints(run_folder, monkeypatch, failing):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -196,7 +196,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoints_and_nothing_else(run_folde
     check_checkpoint(checkpoints / checkpoint_name(2))
 
 
-def test_a_leftover_of_a_killed_save_is_no_checkpoint_and_is_replaced(run_folder):
+def test_the_partial_folder_of_a_killed_save_is_ignored_and_replaced(run_folder):
     checkpoints = run_folder / CHECKPOINTS
     leftover = shutil.copytree(checkpoints / checkpoint_name(2), checkpoints / f".{checkpoint_name(3)}.partial")
     (leftover / "stray").write_text("x")
@@ -206,7 +206,7 @@ def test_a_leftover_of_a_killed_save_is_no_checkpoint_and_is_replaced(run_folder
     assert newest_checkpoint(run_folder).name == checkpoint_name(3)
 
 
-def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_name(newest):
+def test_a_damaged_checkpoint_is_replaced_by_a_new_one_with_the_same_name(newest):
     (newest / "state.safetensors").write_bytes(b"")
     state = make_state()
     advance(state, seed=1)
@@ -222,7 +222,7 @@ def test_pruning_keeps_the_newest(tmp_path, keep, kept):
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(update) for update in kept]
 
 
-def test_pruning_never_counts_a_damaged_later_checkpoint_for_the_one_just_written(tmp_path):
+def test_pruning_does_not_count_later_checkpoints(tmp_path):
     for update in (1, 2, 9):
         (tmp_path / checkpoint_name(update)).mkdir()
     prune_checkpoints(tmp_path / checkpoint_name(2), keep=1)

@@ -29,43 +29,43 @@ from memformer.training.config import DataConfig, RunConfig, TrainingConfig
         ("final_learning_rate", 1.5),
         ("weight_decay", -0.1),
         ("max_gradient_norm", float("nan")),
-        ("write_price", -0.1),
-        ("write_price", float("inf")),
-        ("write_price_below", 0.0),
-        ("write_price_below", float("nan")),
+        ("write_penalty", -0.1),
+        ("write_penalty", float("inf")),
         ("betas", (0.9, 1.0)),
         ("betas", (-0.1, 0.9)),
     ],
 )
-def test_training_values_out_of_range(field, value):
+def test_training_values_out_of_range_are_refused(field, value):
     with pytest.raises(InputError, match=rf"training\.{field} \(.*\) must be"):
         TrainingConfig(**{field: value})
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_held_out_fraction_out_of_range(fraction):
-    with pytest.raises(InputError, match=r"data\.validation_fraction \(.*\) must be between 0 and 1"):
+def test_a_validation_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(InputError, match=r"data\.validation_fraction \(.*\) must be above 0 and below 1"):
         DataConfig(validation_fraction=fraction)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 @pytest.mark.parametrize(("kind", "name"), [(RunConfig, "seed"), (DataConfig, r"data\.seed")])
-def test_seeds_out_of_range(kind, name, seed):
+def test_seeds_out_of_range_are_refused(kind, name, seed):
     with pytest.raises(InputError, match=rf"^{name} \({seed}\) must be from 0"):
         kind(seed=seed)
 
 
 @pytest.mark.parametrize("threads", [0, 2**31])
-def test_threads_out_of_range(threads):
+def test_threads_out_of_range_are_refused(threads):
     with pytest.raises(InputError, match=rf"^threads \({threads}\) must be from 1 to 65536"):
         RunConfig(threads=threads)
 
 
 @pytest.mark.parametrize("model", [{"num_slots": 0}, {"write_normalizer": "softmax"}])
-def test_a_price_on_writing_needs_slots_and_a_sparse_write(model):
-    training = TrainingConfig(write_price=0.1)
+def test_a_write_penalty_needs_slots_and_a_sparse_normalizer(model):
+    training = TrainingConfig(write_penalty=0.1)
     RunConfig(model=MemformerConfig(write_normalizer="entmax15"), training=training)
-    with pytest.raises(InputError, match=r"training\.write_price \(0\.1\) needs slots and a sparse write"):
+    with pytest.raises(
+        InputError, match=r"training\.write_penalty \(0\.1\) needs memory slots and a sparse write_normalizer; "
+    ):
         RunConfig(model=MemformerConfig(**{"write_normalizer": "entmax15", **model}), training=training)
 
 
@@ -74,7 +74,7 @@ def test_a_config_is_frozen():
         TrainingConfig().num_updates = 3
 
 
-def test_plain_values_hold_every_field():
+def test_to_dict_contains_every_field():
     config = RunConfig(
         model=MemformerConfig(num_slots=3),
         data=DataConfig(train=SourceConfig(kind="text", path=["a", "b"])),

@@ -30,11 +30,11 @@ def test_only_matrices_that_multiply_activations_are_decayed(variant):
     decay = groups_by_name(tiny_model(**variant), TrainingConfig(weight_decay=0.25))
     assert set(decay.values()) == {0.0, 0.25}
     for name, value in decay.items():
-        spared = any(part in name for part in ("embedding", "norm", "bias")) or "slot" in name
-        assert (value == 0.0) == spared, name
+        excluded = any(part in name for part in ("embedding", "norm", "bias")) or "slot" in name
+        assert (value == 0.0) == excluded, name
 
 
-def test_a_model_with_memory_has_a_forgetting_vector_that_is_spared():
+def test_forgetting_vectors_are_not_decayed():
     decay = groups_by_name(tiny_model(), TrainingConfig(weight_decay=0.25))
     slot_biases = {value for name, value in decay.items() if name.endswith("slot_bias")}
     assert slot_biases == {0.0}
@@ -54,7 +54,7 @@ def test_warm_up_is_linear():
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_cosine_falls_from_the_peak_to_the_final_rate(warmup):
+def test_the_learning_rate_decays_from_the_peak_to_the_final_rate(warmup):
     config = TrainingConfig(learning_rate=0.5, final_learning_rate=0.2, warmup_updates=warmup, num_updates=20)
     rates = [learning_rate_at(update, config) for update in range(warmup, 21)]
     assert rates[0] == pytest.approx(0.5)
@@ -64,13 +64,13 @@ def test_cosine_falls_from_the_peak_to_the_final_rate(warmup):
     assert learning_rate_at(10_000, config) == pytest.approx(0.1)
 
 
-def test_warm_up_longer_than_the_run():
+def test_a_warm_up_longer_than_the_run():
     config = TrainingConfig(learning_rate=1.0, warmup_updates=10, num_updates=5)
     assert [learning_rate_at(update, config) for update in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert math.isfinite(learning_rate_at(10, config))
 
 
-def test_decay_shrinks_matrices_alone():
+def test_weight_decay_shrinks_matrices_only():
     model = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = TrainingConfig(learning_rate=0.1, weight_decay=0.5)
@@ -83,8 +83,8 @@ def test_decay_shrinks_matrices_alone():
         assert_close(parameter.detach(), before[name] * (1 - 0.1 * decay[name]))
 
 
-def test_gradients_of_rollouts_weighted_by_tokens_are_that_of_all_tokens():
-    # Two rollouts of separate documents with unequal numbers of tokens, against both side by side in one rollout.
+def test_gradients_of_rollouts_weighted_by_tokens_equal_the_gradient_of_all_tokens():
+    # Two rollouts of separate documents with different numbers of tokens, compared with both as rows of one rollout.
     model = tiny_model()
     first = random_rollout(2, 2, padding=True, seed=3)
     second = random_rollout(2, 2, seed=4)

@@ -1,4 +1,4 @@
-"""Several processes make the updates that one makes, go on in another number, and end together."""
+"""Training with several processes: equal updates, resuming with another number of processes, and stopping."""
 
 import dataclasses
 import os
@@ -14,16 +14,16 @@ import yaml
 from safetensors.torch import load_file
 
 from memformer import InputError, Memformer
-from memformer.cli import parsing
 from memformer.cli.main import main
+from memformer.cli.run_config import parse_run_config
 from memformer.training.checkpoint import TrainingState, load_checkpoint
 from memformer.training.optimizer import make_optimizer
 from memformer.training.processes import Processes
 from tests.helpers import assert_close
-from tests.training.test_loop import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
+from tests.training.runs import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
 
 ROOT = Path(__file__).parents[2]
-# A process that dies in the middle of the seventh update, the first time that it is there.
+# A process that dies in the middle of the seventh update, but not after a restart.
 DYING = """
 import os, signal
 from memformer.cli.main import entry_point
@@ -40,7 +40,7 @@ def die(*args, **kwargs):
 loop.backpropagate = die
 entry_point()
 """
-# A process whose interpreter is shutting down while gloo lets go of a tensor.
+# A process whose interpreter shuts down while gloo releases a tensor.
 ENDING = """
 import time
 import torch
@@ -52,18 +52,18 @@ class Slow:
         sleep(2)
 
 with processes_started("cpu") as processes:
-    group = dist.group.WORLD  # as torch keeps it where weights are shared out
+    group = dist.group.WORLD  # torch keeps such a reference for a sharded model
     tensor, parts = torch.ones(2), [torch.empty(2), torch.empty(2)]
     time.sleep(processes.rank)
     dist.all_gather(parts, tensor, async_op=True)
-_slow = Slow()  # the underscore: torn down before the tensors
+_slow = Slow()  # the underscore makes Python delete it before the tensors
 exit_process(0)
 """
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Documents, and a run of one process without dropout."""
+    """Documents, and a run with one process and without dropout."""
     base = tmp_path_factory.mktemp("processes")
     write_documents(base / "texts", num_documents=9)
     assert main(["train", config_of(base, "one")]) == 0
@@ -105,7 +105,7 @@ def assert_nearly_same_run(folder, other):
     assert_close(ours["memory"], theirs["memory"], relative=1e-2)
 
 
-def test_processes_end_well_while_gloo_still_holds_a_tensor(tmp_path):
+def test_processes_exit_without_error_while_gloo_still_holds_a_tensor(tmp_path):
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
     done = torchrun(script)
@@ -113,14 +113,14 @@ def test_processes_end_well_while_gloo_still_holds_a_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "sharding"), [("replay", "none"), ("bptt", "none"), ("replay", "moments"), ("replay", "weights")]
+    ("method", "sharding"), [("replay", "none"), ("bptt", "none"), ("replay", "optimizer_state"), ("replay", "weights")]
 )
-def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_an_update(
+def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_per_update(
     base, tmp_path, method, sharding
 ):
     for count in (1, 2):
-        file, shared_out = tmp_path / f"{count}.safetensors", sharding if count > 1 else "none"
-        done = torchrun("-m", "tests.training.process_worker", base, file, method, shared_out, count=count)
+        file, sharding_of_count = tmp_path / f"{count}.safetensors", sharding if count > 1 else "none"
+        done = torchrun("-m", "tests.training.process_worker", base, file, method, sharding_of_count, count=count)
         assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
     assert one.keys() == two.keys()
@@ -129,7 +129,7 @@ def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_a
     assert one["memory"].shape[0] == 4
 
 
-def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(base):
+def test_a_run_of_two_processes_equals_that_of_one_and_resumes_in_one(base):
     train(config_of(base, "two"))
     assert_nearly_same_run(base / "two", base / "one")
     drop_checkpoints_after(base / "two", 6)
@@ -137,24 +137,24 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(base):
     assert_nearly_same_run(base / "two", base / "one")
 
 
-def test_resumed_in_the_same_number_the_run_is_the_same_bit_for_bit_dropout_on(base):
+def test_a_run_with_dropout_resumed_with_the_same_number_of_processes_is_identical(base):
     config = config_file(run_config(base, "dropout", num_lanes=4))
     train(config)
     expected = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert {"state: cpu_randomness", "state: cpu_randomness.1"} <= expected.keys()
     drop_checkpoints_after(base / "dropout", 9)
     done = train(config, "--resume")
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     ours = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
 
-def test_what_two_processes_share_out_is_the_run_of_one_and_goes_on_in_one_and_back(base):
-    config = config_of(base, "shared", sharding="moments")
+def test_a_sharded_run_equals_that_of_one_process_and_resumes_in_one_and_back_in_two(base):
+    config = config_of(base, "shared", sharding="optimizer_state")
     train(config)
     assert_nearly_same_run(base / "shared", base / "one")
     expected = whole_state(base / "shared", 10)
-    # From what two shared out one goes on, and from what that one wrote two that share out more.
+    # One process resumes from two sharded ones, and two with more sharding from its checkpoint.
     for update, command in (
         (6, lambda: main(["train", config, "--resume"])),
         (9, lambda: train(config, "--resume", "--training.sharding=weights").returncode),
@@ -168,15 +168,15 @@ def test_what_two_processes_share_out_is_the_run_of_one_and_goes_on_in_one_and_b
             assert_close(ours[name], value, relative=1e-5)
 
 
-@pytest.mark.parametrize("sharding", ["moments", "weights"])
-def test_shared_out_and_resumed_in_the_same_number_the_run_is_the_same_bit_for_bit_dropout_on(base, sharding):
+@pytest.mark.parametrize("sharding", ["optimizer_state", "weights"])
+def test_a_sharded_run_with_dropout_resumed_with_the_same_number_of_processes_is_identical(base, sharding):
     config = config_file(run_config(base, f"dropout-{sharding}", num_lanes=4, sharding=sharding))
     train(config)
     folder = base / f"dropout-{sharding}"
     expected = whole_state(folder, 10)
     drop_checkpoints_after(folder, 9)
     done = train(config, "--resume")
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     ours = whole_state(folder, 10)
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
@@ -188,26 +188,26 @@ def drop_checkpoints_after(folder, update):
 
 
 def whole_state(folder, update):
-    """The weights, moments and lane memory of a checkpoint, whoever wrote it, as one process reads them."""
+    """Return the weights, optimizer state and lane memory of any checkpoint, as one process loads them."""
     run = yaml.safe_load((folder / "config.yaml").read_text())
-    config = parsing.parse_run_config([str(folder / "config.yaml")])[0]
+    config = parse_run_config([str(folder / "config.yaml")])[0]
     model = Memformer(config.model)
     optimizer = make_optimizer(model, config.training)
     memory = model.initial_memory(run["training"]["num_lanes"]).detach().clone()
     state = TrainingState(model, optimizer, memory, {})
     with torch.random.fork_rng():
         load_checkpoint(checkpoint_of(folder, update), state)
-    moments = {
+    optimizer_state = {
         f"{name}: {key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
-    assert moments
-    return {**model.state_dict(), **moments, "memory": state.memory}
+    assert optimizer_state
+    return {**model.state_dict(), **optimizer_state, "memory": state.memory}
 
 
 @pytest.mark.parametrize("sharding", ["none", "weights"])
-def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_path, sharding):
+def test_a_dying_process_ends_the_job_and_a_restart_resumes(base, tmp_path, sharding):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     down, restarted = f"down-{sharding}", f"restarted-{sharding}"
@@ -220,11 +220,11 @@ def test_a_process_that_dies_takes_the_job_down_and_a_restart_goes_on(base, tmp_
     ]
     done = torchrun(script, "train", config_of(base, restarted, sharding=sharding), options=["--max-restarts=1"])
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     assert_nearly_same_run(base / restarted, base / "one")
 
 
-def test_lanes_that_cannot_be_shared_out_are_refused():
+def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():
     processes = Processes()
     processes.count, processes.rank = 3, 1
     assert processes.lanes_of(6) == [2, 3]
@@ -232,11 +232,11 @@ def test_lanes_that_cannot_be_shared_out_are_refused():
         processes.lanes_of(4)
 
 
-def test_asked_to_stop_all_processes_save_and_stop(base, tmp_path):
+def test_after_a_signal_to_one_process_all_save_and_stop(base, tmp_path):
     script = tmp_path / "stopping.py"
     script.write_text(DYING.replace("signal.SIGKILL", "signal.SIGINT").replace("len(calls) == 13", "len(calls) == 9"))
     done = torchrun(script, "train", config_of(base, "stopped"))
     assert done.returncode != 0
     assert "stopped by SIGINT" in done.stderr
     assert checkpoint_of(base / "stopped", 5).is_dir()
-    assert "stopped by SIGTERM" in done.stderr  # the other process, which was not asked itself
+    assert "stopped by SIGTERM" in done.stderr  # the other process, which received no signal itself

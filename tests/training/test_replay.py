@@ -1,40 +1,23 @@
-"""Replay is back-propagation through time, exactly; the gradient stops at a rollout's edge and nowhere else."""
+"""Replay equals back-propagation through time; the gradient stops at the start of a rollout and nowhere else."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
 from memformer import InputError, InputTypeError, Memformer, Rollout, backpropagate
-from memformer.nn import WritePressure
+from memformer.nn import AuxiliaryLoss
+from memformer.training.replay import RolloutHooks
 from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
-
-
-def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options):
-    model.zero_grad()
-    torch.manual_seed(5)
-    result = backpropagate(model, rollout, memory=memory, method=method, readout_timesteps=readout_timesteps, **options)
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return result, grads, torch.rand(1)
-
-
-def assert_same_gradients(actual, expected):
-    result, grads, _ = actual
-    expected_result, expected_grads, _ = expected
-    assert_close(result.loss, expected_result.loss)
-    assert_close(result.memory, expected_result.memory)
-    assert_close(result.memory_grad, expected_result.memory_grad)
-    assert_close(result.memory_grad_norms, expected_result.memory_grad_norms)
-    for name, grad in expected_grads.items():
-        if name in grads or grad.norm() > 0:
-            assert_close(grads[name], grad)
+from tests.training.gradients import assert_same_gradients, gradients, penalty
 
 
 def by_hand(model, rollout, memory):
-    """Plain back-propagation through time, written without any of the package's training code."""
+    """Compute the gradients by plain back-propagation through time, without the package's training code."""
     model.zero_grad()
     memory = entering = memory.detach().clone().requires_grad_()
-    nats, count = 0.0, 0
+    nll, count = 0.0, 0
     for t in range(rollout.num_timesteps):
         if rollout.reset is not None:
             rows = [model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(rollout.batch_size)]
@@ -46,11 +29,11 @@ def by_hand(model, rollout, memory):
         for b in range(rollout.batch_size):
             for n in range(rollout.targets.shape[2]):
                 if rollout.target_padding is None or not rollout.target_padding[t, b, n]:
-                    nats = nats - log_probabilities[b, n, rollout.targets[t, b, n]]
+                    nll = nll - log_probabilities[b, n, rollout.targets[t, b, n]]
                     count += 1
-    (nats / count).backward()
+    (nll / count).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return (nats / count).detach(), count, memory.detach(), entering.grad, grads
+    return (nll / count).detach(), count, memory.detach(), entering.grad, grads
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 7])
@@ -86,13 +69,13 @@ def test_every_method_equals_a_loop_written_by_hand(variant, method, padding):
 
 
 @pytest.mark.parametrize("competition", [False, True])
-def test_with_a_price_on_writing_replay_and_checkpoint_equal_bptt(competition):
+def test_with_a_write_penalty_replay_and_checkpoint_equal_bptt(competition):
     model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=competition)
     memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
     rollout = random_rollout(5, 3, resets=True, padding=True)
     free, *runs = [
-        gradients(model, rollout, memory, method, readout_timesteps=2, write_price=price, gradient_scale=0.3)
-        for method, price in (("bptt", 0.0), ("bptt", 0.5), ("checkpoint", 0.5), ("replay", 0.5))
+        gradients(model, rollout, memory, method, readout_timesteps=2, hooks=penalty(weight), gradient_scale=0.3)
+        for method, weight in (("bptt", 0.0), ("bptt", 0.5), ("checkpoint", 0.5), ("replay", 0.5))
     ]
     for run in runs[1:]:
         assert_same_gradients(run, runs[0])
@@ -101,57 +84,71 @@ def test_with_a_price_on_writing_replay_and_checkpoint_equal_bptt(competition):
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_the_price_on_writing_is_its_weight_times_the_mean_pressure_of_the_tokens_read(method):
+def test_the_auxiliary_loss_is_its_weight_times_the_mean_over_the_tokens_read(method):
     model = tiny_model(write_normalizer="entmax15")
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(4, 3, resets=True, padding=True)
     model.zero_grad()
     state, total = memory, 0.0
     for t in range(rollout.num_timesteps):
-        pressure = WritePressure()
+        auxiliary = AuxiliaryLoss()
         state = model.reset_memory(state, rollout.reset[t])
         padding = rollout.input_padding[t]
-        _, state = model.encode(rollout.inputs[t], memory=state, padding_mask=padding, pressure=pressure)
-        total = total + pressure.total
+        _, state = model.encode(rollout.inputs[t], memory=state, padding_mask=padding, auxiliary=auxiliary)
+        total = total + auxiliary.total
     (0.7 * total / (~rollout.input_padding).sum()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     _, free, _ = gradients(model, rollout, memory, method)
-    _, priced, _ = gradients(model, rollout, memory, method, write_price=0.7)
+    _, penalized, _ = gradients(model, rollout, memory, method, hooks=penalty(0.7))
     for name, grad in free.items():
-        assert_close(priced[name], grad + expected.get(name, 0))
+        assert_close(penalized[name], grad + expected.get(name, 0))
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_writing_has_its_price_only_where_the_loss_is_small(method):
+def test_the_weight_of_the_auxiliary_loss_may_depend_on_the_loss(method):
     model = tiny_model(write_normalizer="entmax15")
     rollout = random_rollout(3, 2)
     memory = model.initial_memory(2)
     free = gradients(model, rollout, memory, method)
-    always = gradients(model, rollout, memory, method, write_price=1.0)
+    always = gradients(model, rollout, memory, method, hooks=penalty(1.0))
     loss = float(free[0].loss)
-    asked = gradients(model, rollout, memory, method, write_price=1.0, write_price_below=loss * 1.01)
-    spared = gradients(model, rollout, memory, method, write_price=1.0, write_price_below=loss * 0.99)
-    assert_same_gradients(asked, always)
-    assert_same_gradients(spared, free)
+    seen = []
+
+    def below(limit):
+        return RolloutHooks(auxiliary_weight=lambda loss: seen.append(loss) or float(loss < limit))
+
+    assert_same_gradients(gradients(model, rollout, memory, method, hooks=below(loss * 1.01)), always)
+    assert_same_gradients(gradients(model, rollout, memory, method, hooks=below(loss * 0.99)), free)
+    assert seen == pytest.approx([loss, loss], rel=1e-12)
     assert (always[1]["memory_writer.key.weight"] - free[1]["memory_writer.key.weight"]).norm() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_writing_has_no_price_where_nothing_is_predicted(method):
+def test_the_auxiliary_loss_is_zero_without_targets(method):
     model = tiny_model(write_normalizer="entmax15")
     rollout = random_rollout(3, 2)
     nothing = torch.ones(rollout.targets.shape, dtype=torch.bool)
     unpredicted = Rollout(inputs=rollout.inputs, targets=rollout.targets, target_padding=nothing)
-    _, grads, _ = gradients(model, unpredicted, model.initial_memory(2), method, write_price=1.0)
+    _, grads, _ = gradients(model, unpredicted, model.initial_memory(2), method, hooks=penalty(1.0))
     assert all(grad.norm() == 0 for grad in grads.values())
 
 
-def test_a_model_whose_writes_have_no_price_is_refused():
-    rollout = random_rollout(2, 2)
-    with pytest.raises(InputError, match=r"num_slots is 0: a price on writing needs a memory"):
-        backpropagate(tiny_model(num_slots=0), rollout, write_price=1.0)
-    with pytest.raises(InputError, match=r"write_normalizer \('softmax'\) writes every token"):
-        backpropagate(tiny_model(), rollout, write_price=1.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 0}, r"num_slots is 0; a write penalty needs at least 1 memory slot"),
+        ({}, r"write_normalizer \('softmax'\) writes every token"),
+    ],
+)
+def test_a_model_whose_writes_cannot_be_penalized_is_refused_before_any_gradient(options, message):
+    model = tiny_model(**options)
+    with pytest.raises(InputError, match=message):
+        backpropagate(model, random_rollout(2, 2), hooks=penalty(1.0))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_few_parameters():
+    assert len(inspect.signature(backpropagate).parameters) <= 7
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 5])
@@ -159,11 +156,11 @@ def test_replay_encodes_the_last_timestep_once_and_the_others_twice(num_timestep
     model, rollout = tiny_model(), random_rollout(num_timesteps, batch_size=2)
     encode, segments = model.encode, []
 
-    def encode_and_note(segment, **options):
+    def encode_and_record(segment, **options):
         segments.append(segment)
         return encode(segment, **options)
 
-    model.encode = encode_and_note
+    model.encode = encode_and_record
     backpropagate(model, rollout, method="replay")
     read = [[timestep for timestep, inputs in enumerate(rollout.inputs) if torch.equal(inputs, s)] for s in segments]
     assert read == [[timestep] for timestep in [*range(num_timesteps), *reversed(range(num_timesteps - 1))]]
@@ -172,18 +169,18 @@ def test_replay_encodes_the_last_timestep_once_and_the_others_twice(num_timestep
 @pytest.mark.parametrize(
     ("readout_timesteps", "together"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (4, [4, 2, 1]), (7, [7]), (9, [7])]
 )
-def test_the_last_timestep_is_read_out_by_itself_unless_all_are_read_out_together(
+def test_the_last_timestep_is_read_out_separately_unless_all_are_read_out_together(
     monkeypatch, readout_timesteps, together
 ):
     model = tiny_model()
     rows = []
-    token_nats = Memformer.token_nats
+    token_nll = Memformer.token_nll
 
-    def noted(self, targets, **past):
+    def token_nll_and_record(self, targets, **past):
         rows.append(len(targets))
-        return token_nats(self, targets, **past)
+        return token_nll(self, targets, **past)
 
-    monkeypatch.setattr(Memformer, "token_nats", noted)
+    monkeypatch.setattr(Memformer, "token_nll", token_nll_and_record)
     backpropagate(model, random_rollout(7, batch_size=2), readout_timesteps=readout_timesteps)
     assert rows == [2 * timesteps for timesteps in together]
 
@@ -211,19 +208,19 @@ def test_without_memory_every_row_starts_from_the_initial_memory_which_gets_grad
         assert_close(with_none[1][name], grad)
 
 
-def test_gradient_reaches_every_timestep_of_the_rollout_and_stops_at_its_edge():
+def test_gradient_reaches_every_timestep_of_the_rollout_and_stops_at_its_start():
     model = tiny_model()
     memory = model.initial_memory(2).detach()
     length = 4
     for last in range(1, length + 1):
-        # A loss on the last timestep alone must reach the memory that entered the first.
+        # The gradient of a loss on the last timestep only must reach the memory at the start of the first.
         rollout = random_rollout(last, 2)
         target_padding = torch.ones(rollout.targets.shape, dtype=torch.bool)
         target_padding[-1] = False
         only_last = Rollout(inputs=rollout.inputs, targets=rollout.targets, target_padding=target_padding)
         result = backpropagate(model, only_last, memory=memory)
         assert (result.memory_grad.flatten(1).norm(dim=1) > 0).all()
-    # A second rollout's gradient knows nothing of the first: the memory between them is cut.
+    # The gradient of a second rollout does not reach the first, because the memory between them is detached.
     first = backpropagate(model, random_rollout(2, 2), memory=memory)
     assert not first.memory.requires_grad
     entering = first.memory.clone().requires_grad_()
@@ -231,12 +228,12 @@ def test_gradient_reaches_every_timestep_of_the_rollout_and_stops_at_its_edge():
     assert entering.grad is None
 
 
-def test_two_rollouts_leave_the_memory_of_one():
+def test_two_rollouts_end_with_the_memory_of_one():
     model = tiny_model()
     whole = random_rollout(6, 2, resets=True, padding=True)
     memory = model.initial_memory(2)
     expected = backpropagate(model, whole, memory=memory)
-    state, nats, tokens = memory, 0.0, 0
+    state, nll, tokens = memory, 0.0, 0
     for part in (slice(0, 2), slice(2, 6)):
         piece = Rollout(
             inputs=whole.inputs[part],
@@ -247,9 +244,9 @@ def test_two_rollouts_leave_the_memory_of_one():
         )
         result = backpropagate(model, piece, memory=state)
         state = result.memory
-        nats, tokens = nats + result.loss * result.num_tokens, tokens + result.num_tokens
+        nll, tokens = nll + result.loss * result.num_tokens, tokens + result.num_tokens
     assert_close(state, expected.memory)
-    assert_close(nats / tokens, expected.loss)
+    assert_close(nll / tokens, expected.loss)
 
 
 def test_reset_rows_send_no_gradient_back():
@@ -267,7 +264,7 @@ def test_reset_rows_send_no_gradient_back():
     assert result.memory_grad[1].norm() > 0
 
 
-def test_gradient_scale_scales_gradients_and_not_the_loss():
+def test_gradient_scale_scales_the_gradients_but_not_the_loss():
     model = tiny_model()
     rollout = random_rollout(3, 2)
     plain = gradients(model, rollout, model.initial_memory(2), "replay")
@@ -278,7 +275,7 @@ def test_gradient_scale_scales_gradients_and_not_the_loss():
         assert_close(scaled[1][name], 0.25 * grad)
 
 
-def test_gradients_are_added_to_those_already_there():
+def test_gradients_are_added_to_existing_ones():
     model = tiny_model()
     rollout = random_rollout(2, 2)
     _, once, _ = gradients(model, rollout, None, "replay")
@@ -287,7 +284,7 @@ def test_gradients_are_added_to_those_already_there():
         assert_close(dict(model.named_parameters())[name].grad, 2 * grad)
 
 
-def test_a_rollout_of_padding_alone_has_no_loss_no_gradient_and_leaves_the_memory():
+def test_a_rollout_of_padding_only_has_no_loss_and_no_gradient_and_keeps_the_memory():
     model = tiny_model()
     rollout = random_rollout(2, 2)
     everything = torch.ones(rollout.inputs.shape, dtype=torch.bool)
@@ -319,7 +316,7 @@ def test_under_autocast_the_memory_stays_float32_and_gradients_agree_with_float3
         assert_close(grads[name], grad, relative=0.2)  # bfloat16 keeps 8 bits
 
 
-def test_the_memory_given_is_left_as_it_was():
+def test_the_given_memory_is_not_changed():
     model = tiny_model()
     memory = model.initial_memory(2).detach().clone()
     before = memory.clone()
@@ -329,12 +326,12 @@ def test_the_memory_given_is_left_as_it_was():
     assert memory.grad is None
 
 
-def test_loss_of_an_untrained_model_is_near_uniform():
+def test_the_loss_of_an_untrained_model_is_near_that_of_uniform_predictions():
     result = backpropagate(tiny_model(), random_rollout(3, 4))
     assert abs(float(result.loss) - math.log(VOCAB_SIZE)) < 1.5
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_are_refused():
     model = tiny_model()
     rollout = random_rollout(2, 2)
     memory = model.initial_memory(2)
@@ -349,7 +346,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_the_gradient_at_a_timestep_is_that_of_a_rollout_which_begins_there(method):
+def test_the_gradient_norm_at_a_timestep_is_that_of_a_rollout_starting_there(method):
     model = tiny_model()
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(4, 3, resets=True, padding=True)
@@ -358,7 +355,7 @@ def test_the_gradient_at_a_timestep_is_that_of_a_rollout_which_begins_there(meth
     assert_close(result.memory_grad_norms[0], result.memory_grad.norm())
     for timestep in range(4):
         rest = rollout[timestep:]
-        # Both are means over their own tokens.
+        # The losses of both rollouts are means over their own tokens.
         share = rest.count_target_tokens() / result.num_tokens
         later, _, _ = gradients(model, rest, memory, method, gradient_scale=share)
         assert_close(result.memory_grad_norms[timestep], later.memory_grad.norm())

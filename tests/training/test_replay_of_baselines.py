@@ -1,4 +1,4 @@
-"""Replay of the baselines is back-propagation through time too, for rollouts of any padding and resets."""
+"""Replay of the baselines equals back-propagation through time, for rollouts with any padding and resets."""
 
 import pytest
 import torch
@@ -6,15 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import InputError, Rollout, backpropagate
+from memformer.nn import AuxiliaryLoss
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout
 from tests.models.baselines import BASELINES, TYPES, tiny_baseline, used_memory
+from tests.training.gradients import penalty
 
 B, S = 3, SEGMENT_LENGTH
 
 
 @st.composite
 def rollouts(draw):
-    """Timesteps whose targets end anywhere, or are not there at all; rows that start again anywhere."""
+    """Draw rollouts whose rows have any number of targets, including none, and resets at any timestep."""
     num_timesteps = draw(st.sampled_from([1, 2, 5]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     shape = (num_timesteps, B, S)
@@ -47,13 +49,13 @@ def assert_same_gradients(actual, expected):
 
 
 def by_hand(model, rollout, memory):
-    """Plain back-propagation through time, written without any of the package's training code."""
+    """Compute the gradients by plain back-propagation through time, without the package's training code."""
     model.zero_grad()
     memory = entering = memory.detach().clone().requires_grad_()
-    nats, count = torch.zeros(()).double(), 0
+    nll, count = torch.zeros(()).double(), 0
     for t in range(rollout.num_timesteps):
         rows = [model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(B)]
-        before = rollout.inputs[t, :, -1:]  # no padding of inputs here: the last token read
+        before = rollout.inputs[t, :, -1:]  # the last input token; these rollouts have no input padding
         padding = rollout.target_padding[t]
         read = torch.cat([before, rollout.targets[t, :, :-1]], dim=1)
         hidden, memory = model.encode(read, memory=torch.stack(rows), padding_mask=padding)
@@ -61,11 +63,11 @@ def by_hand(model, rollout, memory):
         for b in range(B):
             for n in range(S):
                 if not padding[b, n]:
-                    nats = nats - log_probabilities[b, n, rollout.targets[t, b, n]]
+                    nll = nll - log_probabilities[b, n, rollout.targets[t, b, n]]
                     count += 1
     if count:
-        (nats / count).backward()
-    return nats.detach() / max(count, 1), memory.detach(), entering.grad
+        (nll / count).backward()
+    return nll.detach() / max(count, 1), memory.detach(), entering.grad
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -100,7 +102,11 @@ def test_replay_equals_a_loop_written_by_hand(name, rollout):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_writing_has_no_price_where_there_are_no_slots(name):
+def test_an_auxiliary_loss_is_refused_for_a_model_without_one(name):
     model = tiny_baseline(name)
-    with pytest.raises(InputError, match=f"{type(model).__name__} (has no loss beside|does not write to slots)"):
-        backpropagate(model, random_rollout(2, B), write_price=1.0)
+    if name == "compressive":
+        return
+    with pytest.raises(InputError, match=f"a {type(model).__name__} has no auxiliary loss"):
+        backpropagate(model, random_rollout(2, B), hooks=penalty(1.0))
+    with pytest.raises(InputError, match=f"a {type(model).__name__} has no auxiliary loss"):
+        model.encode(random_rollout(1, B).inputs[0], auxiliary=AuxiliaryLoss())

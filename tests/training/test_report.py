@@ -37,7 +37,7 @@ RESULT = {
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a run on text leaves, as far as a report reads it."""
+    """The files of a run on text that a report reads."""
     folder = tmp_path / "some <run>"
     lines = [{**TRAINING, "update": 1}, {**EVALUATION, "update": 2}, {**TRAINING, "update": 2}]
     (folder / "samples").mkdir(parents=True)
@@ -49,24 +49,24 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_a_page_shows_figures_curve_sample_config_and_versions(run_folder):
+def test_a_page_shows_results_curve_sample_config_and_versions(run_folder):
     file = write_report(run_folder)
     page = file.read_text()
     assert file == run_folder / "summary.html"
     assert page.count("<svg") == 2
-    assert "Gradient that reaches the memory" in page
+    assert "<h2>Gradient of the memory</h2>" in page
     for shown in ("3.2500", "3.5125", "9.514", "0.2625 bits per byte", "7,654", "1,234,567", "num_slots: 32", "torch"):
         assert shown in page, shown
     assert "an old sample" not in page
 
 
-def test_a_run_whose_memory_gets_no_gradient_shows_none(run_folder):
+def test_a_run_whose_memory_gets_no_gradient_has_no_gradient_plot(run_folder):
     log = run_folder / "log.jsonl"
     log.write_text(log.read_text().replace("[0.5, 0.25]", "[0.0, 0.0]"))
-    assert "Gradient that reaches" not in write_report(run_folder).read_text()
+    assert "<h2>Gradient of the memory</h2>" not in write_report(run_folder).read_text()
 
 
-def test_a_page_needs_no_other_file_and_no_network(run_folder):
+def test_a_page_loads_no_other_files(run_folder):
     page = write_report(run_folder).read_text()
     loaded = re.findall(r"""(?:src|href|data|action)\s*=\s*["']([^"']*)|url\(["']?([^)"']*)|@import""", page)
     targets = [first or second for first, second in loaded]
@@ -81,7 +81,7 @@ def test_names_and_samples_cannot_inject_markup(run_folder):
     assert "<title>some &lt;run&gt;" in page
 
 
-def test_images_are_inside_the_page(run_folder):
+def test_images_are_embedded_in_the_page(run_folder):
     image = run_folder / "samples" / "update-000000003.png"
     matplotlib.image.imsave(image, np.zeros((3, 5), dtype=np.uint8), cmap="gray")
     page = write_report(run_folder).read_text()
@@ -89,7 +89,7 @@ def test_images_are_inside_the_page(run_folder):
     assert matplotlib.image.imread(io.BytesIO(base64.b64decode(encoded)), format="png").shape[:2] == (3, 5)
 
 
-def test_a_run_that_is_not_finished_has_a_page(run_folder):
+def test_an_unfinished_run_has_a_page(run_folder):
     (run_folder / "evaluation.json").unlink()
     shutil.rmtree(run_folder / "samples")
     lines = (run_folder / "log.jsonl").read_text().splitlines(keepends=True)
@@ -99,8 +99,8 @@ def test_a_run_that_is_not_finished_has_a_page(run_folder):
     assert "in 1 updates" in write_report(run_folder).read_text()
 
 
-def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(InputError, match=r"has no log\.jsonl; a report needs a run"):
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"has no log\.jsonl; a report needs a trained run"):
         write_report(tmp_path)
 
 
@@ -110,27 +110,27 @@ def test_a_folder_without_a_run(tmp_path):
         ("log.jsonl", b'{"kind": "x"\n{}\n', r"log\.jsonl: line 1 is damaged"),
         ("log.jsonl", b'\xff\n{"kind": "training", "update": 1}\n', r"log\.jsonl: line 1 is damaged"),
         ("log.jsonl", b"7\n7\n", r"log\.jsonl: line 1 is damaged"),
-        ("log.jsonl", b'{"kind": "training", "update": 1}\n', "lacks a figure: .*bits_per_token"),
+        ("log.jsonl", b'{"kind": "training", "update": 1}\n', "lacks a value: .*bits_per_token"),
         ("evaluation.json", b"{", r"evaluation\.json is not readable JSON"),
-        ("evaluation.json", b'{"num_tokens": 1}', "lacks a figure: .*with_memory"),
+        ("evaluation.json", b'{"num_tokens": 1}', "lacks a value: .*with_memory"),
         ("versions.json", b"[]", r"versions\.json holds a JSON list"),
         ("config.yaml", b"[", r"config\.yaml is not YAML"),
-        ("config.yaml", b"7", r"config\.yaml does not hold a config"),
+        ("config.yaml", b"7", r"config\.yaml does not contain a config: it must be a mapping"),
     ],
 )
-def test_damaged_files_are_named(run_folder, name, content, message):
+def test_the_error_names_a_damaged_file(run_folder, name, content, message):
     (run_folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         write_report(run_folder)
     assert not (run_folder / "summary.html").exists()
 
 
-def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_the_log_is_ignored(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "training", "update": 1}\n{"kind": "trai')
     assert read_log(tmp_path) == [{"kind": "training", "update": 1}]
 
 
-def test_the_config_in_the_page_is_the_one_of_the_run(run_folder):
+def test_the_page_contains_the_config_of_the_run(run_folder):
     page = write_report(run_folder).read_text()
     (config,) = re.findall(r"<h2>Config</h2>\s*<pre>(.*?)</pre>", page, flags=re.DOTALL)
     assert (

@@ -1,17 +1,17 @@
-"""An update that cannot be used changes nothing but the counters; the run goes on, and resumes, as if it were data."""
+"""A skipped update changes only the counters and the memory; training continues and can be resumed."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from memformer import InputError, Memformer
+from memformer import Memformer
 from memformer.training import loop
 from memformer.training.checkpoint import load_checkpoint
-from memformer.training.logs import RunLog, read_log
+from memformer.training.logs import open_log, read_log
 from memformer.training.processes import Processes
 from memformer.training.run_data import prepare_data
-from tests.training.test_loop import run_config, write_documents
+from tests.training.runs import run_config, write_documents
 
 BAD_UPDATE = 4
 
@@ -42,40 +42,44 @@ def weights_of(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def moments_of(trainer):
+def optimizer_state_of(trainer):
     return [value.clone() for state in trainer.state.optimizer.state.values() for value in state.values()]
 
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Return a switch: what the next rollouts give is spoilt as a bad batch would."""
-    asked = {"loss": False, "gradient": False, "row": None}
+    """Return a function that selects which results of the next rollouts are made NaN or infinite."""
+    selected = {"loss": False, "gradient": False, "row": None}
     backpropagate = loop.backpropagate
 
     def spoilt(model, rollout, **options):
         result = backpropagate(model, rollout, **options)
-        if asked["gradient"]:
+        if selected["gradient"]:
             model.encoder.norm.weight.grad[0] = float("inf")
-        if asked["row"] is not None:
-            result.memory[asked["row"]] = float("nan")
-        return dataclasses.replace(result, loss=result.loss * float("nan")) if asked["loss"] else result
+        if selected["row"] is not None:
+            result.memory[selected["row"]] = float("nan")
+        return dataclasses.replace(result, loss=result.loss * float("nan")) if selected["loss"] else result
 
     monkeypatch.setattr(loop, "backpropagate", spoilt)
-    return asked.update
+    return selected.update
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_bad_update_changes_no_weights_and_is_counted(base, tmp_path, spoil, what):
     trainer = make_trainer(base, tmp_path / "run")
-    with RunLog(tmp_path / "run", total_updates=10, num_updates=0) as log:
+    with open_log(tmp_path / "run", total_updates=10, num_updates=0) as log:
         for _ in range(BAD_UPDATE - 1):
             assert update(trainer, log) is not None
-        before, moments, tokens = weights_of(trainer), moments_of(trainer), trainer.state.progress["num_tokens"]
+        before, state, tokens = (
+            weights_of(trainer),
+            optimizer_state_of(trainer),
+            trainer.state.progress["num_tokens"],
+        )
         spoil({what: True})
         assert update(trainer, log) is None
         spoil({what: False})
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
-        assert all(torch.equal(now, then) for now, then in zip(moments_of(trainer), moments, strict=True))
+        assert all(torch.equal(now, then) for now, then in zip(optimizer_state_of(trainer), state, strict=True))
         assert trainer.state.progress["num_tokens"] == tokens
         assert (trainer.state.progress["num_skipped"], trainer.state.progress["num_skipped_in_a_row"]) == (1, 1)
         assert update(trainer, log) is not None
@@ -86,13 +90,13 @@ def test_a_bad_update_changes_no_weights_and_is_counted(base, tmp_path, spoil, w
     assert "must be finite" in lines[-1]["reason"]
 
 
-def test_only_the_lane_whose_memory_broke_goes_on_with_the_one_before(base, tmp_path, spoil):
+def test_only_the_lane_whose_memory_is_not_finite_keeps_its_previous_memory(base, tmp_path, spoil):
     trainer, unspoilt = make_trainer(base, tmp_path / "run"), make_trainer(base, tmp_path / "unspoilt")
-    # In turns, each with its own random numbers.
+    # Both make the same updates with the same random numbers.
     for each in (trainer, unspoilt):
         torch.manual_seed(5)
         spoil({"row": None})
-        with RunLog(tmp_path / "run", total_updates=10, num_updates=0) as log:
+        with open_log(tmp_path / "run", total_updates=10, num_updates=0) as log:
             update(each, log)
             before = each.state.memory.clone()
             spoil({"row": 1 if each is trainer else None})
@@ -104,7 +108,7 @@ def test_only_the_lane_whose_memory_broke_goes_on_with_the_one_before(base, tmp_
 
 def test_counters_are_part_of_a_checkpoint(base, tmp_path, spoil):
     trainer = make_trainer(base, tmp_path / "run")
-    with RunLog(tmp_path / "run", total_updates=10, num_updates=0) as log:
+    with open_log(tmp_path / "run", total_updates=10, num_updates=0) as log:
         spoil({"loss": True})
         update(trainer, log)
         update(trainer, log)
@@ -114,41 +118,23 @@ def test_counters_are_part_of_a_checkpoint(base, tmp_path, spoil):
     assert other.state.progress["num_skipped_in_a_row"] == 2
 
 
-def test_a_spike_of_the_loss_is_skipped_once_the_mean_is_settled(base, tmp_path, monkeypatch):
-    trainer = make_trainer(base, tmp_path / "run", skip_above=1.5, max_skipped_in_a_row=1)
-    progress = trainer.state.progress
-    assert trainer._reason_to_skip(50.0, 1.0) is None
-    with RunLog(tmp_path / "run", total_updates=10, num_updates=0) as log:
-        for _ in range(100):
-            trainer._count(2.0, None, log)
-        assert trainer._reason_to_skip(2.9, 1.0) is None
-        reason = trainer._reason_to_skip(3.1, 1.0)
-        assert reason == "loss 3.1 nats per token is more than 1.5 times the running mean, 2"
-        trainer._count(3.1, reason, log)
-        assert progress["mean_loss"] == pytest.approx(2.0)  # what is skipped has no part in the mean
-        with pytest.raises(InputError, match=r"2 updates in a row were as bad \(the run allows 1\)"):
-            trainer._count(3.1, reason, log)
-
-
-@pytest.mark.parametrize("factor", [1.0, float("inf"), -2.0])
-def test_a_wrong_factor_is_refused(base, factor):
-    with pytest.raises(InputError, match=r"training\.skip_above .* must be above 1 and finite"):
-        run_config(base, skip_above=factor)
-
-
-def test_rollouts_that_ask_nothing_move_the_memory_on_and_nothing_else(base, tmp_path, monkeypatch):
-    trainer = make_trainer(base, tmp_path / "run", skip_above=2.0)
-    with RunLog(tmp_path / "run", total_updates=20, num_updates=0) as log:
+def test_rollouts_without_targets_change_only_the_memory(base, tmp_path, monkeypatch):
+    trainer = make_trainer(base, tmp_path / "run")
+    with open_log(tmp_path / "run", total_updates=20, num_updates=0) as log:
         for _ in range(3):
             assert update(trainer, log) is not None
-        before, moments, progress = weights_of(trainer), moments_of(trainer), dict(trainer.state.progress)
+        before, state, progress = (
+            weights_of(trainer),
+            optimizer_state_of(trainer),
+            dict(trainer.state.progress),
+        )
         memory = trainer.state.memory.clone()
         rollout = next(trainer.stream)
         silent = dataclasses.replace(rollout, target_padding=torch.ones_like(rollout.targets, dtype=torch.bool))
         monkeypatch.setattr(trainer, "stream", iter([silent]))
         assert update(trainer, log) is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(trainer).items())
-    assert all(torch.equal(now, then) for now, then in zip(moments_of(trainer), moments, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(optimizer_state_of(trainer), state, strict=True))
     assert trainer.state.progress == {**progress, "num_updates": progress["num_updates"] + 1}
     assert not torch.equal(trainer.state.memory, memory)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())

@@ -1,7 +1,6 @@
-"""A compiled decoding step is the eager one, is compiled once, and notices other weights."""
+"""Compiled decoding equals eager decoding, is compiled once, and uses changed weights."""
 
 import gc
-import shutil
 
 import pytest
 import torch
@@ -12,20 +11,19 @@ from torch._inductor.utils import fresh_cache
 from memformer import InputError, Session
 from memformer.generation.decoding import _compiled_steps
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.untyped.compiler import needs_compiler
 
-has_compiler = shutil.which("g++") is not None or shutil.which("clang++") is not None
-# torch's compiler warns of what torch itself does.
+# torch.compile emits warnings about torch's own code.
 pytestmark = pytest.mark.filterwarnings("default")
-needs_compiler = pytest.mark.skipif(not has_compiler, reason="torch.compile needs a C++ compiler")
 
 DECODER_VARIANTS = {
     "default": {},
-    "decoder reads memory, adaptive softmax": {"decoder_reads_memory": True, "adaptive_cutoffs": (4, 8)},
+    "starts from last token, adaptive softmax": {"decoder_starts_from_last_token": True, "adaptive_cutoffs": (4, 8)},
 }
 
 
 def make_pair(batch_size=1, **changes):
-    # One layer: compiling takes seconds a layer.
+    # One layer, because compiling takes seconds per layer.
     model = tiny_model(num_encoder_layers=1, num_decoder_layers=1, **changes).float()
     return [Session(model, batch_size=batch_size, compiled=compiled) for compiled in (False, True)]
 
@@ -36,7 +34,7 @@ def random_rows(*lengths):
 
 @needs_compiler
 @pytest.mark.parametrize("changes", DECODER_VARIANTS.values(), ids=DECODER_VARIANTS.keys())
-def test_compiled_gives_the_logits_of_eager_at_every_position(changes):
+def test_compiled_logits_equal_eager_logits_at_every_position(changes):
     eager, compiled = make_pair(**changes)
     for (token,) in zip(*random_rows(3 * SEGMENT_LENGTH), strict=True):
         for session in (eager, compiled):
@@ -45,16 +43,16 @@ def test_compiled_gives_the_logits_of_eager_at_every_position(changes):
 
 
 @needs_compiler
-def test_rows_at_different_positions_are_decoded_together_without_compiling_again():
+def test_rows_at_different_positions_are_decoded_together_without_recompilation():
     eager, compiled = make_pair(batch_size=3)
-    # The first row is still in its first segment, whose past has padding; then all are beyond it.
+    # The first row is still in its first segment, where the past has padding; later, no row is.
     rows = random_rows(2, SEGMENT_LENGTH + 4, 3 * SEGMENT_LENGTH)
     for session in (eager, compiled):
         session.feed(rows)
     assert compiled.generate(SEGMENT_LENGTH, temperature=0) == eager.generate(SEGMENT_LENGTH, temperature=0)
     num_graphs = counters["stats"]["unique_graphs"]
     assert compiled.generate(3 * SEGMENT_LENGTH, temperature=0) == eager.generate(3 * SEGMENT_LENGTH, temperature=0)
-    # Nor for another session with the same model.
+    # Another session with the same model needs no recompilation either.
     other = Session(compiled.model, batch_size=3, compiled=True)
     other.feed(rows)
     assert other.generate(4 * SEGMENT_LENGTH, temperature=0) == decoded_by(eager.model, rows, 4 * SEGMENT_LENGTH)
@@ -68,7 +66,7 @@ def decoded_by(model, rows, num_tokens):
 
 
 @needs_compiler
-def test_a_model_that_is_gone_leaves_nothing_behind():
+def test_a_deleted_model_leaves_no_compiled_step():
     eager, compiled = make_pair()
     compiled.feed(random_rows(SEGMENT_LENGTH)[0])
     compiled.next_token_logits()
@@ -79,8 +77,8 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
 
 
 @needs_compiler
-def test_other_weights_are_used_from_the_next_segment_on():
-    # Wide enough for the weights to be laid out anew: smaller ones are used where they are.
+def test_changed_weights_are_used_from_the_next_segment_on():
+    # Wide enough for the weights to be packed; smaller ones are used in place.
     eager, compiled = make_pair(d_model=128, d_ff=512)
     (tokens,) = random_rows(2 * SEGMENT_LENGTH)
     for session in (eager, compiled):
@@ -96,7 +94,7 @@ def test_other_weights_are_used_from_the_next_segment_on():
     assert not torch.allclose(compiled.next_token_logits(), before)
 
 
-def test_a_missing_compiler_is_named():
+def test_a_missing_compiler_is_an_input_error():
     _, compiled = make_pair()
     compiled.feed(random_rows(SEGMENT_LENGTH)[0])
     nothing = inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)})
@@ -105,5 +103,5 @@ def test_a_missing_compiler_is_named():
 
 
 def test_relative_positions_are_refused():
-    with pytest.raises(InputError, match="'relative' cannot be compiled"):
+    with pytest.raises(InputError, match=r"positions \('relative'\) must be 'rotary' to compile the decoding step"):
         make_pair(positions="relative")[1].next_token_logits()

@@ -1,4 +1,4 @@
-"""Damaged files are refused or read as they say, twelve thousand times; `tests/soak/fuzz.py` does a million."""
+"""12,000 cases of the fuzz test in tests/soak/fuzz.py, which runs a million in `make soak`."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.soak.fuzz import fuzz, make_targets
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_damaged_files_give_the_documented_error_or_what_was_written(tmp_path, seed):
+def test_damaged_files_are_refused_or_read_correctly(tmp_path, seed):
     counts, failures = fuzz(tmp_path, num_cases=6_000, seed=seed)
     assert failures == []
     (tmp_path / "again").mkdir()

@@ -1,4 +1,4 @@
-"""What a user's mistakes are told who has no run-time type checks, as the other tests have."""
+"""Error messages for invalid arguments without the run-time type checks that other tests enable."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ B, S = 3, SEGMENT_LENGTH
 TOKENS = torch.arange(B * S).view(B, S) % VOCAB_SIZE
 MODELS = {
     "memformer": tiny_model,
-    "its decoder reads more": lambda: tiny_model(decoder_reads_memory=True, decoder_starts_from_last_token=True),
+    "its decoder reads more": lambda: tiny_model(decoder_starts_from_last_token=True),
     "without memory": lambda: tiny_model(num_slots=0),
     "lstm": lambda: tiny_baseline("lstm"),
     "transformer-xl": lambda: tiny_baseline("transformer-xl"),
@@ -20,7 +20,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_wrong_masks_and_hidden_states_are_named(make):
+def test_the_error_names_an_invalid_mask_or_hidden_state(make):
     model = make()
     hidden, _ = model.encode(TOKENS)
     none = torch.zeros(B, S, dtype=torch.bool)
@@ -30,7 +30,7 @@ def test_wrong_masks_and_hidden_states_are_named(make):
         with pytest.raises(InputError, match="hidden_padding_mask has shape"):
             model.decode(TOKENS, hidden=hidden, hidden_padding_mask=wrong)
         with pytest.raises(InputError, match="target_padding_mask has shape"):
-            model.token_nats(TOKENS, hidden=hidden, target_padding_mask=wrong)
+            model.token_nll(TOKENS, hidden=hidden, target_padding_mask=wrong)
     with pytest.raises(InputTypeError, match="padding_mask has dtype torch.int64; it must be torch.bool"):
         model.encode(TOKENS, padding_mask=none.long())
     for wrong in (hidden[:1], hidden[..., :-1], hidden[0]):
@@ -40,6 +40,6 @@ def test_wrong_masks_and_hidden_states_are_named(make):
 
 
 @pytest.mark.parametrize("wrong", [5, None, iter([1]), {1: 2}, "text"])
-def test_what_is_no_list_of_tokens_is_named(wrong):
+def test_token_ids_that_are_no_list_are_refused(wrong):
     with pytest.raises(InputTypeError, match=f"token ids are a {type(wrong).__name__}; they must be a list"):
         Session(tiny_model()).feed(wrong)

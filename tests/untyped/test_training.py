@@ -1,4 +1,4 @@
-"""A compiled model computes what the eager one does, compiles once for each shape, and draws the same dropout."""
+"""A compiled model gives the results of the eager one, with the same dropout, and is compiled once per shape."""
 
 import json
 
@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 from memformer import Memformer, backpropagate
 from memformer.cli.main import main
 from tests.helpers import assert_close, random_rollout, tiny_model
-from tests.training.test_loop import config_file, run_config, write_documents
-from tests.untyped.test_decoding import needs_compiler
+from tests.training.runs import config_file, run_config, write_documents
+from tests.untyped.compiler import needs_compiler
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -23,7 +23,7 @@ def gradients_of(model, rollout, method):
 
 
 @needs_compiler
-def test_compiled_replay_and_bptt_give_the_gradients_of_eager_with_dropout():
+def test_compiled_replay_and_bptt_give_the_eager_gradients_with_dropout():
     model, compiled = (tiny_model(num_encoder_layers=1, num_decoder_layers=1, dropout=0.2) for _ in range(2))
     compiled.compile()
     rollout = random_rollout(3, batch_size=2, resets=True)
@@ -37,7 +37,7 @@ def test_compiled_replay_and_bptt_give_the_gradients_of_eager_with_dropout():
             assert_close(gradient, expected_gradients[name])
 
 
-def test_further_updates_compile_nothing():
+def test_further_updates_need_no_recompilation():
     model = tiny_model()
     model.compile(backend="aot_eager")
     rollouts = [random_rollout(3, batch_size=2, seed=seed) for seed in range(3)]
@@ -48,10 +48,10 @@ def test_further_updates_compile_nothing():
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
 
 
-def test_a_compiled_run_is_the_eager_one_but_for_rounding(tmp_path, monkeypatch):
+def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tmp_path, monkeypatch):
     monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
     compile_modules = Memformer.compile
-    # Without a C++ compiler: what torch does with the graph is not what is tested here.
+    # This backend needs no C++ compiler; code generation by torch is not tested here.
     monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="aot_eager"))
     write_documents(tmp_path / "texts")
     curves = []

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from memformer import CheckpointError, SaveError
-from memformer.utils.files import read_json, read_tensors, write_json, write_tensors, write_text, write_whole
+from memformer.utils.files import atomic_write, read_json, read_tensors, write_json, write_tensors, write_text
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_files_are_read_as_written(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor(7)}
     write_tensors(tmp_path / "new" / "folder" / "t.safetensors", tensors)
     write_json(tmp_path / "j.json", {"é": [1, None]})
@@ -22,7 +22,7 @@ def test_what_was_written_is_read(tmp_path):
     assert names(tmp_path) == ["j.json", "new"]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "before")
 
@@ -31,12 +31,12 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(SaveError, match=r"file\.txt could not be written: .*No space left"):
-        write_whole(file, fill_the_disk)
+        atomic_write(file, fill_the_disk)
     assert file.read_text() == "before"
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+def test_an_interrupted_write_keeps_the_old_file(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "before")
 
@@ -45,13 +45,13 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(file, stop)
+        atomic_write(file, stop)
     assert file.read_text() == "before"
     assert names(tmp_path) == ["file.txt"]
 
 
 @pytest.mark.parametrize("name", ["a_file/below.txt", "a_folder"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path, name):
+def test_the_error_names_a_path_that_cannot_be_written(tmp_path, name):
     (tmp_path / "a_file").write_text("x")
     (tmp_path / "a_folder").mkdir()
     with pytest.raises(SaveError, match=name):
@@ -96,7 +96,7 @@ def test_refused_tensors(tmp_path, damage):
         read_tensors(file)
 
 
-def test_json_is_for_people_too(tmp_path):
+def test_json_is_indented(tmp_path):
     write_json(tmp_path / "j.json", {"a": 1, "b": [2]})
     text = (tmp_path / "j.json").read_text()
     assert json.loads(text) == {"a": 1, "b": [2]}

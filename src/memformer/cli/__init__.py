@@ -1,1 +1,1 @@
-"""The command `memformer`: one module for each subcommand."""
+"""The `memformer` command line, one module per subcommand."""

@@ -1,4 +1,4 @@
-"""`memformer evaluate`."""
+"""The `memformer evaluate` command."""
 
 import dataclasses
 import json
@@ -18,10 +18,12 @@ from memformer.training.run_data import (
     prepare_data,
 )
 
-EVALUATE_HELP = """Report how well a model predicts documents, and what its memory is worth.
+EVALUATE_HELP = """Evaluate a model on held-out documents: perplexity, bits per token and bits per byte.
 
-RUN is a run folder, or a folder from save_pretrained with a tokenizer. Every token of every document counts once.
-Beside each figure stands the same with the memory erased before every segment.
+RUN is a run folder, or a folder from save_pretrained that also holds a tokenizer. Every token of every document is
+predicted once. All metrics are computed twice: with the memory intact, and with the memory erased before every
+segment (a segment is the fixed number of tokens that the model reads at a time). The difference is the memory gain.
+A run on a recall task is evaluated by the accuracy of its answers instead.
 
   memformer evaluate runs/demo
   memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json
@@ -33,19 +35,22 @@ def evaluate_parser() -> ArgumentParser:
     parser = new_parser("evaluate", EVALUATE_HELP, "RUN [--data.kind KIND --data.path PATH] [--json]")
     add_run_arguments(parser)
     parser.add_argument(
-        "--data", type=SourceConfig | None, default=None, help="Documents; the run's held-out ones if not given."
+        "--data",
+        type=SourceConfig | None,
+        default=None,
+        help="Documents to evaluate on (keys: see --data.help). Default: the run's held-out documents.",
     )
     parser.add_argument(
-        "--num_lanes", type=int | None, default=None, help="Documents read side by side; 8 if not given."
+        "--num_lanes", type=int | None, default=None, help="Documents read in parallel (the batch size). Default: 8."
     )
     return parser
 
 
 def run_evaluate(argv: list[str]) -> None:
-    """Evaluate a run on what it holds out, or on other documents.
+    """Evaluate a run on its held-out data, or on other documents.
 
     Raises:
-        InputError: The run or the data is wrong.
+        InputError: The run, the data or an option is invalid.
     """
     options = parse(evaluate_parser(), argv)
     num_lanes = positive(options, "num_lanes", default=8)

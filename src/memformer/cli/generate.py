@@ -1,4 +1,4 @@
-"""`memformer generate`."""
+"""The `memformer generate` command."""
 
 import contextlib
 import io
@@ -24,20 +24,22 @@ from memformer.generation.sampling import check_sampling
 from memformer.generation.session import Session
 from memformer.models import LanguageModel
 from memformer.training.samples import NUM_IMAGES
-from memformer.utils.checks import check_seed
+from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import check_can_write
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
-# Of a prompt, read at a time: an interrupt waits for as many.
+# Prompt tokens fed to the session per call. A signal takes effect only between two calls.
 _PIECE_TOKENS = 4096
 
 NEW_TOKENS = 500
 
 
-GENERATE_HELP = """Continue a text, or draw images.
+GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
 
-RUN is a run folder, or a folder from save_pretrained with a tokenizer. A prompt of any length is read into the
-memory; the new text is written to stdout as it appears. Runs on images write a grid as PNG instead.
+RUN is a run folder, or a folder from save_pretrained that also holds a tokenizer. The prompt may be arbitrarily long:
+it is read segment by segment into the memory, whose size is fixed. New text is streamed to stdout. --save_session
+writes the state after the last token (memory and current segment) to a file; --load_session continues from it.
+For a model trained on images, a grid of samples is written as a PNG file instead.
 
   memformer generate runs/demo --prompt "import os"
   cat chapters/*.txt | memformer generate runs/demo --prompt_file - --temperature 0.8
@@ -51,44 +53,58 @@ def generate_parser() -> ArgumentParser:
     """Return the parser of `memformer generate`."""
     parser = new_parser("generate", GENERATE_HELP, "RUN [--prompt TEXT | --prompt_file FILE] [options]")
     add_run_arguments(parser)
-    parser.add_argument("--prompt", type=str, default=None, help="Text to read first.")
-    parser.add_argument("--prompt_file", type=str, default=None, help="File to read first; - for stdin.")
+    parser.add_argument("--prompt", type=str, default=None, help="Text to continue.")
+    parser.add_argument("--prompt_file", type=str, default=None, help="File with the text to continue; - reads stdin.")
     parser.add_argument(
-        "--max_new_tokens", type=int | None, default=None, help=f"Tokens to generate; {NEW_TOKENS} if not given."
+        "--max_new_tokens", type=int | None, default=None, help=f"Number of tokens to generate. Default: {NEW_TOKENS}."
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="Below 1 sharpens, 0 is greedy.")
-    parser.add_argument("--top_k", type=int | None, default=None, help="Sample among the k likeliest tokens.")
     parser.add_argument(
-        "--top_p", type=float | None, default=None, help="Sample among the likeliest tokens of this probability."
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="Sampling temperature: below 1 favours likely tokens, 0 always takes the likeliest (greedy decoding).",
     )
-    parser.add_argument("--seed", type=int | None, default=None, help="Makes the result repeatable.")
+    parser.add_argument("--top_k", type=int | None, default=None, help="Sample from the k likeliest tokens only.")
+    parser.add_argument(
+        "--top_p",
+        type=float | None,
+        default=None,
+        help="Nucleus sampling: sample from the likeliest tokens whose probabilities sum to top_p.",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int | None,
+        default=None,
+        help="Seed of the random generator; the same seed gives the same result.",
+    )
     parser.add_argument(
         "--compiled",
         action="store_true",
-        help="Compile the decoding step: some seconds at the second segment, then up to three times the speed.",
+        help="Compile the decoding step with torch.compile. This takes some seconds at the second segment; "
+        "afterwards, decoding is up to three times as fast.",
     )
-    parser.add_argument("--load_session", type=str, default=None, help="State to go on from.")
-    parser.add_argument("--save_session", type=str, default=None, help="Where to save the state at the end.")
+    parser.add_argument("--load_session", type=str, default=None, help="Session file to continue from.")
+    parser.add_argument("--save_session", type=str, default=None, help="File to save the session to at the end.")
     parser.add_argument(
-        "--num_images", type=int | None, default=None, help=f"For images: how many; {NUM_IMAGES} if not given."
+        "--num_images", type=int | None, default=None, help=f"Images only: number of samples. Default: {NUM_IMAGES}."
     )
-    parser.add_argument("--output", type=str, default=None, help="For images: the PNG file.")
+    parser.add_argument("--output", type=str, default=None, help="Images only: PNG file to write. Default: images.png.")
     return parser
 
 
 def run_generate(argv: list[str]) -> None:
-    """Continue a text, or draw images.
+    """Generate a continuation of a prompt, or sample images.
 
     Raises:
-        InputError: The run, the prompt or an option is wrong.
-        Interrupted: A signal arrived; the session that was to be saved is.
+        InputError: The run, the prompt or an option is invalid.
+        Interrupted: A signal arrived while --save_session was given; the session was saved.
     """
     options = parse(generate_parser(), argv)
     sampling = _sampling_options(options)
     run = load_run_of(options)
     if isinstance(run.tokenizer, PixelTokenizer):
         if options.compiled:
-            raise InputError("--compiled has no meaning for a run on images")
+            raise InputError("--compiled does not apply to a run on images")
         _draw(run.model, run.tokenizer, options, sampling)
         return
     refuse_options(options, ("output", "num_images"), kind="on text")
@@ -97,71 +113,74 @@ def run_generate(argv: list[str]) -> None:
     else:
         session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
     if options.save_session is None:
-        done = _go_on(session, run.tokenizer, options, sampling, Signals())
+        done = _continue(session, run.tokenizer, options, sampling, Signals())
     else:
         file = Path(options.save_session)
         check_can_write(file)
-        # What was read may have taken hours: a signal ends the reading, and the state is saved nevertheless.
+        # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with signals_noted() as signals:
-            done = _go_on(session, run.tokenizer, options, sampling, signals)
+            done = _continue(session, run.tokenizer, options, sampling, signals)
             session.save(file)
         if signals.received:
             read, new = done["prompt_tokens"], len(done["token_ids"])
             raise Interrupted(
-                signals.received[0], f"{read:,} tokens read and {new:,} generated; their session is {file}"
+                signals.received[0], f"{read:,} tokens read and {new:,} generated; session saved to {file}"
             )
     print(json.dumps(done) if options.json else "")
 
 
-def _go_on(
+def _continue(
     session: Session, tokenizer: Tokenizer, options: Any, sampling: dict[str, Any], signals: Signals
 ) -> dict[str, Any]:
-    """Read the prompt and, unless it is for JSON, print what follows, until a signal; return what was done."""
+    """Read the prompt and generate until a signal arrives; return the result.
+
+    Without --json the new text is printed as it is generated.
+    """
     prompt_tokens = 0
-    for part in signals.until_signalled(_pieces(_read_prompt(options, tokenizer)), waits=True):
+    for part in signals.until_signalled(_split_parts(_read_prompt(options, tokenizer)), waits=True):
         session.feed(part)
         prompt_tokens += len(part)
     ids: list[int] = []
     num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
     steps = signals.until_signalled(session.stream(num_tokens, **sampling))
     text = ""
-    for piece in tokenizer.decode_stream(_noted((step[0] for step in steps), ids)):
+    for piece in tokenizer.decode_stream(_append_each((step[0] for step in steps), ids)):
         text += piece
         if not options.json:
             print(piece, end="", flush=True)
     return {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
 
 
-def _pieces(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
-    """Cut parts, so that none takes long to read."""
+def _split_parts(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
+    """Split parts into pieces of at most `_PIECE_TOKENS` tokens."""
     for part in parts:
         yield from (part[start : start + _PIECE_TOKENS] for start in range(0, len(part), _PIECE_TOKENS))
 
 
 def _sampling_options(options: Any) -> dict[str, Any]:
-    """Return the options of sampling, checked before anything is loaded or read.
+    """Return the sampling options, checked before anything is loaded or read.
 
     Raises:
-        InputError: One is out of its range.
+        InputError: An option is out of range.
     """
     check_sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    if options.max_new_tokens is not None and options.max_new_tokens < 0:
-        raise InputError(f"max_new_tokens ({options.max_new_tokens}) must be at least 0")
+    if options.max_new_tokens is not None:
+        check_integer("max_new_tokens", options.max_new_tokens, 0)
     if options.seed is not None:
         check_seed("seed", options.seed)
     return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
 
 
 def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the prompt's token ids part by part: it may be longer than what fits in memory.
+    """Yield the prompt's token ids part by part, because a prompt may not fit in memory.
 
     Raises:
-        InputError: It cannot be read, or two are given.
+        InputError: The prompt cannot be read, or both --prompt and --prompt_file are given.
     """
     if options.prompt is not None and options.prompt_file is not None:
-        raise InputError("--prompt and --prompt_file are both given; one prompt is read")
+        raise InputError("--prompt and --prompt_file are both given; give only one of them")
     with contextlib.ExitStack() as stack:
-        stream: Any  # io.BufferedIOBase, which typeshed calls something else
+        stream: Any  # io.BufferedIOBase; typeshed gives sys.stdin.buffer another type
         if options.prompt_file == "-":
             stream, name = sys.stdin.buffer, "stdin"
         elif options.prompt_file is not None:
@@ -171,7 +190,7 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.inte
             except OSError as error:
                 raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
         else:
-            # Bytes of the command line that are not UTF-8 arrive as surrogates; they are given back as they were.
+            # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
             stream, name = io.BytesIO((options.prompt or "").encode("utf-8", "surrogateescape")), "prompt"
         yield from encode_stream(tokenizer, stream, name=name)
 
@@ -189,7 +208,8 @@ def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, samplin
     print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")
 
 
-def _noted(ids: Any, into: list[int]) -> Any:
+def _append_each(ids: Any, into: list[int]) -> Any:
+    """Yield the ids and append each of them to a list."""
     for token in ids:
         into.append(token)
         yield token

@@ -1,4 +1,4 @@
-"""What the commands on a trained run share: its model, its config, the device."""
+"""Helpers shared by the commands that use a trained run: load its model, read its config, choose the device."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from memformer.utils.progress import print_warning
 
 
 def load_run_of(options: Any) -> LoadedRun:
-    """Load the run that the options name, on their device; without --threads it uses as many as it trained with."""
+    """Load the run in `options.run` onto `options.device`.
+
+    Without --threads, the number of CPU threads of the training run is used.
+    """
     device = prepare_torch(options.device, options.threads)
     run = load_run(
         Path(options.run), which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
@@ -30,21 +33,21 @@ def load_run_of(options: Any) -> LoadedRun:
 
 
 def run_config_of(run: LoadedRun) -> RunConfig:
-    """Return the config that a run was trained with.
+    """Return the config a run was trained with.
 
     Raises:
-        InputError: The model comes from `save_pretrained`, which saves no run config.
+        InputError: The folder was written by `save_pretrained`, which saves no run config.
     """
     if run.run_config is None:
         raise InputError(f"{run.folder} has no held-out documents of its own; give --data.kind and --data.path")
-    return parse_run_config([str(run.folder)])[0]
+    return parse_run_config([str(run.folder)], warn=lambda _: None)[0]
 
 
 def prepare_torch(device: str, threads: int | None) -> torch.device:
-    """Set the number of CPU threads, if one is given, and return the device.
+    """Set the number of CPU threads, if given, and return the device.
 
     Raises:
-        InputError: The number is out of its range, or there is no such device.
+        InputError: The number of threads is out of range, or the device does not exist.
     """
     check_threads(threads)
     if threads is not None:

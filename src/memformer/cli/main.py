@@ -1,10 +1,10 @@
-"""The command `memformer`: parse, build, call, report.
+"""Entry point of the `memformer` command: dispatch to a subcommand and map errors to exit statuses.
 
-Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 2 a mistake that the one line on stderr
-explains, 128 + the signal's number if a run was interrupted (it saved a checkpoint first).
+Results go to stdout, progress and warnings to stderr. Exit statuses: 0 for success; 2 for an invalid input, explained
+in one line on stderr; 128 + the signal's number for an interrupted run, which saves a checkpoint first.
 
-What a command alone needs and is slow to import (sharding, plots: a second and a half) it imports itself, so that the
-others, help and refusals begin sooner.
+A module that is slow to import (sharding and plots take 1.5 seconds) and needed by one command only is imported inside
+that command. The other commands, the help and the error messages then start sooner.
 """
 
 import sys
@@ -23,21 +23,21 @@ from memformer.utils.signals import Interrupted
 
 USAGE = """usage: memformer COMMAND ...
 
-Sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891).
+Train and use sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891).
 
-  memformer train CONFIG.yaml [--key value ...]   train a model, or go on with --resume
-  memformer evaluate RUN                          perplexity and bits, with the memory and with it erased
-  memformer retention RUN                         how long the memory holds, and what old memory is worth
-  memformer generate RUN                          continue a text of any length, or draw images
-  memformer report RUN                            write a page about a run
+  memformer train CONFIG.yaml [--key value ...]   train a model, or continue training with --resume
+  memformer evaluate RUN                          perplexity and bits per byte, with the memory intact and erased
+  memformer retention RUN                         accuracy or memory gain against the age of the information
+  memformer generate RUN                          continue a prompt of any length, or sample images
+  memformer report RUN                            write an HTML summary of a run
   memformer reproduce TABLE                       train and write one of the paper's tables
 
-`memformer COMMAND --help` explains each with examples.
+RUN is a run folder, written by `memformer train`. `memformer COMMAND --help` explains a command, with examples.
 """
 
 
 def entry_point() -> None:
-    """Run the command with the process's arguments, and exit with its status."""
+    """Run the command with the process's arguments and exit with its status."""
     exit_process(main(sys.argv[1:]))
 
 
@@ -59,11 +59,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong, and nothing more can be said.
+        # The reader of stdout closed the pipe (`| head`). This is no error, and nothing more can be printed.
         sys.stderr.close()
         return 141
     except OSError as error:
-        # Not a file of ours, those raise SaveError: the log on a full disk, say.
+        # Files written by `memformer.utils.files` raise SaveError. Others do not, for example the log on a full disk.
         return _refuse(str(error))
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
@@ -85,6 +85,6 @@ def _handler(command: str) -> Callable[[list[str]], None]:
 
 
 def _refuse(message: str) -> int:
-    # Messages of libraries may have several lines; a mistake is one.
+    # Messages from libraries may have several lines; an error is printed as one line.
     print(f"memformer: error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     return 2

@@ -1,17 +1,18 @@
-"""`memformer reproduce`."""
+"""The `memformer reproduce` command."""
 
 from jsonargparse import ArgumentParser
 
 from memformer.cli.parsing import new_parser, parse
 
-REPRODUCE_HELP = """Train the rows of one of the paper's tables, and write the table beside the paper's figures.
+REPRODUCE_HELP = """Train the models of one of the paper's tables and write the results beside the paper's numbers.
 
-Tables: table1 (MNIST), table2 (text; also --scale books and paper_bpe), v1 (the paper's first version: tasks,
-positions, slots, horizons). Measured in a minute or two without training: table3 (methods), figure5 (costs).
+Tables: table1 (MNIST), table2 (text; also --scale books and paper_bpe), v1 (ablations of the paper's first version:
+tasks, positions, memory slots, time horizons). table3 (training methods) and figure5 (compute and memory) are measured
+in one or two minutes, without training.
 
-Runs that are finished are taken as they are, those that were stopped go on, so the command can be given again until all
-are done. Into the folder go a run folder for every row and seed, table.md, table.json and table.png. What follows --
-goes to every `memformer train`.
+Finished runs are reused and interrupted runs are resumed, so the command can be repeated until all runs are finished.
+The output folder contains a run folder per row and seed, and the results as table.md, table.json and table.png.
+Options after -- are passed to every `memformer train`.
 
   memformer reproduce table1 --scale small --seeds 3 --jobs 2
   memformer reproduce table1 --scale paper --rows 06-memformer -- --device cuda
@@ -22,23 +23,27 @@ goes to every `memformer train`.
 def reproduce_parser() -> ArgumentParser:
     """Return the parser of `memformer reproduce`."""
     parser = new_parser("reproduce", REPRODUCE_HELP, "TABLE [--scale SCALE] [options] [-- options of train]")
-    parser.add_argument("table", type=str, help="The table.")
-    parser.add_argument("--scale", default="small", help="small, for a CPU; paper; or another that the table has.")
-    parser.add_argument("--seeds", type=int, default=1, help="Seeds of every row: 0, 1, ...")
-    parser.add_argument("--rows", type=str, nargs="+", default=None, help="Rows by their keys; all if not given.")
-    parser.add_argument("--jobs", type=int, default=1, help="Runs trained at a time.")
-    parser.add_argument("--data", type=str, default="../shared/data", help="Folder of the data sets.")
-    parser.add_argument("--folder", type=str, default=None, help="Where it lands; runs/TABLE-SCALE if not given.")
-    parser.add_argument("--only_write", action="store_true", help="Train nothing; write what is finished.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    parser.add_argument("table", type=str, help="Table to reproduce, by one of the names above.")
+    parser.add_argument(
+        "--scale",
+        default="small",
+        help="Size of models and data: small (for a CPU), paper, or another scale that the table defines.",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="Number of seeds per row; the seeds are 0, 1, ...")
+    parser.add_argument("--rows", type=str, nargs="+", default=None, help="Keys of the rows to train. Default: all.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of runs trained in parallel.")
+    parser.add_argument("--data", type=str, default="data", help="Folder of the data sets; see experiments/README.md.")
+    parser.add_argument("--folder", type=str, default=None, help="Output folder. Default: runs/TABLE-SCALE.")
+    parser.add_argument("--only_write", action="store_true", help="Do not train; write the results of finished runs.")
+    parser.add_argument("--json", action="store_true", help="Print the result to stdout as one JSON object.")
     return parser
 
 
 def run_reproduce(argv: list[str]) -> None:
-    """Train the rows of a table, and write it.
+    """Train the rows of a table and write the results.
 
     Raises:
-        InputError: There is no such table, or runs failed.
+        InputError: The table is unknown, or runs failed.
     """
     from memformer.reproduction.command import reproduce
 

@@ -1,4 +1,4 @@
-"""`memformer retention`."""
+"""The `memformer retention` command."""
 
 import dataclasses
 import json
@@ -30,21 +30,25 @@ from memformer.training.run_folder import (
 )
 from memformer.utils.checks import check_seed
 from memformer.utils.files import check_can_write, write_json
-from memformer.utils.progress import SegmentProgress
+from memformer.utils.progress import ProgressBar
 
 RETENTION_FILE = "retention.json"
 
 
 RETENTION_FIGURE_FILE = "retention.png"
 
-RETENTION_HELP = """Report how long the memory of a run holds, into retention.json and retention.png.
+RETENTION_HELP = """Measure how long the memory of a run retains information. Writes retention.json and retention.png.
 
-Of a run on a recall task: how many answers are right by the distance between the last fact and the question, far
-beyond the distances trained on. Of a run on documents: bits per token by the position in the document, with the memory
-and with it erased; and bits per byte with the memory of d segments earlier in place of the present one, which tells
-what the memory of the last d segments is worth, and what that of all before. Those figures are over the same tokens for
-all d: the ones with at least as many segments of their document before them as the largest d. Bytes of them are
-counted as the mean over all tokens.
+A segment is the fixed number of tokens that the model reads at a time; the memory is updated once per segment.
+
+For a run on a recall task (facts, filler segments, then questions about the facts): accuracy against the distance from
+the last fact to the question, in segments, up to distances far beyond those in training.
+
+For a run on documents: bits per token by position in the document, with the memory intact and erased; and bits per byte
+when the current memory is replaced by the memory from d segments earlier (--delays). The latter separates the gain
+from the last d segments from the gain from all earlier ones. All delays are measured on the same tokens: those with at
+least as many preceding segments in their document as the largest delay. Their bytes are estimated from the mean
+number of bytes per token over all tokens.
 
   memformer retention runs/recall
   memformer retention runs/recall --distances 1 100 10000 60000 --num_facts 8 --num_episodes 16
@@ -53,27 +57,39 @@ counted as the mean over all tokens.
 
 
 def retention_parser() -> ArgumentParser:
-    """Return the parser of `memformer retention`; None means that an option was not given."""
+    """Return the parser of `memformer retention`; an option that was not given is None."""
     parser = new_parser("retention", RETENTION_HELP, "RUN [options of its kind] [--output FOLDER] [--json]")
     add_run_arguments(parser)
-    parser.add_argument("--output", type=str, default=None, help="Folder for the files; the run folder if not given.")
-    recall, documents = "Recall run: ", "Run on documents: "
+    parser.add_argument("--output", type=str, default=None, help="Folder to write to. Default: the run folder.")
+    recall, documents = "Recall runs: ", "Document runs: "
     parser.add_argument(
         "--distances",
         type=int,
         nargs="+",
         default=None,
-        help=recall + "segments from the last fact to the question; 1, 2, 4, ... 32 times the longest of training.",
+        help=recall
+        + "segments from the last fact to the question. Default: 1, 2, 4, ..., up to 32 times the longest distance "
+        "in training.",
     )
     numbers = (
-        ("num_facts", recall + "facts of an episode; the most trained on if not given."),
-        ("facts_per_segment", recall + "facts told in one segment; the most trained on if not given."),
-        ("max_fact_gap", recall + "segments of filler between two that tell facts, at most; as trained if not given."),
-        ("num_episodes", recall + "episodes, read side by side; 64 if not given."),
-        ("questions", recall + "different questions asked of each episode at each distance, at most; 4 if not given."),
-        ("seed", recall + "decides the episodes; 0 if not given."),
-        ("max_tokens", documents + "held-out tokens, whole documents, the first that reach this; 200000 if not given."),
-        ("num_lanes", documents + "documents read side by side; 8 if not given."),
+        (
+            "num_facts",
+            recall
+            + "facts per episode (one sequence of facts, filler and questions). Default: the maximum in training.",
+        ),
+        ("facts_per_segment", recall + "facts per segment. Default: the maximum in training."),
+        (
+            "max_fact_gap",
+            recall + "maximum number of filler segments between two segments with facts. Default: as in training.",
+        ),
+        ("num_episodes", recall + "number of episodes, read in parallel. Default: 64."),
+        ("questions", recall + "maximum number of different questions per episode and distance. Default: 4."),
+        ("seed", recall + "seed of the episodes. Default: 0."),
+        (
+            "max_tokens",
+            documents + "held-out tokens to read, in the first whole documents that reach it. Default: 200000.",
+        ),
+        ("num_lanes", documents + "documents read in parallel (the batch size). Default: 8."),
     )
     for name, text in numbers:
         parser.add_argument(f"--{name}", type=int | None, default=None, help=text)
@@ -82,16 +98,17 @@ def retention_parser() -> ArgumentParser:
         type=int,
         nargs="+",
         default=None,
-        help=documents + "how many segments old a memory is read; 0, 1, 2, 4, ... 32, as far as documents reach.",
+        help=documents + "ages of the memory that is read, in segments. Default: 0, 1, 2, 4, ..., 32, limited by the "
+        "length of the documents.",
     )
     return parser
 
 
 def run_retention(argv: list[str]) -> None:
-    """Measure how long a run's memory holds, and write the figures and a picture of them.
+    """Measure how long a run's memory retains information; write the results as JSON and as a plot.
 
     Raises:
-        InputError: The run or an option is wrong, or an option is for the other kind of run.
+        InputError: The run or an option is invalid, or an option applies to the other kind of run only.
     """
     from memformer.evaluation.plots import write_figure
 
@@ -101,7 +118,7 @@ def run_retention(argv: list[str]) -> None:
     run = load_run_of(options)
     if run.run_config is None:
         raise InputError(
-            f"{run.folder} has no {RUN_CONFIG_FILE}, which tells what to measure on; a run folder is needed"
+            f"{run.folder} has no {RUN_CONFIG_FILE}, which defines the data to measure on; give a run folder"
         )
     config = run_config_of(run)
     recall = config.data.recall
@@ -129,7 +146,7 @@ def run_retention(argv: list[str]) -> None:
     else:
         if isinstance(result, Recall):
             facts = "1 fact" if result.num_facts == 1 else f"{result.num_facts} facts"
-            print(f"{figures['task']}, {facts}; longest distance of training: {figures['trained_distance']:,}")
+            print(f"{figures['task']}, {facts}; longest distance in training: {figures['trained_distance']:,}")
         print(result.to_table())
         print(f"{figures['seconds']:,.1f} s; weights: {run.weights}")
         print(f"wrote {output / RETENTION_FILE} and {output / RETENTION_FIGURE_FILE}")
@@ -151,7 +168,7 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
         "questions_per_episode": options.questions,
         "seed": options.seed,
     }
-    with SegmentProgress("reading on", max(distances)) as progress:
+    with ProgressBar("reading", max(distances), unit="segment") as progress:
         found = measure_recall(
             run.model,
             data.validation,
@@ -175,7 +192,7 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
     assert isinstance(data, DocumentData)
     corpus = first_documents(data.validation, max_tokens)
     num_segments = int((-(-corpus.document_lengths // run.model.segment_length)).sum())
-    with SegmentProgress("reading", num_segments) as progress:
+    with ProgressBar("reading", num_segments, unit="segment") as progress:
         result = measure_documents(
             run.model, corpus, delays=options.delays, num_lanes=num_lanes, progress=progress.advance_to
         )
@@ -183,7 +200,7 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
 
 
 def _with_options(recall: RecallConfig, options: Any) -> RecallConfig:
-    """Return the task with the layout that the options ask for."""
+    """Return the task with the options' episode layout."""
     if options.max_fact_gap is not None:
         recall = dataclasses.replace(recall, max_fact_gap=options.max_fact_gap)
     if options.facts_per_segment is not None:

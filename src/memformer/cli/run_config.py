@@ -1,7 +1,9 @@
-"""The config of a run, from a YAML file and the options of `memformer train`."""
+"""Builds the config of a run from a YAML file and the options of `memformer train`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
@@ -12,74 +14,170 @@ from memformer.cli.parsing import new_parser, parse
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
+from memformer.models.presets import Preset, preset_fields
 from memformer.training.config import RunConfig
 from memformer.training.run_folder import (
-    RUN_CONFIG_FILE,
     read_run_config,
 )
 from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.progress import print_warning
+from memformer.utils.renames import old_names_sentence, update_options, update_run_config
 from memformer.utils.yaml_files import read_yaml
 
-TRAIN_HELP = """Train a Memformer, or one of the models that the paper compares it with (--model_type).
+PRESET_HELP = (
+    "A named set of model options, each of which can still be overridden. paper: the paper's memory, with one "
+    "forgetting speed for all slots (forgetting_speeds [0.1, 0.1], log_forgetting_speeds false). recall: a memory that "
+    "keeps single facts over long distances (write_normalizer entmax15, write_competition, num_writer_heads 1, "
+    "forgetting_when_written, exchangeable_slots, forgetting_speeds [0.05, 0.05], log_forgetting_speeds false, "
+    "free_slot_bias 8). default: the defaults below."
+)
+TRAIN_HELP = """Train a Memformer, or one of the baselines that the paper compares it with (--model_type).
 
-CONFIG is a YAML file (or the folder of a run, to use its config again). Every key of it can be overridden:
+The model reads a document in segments of a fixed number of tokens (model.segment_length). One segment is read per
+timestep, and a memory of a fixed number of vectors (slots) carries information from one timestep to the next. A rollout
+is a number of consecutive timesteps; gradients flow through all timesteps of a rollout and stop at its edges.
+
+CONFIG is a YAML file, or a run folder, whose config is then reused. Options override its keys:
 
   memformer train experiments/text.yaml --data.train.path my_book.txt
   memformer train experiments/text.yaml --model.num_slots 64 --folder runs/more-slots
   memformer train runs/more-slots --resume
   memformer train experiments/text.yaml --model_type transformer_xl --help
 
-The run folder gets: config.yaml (resolved), versions.json, log.jsonl, tensorboard/, samples/, checkpoints/,
-best/ (the best weights on held-out documents), evaluation.json and summary.html.
+The run folder contains config.yaml (all keys, with their values), versions.json, log.jsonl, tensorboard/, samples/,
+checkpoints/, best/ (the weights with the best score on held-out data), evaluation.json and summary.html.
 """
 
 
+# Derived from the tokenizer and the tasks of the data, so they are not options; a saved config contains them.
+_DERIVED = ("vocab_size", "num_special_tokens")
+# Options of jsonargparse that duplicate a key or help shown elsewhere. They work, but are not listed in the help.
+_UNLISTED = ("config", "print_config", "data", "data.train", "data.tokenizer", "training", "model")
+_UNLISTED_HELP = ("data.validation.help", "data.test.help", "data.recall.help", "data.multitask.help")
+
+
 def train_parser(model_type: str = MemformerConfig.model_type) -> ArgumentParser:
-    """Return the parser of `memformer train` for a type of model; the first argument has become `--config`."""
+    """Return the parser of `memformer train` for a model type; the config file is passed as `--config`."""
     parser = new_parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")
-    parser.add_argument("--config", action="config", help="The YAML file; the first argument stands for it.")
-    parser.add_argument("--resume", action="store_true", help="Go on from the newest whole checkpoint of the run.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
+    parser.add_argument("--config", action="config", help=SUPPRESS)
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in --folder from its newest undamaged checkpoint."
+    )
+    parser.add_argument("--json", action="store_true", help="Print the final evaluation to stdout as one JSON object.")
     parser.add_class_arguments(RunConfig, skip={"model"})
-    parser.add_class_arguments(MODELS[model_type].config_class, "model")
+    config_class = MODELS[model_type].config_class
+    derived = {field.name for field in dataclasses.fields(config_class)} & {*_DERIVED}
+    parser.add_class_arguments(config_class, "model", skip={*derived})
+    if config_class is MemformerConfig:
+        # `_apply_presets` reads it before the options are parsed, because it sets other keys.
+        parser.add_argument("--model.preset", choices=get_args(Preset), default=SUPPRESS, help=PRESET_HELP)
+    for action in parser._actions:
+        if action.dest in _UNLISTED or action.dest in _UNLISTED_HELP:
+            action.help = SUPPRESS
     return parser
 
 
-def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, Namespace]:
-    """Return the config of `memformer train`, file and options together, and the other options.
+def parse_run_config(
+    argv: Sequence[str], *, warn: Callable[[str], None] = print_warning
+) -> tuple[RunConfig, Namespace]:
+    """Return the config of `memformer train`, merged from file and options, and the other options.
 
-    Of a run folder: the run is there, whatever its config calls it, wherever it was begun.
+    If a run folder is given, its config is used, and it is the run's folder even if that config has another `folder`.
+
+    Args:
+        argv: The YAML file or run folder, followed by options.
+        warn: Called with a message if names from version 0.1 are used.
 
     Raises:
-        InputError: The file is missing or malformed, or a key or value is wrong.
+        InputError: The file is missing or malformed, or a key or value is invalid.
         CheckpointError: The config of a run folder is missing or damaged.
     """
-    path, rest = Path(argv[0]), list(argv[1:])
-    where: list[str] = []
-    if path.is_dir():
-        given = read_run_config(path)
-        path, where = path / RUN_CONFIG_FILE, ["--folder", str(path)]
-    else:
-        given = read_yaml(path)
+    path, (rest, option_notes) = Path(argv[0]), update_options(argv[1:])
+    if option_notes:
+        warn(old_names_sentence("the command", option_notes))
+    given = read_config(path, warn=warn)
+    folder_option = ["--folder", str(path)] if path.is_dir() else []
     model_type = find_model_type(given, rest, owner=str(path))
+    rest = _apply_presets(given, rest, model_type, owner=str(path))
     _check_keys(given, RunConfig, owner=str(path), kinds={"model": MODELS[model_type].config_class})
-    options = parse(train_parser(model_type), ["--config", str(path), *where, *rest])
+    model = given.get("model", {})
+    derived = {name: model.pop(name) for name in _DERIVED if name in model}
+    parser = train_parser(model_type)
+    options = parse(parser, ["--config", json.dumps(given), *folder_option, *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
+    fields["model"] = dataclasses.replace(fields["model"], **derived)
     return RunConfig(**fields), options
 
 
-def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: str) -> str:
-    """Return the type of model: it decides which options there are.
+def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> dict[str, Any]:
+    """Return the config in a YAML file or run folder as plain values, under the current names.
+
+    Args:
+        path: The file or folder.
+        warn: Called with a message if the config uses names from version 0.1.
 
     Raises:
-        InputError: There is no such type.
+        InputError: The file is missing or malformed.
+        CheckpointError: The config of a run folder is missing or damaged.
+    """
+    if path.is_dir():
+        return read_run_config(path, warn=warn)
+    given, notes = update_run_config(read_yaml(path))
+    if notes:
+        warn(old_names_sentence(str(path), notes))
+    return given
+
+
+def _preset_fields(name: object, *, owner: str) -> dict[str, Any]:
+    try:
+        return preset_fields(name)
+    except InputError as error:
+        raise InputError(f"model.{error} in {owner}") from error
+
+
+def _apply_presets(given: dict[str, Any], options: Sequence[str], model_type: str, *, owner: str) -> list[str]:
+    """Merge the fields of `model.preset` into the config `given`; return the options without `--model.preset`.
+
+    In the file, other keys take precedence over the preset's fields. On the command line, the preset's fields take
+    precedence over the keys in the file, and other options over the preset.
+
+    Raises:
+        InputError: The preset is unknown, or the model type has no presets.
+    """
+    rest: list[str] = []
+    from_options: str | None = None
+    values = iter(options)
+    for option in values:
+        name, equals, value = option.partition("=")
+        if name == "--model.preset":
+            from_options = value if equals else next(values, "")
+        else:
+            rest.append(option)
+    model = given.get("model", {})
+    if not isinstance(model, dict):
+        return rest  # `_check_keys` refuses it
+    in_file = model.pop("preset", None)
+    if (from_options is not None or in_file is not None) and model_type != MemformerConfig.model_type:
+        raise InputError(f"model.preset is for a memformer, not for a {model_type}")
+    if in_file is not None:
+        given["model"] = model = {**_preset_fields(in_file, owner=owner), **model}
+    if from_options is not None:
+        given["model"] = {**model, **_preset_fields(from_options, owner="--model.preset")}
+    return rest
+
+
+def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: str) -> str:
+    """Return the model type, which determines the available options.
+
+    Raises:
+        InputError: The model type is unknown.
     """
     model_type = given.get("model_type", MemformerConfig.model_type)
     for option, following in zip_longest(options, options[1:]):
         name, _, value = option.partition("=")
         if name == "--model_type":
             model_type, owner = value or following, "--model_type"
-    if model_type not in list(MODELS):  # a list, for a file may hold what cannot be hashed
+    if model_type not in list(MODELS):  # a list, because a value from a file may be unhashable
         raise InputError(f"model_type ({model_type!r}) in {owner} must be one of {', '.join(MODELS)}")
     return str(model_type)
 
@@ -97,5 +195,5 @@ def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapp
                 raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)
             _check_keys(value, nested[0], owner=f"{owner}, {name}")
-        elif value is None:  # the parser takes it for any type
+        elif value is None:  # the parser accepts null for any type
             raise InputError(f"{name} (null) in {owner} must have a value; leave it out for the default")

@@ -1,4 +1,4 @@
-"""`memformer train`."""
+"""The `memformer train` command."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import torch
 
 from memformer.cli.loading import prepare_torch
 from memformer.cli.parsing import parse
-from memformer.cli.run_config import find_model_type, parse_run_config, train_parser
+from memformer.cli.run_config import find_model_type, parse_run_config, read_config, train_parser
 from memformer.data import (
     NUM_TASK_TOKENS,
     Tokenizer,
@@ -35,15 +35,18 @@ from memformer.training.run_folder import (
 
 
 def run_train(argv: list[str]) -> None:
-    """Train, or go on training, and report the evaluation on held-out documents.
+    """Train or resume a run, and print the evaluation on held-out data.
 
     Raises:
-        InputError: The config or the data is wrong, or the run folder holds another run.
+        InputError: The config or the data is invalid, or the folder already contains a run.
     """
+    helps = [option for option in argv if option in {"-h", "--help"} or option.endswith(".help")]
+    if helps:
+        # The help depends on the model type only, so the rest of the options and of the config is not checked.
+        given = {} if argv[0].startswith("-") else read_config(Path(argv[0]))
+        parse(train_parser(find_model_type(given, argv, owner=argv[0])), helps)
     if not argv or argv[0].startswith("-"):
-        if not {"-h", "--help"} & set(argv):
-            raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
-        parse(train_parser(find_model_type({}, argv, owner="")), argv)
+        raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
     config, options = parse_run_config(argv)
     device = prepare_torch(config.device, config.threads)
     with processes_started(device.type) as processes:
@@ -57,11 +60,11 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
     folder = Path(config.folder)
     check_run_folder(folder)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
-    # Nobody writes before everybody has looked.
+    # No process writes before all processes have checked the folder.
     processes.wait_for_all()
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:
-        raise InputError(f"{folder} already holds a run; go on with --resume, or choose another --folder")
+        raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
     tokenizer = None
     if resume:
         saved = read_run_config(folder)
@@ -72,7 +75,7 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
         data = prepare_data(config.data, tokenizer=tokenizer)
     processes.wait_for_all()
     if not processes.is_first:
-        # From what the first one has put into the cache.
+        # The first process has built the token ids in the cache.
         data = prepare_data(config.data, tokenizer=tokenizer)
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)

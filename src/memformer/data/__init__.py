@@ -1,4 +1,4 @@
-"""Documents, their token ids on disk, and lanes of segments with reset flags."""
+"""Documents, tokenizers, corpora of token ids, and streams of rollouts."""
 
 from memformer.data.building import build_corpus
 from memformer.data.corpus import Corpus, corpus_from_arrays

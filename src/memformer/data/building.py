@@ -1,4 +1,4 @@
-"""Building a corpus on disk, once for every source and tokenizer."""
+"""Building of corpora: token ids on disk, cached by source and tokenizer."""
 
 import hashlib
 import json
@@ -26,6 +26,7 @@ from memformer.data.corpus import (
 from memformer.data.sources import SourceConfig, describe_source, iterate_documents, locate_source_files
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
+from memformer.utils.checks import check_integer
 from memformer.utils.files import saving, sync_folder, temporary_sibling, write_bytes
 
 
@@ -37,30 +38,30 @@ def build_corpus(
     max_document_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Return the tokens of a source's documents, from `cache` where they have been built before.
+    """Return the corpus of a source's documents, built on the first call and read from `cache` afterwards.
 
-    A corpus is known by its source, the sizes and times of change of the source's files, the tokenizer and
-    `max_document_tokens`; a change of any builds another (a data set that changes on the hub is not noticed). It
-    appears in `cache` complete or not at all, also when two processes build it at once. Documents without tokens
-    are left out.
+    The cache key covers the source, the size and modification time of its files, the tokenizer and
+    `max_document_tokens`; a change in any of them builds a new corpus. A change of a data set on the Hugging Face hub
+    is not detected. A corpus appears in `cache` complete or not at all, even if two processes build it at the same
+    time. Documents without tokens are skipped.
 
     Args:
-        source: Where the documents are.
-        tokenizer: How they become tokens.
-        cache: Folder of all corpora, made where missing.
-        max_document_tokens: Longer documents are cut into pieces of this many tokens, the last one shorter. The
-            bytes of the document are shared out in proportion to the tokens, rounded so that their sum is exact; for
-            bytes and pixels that is one a token.
+        source: Source of the documents.
+        tokenizer: Tokenizer that encodes them.
+        cache: Folder of all corpora; created if missing.
+        max_document_tokens: Longer documents are cut into pieces of this many tokens; the last piece may be shorter.
+            The document's bytes are divided among the pieces in proportion to their tokens and rounded so that the sum
+            is exact; for bytes and pixels that is one byte per token. None: documents stay whole.
         progress: Called after every document with the number of tokens so far.
 
     Raises:
-        InputError: The source cannot be read, no document has tokens, a token id is out of the tokenizer's
+        InputError: The source cannot be read, no document has tokens, a token id is outside the tokenizer's
             vocabulary, or `max_document_tokens` is not positive.
-        CheckpointError: What is in `cache` is damaged.
+        CheckpointError: A cached file is damaged.
         SaveError: The corpus could not be written.
     """
-    if max_document_tokens is not None and max_document_tokens < 1:
-        raise InputError(f"max_document_tokens ({max_document_tokens}) must be at least 1")
+    if max_document_tokens is not None:
+        check_integer("max_document_tokens", max_document_tokens, 1)
     folder = cache / _key(source, tokenizer, max_document_tokens)
     if not folder.exists():
         with saving(cache):
@@ -72,7 +73,7 @@ def build_corpus(
             _write(source, tokenizer, unfinished, max_document_tokens=max_document_tokens, progress=progress)
             _publish(unfinished, folder)
         finally:
-            # Also after an interrupt, and in the process that came second.
+            # Runs after an interrupt too, and in a process that published second.
             shutil.rmtree(unfinished, ignore_errors=True)
     return Corpus.open(folder)
 
@@ -100,7 +101,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
         with saving(folder):
             unfinished.rename(folder)
     except InputError:
-        # Another process was first: what it built is the same.
+        # Another process published first; its corpus is identical.
         if not folder.is_dir():
             raise
     sync_folder(folder.parent)
@@ -120,7 +121,7 @@ def _write(
     num_tokens = 0
     checksum = 0
     tokens_path = folder / TOKENS_FILE
-    # Only writing is watched for SaveError: an OSError of the source's own must not be called a full disk.
+    # Only writes are wrapped: an OSError raised while reading the source must not become a SaveError.
     with saving(tokens_path):
         tokens_file = tokens_path.open("wb")
     with tokens_file:
@@ -129,9 +130,9 @@ def _write(
             checksum = zlib.crc32(content, checksum)
             with saving(tokens_path):
                 tokens_file.write(content)
-            for piece, share in _cut(ids.size, num_bytes, max_document_tokens=max_document_tokens):
-                piece_tokens.append(piece)
-                piece_bytes.append(share)
+            for length, size in _cut(ids.size, num_bytes, max_document_tokens=max_document_tokens):
+                piece_tokens.append(length)
+                piece_bytes.append(size)
             num_tokens += ids.size
             if progress is not None:
                 progress(num_tokens)
@@ -168,7 +169,7 @@ def _encoded(source: SourceConfig, tokenizer: Tokenizer) -> Iterator[tuple[NDArr
 
 
 def _cut(num_tokens: int, num_bytes: int, *, max_document_tokens: int | None) -> Iterator[tuple[int, int]]:
-    # Cumulative shares, so that rounding never loses a byte.
+    # Differences of cumulative sums, so that rounding never loses a byte.
     step = max_document_tokens or num_tokens
     for start in range(0, num_tokens, step):
         end = min(start + step, num_tokens)

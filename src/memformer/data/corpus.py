@@ -1,4 +1,4 @@
-"""The token ids of many documents, in one array on disk or in memory."""
+"""Corpora: the token ids of many documents in one array, on disk or in memory."""
 
 import json
 import zlib
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.utils.checks import check_number, check_seed
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "corpus.json"
@@ -23,17 +24,17 @@ _CHECKSUM_BLOCK_BYTES = 1 << 22
 
 @final
 class Corpus:
-    """Documents as token ids; never changed, and cheap to take parts of.
+    """An immutable collection of documents as token ids; subsets share one token array.
 
-    Made by `build_corpus`, `corpus_from_arrays` and `Corpus.open`.
+    Created by `build_corpus`, `corpus_from_arrays` and `Corpus.open`.
 
     Args:
-        name: What to call it in messages.
-        tokens: (num_tokens,) unsigned, the ids of all documents one after another; may be a memory map.
-        starts: (num_documents,) where each document starts in `tokens`.
-        ends: (num_documents,) where it ends.
-        document_bytes: (num_documents,) number of bytes of each document's original content.
-        vocab_size: Number of different ids.
+        name: Name of the corpus in messages.
+        tokens: (num_tokens,) unsigned integers: the concatenated ids of all documents; may be a memory map.
+        starts: (num_documents,) index in `tokens` of each document's first token.
+        ends: (num_documents,) index in `tokens` after each document's last token.
+        document_bytes: (num_documents,) size in bytes of each document's original content.
+        vocab_size: Number of different token ids.
     """
 
     def __init__(
@@ -61,29 +62,29 @@ class Corpus:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all documents together."""
+        """Total number of tokens of all documents."""
         return int(self.document_lengths.sum())
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of all documents' original content together."""
+        """Total size in bytes of all documents' original content."""
         return int(self.document_bytes.sum())
 
     def document(self, index: int) -> NDArray[Any]:
-        """Return a document's token ids, a view that must not be written to.
+        """Return a document's token ids as a view, which must not be modified.
 
         Raises:
-            InputError: There is no such document.
+            InputError: `index` is out of range.
         """
         if not 0 <= index < self.num_documents:
             raise InputError(f"document index ({index}) must be from 0 to {self.num_documents - 1} in {self.name}")
         return self._tokens[self._starts[index] : self._ends[index]]
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> "Corpus":
-        """Return a corpus of some documents, in the given order, that shares the tokens with this one.
+        """Return a corpus of the chosen documents in the given order; it shares this corpus's token array.
 
         Raises:
-            InputError: There is no index, or one that is not a document's.
+            InputError: `indices` is empty or contains an index out of range.
         """
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
         if not chosen.size:
@@ -92,7 +93,7 @@ class Corpus:
             wrong = chosen[(chosen < 0) | (chosen >= self.num_documents)][0]
             raise InputError(f"document index ({wrong}) must be from 0 to {self.num_documents - 1} in {self.name}")
         return Corpus(
-            name=f"a part of {self.name}",
+            name=f"a subset of {self.name}",
             tokens=self._tokens,
             starts=self._starts[chosen],
             ends=self._ends[chosen],
@@ -101,26 +102,24 @@ class Corpus:
         )
 
     def split(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
-        """Return the documents to train on and those held out, each in the order they have here.
+        """Return the training documents and the held-out documents, each in this corpus's order.
 
-        What was cut by `max_document_tokens` counts as documents of its own, so neighbours may be parted.
+        Pieces cut by `max_document_tokens` count as documents, so adjacent pieces may end up on different sides.
 
         Args:
-            fraction: Part of the documents to hold out, between 0 and 1; rounded to at least 1 document, and at
-                least 1 is left.
-            seed: Decides which; at least 0.
+            fraction: Fraction of the documents to hold out, between 0 and 1. The number is rounded; at least 1 document
+                is held out and at least 1 is left.
+            seed: Seed of the random choice; at least 0.
 
         Raises:
             InputError: There are fewer than 2 documents, or an argument is out of range.
         """
-        if not 0 < fraction < 1:
-            raise InputError(f"held-out fraction ({fraction}) must be between 0 and 1")
-        if seed < 0:
-            raise InputError(f"held-out seed ({seed}) must be at least 0")
+        check_number("held-out fraction", fraction, above=0, below=1)
+        check_seed("held-out seed", seed)
         if self.num_documents < 2:
             raise InputError(
                 f"{self.name} has {self.num_documents} document; holding some out needs at least 2 "
-                "(data.max_document_tokens cuts documents up)"
+                "(set data.max_document_tokens to cut documents into pieces)"
             )
         num_held_out = min(max(1, round(fraction * self.num_documents)), self.num_documents - 1)
         order = np.random.Generator(np.random.PCG64(seed)).permutation(self.num_documents)
@@ -128,9 +127,9 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
-        """Return the corpus that `build_corpus` wrote into `folder`, after checking all of it.
+        """Return the corpus that `build_corpus` wrote into `folder`, after verifying its checksums.
 
-        Every byte is read once for its checksum; the tokens then stay on disk and are mapped into memory.
+        Every byte is read once for the checksums; the tokens then stay on disk as a memory map.
 
         Raises:
             CheckpointError: A file is missing, damaged or of another format version.
@@ -143,8 +142,8 @@ class Corpus:
             _check_file(folder / name, num_bytes=size, checksum=checksum)
         ends, document_bytes = np.fromfile(folder / DOCUMENTS_FILE, DOCUMENTS_DTYPE).reshape(2, -1).astype(np.int64)
         if ends[-1] != manifest["num_tokens"] or np.any(np.diff(ends, prepend=0) < 1):
-            raise CheckpointError(f"{folder / DOCUMENTS_FILE} is damaged: document ends must grow up to num_tokens")
-        # A plain view of the map: the subclass would only make every slice slower.
+            raise CheckpointError(f"{folder / DOCUMENTS_FILE} is damaged: document ends must increase up to num_tokens")
+        # A plain array view of the map: slicing a `np.memmap` is slower.
         tokens = np.asarray(np.memmap(folder / TOKENS_FILE, dtype=manifest["dtype"], mode="r"))
         return cls(
             name=f"corpus {manifest['name']}",
@@ -159,16 +158,17 @@ class Corpus:
 def corpus_from_arrays(
     arrays: Sequence[NDArray[Any]], vocab_size: int, document_bytes: Sequence[int] | None = None
 ) -> Corpus:
-    """Return a corpus in memory.
+    """Return an in-memory corpus of the given documents.
 
     Args:
         arrays: Token ids of each document, 1-D integers.
-        vocab_size: Number of different ids.
-        document_bytes: Number of bytes of each document's original content. None counts one a token.
+        vocab_size: Number of different token ids.
+        document_bytes: Size in bytes of each document's original content. None: one byte per token.
 
     Raises:
-        InputError: There is no document, one is empty or has an id out of the vocabulary, or the counts disagree.
-        InputTypeError: An array is not of integers.
+        InputError: There is no document, a document is empty or has an id outside the vocabulary, or `document_bytes`
+            does not hold one positive count for each document.
+        InputTypeError: An array does not hold integers.
     """
     dtype = smallest_dtype(vocab_size)
     if not arrays:
@@ -179,7 +179,7 @@ def corpus_from_arrays(
         check_ids(array, vocab_size=vocab_size, name=str(index))
     if document_bytes is not None and (len(document_bytes) != len(arrays) or min(document_bytes) < 1):
         raise InputError(
-            f"document_bytes (of {len(document_bytes)} documents) must hold a count of at least 1 for each of "
+            f"document_bytes ({len(document_bytes)} counts) must hold one count of at least 1 for each of the "
             f"{len(arrays)} documents"
         )
     ends = np.cumsum([array.size for array in arrays], dtype=np.int64)
@@ -195,11 +195,11 @@ def corpus_from_arrays(
 
 
 def check_ids(ids: NDArray[Any], *, vocab_size: int, name: str) -> None:
-    """Refuse what are not token ids.
+    """Check that an array holds valid token ids.
 
     Raises:
-        InputError: An id is out of the vocabulary.
-        InputTypeError: They are not integers.
+        InputError: An id is outside the vocabulary.
+        InputTypeError: The array does not hold integers.
     """
     if not np.issubdtype(ids.dtype, np.integer):
         raise InputTypeError(f"document {name} has dtype {ids.dtype}; token ids must be integers")
@@ -209,7 +209,7 @@ def check_ids(ids: NDArray[Any], *, vocab_size: int, name: str) -> None:
 
 
 def serialize_manifest(manifest: dict[str, Any]) -> bytes:
-    """Return the one way in which a manifest is written, with a checksum of itself."""
+    """Return a manifest as canonical JSON, with a checksum of itself."""
     content = {**manifest, "manifest_crc32": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
@@ -223,7 +223,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} is not a corpus of format version {FORMAT_VERSION}")
     manifest.pop("manifest_crc32", None)
-    # Compared as a whole, which also finds a changed blank.
+    # Compare all bytes, so that changed white space is found too.
     if serialize_manifest(manifest) != raw:
         raise CheckpointError(f"{path} is damaged: its checksum does not match; delete the folder to build it again")
     return manifest
@@ -235,8 +235,8 @@ def _check_file(path: Path, *, num_bytes: int, checksum: int) -> None:
         actual_bytes = path.stat().st_size
         if actual_bytes != num_bytes:
             raise CheckpointError(
-                f"{path} has {actual_bytes} bytes; {MANIFEST_FILE} promises {num_bytes}; delete the folder to build "
-                "it again"
+                f"{path} has {actual_bytes} bytes, but {MANIFEST_FILE} records {num_bytes}; delete the folder to "
+                "build it again"
             )
         with path.open("rb") as file:
             while block := file.read(_CHECKSUM_BLOCK_BYTES):

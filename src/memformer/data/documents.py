@@ -1,4 +1,4 @@
-"""A document, and picking some of a stream of them."""
+"""Documents, and slices of a stream of documents."""
 
 import re
 from collections import deque
@@ -13,10 +13,10 @@ from memformer.errors import InputError
 
 
 class Document(NamedTuple):
-    """One sequence as it was found, before any tokenizer.
+    """One document of a source, not yet tokenized.
 
     Attributes:
-        name: Where it came from, for messages: the file, followed by `:line` or `:index` where a file holds many.
+        name: Origin of the document, for messages: the file, followed by `:line` or `:index` if a file holds several.
         content: The undecoded bytes of a text, or the grey levels of an image in raster order.
     """
 
@@ -25,13 +25,13 @@ class Document(NamedTuple):
 
 
 def parse_slice(text: str) -> tuple[int | None, int | None]:
-    """Return the two ends of a `start:stop` slice, None for an end left out.
+    """Return the two ends of a `start:stop` slice, None for an omitted end.
 
     Args:
         text: For example `:1000`, `1000:` or `-10000:`.
 
     Raises:
-        InputError: It is not two optional integers around one colon, or one has too many digits to count documents.
+        InputError: `text` is not two optional integers around one colon, or an integer has more than 18 digits.
     """
     match = re.fullmatch(r"\s*(-?\d{1,18})?\s*:\s*(-?\d{1,18})?\s*", text)
     if match is None:
@@ -43,7 +43,10 @@ def parse_slice(text: str) -> tuple[int | None, int | None]:
 
 
 def slice_documents(documents: Iterable[Document], *, start: int | None, stop: int | None) -> Iterator[Document]:
-    """Yield `documents[start:stop]` of a stream, holding no more documents at once than a negative end counts."""
+    """Yield `documents[start:stop]` of a stream.
+
+    A negative `start` or `stop` holds that many documents in memory; otherwise no document is held.
+    """
     first = start or 0
     if first < 0:
         last: deque[tuple[int, Document]] = deque(maxlen=-first)

@@ -1,4 +1,4 @@
-"""Finding and opening the files that a source names."""
+"""Locating and opening the files of a source."""
 
 import glob
 import gzip
@@ -18,7 +18,8 @@ class SourceFile(NamedTuple):
 
     Attributes:
         path: The file.
-        is_explicit: It was named itself, not found in a folder or by a pattern; being empty is then an error.
+        is_explicit: Whether the path named the file itself, rather than a folder or pattern; an empty file is then an
+            error.
     """
 
     path: Path
@@ -26,16 +27,16 @@ class SourceFile(NamedTuple):
 
 
 def locate_files(path: str | list[str]) -> list[SourceFile]:
-    """Return the files that `path` stands for, those of a folder or a pattern sorted by name.
+    """Return the files that `path` names; those of a folder or a pattern are sorted by name.
 
-    Empty files are left out, except one that is named itself.
+    Empty files are skipped, except a file that is named itself.
 
     Args:
-        path: A file, a folder (searched recursively, hidden files and folders left out), a glob pattern (`**` is
-            recursive), or a list of these, kept in its order. `~` is the home folder.
+        path: A file, a folder (searched recursively, hidden files and folders skipped), a glob pattern (`**` is
+            recursive), or a list of these in the order to read. `~` is the home folder.
 
     Raises:
-        InputError: Something named does not exist, or there is no file in it.
+        InputError: A path does not exist, or a folder or pattern contains no file.
     """
     names = [path] if isinstance(path, str) else path
     return [file for name in names for file in _locate(name)]
@@ -43,23 +44,23 @@ def locate_files(path: str | list[str]) -> list[SourceFile]:
 
 def _locate(name: str) -> list[SourceFile]:
     path = Path(name).expanduser()
-    # A file may really be called `a[1].txt`, so what exists is never taken for a pattern.
+    # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
         found = sorted(
             file for file in path.rglob("*") if _has_content(file) and not _is_hidden(file.relative_to(path))
         )
         if not found:
-            raise InputError(f"path ({name}) is a folder without any file to read; hidden and empty files are left out")
+            raise InputError(f"path ({name}) is a folder without any file to read; hidden and empty files are skipped")
         return [SourceFile(file, False) for file in found]
     if path.exists():
         return [SourceFile(path, True)]
     if not glob.has_magic(name):
         raise InputError(f"path ({name}) does not exist")
-    # Path.glob takes no absolute pattern.
+    # Path.glob does not accept absolute patterns.
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
     found = sorted(match for match in matches if _has_content(match))
     if not found:
-        raise InputError(f"path ({name}) matches no file to read; hidden and empty files are left out")
+        raise InputError(f"path ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]
 
 
@@ -73,16 +74,16 @@ def _is_hidden(path: Path) -> bool:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[BufferedIOBase]:
-    """Open a file for reading bytes, through gzip or xz where its name ends in `.gz` or `.xz`.
+    """Open a file for reading bytes; gzip or xz content is decompressed if its name ends in `.gz` or `.xz`.
 
     Args:
         path: The file.
 
     Yields:
-        A binary stream of the uncompressed content.
+        A binary stream of the decompressed content.
 
     Raises:
-        InputError: The file cannot be read, or its compressed form is damaged or cut short.
+        InputError: The file cannot be read, or its compressed data is damaged or truncated.
     """
     try:
         with _open(path) as stream:

@@ -1,4 +1,4 @@
-"""Documents that are grey images: idx files (the format of MNIST) and scikit-learn's digits."""
+"""Grey-scale images as documents: idx files (the format of MNIST) and scikit-learn's digits."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from memformer.data.documents import Document
 from memformer.data.files import SourceFile, open_source
 from memformer.errors import InputError
 
-# Two zero bytes, 8 for unsigned bytes, 3 dimensions: image, row, column.
+# Two zero bytes, type code 8 (unsigned bytes), 3 dimensions (image, row, column).
 _IMAGES_MAGIC = 0x00000803
 _HEADER = struct.Struct(">4I")
-# Far beyond any use; what is larger is damage, and memory is taken for a whole image at once.
+# A larger size means a damaged header; a whole image is read into memory at once.
 _MOST_PIXELS = 1 << 24
 
 DIGITS_SHAPE = (8, 8)
@@ -32,15 +32,16 @@ class _Header(NamedTuple):
 def read_idx_files(files: Sequence[SourceFile], *, levels: int, downsample: int) -> Iterator[Document]:
     """Yield every image of idx files as grey levels 0..levels-1 in raster order.
 
-    Pixels are averaged over `downsample` x `downsample` squares and then put into `levels` bins of equal width.
+    Pixels are averaged over `downsample` x `downsample` squares, then quantized to `levels` bins of equal width.
 
     Args:
-        files: Files of images, all of one size.
+        files: Image files; all images must have the same size.
         levels: Number of grey levels, 2 to 256.
-        downsample: Side of the averaged squares; a divisor of both sides of the image.
+        downsample: Side of the averaged squares in pixels; must divide the images' height and width.
 
     Raises:
-        InputError: A file is not an idx file of images, is cut short, is too long, or holds images of another size.
+        InputError: A file is not an idx file of images, is truncated, has data after its last image, or holds images of
+            another size than the first file.
     """
     shape = idx_shape(files[0].path, downsample=1)
     for path, _ in files:
@@ -48,26 +49,27 @@ def read_idx_files(files: Sequence[SourceFile], *, levels: int, downsample: int)
             header = _read_header(stream, path)
             if (header.height, header.width) != shape:
                 raise InputError(
-                    f"{path} holds images of {header.height}x{header.width}, {files[0].path} of "
-                    f"{shape[0]}x{shape[1]}; all must be of one size"
+                    f"{path} holds images of {header.height}x{header.width}, but {files[0].path} of "
+                    f"{shape[0]}x{shape[1]}; all images must have the same size"
                 )
             for index in range(header.num_images):
                 raw = stream.read(header.height * header.width)
                 if len(raw) != header.height * header.width:
                     raise InputError(
-                        f"{path} ends inside image {index}; its header promises {header.num_images} images"
+                        f"{path} ends inside image {index}; its header declares {header.num_images} images"
                     )
                 image = np.frombuffer(raw, np.uint8).reshape(shape)
                 yield Document(f"{path}:{index}", _quantize(image, levels=levels, downsample=downsample))
             if stream.read(1):
-                raise InputError(f"{path} goes on after the {header.num_images} images that its header promises")
+                raise InputError(f"{path} has data after the {header.num_images} images that its header declares")
 
 
 def idx_shape(path: Path, *, downsample: int) -> tuple[int, int]:
-    """Return height and width of the images in an idx file after averaging.
+    """Return the height and width of the images in an idx file after downsampling.
 
     Raises:
-        InputError: It is not an idx file of images, they are too large, or `downsample` does not divide their sides.
+        InputError: The file is not an idx file of images, its images are too large, or `downsample` does not divide
+            their height and width.
     """
     with open_source(path) as stream:
         header = _read_header(stream, path)
@@ -87,10 +89,12 @@ def _read_header(stream: BufferedIOBase, path: Path) -> _Header:
         raise InputError(f"{path} starts with {magic:#010x}; an idx file of images starts with {_IMAGES_MAGIC:#010x}")
     header = _Header(*sizes)
     if 0 in header:
-        raise InputError(f"{path} promises {header.num_images} images of {header.height}x{header.width}; none may be 0")
+        raise InputError(
+            f"{path} declares {header.num_images} images of {header.height}x{header.width}; no number may be 0"
+        )
     if header.height * header.width > _MOST_PIXELS:
         raise InputError(
-            f"{path} promises images of {header.height}x{header.width}; at most {_MOST_PIXELS} pixels are read"
+            f"{path} declares images of {header.height}x{header.width}; at most {_MOST_PIXELS} pixels are supported"
         )
     return header
 
@@ -98,13 +102,13 @@ def _read_header(stream: BufferedIOBase, path: Path) -> _Header:
 def _quantize(image: NDArray[np.uint8], *, levels: int, downsample: int) -> NDArray[np.uint8]:
     height, width = image.shape
     squares = image.reshape(height // downsample, downsample, width // downsample, downsample)
-    # One integer division for both the mean and the bin, so that no value is rounded twice.
+    # One integer division computes both the mean and the bin, so that no value is rounded twice.
     sums = squares.sum(axis=(1, 3), dtype=np.int64)
     return (sums * levels // (256 * downsample**2)).astype(np.uint8).reshape(-1)
 
 
 def read_digits() -> Iterator[Document]:
-    """Yield the 1,797 digits of scikit-learn, 8x8 pixels of 17 grey levels.
+    """Yield the 1,797 digit images of scikit-learn: 8x8 pixels with 17 grey levels.
 
     Raises:
         InputError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""A corpus as a stream of rollouts: rows (lanes) that read one document after another, with an exact cursor."""
+"""Streams of rollouts from a corpus: lanes read one document after another, and a cursor resumes exactly."""
 
 import heapq
 import zlib
@@ -15,45 +15,47 @@ from memformer.data.corpus import Corpus
 from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
+from memformer.utils.checks import check_integer, check_seed
 
 PADDING_TOKEN_ID = 0
 
-# In a cursor: no document in this lane; and the seed of a stream that keeps the documents' order.
+# Cursor value of a lane without a document, and of the seed of a stream that does not shuffle.
 _NONE = -1
 
 
 class _Lane(NamedTuple):
-    """Where a lane stands: in the `position`-th document of the stream (_NONE: in none), before `timestep`."""
+    """Position of a lane: the `position`-th document of the stream (_NONE: no document), before `timestep`."""
 
     position: int
     timestep: int
 
 
 class LaneStream(RolloutStream):
-    """Rollouts in which B lanes read whole documents, each lane the next free document when it has finished one.
+    """A stream of rollouts in which each of B lanes reads whole documents, one after another.
 
-    Documents are dealt in one global order: epoch after epoch, inside an epoch the corpus's order or, with a seed, a
-    permutation that depends on seed and epoch alone. A document of n tokens takes ceil(n / S) timesteps. Its first
-    one has `reset` set, reads the beginning-of-sequence token and then padding, and predicts the first S tokens;
-    timestep t reads tokens (t-1)S to tS and predicts tS to (t+1)S. So every token is predicted once and every token
-    but those of the last segment is read once. Rows without a document are all padding.
+    Documents are assigned in one global order, and a lane that finishes a document gets the next one. The order runs
+    epoch after epoch; within an epoch it is the corpus's order or, with a seed, a permutation that depends only on seed
+    and epoch. A document of n tokens takes ceil(n / S) timesteps. Its first timestep has `reset` set, reads the
+    beginning-of-sequence token followed by padding, and predicts the first S tokens; timestep t reads tokens (t-1)S to
+    tS and predicts tokens tS to (t+1)S. Every token is therefore predicted once, and every token except those of the
+    last segment is read once. Rows without a document are all padding.
 
-    The documents of lanes and timesteps do not depend on `rollout_length`, and `state` and `load_state` continue
-    anywhere, exactly.
+    The assignment of documents to lanes and timesteps does not depend on `rollout_length`. `state` and `load_state`
+    resume exactly from any point.
 
     Args:
         corpus: The documents.
-        num_lanes: Rows B.
+        num_lanes: Number of rows B.
         segment_length: Tokens S of a segment.
-        rollout_length: Timesteps N of a rollout; the last one of a finite stream may have fewer, so that none is all
-            padding.
-        bos_token_id: What the first timestep of a document reads; usually an id beyond the corpus's vocabulary.
-        seed: Shuffles the documents, anew in every epoch. None keeps their order.
-        num_epochs: How often to read all documents. None never ends.
+        rollout_length: Timesteps N of a rollout; the last rollout of a finite stream may have fewer, so that no
+            timestep is all padding.
+        bos_token_id: Token that the first timestep of a document reads; usually an id beyond the corpus's vocabulary.
+        seed: Shuffles the documents, differently in every epoch. None: the corpus's order.
+        num_epochs: Number of passes over all documents. None: the stream is endless.
 
     Raises:
-        InputError: A number is out of range, or the corpus of an endless stream has less than a segment or fewer
-            documents than there are lanes.
+        InputError: A number is out of range, or the corpus of an endless stream has fewer tokens than a segment or
+            fewer documents than lanes.
     """
 
     def __init__(
@@ -71,11 +73,10 @@ class LaneStream(RolloutStream):
         if num_epochs is not None:
             positive["num_epochs"] = num_epochs
         for name, value in positive.items():
-            if value < 1:
-                raise InputError(f"{name} ({value}) must be at least 1")
-        for name, number in (("bos_token_id", bos_token_id), ("seed", seed)):
-            if number is not None and number < 0:
-                raise InputError(f"{name} ({number}) must be at least 0")
+            check_integer(name, value, 1)
+        check_integer("bos_token_id", bos_token_id, 0)
+        if seed is not None:
+            check_seed("seed", seed)
         if num_epochs is None and corpus.num_tokens < segment_length:
             raise InputError(
                 f"{corpus.name} holds {corpus.num_tokens} tokens; at least one segment of {segment_length} is needed"
@@ -101,43 +102,43 @@ class LaneStream(RolloutStream):
         return self
 
     def __next__(self) -> Rollout:
-        following = self.next_with_documents()
-        if following is None:
+        result = self.next_with_documents()
+        if result is None:
             raise StopIteration
-        return following[0]
+        return result[0]
 
     def next_with_documents(self) -> tuple[Rollout, Int64[Tensor, "N B"]] | None:
-        """Return the next rollout and the index in the corpus of the document at every timestep and row.
+        """Return the next rollout, and the corpus index of the document at every timestep and row.
 
         Returns:
-            The rollout, and the indices, -1 where a row has no document; None where the stream has ended.
+            The rollout and the indices, -1 where a row has no document; None at the end of the stream.
         """
-        page = self._new_page()
-        # Lanes in the order in which they become free: first by timestep, then by number.
+        buffer = self._new_buffer()
+        # Heap of free lanes, ordered by the timestep at which they become free, then by number.
         free = [(0, lane) for lane in range(self.num_lanes)]
         num_timesteps = 0
         while free:
             start, lane = heapq.heappop(free)
             if self._lanes[lane].position == _NONE:
-                self._deal(lane)
+                self._assign_document(lane)
             position, timestep = self._lanes[lane]
             if position == _NONE:
                 continue
             document = self._document_at(position)
             num_left = self._num_timesteps(document) - timestep
             end = min(start + num_left, self.rollout_length)
-            page.fill(lane, document, position=position, start=start, end=end, timestep=timestep)
+            buffer.fill(lane, document, position=position, start=start, end=end, timestep=timestep)
             num_timesteps = max(num_timesteps, end)
             is_finished = end - start == num_left
             self._lanes[lane] = _Lane(_NONE, 0) if is_finished else _Lane(position, timestep + end - start)
             if end < self.rollout_length:
                 heapq.heappush(free, (end, lane))
-        return page.cut(num_timesteps) if num_timesteps else None
+        return buffer.cut(num_timesteps) if num_timesteps else None
 
-    def _new_page(self) -> "Page":
-        return Page(self)
+    def _new_buffer(self) -> "RolloutBuffer":
+        return RolloutBuffer(self)
 
-    def _deal(self, lane: int) -> None:
+    def _assign_document(self, lane: int) -> None:
         if self._num_positions is None or self._next_position < self._num_positions:
             self._lanes[lane] = _Lane(self._next_position, 0)
             self._next_position += 1
@@ -148,7 +149,7 @@ class LaneStream(RolloutStream):
             return index
         if epoch not in self._orders:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            # A lane with a long document may still be epochs behind the others; no other order is needed again.
+            # A lane with a long document may be epochs behind the others; orders that no lane uses are dropped.
             in_use = {lane.position // self.corpus.num_documents for lane in self._lanes if lane.position != _NONE}
             self._orders = {past: order for past, order in self._orders.items() if past in in_use}
             self._orders[epoch] = generator.permutation(self.corpus.num_documents)
@@ -168,7 +169,7 @@ class LaneStream(RolloutStream):
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the cursor: a few integers that JSON can hold, from which `load_state` continues."""
+        """Return the cursor, a few integers that JSON can hold; `load_state` resumes from it."""
         return {
             **self._identity(),
             "next_document": self._next_position,
@@ -177,25 +178,27 @@ class LaneStream(RolloutStream):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where the stream that gave `state` was.
+        """Resume from a cursor that `state` returned.
 
         Args:
-            state: From `state`, of a stream of the same corpus, lanes, segment length and seed; the rollout length and
-                the number of epochs may differ.
+            state: Cursor of a stream with the same corpus, lanes, segment length and seed; the rollout length and the
+                number of epochs may differ.
 
         Raises:
-            CheckpointError: It is of another stream, or damaged; the stream stays where it was.
+            CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
         for name, expected in self._identity().items():
             if state.get(name) != expected:
                 raise CheckpointError(
-                    f"the data cursor has {name} {_shown(name, state.get(name))}; this stream has "
-                    f"{_shown(name, expected)}"
+                    f"the data cursor has {name} {_format_value(name, state.get(name))}; this stream has "
+                    f"{_format_value(name, expected)}"
                 )
         next_position = state.get("next_document")
         positions, timesteps = state.get("lane_documents"), state.get("lane_timesteps")
         if not _is_count(next_position):
-            raise CheckpointError(f"the data cursor has next_document {next_position!r}; it must be a count")
+            raise CheckpointError(
+                f"the data cursor has next_document {next_position!r}; it must be a non-negative integer"
+            )
         if not _are_integers(positions, self.num_lanes) or not _are_integers(timesteps, self.num_lanes):
             raise CheckpointError(
                 f"the data cursor's lane_documents and lane_timesteps must hold {self.num_lanes} integers each"
@@ -203,12 +206,14 @@ class LaneStream(RolloutStream):
         lanes = [_Lane(*pair) for pair in zip(positions, timesteps, strict=True)]
         occupied = [position for position in positions if position != _NONE]
         if len(set(occupied)) != len(occupied):
-            raise CheckpointError(f"the data cursor has lane_documents {positions}; no two lanes read the same one")
+            raise CheckpointError(
+                f"the data cursor has lane_documents {positions}; two lanes cannot read the same document"
+            )
         for number, lane in enumerate(lanes):
             if not self._is_possible(lane, next_position):
                 raise CheckpointError(
                     f"the data cursor has lane {number} in document {lane.position} before timestep {lane.timestep}, "
-                    "which the stream never is"
+                    "a position that this stream cannot have"
                 )
         self._next_position = next_position
         self._lanes = lanes
@@ -221,8 +226,8 @@ class LaneStream(RolloutStream):
         return 0 < lane.timestep < self._num_timesteps(self._document_at(lane.position))
 
 
-class Page:
-    """The arrays of one rollout while it is filled, a lane's timesteps side by side so that a document is one copy."""
+class RolloutBuffer:
+    """The arrays of a rollout under construction; lanes come first, so that a document is one contiguous copy."""
 
     def __init__(self, stream: LaneStream) -> None:
         self._stream = stream
@@ -233,18 +238,18 @@ class Page:
         self._target_padding = np.ones(shape, np.bool_)
         self._reset = np.zeros(shape[:2], np.bool_)
         self._documents = np.full(shape[:2], _NONE, np.int64)
-        self._starts: NDArray[np.int64] | None = None
+        self._decoder_start_ids: NDArray[np.int64] | None = None
 
     def fill(self, lane: int, document: int, *, position: int, start: int, end: int, timestep: int) -> None:
-        """Put a document's timesteps from `timestep` on into rows `start` to `end` of a lane.
+        """Write a document's timesteps, from `timestep` on, into the rollout's timesteps `start` to `end` of a lane.
 
         Args:
             lane: The lane.
             document: Index in the corpus.
-            position: Place in the stream's order, in which every epoch's documents have places of their own.
-            start: First row.
-            end: Row after the last one.
-            timestep: What the first row is of the document.
+            position: Position in the stream's order, in which each epoch's documents have separate positions.
+            start: First timestep of the rollout to fill.
+            end: Timestep after the last one to fill.
+            timestep: The document's timestep that is written at `start`.
         """
         del position
         length = self._stream.segment_length
@@ -252,22 +257,26 @@ class Page:
         self._documents[lane, start:end] = document
 
         predicted = tokens[timestep * length : (timestep + end - start) * length]
-        targets = slice(start * length, start * length + len(predicted))
-        self._targets[lane].reshape(-1)[targets] = predicted
-        self._target_padding[lane].reshape(-1)[targets] = False
+        num_whole, num_rest = divmod(len(predicted), length)
+        whole, rest = slice(start, start + num_whole), start + num_whole
+        self._targets[lane, whole] = predicted[: num_whole * length].reshape(-1, length)
+        self._target_padding[lane, whole] = False
+        if num_rest:  # a document's last segment
+            self._targets[lane, rest, :num_rest] = predicted[num_whole * length :]
+            self._target_padding[lane, rest, :num_rest] = False
 
         if timestep == 0:
             self._reset[lane, start] = True
             self._inputs[lane, start, 0] = self._stream.bos_token_id
             self._input_padding[lane, start, 0] = False
             start, timestep = start + 1, 1
-        # What a timestep reads is what the one before it predicted, and that was a whole segment.
+        # A timestep reads the segment that the previous timestep predicted, which is always whole.
         read = tokens[(timestep - 1) * length : (timestep - 1 + end - start) * length]
         self._inputs[lane, start:end] = read.reshape(-1, length)
         self._input_padding[lane, start:end] = False
 
     def cut(self, num_timesteps: int) -> tuple[Rollout, Tensor]:
-        """Return the first timesteps as tensors."""
+        """Return the first `num_timesteps` timesteps as a rollout, and the indices of their documents."""
 
         def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array[:, :num_timesteps].swapaxes(0, 1)))
@@ -281,7 +290,7 @@ class Page:
             reset=tensor(self._reset),
             input_padding=mask(self._input_padding),
             target_padding=mask(self._target_padding),
-            starts=None if self._starts is None else tensor(self._starts),
+            decoder_start_ids=None if self._decoder_start_ids is None else tensor(self._decoder_start_ids),
         )
         return rollout, tensor(self._documents)
 
@@ -290,7 +299,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _shown(name: str, value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
     return "None" if name == "seed" and value == _NONE else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: one configuration, one stream."""
+"""Sources of documents: one config, and one stream of documents for every kind."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,6 +16,7 @@ from memformer.data.text import (
     read_text_files,
 )
 from memformer.errors import InputError
+from memformer.utils.checks import check_choice, check_integer
 
 _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "text": frozenset({"path", "document_start"}),
@@ -35,27 +36,28 @@ _REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where documents come from.
+    """A source of documents.
 
     Args:
-        kind: text: every file is a document. jsonl: every line is. idx: images in the format of MNIST. digits: the
-            8x8 digits of scikit-learn. python: the modules of this Python's standard library. huggingface: a data
-            set of the hub, streamed.
-        path: For text, jsonl and idx: a file, a folder (searched recursively, in the order of the names), a glob
-            pattern, or a list of these. Files ending in .gz or .xz are uncompressed while reading.
-        text_key: For jsonl and huggingface: the key or column that holds the text.
+        kind: Format of the source. text: every file is a document, or several with document_start. jsonl: every line is
+            a document. idx: images in the format of MNIST. digits: the 8x8 digit images of scikit-learn. python: the
+            modules of this Python's standard library. huggingface: a data set of the Hugging Face hub, streamed.
+        path: For text, jsonl and idx: a file, a folder (searched recursively, files sorted by name), a glob pattern, or
+            a list of these. Files ending in .gz or .xz are decompressed while reading.
+        text_key: For jsonl and huggingface: the key or column that contains the text.
         name: For huggingface: the name of the data set.
-        config_name: For huggingface: the data set's configuration, where it has several.
+        config_name: For huggingface: the configuration of the data set, if it has several.
         split: For huggingface: the split to read, for example train.
-        document_start: For text and huggingface: a regular expression; a line (for huggingface a record) that matches
-            it from its first character to its last begins a document. ' = [^=].* = ' finds the articles of WikiText.
-        documents: A start:stop slice of the documents in order; either side may be empty or negative, as in :1000
-            or -10000: (default: all).
-        levels: For idx: the number of grey levels (2 to 256) that pixels are quantized to.
-        downsample: For idx: the side of the squares of pixels that are averaged into one; 2 makes 28x28 into 14x14.
+        document_start: For text and huggingface: a regular expression; a line (for huggingface: a record) that matches
+            it as a whole begins a new document. For example, ' = [^=].* = ' matches the article titles of WikiText.
+            null: every file (for huggingface: every record) is one document.
+        documents: A start:stop slice of the documents in order, for example :1000 or -10000:; either side may be empty
+            or negative. null: all documents.
+        levels: For idx: number of grey levels (2 to 256) to which pixels are quantized.
+        downsample: For idx: side of the pixel squares that are averaged into one pixel; 2 reduces 28x28 to 14x14.
 
     Raises:
-        InputError: A field is out of range, a field that the kind needs is missing, or one is set that the kind
+        InputError: A field is out of range, a field that the kind needs is missing, or a field is set that the kind
             does not read.
     """
 
@@ -71,8 +73,7 @@ class SourceConfig:
     downsample: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in _FIELDS_OF_KIND:
-            raise InputError(f"kind ({self.kind!r}) must be one of {', '.join(_FIELDS_OF_KIND)}")
+        check_choice("kind", self.kind, _FIELDS_OF_KIND)
         for required in _REQUIRED_OF_KIND.get(self.kind, ()):
             if not getattr(self, required):
                 raise InputError(f"{required} ({getattr(self, required)!r}) must be given for kind {self.kind!r}")
@@ -86,26 +87,24 @@ class SourceConfig:
                 )
         if self.document_start is not None:
             compile_document_start(self.document_start)
-        if not 2 <= self.levels <= 256:
-            raise InputError(f"levels ({self.levels}) must be from 2 to 256")
-        if self.downsample < 1:
-            raise InputError(f"downsample ({self.downsample}) must be at least 1")
+        check_integer("levels", self.levels, 2, 256)
+        check_integer("downsample", self.downsample, 1)
         if self.documents is not None:
             parse_slice(self.documents)
 
 
 def describe_source(source: SourceConfig) -> str:
-    """Return a short name of the source for messages."""
+    """Return a short description of the source for messages."""
     where = source.name if source.path is None else source.path
     text = source.kind if where is None else f"{source.kind} {where}"
     return text if source.documents is None else f"{text} [{source.documents}]"
 
 
 def locate_source_files(source: SourceConfig) -> list[SourceFile]:
-    """Return the local files that a source reads; none for digits and huggingface.
+    """Return the local files of a source; an empty list for digits and huggingface.
 
     Raises:
-        InputError: A path does not exist or holds no file.
+        InputError: A path does not exist or contains no file.
     """
     if source.kind == "python":
         return locate_standard_library()
@@ -113,16 +112,16 @@ def locate_source_files(source: SourceConfig) -> list[SourceFile]:
 
 
 def iterate_documents(source: SourceConfig) -> Iterator[Document]:
-    """Return a stream of the source's documents, always in the same order, held one at a time.
+    """Return an iterator over the source's documents, in a fixed order and one at a time.
 
-    A document without content (an empty text under its JSON key) is part of the stream; an empty file is not.
+    A document without content (an empty text under its JSON key) is yielded; an empty file is not.
 
     Args:
-        source: Where to read.
+        source: The source to read.
 
     Raises:
-        InputError: At once: a path does not exist or holds no file. While reading: a file is empty, damaged or not
-            of the kind's format, an extra package is missing, or there is no document at all.
+        InputError: On the call: a path does not exist or contains no file. During iteration: a file is empty, damaged
+            or not in the kind's format, an optional package is missing, or there is no document at all.
     """
     return _checked(source, locate_source_files(source))
 
@@ -147,7 +146,7 @@ def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
         case "jsonl":
             return read_json_lines(files, text_key=source.text_key)
         case "idx":
-            # Checked here as well, so that a wrong factor is refused before anything is read.
+            # Checked here too, so that a wrong `downsample` is reported before any image is read.
             idx_shape(files[0].path, downsample=source.downsample)
             return read_idx_files(files, levels=source.levels, downsample=source.downsample)
         case "digits":
@@ -167,10 +166,11 @@ def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
 
 
 def image_shape(source: SourceConfig) -> tuple[int, int] | None:
-    """Return height and width of the source's images as they are yielded, None if it holds text.
+    """Return the height and width of the source's images after downsampling, or None for text.
 
     Raises:
-        InputError: An idx file is missing or damaged, or `downsample` does not divide its images.
+        InputError: An idx file is missing or damaged, or `downsample` does not divide the height and width of its
+            images.
     """
     match source.kind:
         case "idx":
@@ -182,7 +182,7 @@ def image_shape(source: SourceConfig) -> tuple[int, int] | None:
 
 
 def source_levels(source: SourceConfig) -> int | None:
-    """Return the number of grey levels of the source's images, None if it holds text."""
+    """Return the number of grey levels of the source's images, or None for text."""
     match source.kind:
         case "idx":
             return source.levels

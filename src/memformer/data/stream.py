@@ -1,4 +1,4 @@
-"""What a run trains on: rollouts without end, with a cursor that a checkpoint can hold."""
+"""Abstract stream of training rollouts, with a cursor that a checkpoint can store."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -8,19 +8,19 @@ from memformer.rollout import Rollout
 
 
 class RolloutStream(Iterator[Rollout]):
-    """Rollouts that are a pure function of a seed and a cursor."""
+    """An iterator over rollouts that are a pure function of a seed and a cursor."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return the cursor, as JSON values, from which `load_state` continues."""
+        """Return the cursor as JSON values; `load_state` resumes from it."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where the stream that gave `state` was.
+        """Resume from a cursor that `state` returned.
 
         Raises:
-            CheckpointError: It is of another stream, or damaged; the stream stays where it was.
+            CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
 
     def observe(self, loss: float) -> None:
-        """Note the loss of an update, in nats per target token; documents do not depend on it."""
+        """Record the loss of an update, in nats per target token; streams without a curriculum ignore it."""

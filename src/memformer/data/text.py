@@ -1,4 +1,4 @@
-"""Documents of text: files, JSON lines, the Python standard library, data sets of the Hugging Face hub."""
+"""Text documents: files, JSON lines, the Python standard library, and data sets of the Hugging Face hub."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from memformer.data.documents import Document
 from memformer.data.files import SourceFile, open_source
 from memformer.errors import InputError
 
-# Packages that were installed later, and tests: the first differ between machines, the second hold odd encodings.
+# Installed packages differ between machines, and tests contain unusual encodings.
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
 
 
 def compile_document_start(pattern: str) -> re.Pattern[bytes]:
-    """Return the expression for lines as bytes.
+    """Return the pattern as a compiled regular expression over bytes.
 
     Raises:
-        InputError: It is not a regular expression.
+        InputError: `pattern` is not a regular expression.
     """
     try:
         return re.compile(pattern.encode())
@@ -29,14 +29,17 @@ def compile_document_start(pattern: str) -> re.Pattern[bytes]:
 
 
 def read_text_files(files: Iterable[SourceFile], *, document_start: str | None = None) -> Iterator[Document]:
-    """Yield every file as one document, or cut where lines match; files found that uncompress to nothing are left out.
+    """Yield every file as one document, or several if `document_start` is given.
+
+    A file that decompresses to nothing is skipped, unless its path was named itself.
 
     Args:
         files: The files.
-        document_start: A regular expression; a line that matches as a whole begins a document.
+        document_start: A regular expression; a line that matches it as a whole begins a document. None: one document
+            per file.
 
     Raises:
-        InputError: A file cannot be read, or one that was named itself is empty.
+        InputError: A file cannot be read, or a file that was named itself is empty.
     """
     for path, is_explicit in files:
         is_empty = True
@@ -55,18 +58,19 @@ def read_text_files(files: Iterable[SourceFile], *, document_start: str | None =
 
 
 def split_documents(lines: Iterable[tuple[str, bytes]], document_start: str) -> Iterator[Document]:
-    """Yield documents of lines, each named by its first line and reaching to the next line that matches.
+    """Yield documents of consecutive lines; each line that matches `document_start` begins a document.
 
-    What comes before the first match is a document of its own, but blank lines belong to the document after them.
+    A document is named after its first line. Lines before the first match are a document of their own; if all of them
+    are blank, they belong to the first document instead.
 
     Args:
-        lines: Name and content of each, the latter with its line's end.
-        document_start: A regular expression for a whole line, without its end.
+        lines: Name and content of each line; the content includes the line ending.
+        document_start: A regular expression for a whole line, without its line ending.
     """
-    starts = compile_document_start(document_start)
+    pattern = compile_document_start(document_start)
     first, parts = "", list[bytes]()
     for name, line in lines:
-        if starts.fullmatch(line.rstrip(b"\r\n")) and any(not part.isspace() for part in parts):
+        if pattern.fullmatch(line.rstrip(b"\r\n")) and any(not part.isspace() for part in parts):
             yield Document(first, b"".join(parts))
             parts = []
         if not parts:
@@ -77,11 +81,11 @@ def split_documents(lines: Iterable[tuple[str, bytes]], document_start: str) -> 
 
 
 def read_json_lines(files: Iterable[SourceFile], *, text_key: str) -> Iterator[Document]:
-    """Yield the text under `text_key` of every line, reading one line at a time; blank lines are left out.
+    """Yield the text under `text_key` of every line, one line at a time; blank lines are skipped.
 
     Raises:
-        InputError: A file cannot be read, one that was named itself is empty, or a line is not a JSON object with
-            a text under that key.
+        InputError: A file cannot be read, a file that was named itself is empty, or a line is not a JSON object with a
+            string under that key.
     """
     for path, is_explicit in files:
         is_empty = True
@@ -99,7 +103,7 @@ def read_json_lines(files: Iterable[SourceFile], *, text_key: str) -> Iterator[D
 def _parse_line(line: bytes, name: str) -> Mapping[str, Any]:
     try:
         record = json.loads(line)
-    # Nesting deeper than the interpreter's stack is not a ValueError.
+    # JSON nested more deeply than the interpreter's stack raises RecursionError, which is not a ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -121,11 +125,11 @@ def _text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
 
 
 def locate_standard_library() -> list[SourceFile]:
-    """Return the modules of this Python's standard library, sorted by their path in it, tests left out."""
+    """Return the modules of this Python's standard library without tests, sorted by relative path."""
     root = standard_library()
     kept = []
     for folder, subfolders, names in os.walk(root):
-        # Installed packages can be far larger than the library: they are not even looked into.
+        # Installed packages can be far larger than the library: their folders are not entered.
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         paths = [Path(folder, name) for name in names if name.endswith(".py")]
         kept += [path.relative_to(root) for path in paths if path.stat().st_size > 0]
@@ -138,7 +142,7 @@ def standard_library() -> Path:
 
 
 def read_standard_library(files: Iterable[SourceFile]) -> Iterator[Document]:
-    """Yield the standard library's modules, named by their path in it.
+    """Yield the modules of the standard library as documents, named by relative path.
 
     Raises:
         InputError: A file cannot be read.
@@ -151,18 +155,19 @@ def read_standard_library(files: Iterable[SourceFile]) -> Iterator[Document]:
 def read_hub(
     name: str, *, config_name: str | None, split: str, text_key: str, document_start: str | None = None
 ) -> Iterator[Document]:
-    """Stream a data set of the Hugging Face hub, one document a record, or from one that matches to the next.
+    """Stream a data set of the Hugging Face hub, one document per record or split where a record matches.
 
     Args:
-        name: Name of the data set on the hub, or a folder it was saved in.
-        config_name: The data set's configuration, if it has several.
-        split: For example `train`.
-        text_key: Column that holds the text.
-        document_start: A regular expression; a record that matches as a whole begins a document. Records are then
-            lines, and one that does not end a line is given an end.
+        name: Name of the data set on the hub, or a folder in which it was saved.
+        config_name: Configuration of the data set, if it has several.
+        split: Split to read, for example `train`.
+        text_key: Column that contains the text.
+        document_start: A regular expression; a record that matches it as a whole begins a document. Records are then
+            treated as lines, and a missing line ending is added. None: one document per record.
 
     Raises:
-        InputError: The `datasets` package is missing, it could not load the data set, or a record has no such text.
+        InputError: The `datasets` package is missing, it could not load the data set, or a record has no text under
+            `text_key`.
     """
     try:
         import datasets  # optional, and slow to import
@@ -170,9 +175,11 @@ def read_hub(
         raise InputError("kind 'huggingface' needs the extra: pip install 'memformer-lm[datasets]'") from error
     try:
         records = datasets.load_dataset(name, config_name, split=split, streaming=True)
-    # Whatever went wrong (no network, no such set, split or configuration), the package's own words explain it best.
+    # The package's own message best explains a failure (no network, no such data set, split or configuration).
     except Exception as error:
-        raise InputError(f"data set {name!r} (config_name {config_name!r}, split {split!r}): {error}") from error
+        raise InputError(
+            f"data set {name!r} (config_name {config_name!r}, split {split!r}) cannot be loaded: {error}"
+        ) from error
     named = ((f"{name}:{index}", record) for index, record in enumerate(records))
     texts = ((place, _text_of(record, text_key=text_key, name=place)) for place, record in named)
     if document_start is None:

@@ -1,4 +1,4 @@
-"""Making a tokenizer from documents, and keeping it in a folder."""
+"""Training, saving and loading of tokenizers."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,13 +32,14 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How text becomes token ids; images need no choice, their ids are grey levels.
+    """The tokenizer of text documents; images need none, because their token ids are grey levels.
 
     Args:
-        kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, learned from the training documents.
-            word: words between white space, a line's end as <eos>, rare words as <unk> (the convention of WikiText).
-        vocab_size: For bpe: the number of tokens, at least 257; fewer are made where the documents hold no more
-            pairs. For word: the most tokens to keep, the commonest words first (default: all words).
+        kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, trained on the training documents. word:
+            words separated by white space, with <eos> for the end of a line and <unk> for rare words (the convention of
+            WikiText).
+        vocab_size: For bpe: number of tokens, at least 257; it may turn out lower if the documents contain too few
+            pairs to merge. For word: maximum number of tokens, most frequent words first; null: all words.
 
     Raises:
         InputError: `vocab_size` is missing for bpe, or does not fit the kind.
@@ -66,14 +67,14 @@ class TokenizerConfig:
 
 
 def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, text: str = "") -> Tokenizer:
-    """Return the tokenizer that `config` asks for, learned from `documents`; kind bytes reads none of them.
+    """Return a tokenizer of the configured kind, trained on `documents`; kind bytes reads none of them.
 
     The same documents in the same order give the same tokenizer.
 
     Args:
-        config: What to make.
+        config: Kind and vocabulary size of the tokenizer.
         documents: The training documents, read once.
-        text: Text to learn from besides them; kind word keeps all of its words, however rare.
+        text: Additional training text; kind word keeps all of its words, however rare they are.
 
     Raises:
         InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`.
@@ -90,20 +91,20 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, t
 def _text_blocks(documents: Iterable[Document], kind: str) -> Iterator[str]:
     for name, content in documents:
         if not isinstance(content, bytes):
-            raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads texts")
+            raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads text")
         yield from blocks_of_lines(decode_utf8(content, name=name))
 
 
 def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    # Ending every piece with its line makes blocks of lines encode as the whole text does.
+    # No piece crosses the end of a line, so that blocks of lines encode exactly as the whole text does.
     end_lines = pre_tokenizers.Split("\n", "merged_with_previous")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([end_lines, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # All 256 bytes, so that no text is without ids.
+        # All 256 bytes, so that every text can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[],
         show_progress=False,
@@ -117,7 +118,7 @@ def _train_words(blocks: Iterator[str], kept_words: Sequence[str], *, vocab_size
     if vocab_size is not None and vocab_size < len(kept):
         raise InputError(f"vocab_size ({vocab_size}) must be at least {len(kept)} to keep all words of the recall task")
     counter = _word_level([UNKNOWN_WORD])
-    # No limit here: <unk> and <eos> may stand among the words, and they must not push out two others.
+    # No limit here: <unk> and <eos> may occur among the words and must not displace two other words.
     trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
     counter.train_from_iterator(blocks, trainer)
     ids = counter.get_vocab()
@@ -126,7 +127,7 @@ def _train_words(blocks: Iterator[str], kept_words: Sequence[str], *, vocab_size
 
 
 def word_tokenizer(words: Sequence[str]) -> TextTokenizer:
-    """Return a tokenizer of kind "word" with these words, in their order after <unk> and <eos>."""
+    """Return a tokenizer of kind "word" with the vocabulary <unk>, <eos> and `words`, in this order."""
     return TextTokenizer("word", _word_level([UNKNOWN_WORD, END_OF_LINE, *words]))
 
 
@@ -139,14 +140,14 @@ def _word_level(words: Sequence[str]) -> tokenizers.Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer_config.json`, and `tokenizer.json` for bpe and word, into `folder`, made where missing.
+    """Write `tokenizer_config.json`, and for bpe and word also `tokenizer.json`, into `folder`.
 
     Args:
         tokenizer: One of this package's tokenizers.
-        folder: Where to write.
+        folder: Folder to write into; created if missing.
 
     Raises:
-        InputError: The tokenizer is of a class that this package cannot load.
+        InputError: The tokenizer belongs to a class that this package cannot load.
         SaveError: A file could not be written.
     """
     config: dict[str, Any] = {
@@ -163,13 +164,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         case ByteTokenizer():
             pass
         case _:
-            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; only this package's own can be saved")
-    # Last, because it holds the fingerprint that tells whether the other file belongs to it.
+            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; only this package's tokenizers can be saved")
+    # Written last, because its fingerprint shows whether the other file belongs to it.
     write_bytes(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether `save_tokenizer` wrote into `folder`."""
+    """Return whether `folder` contains a tokenizer that `save_tokenizer` wrote."""
     return (folder / _CONFIG_FILE).exists()
 
 
@@ -177,7 +178,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer that `save_tokenizer` wrote into `folder`.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or of a kind or version that this package does not know.
+        CheckpointError: A file is missing or damaged, or has a kind or version that this package does not support.
     """
     path = folder / _CONFIG_FILE
     try:
@@ -188,7 +189,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer configuration of format version {_FORMAT_VERSION}")
     tokenizer = _build_tokenizer(config, folder)
     if config.get("fingerprint") != tokenizer.fingerprint or config.get("vocab_size") != tokenizer.vocab_size:
-        raise CheckpointError(f"{path} is damaged or belongs to other files: its fingerprint is not the tokenizer's")
+        raise CheckpointError(
+            f"{path} is damaged or belongs to another tokenizer: its fingerprint or vocab_size does not match"
+        )
     return tokenizer
 
 
@@ -207,10 +210,10 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
                 definition = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-            # Before the package reads it: some definitions that it never wrote make it panic.
+            # Checked before parsing: the package panics on some invalid definitions.
             if fingerprint_of_text(kind, definition) != config.get("fingerprint"):
                 raise CheckpointError(
-                    f"{path} is damaged or was changed: it does not have the fingerprint that {_CONFIG_FILE} says"
+                    f"{path} is damaged or was changed: its fingerprint does not match that in {_CONFIG_FILE}"
                 )
             try:
                 return TextTokenizer(kind, tokenizers.Tokenizer.from_str(definition))
@@ -218,4 +221,6 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
             except Exception as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
         case _:
-            raise CheckpointError(f"{folder / _CONFIG_FILE} has kind {config.get('kind')!r} or lacks its fields")
+            raise CheckpointError(
+                f"{folder / _CONFIG_FILE} has kind {config.get('kind')!r}, which is unknown or lacks its fields"
+            )

@@ -1,4 +1,4 @@
-"""Between the content of documents and token ids: bytes, grey levels, byte-level BPE, words."""
+"""Tokenizers between document content and token ids: bytes, grey levels, byte-level BPE, words."""
 
 import codecs
 import hashlib
@@ -13,12 +13,13 @@ import tokenizers
 from numpy.typing import NDArray
 
 from memformer.errors import InputError
+from memformer.utils.checks import check_integer
 
 UNKNOWN_WORD = "<unk>"
 END_OF_LINE = "<eos>"
 
-# A block of text is encoded by one thread, and a batch of blocks at once: enough to keep the threads busy, little
-# enough that the package's bookkeeping (hundreds of bytes a token) stays small however long the document.
+# One thread encodes a block of text, and one call encodes a batch of blocks: enough to keep the threads busy, and few
+# enough that the package's bookkeeping (hundreds of bytes per token) stays small for documents of any length.
 _BLOCK_CHARACTERS = 1 << 16
 _BLOCKS_IN_BATCH = 32
 STREAM_BLOCK_BYTES = 1 << 20
@@ -26,35 +27,35 @@ STREAM_BLOCK_BYTES = 1 << 20
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer; ids are 0..vocab_size-1."""
+    """Interface of a tokenizer; its ids are 0..vocab_size-1."""
 
     @property
     def kind(self) -> str:
-        """Name of the kind of tokenizer."""
+        """Name of the tokenizer's kind."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of different ids."""
+        """Number of different token ids."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the definition, as hexadecimal digits: equal where and only where all ids mean the same."""
+        """SHA-256 of the definition in hexadecimal digits; equal if and only if all ids mean the same."""
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.integer[Any]]:
-        """Return the ids of a document's content; `name` is the document's, for messages."""
+        """Return the token ids of a document's content; `name` is the document's name in messages."""
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """Return the content that the ids stand for."""
+        """Return the content that the token ids represent."""
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield printable text as the ids come in; joined, it is the text of all of them."""
+        """Yield printable text while the ids arrive; joined, the parts are the text of all ids."""
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest of uint8, uint16 and uint32 (little-endian) that holds ids 0..vocab_size-1.
+    """Return the smallest of uint8, uint16 and uint32 (little-endian) that can hold ids 0..vocab_size-1.
 
     Raises:
-        InputError: There are more ids than uint32 has values, or none.
+        InputError: `vocab_size` is not positive, or exceeds the number of uint32 values.
     """
     for dtype, num_values in (("<u1", 1 << 8), ("<u2", 1 << 16), ("<u4", 1 << 32)):
         if 1 <= vocab_size <= num_values:
@@ -63,17 +64,17 @@ def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def fingerprint_of(definition: Any) -> str:
-    """Return the SHA-256 of a JSON value, written in the one canonical way."""
+    """Return the SHA-256 of a JSON value, serialized with sorted keys."""
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_of_text(kind: str, definition: str) -> str:
-    """Return the fingerprint of a tokenizer of text from its definition, as the file holds it."""
+    """Return the fingerprint of a text tokenizer from its definition, the content of its file."""
     return fingerprint_of({"kind": kind, "tokenizer": definition})
 
 
 class ByteTokenizer:
-    """Every byte is its own id."""
+    """A tokenizer whose token ids are the bytes themselves."""
 
     kind = "bytes"
     vocab_size = 256
@@ -84,7 +85,7 @@ class ByteTokenizer:
         return fingerprint_of({"kind": self.kind})
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-        """Return the bytes as ids, without copying them.
+        """Return the bytes as token ids, without a copy.
 
         Raises:
             InputError: The document is an image.
@@ -100,7 +101,7 @@ class ByteTokenizer:
         return bytes(_checked_id(token, self.vocab_size) for token in ids)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield characters as soon as their UTF-8 bytes are complete, U+FFFD for bytes that are not UTF-8.
+        """Yield characters as soon as their UTF-8 bytes are complete, and U+FFFD for bytes that are not UTF-8.
 
         Raises:
             InputError: An id is not a byte.
@@ -109,7 +110,7 @@ class ByteTokenizer:
 
 
 class PixelTokenizer:
-    """Every grey level is its own id; a document is one image in raster order.
+    """A tokenizer whose token ids are grey levels; a document is one image in raster order.
 
     Args:
         levels: Number of grey levels, 2 to 256.
@@ -117,18 +118,17 @@ class PixelTokenizer:
         width: Pixels of a row.
 
     Raises:
-        InputError: `levels` is out of range, or a side is not positive.
+        InputError: `levels` is out of range, or `height` or `width` is not positive.
     """
 
     kind = "pixels"
-    # Dark to light, on a dark terminal.
+    # From dark to light on a dark terminal.
     _SHADES = " .:-=+*#%@"
 
     def __init__(self, levels: int, height: int, width: int) -> None:
-        if not 2 <= levels <= 256:
-            raise InputError(f"levels ({levels}) must be from 2 to 256")
-        if height < 1 or width < 1:
-            raise InputError(f"image height ({height}) and width ({width}) must be at least 1")
+        check_integer("levels", levels, 2, 256)
+        check_integer("image height", height, 1)
+        check_integer("image width", width, 1)
         self.levels = self.vocab_size = levels
         self.height = height
         self.width = width
@@ -139,13 +139,13 @@ class PixelTokenizer:
         return fingerprint_of({"kind": self.kind, "levels": self.levels, "height": self.height, "width": self.width})
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-        """Return the pixels as ids.
+        """Return the pixels as token ids.
 
         Raises:
-            InputError: The document is a text, has another number of pixels, or a level out of range.
+            InputError: The document is text, has another number of pixels, or a level out of range.
         """
         if isinstance(content, bytes):
-            raise InputError(f"document {name} is a text; the {self.kind} tokenizer reads images")
+            raise InputError(f"document {name} is text; the {self.kind} tokenizer reads images")
         if content.size != self.height * self.width:
             raise InputError(
                 f"document {name} has {content.size} pixels; the tokenizer's images have {self.height}x{self.width}"
@@ -155,7 +155,7 @@ class PixelTokenizer:
         return content.reshape(-1)
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """Return one byte a pixel: its grey level.
+        """Return one byte per pixel: its grey level.
 
         Raises:
             InputError: An id is not a grey level.
@@ -163,7 +163,7 @@ class PixelTokenizer:
         return bytes(_checked_id(token, self.vocab_size) for token in ids)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield one character a pixel, darker or lighter, and a new line after every row.
+        """Yield one character per pixel, chosen by grey level, and a newline after every row.
 
         Raises:
             InputError: An id is not a grey level.
@@ -174,19 +174,19 @@ class PixelTokenizer:
 
 
 class TextTokenizer:
-    """Subwords or words, by the `tokenizers` package.
+    """A subword or word tokenizer that uses the `tokenizers` package.
 
-    `bpe` is byte-level byte-pair encoding: every text has ids and decoding them gives it back exactly. `word` splits
-    at white space, a line's end is the word `<eos>`, and words out of the vocabulary become `<unk>` (the convention
-    of WikiText); decoding puts one space between words. In both no token reaches over a line's end, so that long
-    documents can be encoded in blocks of lines without changing an id.
+    `bpe` is byte-level byte-pair encoding: it encodes every text, and decoding restores the text exactly. `word` splits
+    at white space, encodes the end of a line as `<eos>` and words outside the vocabulary as `<unk>` (the convention of
+    WikiText); decoding puts one space between words. In both, no token crosses the end of a line, so long documents can
+    be encoded in blocks of lines without changing an id.
 
     Args:
-        kind: What `tokenizer` is.
+        kind: Kind of `tokenizer`.
         tokenizer: A tokenizer made by `train_tokenizer`.
 
     Raises:
-        InputError: `tokenizer` has a hole in its ids, or is not of that kind.
+        InputError: The ids of `tokenizer` are not contiguous, or it is not of the given kind.
     """
 
     def __init__(self, kind: Literal["bpe", "word"], tokenizer: tokenizers.Tokenizer) -> None:
@@ -197,12 +197,14 @@ class TextTokenizer:
         names = [tokenizer.id_to_token(token) for token in range(self.vocab_size)]
         missing = {UNKNOWN_WORD, END_OF_LINE} - set(names) if kind == "word" else set()
         if None in names or missing:
-            raise InputError(f"tokenizer of kind {kind!r} lacks tokens: {sorted(missing) or 'its ids have holes'}")
+            raise InputError(
+                f"tokenizer of kind {kind!r} lacks tokens: {sorted(missing) or 'its ids are not contiguous'}"
+            )
         self._words = [str(name) for name in names]
         self._pieces = [_piece_bytes(word) for word in self._words] if kind == "bpe" else []
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.integer[Any]]:
-        """Return the ids of a text.
+        """Return the token ids of a text.
 
         Raises:
             InputError: The document is an image, or not UTF-8.
@@ -217,20 +219,20 @@ class TextTokenizer:
         return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """Return the text of the ids in UTF-8, where they cut no character in two.
+        """Return the text of the token ids in UTF-8; it is incomplete where the ids end within a character.
 
         Raises:
-            InputError: An id is out of the vocabulary.
+            InputError: An id is outside the vocabulary.
         """
         if self.kind == "bpe":
             return b"".join(self._pieces[_checked_id(token, self.vocab_size)] for token in ids)
         return "".join(self.decode_stream(ids)).encode()
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of the ids as soon as it is certain.
+        """Yield the text of the token ids as soon as its characters are complete.
 
         Raises:
-            InputError: An id is out of the vocabulary.
+            InputError: An id is outside the vocabulary.
         """
         if self.kind == "bpe":
             yield from _decode_utf8(self._pieces[_checked_id(token, self.vocab_size)] for token in ids)
@@ -246,10 +248,10 @@ class TextTokenizer:
 
 
 def decode_utf8(content: bytes, *, name: str) -> str:
-    """Return the text of a document.
+    """Return a document's content as a string.
 
     Raises:
-        InputError: It is not UTF-8; the message says where.
+        InputError: The content is not UTF-8; the message gives the byte offset.
     """
     try:
         return content.decode("utf-8")
@@ -261,30 +263,30 @@ def decode_utf8(content: bytes, *, name: str) -> str:
 
 
 def blocks_of_lines(text: str) -> Iterator[str]:
-    """Yield the text in blocks that end where a line ends, each about as long as `tokenizers` likes."""
+    """Yield the text in blocks that end at line ends; a block exceeds the block size only for a longer line."""
     start = 0
     while start < len(text):
         end = len(text)
         if end - start > _BLOCK_CHARACTERS:
             end = text.rfind("\n", start, start + _BLOCK_CHARACTERS) + 1
-            # A line longer than a block is left whole.
+            # A line longer than a block is not split.
             end = end or text.find("\n", start + _BLOCK_CHARACTERS) + 1 or len(text)
         yield text[start:end]
         start = end
 
 
 def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the ids of a stream's bytes part by part; together they are those of the whole.
+    """Yield the token ids of a binary stream part by part; joined, they are the ids of the whole content.
 
-    Texts are cut where a line ends, so a line longer than a part is held whole; bytes are cut anywhere.
+    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere.
 
     Raises:
-        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer reads text.
+        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
     """
     rest, start = b"", 0
     while True:
         try:
-            # What has arrived, not a whole block: what is read may be a pipe that goes on for ever.
+            # `read1` returns the bytes that have arrived, not a whole block: the stream may be an endless pipe.
             block = stream.read1(STREAM_BLOCK_BYTES)
         except OSError as error:
             raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
@@ -299,7 +301,7 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
 
 def _text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> bytes:
     if not isinstance(content, bytes):
-        raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads texts")
+        raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads text")
     return content
 
 
@@ -319,8 +321,8 @@ def _decode_utf8(pieces: Iterable[bytes]) -> Iterator[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    # Byte-level BPE writes each byte as one visible character: itself where it is visible in Latin-1, else one of
-    # the characters from U+0100 on, in the order of the bytes. `tokenizers` does not expose the table.
+    # Byte-level BPE represents each byte by one visible character: its Latin-1 character if that is visible, otherwise
+    # one of the characters from U+0100 on, in byte order. `tokenizers` does not expose this table.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""Evaluation: likelihood, recall, retention, and their pictures."""
+"""Evaluation: likelihood, recall, retention, and their plots."""

@@ -1,4 +1,4 @@
-"""What a model computes for a token, counted by torch as it computes it."""
+"""Floating-point operations per token, counted by torch's `FlopCounterMode`."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,28 +14,29 @@ from memformer.rollout import Rollout
 
 @torch.no_grad()
 def flops_per_token(model: RecurrentModel) -> float:
-    """Return the floating-point operations that reading and predicting one token takes, without training.
+    """Return the floating-point operations needed to read and predict one token, without training.
 
-    Counted over one full segment after another full one, as `FlopCounterMode` does: two for each multiplication in a
-    matrix product (attention scores included, whether masked or not), nothing for the rest. The model's mode is left
-    as it was. For models whose segment is the whole document this is the mean over its tokens.
+    Counted while one full segment is read and the next full segment is predicted. As in `FlopCounterMode`, each
+    multiplication in a matrix product counts as two operations (attention scores included, masked or not), and all
+    other operations count as none. The model's mode is left unchanged. For models whose segment is the whole document,
+    this is the mean over the document's tokens.
     """
     length = model.segment_length
     zeros = torch.zeros(1, 1, length, dtype=torch.int64, device=model.device)
-    rollout = model.arrange(Rollout(inputs=zeros, targets=zeros))
+    rollout = model.align_inputs(Rollout(inputs=zeros, targets=zeros))
     memory = model.initial_memory(1)
     counter = FlopCounterMode(display=False)
-    # Fused attention, fused LSTM layers and oneDNN's products are not among what the counter knows on a CPU.
+    # On a CPU the counter does not support fused attention, fused LSTM layers and oneDNN's matrix products.
     with in_evaluation_mode(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
         hidden, _ = model.encode(rollout.inputs[0], memory=memory)
-        model.token_nats(rollout.targets[0], hidden=hidden)
+        model.token_nll(rollout.targets[0], hidden=hidden)
     return counter.get_total_flops() / length
 
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Torch sets its flags for Intel's GPUs too, and warns that it was built without them.
+        # Torch also sets these flags for Intel GPUs, and warns if it was built without support for them.
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         with torch.backends.mkldnn.flags(enabled=False):
             yield

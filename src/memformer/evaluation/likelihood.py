@@ -1,4 +1,4 @@
-"""How well a model predicts documents, and what its memory is worth."""
+"""Likelihood of documents under a model, and the memory gain."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,39 +13,40 @@ from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
 from memformer.rollout import Rollout
+from memformer.utils.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """The likelihood of a set of documents.
+    """Likelihood of a set of documents.
 
     Attributes:
-        nats: Summed negative log-likelihood.
-        num_tokens: Tokens predicted.
-        num_bytes: Bytes of the documents before tokenization (pixels, for images).
+        nll: Summed negative log-likelihood, in nats.
+        num_tokens: Number of predicted tokens.
+        num_bytes: Size of the documents in bytes, before tokenization (pixels, for images).
     """
 
-    nats: float
+    nll: float
     num_tokens: int
     num_bytes: int
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token)."""
-        return math.exp(min(self.nats / self.num_tokens, 700.0))
+        """Perplexity per token: exp(nll / num_tokens)."""
+        return math.exp(min(self.nll / self.num_tokens, 700.0))
 
     @property
     def bits_per_token(self) -> float:
         """Bits per token."""
-        return self.nats / self.num_tokens / math.log(2)
+        return self.nll / self.num_tokens / math.log(2)
 
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of the original documents (per pixel, for images)."""
-        return self.nats / self.num_bytes / math.log(2)
+        return self.nll / self.num_bytes / math.log(2)
 
     def to_dict(self) -> dict[str, float]:
-        """Return the figures as JSON values."""
+        """Return the metrics as JSON values."""
         return {
             "perplexity": self.perplexity,
             "bits_per_token": self.bits_per_token,
@@ -54,37 +55,37 @@ class Likelihood:
 
 
 class Result(ABC):
-    """What an evaluation found, however it measured."""
+    """Abstract result of an evaluation."""
 
     @property
     @abstractmethod
     def score(self) -> float:
-        """One number to compare weights by; the lower the better."""
+        """Metric for comparing checkpoints; lower is better."""
 
     @abstractmethod
     def to_log(self) -> dict[str, float]:
-        """Return what the run's log holds of it."""
+        """Return the metrics for the run's log."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
+        """Return all metrics as JSON values."""
 
     @abstractmethod
     def to_line(self) -> str:
-        """Return the figures as one line."""
+        """Return the metrics as one line of text."""
 
     @abstractmethod
     def to_table(self) -> str:
-        """Return the figures as a table for a terminal."""
+        """Return the metrics as a table for a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Result):
-    """A likelihood with the memory, and beside it with the memory erased before every segment.
+    """Likelihood with the memory intact, and with the memory erased before every segment.
 
     Attributes:
-        with_memory: As the model is meant to be used.
-        memory_erased: The memory is the initial memory at every segment; the previous segment is still seen.
+        with_memory: Likelihood with the memory carried from segment to segment.
+        memory_erased: Likelihood with the initial memory at every segment; the previous segment is still read.
     """
 
     with_memory: Likelihood
@@ -92,7 +93,7 @@ class Evaluation(Result):
 
     @property
     def memory_gain(self) -> float:
-        """Bits per byte that the carried memory saves; negative if it does harm."""
+        """Bits per byte that the carried memory saves (erased minus intact); negative if it does harm."""
         return self.memory_erased.bits_per_byte - self.with_memory.bits_per_byte
 
     @property
@@ -101,31 +102,32 @@ class Evaluation(Result):
         return self.with_memory.bits_per_byte
 
     def to_log(self) -> dict[str, float]:
-        """Return what the run's log holds of it."""
+        """Return the metrics for the run's log."""
         return {**self.with_memory.to_dict(), "bits_per_byte_memory_erased": self.memory_erased.bits_per_byte}
 
     def to_line(self) -> str:
-        """Return the figures as one line."""
+        """Return the metrics as one line of text."""
         return (
             f"held out {self.with_memory.bits_per_byte:.4f} bits/byte, "
             f"memory erased {self.memory_erased.bits_per_byte:.4f}"
         )
 
     def to_table(self) -> str:
-        """Return the figures as a table for a terminal."""
-        rows = [("", "bits/byte", "bits/token", "perplexity")]
-        for label, figures in (("with memory", self.with_memory), ("memory erased", self.memory_erased)):
-            rows.append(
-                (label, f"{figures.bits_per_byte:.4f}", f"{figures.bits_per_token:.4f}", f"{figures.perplexity:.4f}")
-            )
-        table = "\n".join(f"{row[0]:14}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+        """Return the metrics as a table for a terminal."""
+        table = format_table(
+            ("", "bits/byte", "bits/token", "perplexity"),
+            [
+                (label, f"{result.bits_per_byte:.4f}", f"{result.bits_per_token:.4f}", f"{result.perplexity:.4f}")
+                for label, result in (("with memory", self.with_memory), ("memory erased", self.memory_erased))
+            ],
+        )
         return (
-            f"{table}\nthe memory is worth {self.memory_gain:.4f} bits per byte "
+            f"{table}\nmemory gain: {self.memory_gain:.4f} bits/byte (erased minus intact) "
             f"over {self.with_memory.num_tokens:,} held-out tokens"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
+        """Return all metrics as JSON values."""
         return {
             "num_tokens": self.with_memory.num_tokens,
             "num_bytes": self.with_memory.num_bytes,
@@ -144,19 +146,20 @@ def evaluate(
     rollout_length: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Return the likelihood of every token of every document, each exactly once, whatever the number of lanes.
+    """Return the likelihood of the documents, with the memory intact and with the memory erased.
 
-    Evaluation has its own memory and leaves the model's mode as it was. Summation is in float64.
+    Every token of every document counts exactly once, for any number of lanes. The evaluation uses a memory of its own
+    and leaves the model's mode unchanged. Sums are in float64.
 
     Args:
         model: The model.
         corpus: Documents; their token ids must be in the model's vocabulary.
-        num_lanes: Documents read side by side.
-        rollout_length: Timesteps read out together.
-        progress: Called with the number of tokens just done.
+        num_lanes: Number of documents read side by side.
+        rollout_length: Number of timesteps whose readout is computed together.
+        progress: Called after each rollout with its number of tokens.
 
     Raises:
-        InputError: The corpus has another vocabulary, or the model gives a likelihood that is not finite.
+        InputError: The corpus has another vocabulary size, or the model's likelihood is not finite.
     """
     check_vocabulary(model, corpus)
     stream = LaneStream(
@@ -171,28 +174,31 @@ def evaluate(
     memory: Tensor | None = None
     with in_evaluation_mode(model):
         for cpu_rollout in stream:
-            rollout = model.arrange(cpu_rollout.to(model.device))
+            rollout = model.align_inputs(cpu_rollout.to(model.device))
             if memory is None:
                 memory = model.initial_memory(rollout.batch_size)
             erased = _encode_erased(model, rollout)
-            remembering, memory = encode_rollout(model, rollout, memory)
-            for index, hidden in enumerate((remembering, erased)):
-                totals[index] += rollout_nats(model, rollout, hidden).double().sum().cpu()
+            intact, memory = encode_rollout(model, rollout, memory)
+            for index, hidden in enumerate((intact, erased)):
+                totals[index] += rollout_nll(model, rollout, hidden).double().sum().cpu()
             if progress is not None:
                 progress(cpu_rollout.count_target_tokens())
     if not totals.isfinite().all():
-        raise InputError(f"the model's likelihood is {totals.tolist()} nats; it must be finite: its weights are broken")
+        raise InputError(
+            f"the model's negative log-likelihood is {totals.tolist()} nats; it must be finite: the model's weights "
+            "are broken"
+        )
     with_memory, memory_erased = (
-        Likelihood(nats=nats, num_tokens=corpus.num_tokens, num_bytes=corpus.num_bytes) for nats in totals.tolist()
+        Likelihood(nll=nll, num_tokens=corpus.num_tokens, num_bytes=corpus.num_bytes) for nll in totals.tolist()
     )
     return Evaluation(with_memory=with_memory, memory_erased=memory_erased)
 
 
 def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
-    """Check that a corpus was made for a model's vocabulary.
+    """Check that a corpus has the model's vocabulary size.
 
     Raises:
-        InputError: It was not.
+        InputError: The sizes differ.
     """
     if corpus.vocab_size != model.vocab_size:
         raise InputError(
@@ -201,7 +207,7 @@ def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
 
 
 def encode_rollout(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states of all timesteps and rows, (N*B, S, D), and the memory that leaves."""
+    """Return the hidden states of all timesteps and rows, (N*B, R, D), and the memory after the rollout."""
     hiddens = []
     for timestep, segment in enumerate(rollout.inputs):
         if rollout.reset is not None:
@@ -213,7 +219,7 @@ def encode_rollout(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> t
 
 
 def _encode_erased(model: RecurrentModel, rollout: Rollout) -> Tensor:
-    """Return the hidden states (N*B, S, D) with the initial memory everywhere: no timestep waits for another."""
+    """Return the hidden states (N*B, R, D) with the initial memory at every timestep, computed as one batch."""
     segments = rollout.inputs.flatten(0, 1)
     memory = model.initial_memory(segments.shape[0])
     hidden, _ = model.encode(segments, memory=memory, padding_mask=_rows(rollout.input_padding))
@@ -224,9 +230,12 @@ def _rows(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(0, 1)
 
 
-def rollout_nats(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> Tensor:
-    """Return the nats of every target, (N*B, T), from the hidden states of all timesteps and rows; 0 at padding."""
-    return model.token_nats(
+def rollout_nll(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> Tensor:
+    """Return the negative log-likelihood of every target in nats, (N*B, T), 0 at padding.
+
+    `hidden` holds the hidden states of all timesteps and rows.
+    """
+    return model.token_nll(
         rollout.targets.flatten(0, 1),
         hidden=hidden,
         hidden_padding_mask=_rows(rollout.input_padding),

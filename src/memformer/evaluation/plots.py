@@ -1,4 +1,4 @@
-"""Pictures of how long a memory holds."""
+"""Plots of recall and retention."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from matplotlib.figure import Figure
 
 from memformer.evaluation.document_retention import DocumentRetention
 from memformer.evaluation.recall import Recall
-from memformer.utils.files import write_whole
+from memformer.utils.files import atomic_write
 
 
 def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -> Figure:
-    """Return accuracy against distance.
+    """Return a plot of accuracy against distance.
 
     Args:
-        recall: What was found.
-        trained_distance: Longest distance of training, in segments.
+        recall: The measured recall.
+        trained_distance: Longest distance in training, in segments.
         segment_length: Tokens of a segment.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -25,13 +25,13 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
     erased = [point.accuracy_memory_erased for point in recall.points]
     axes.plot(distances, erased, "s--", ms=4, color="C1", label="memory erased")
     axes.axvline(
-        trained_distance, color="0.5", linestyle="--", label=f"longest distance of training ({trained_distance:,})"
+        trained_distance, color="0.5", linestyle="--", label=f"longest distance in training ({trained_distance:,})"
     )
     axes.set_xscale("log", base=2)
     _label_powers_of_two(axes, max(*distances, trained_distance))
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(f"segments of {segment_length:,} tokens from the last fact to the question")
-    axes.set_ylabel("answers right")
+    axes.set_ylabel("accuracy")
     axes.set_title(f"recall of {recall.num_facts} fact{'s' if recall.num_facts > 1 else ''}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
@@ -39,31 +39,31 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
 
 
 def draw_documents(result: DocumentRetention) -> Figure:
-    """Return bits per token by position, and beside it bits per byte by the age of the memory."""
+    """Return two plots: bits per token by position, and bits per byte by the age of the memory."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     by_position, by_delay = figure.subplots(1, 2)
 
-    # The buckets' edges double, so buckets side by side are a logarithmic axis that has a place for position 0.
+    # Bucket edges double, so equally spaced buckets form a logarithmic axis that includes position 0.
     labels = [bucket.label for bucket in result.buckets]
-    places = range(len(labels))
-    by_position.plot(places, [bucket.bits_per_token for bucket in result.buckets], "o-", ms=4, label="with memory")
+    indices = range(len(labels))
+    by_position.plot(indices, [bucket.bits_per_token for bucket in result.buckets], "o-", ms=4, label="with memory")
     by_position.plot(
-        places, [bucket.bits_per_token_memory_erased for bucket in result.buckets], "s--", ms=4, label="memory erased"
+        indices, [bucket.bits_per_token_memory_erased for bucket in result.buckets], "s--", ms=4, label="memory erased"
     )
-    by_position.set_xticks(places, labels, rotation=45, ha="right")
+    by_position.set_xticks(indices, labels, rotation=45, ha="right")
     by_position.set_xlabel(f"position in the document (segments of {result.segment_length:,} tokens)")
     by_position.set_ylabel("bits per token")
     by_position.set_title(f"{result.num_tokens:,} held-out tokens")
 
-    delays = list(result.delayed_nats)
-    by_delay.plot(delays, [result.bits_per_byte(delay) for delay in delays], "o-", ms=4, label="memory of that age")
+    delays = list(result.delayed_nll)
+    by_delay.plot(delays, [result.bits_per_byte(delay) for delay in delays], "o-", ms=4, label="memory of this age")
     by_delay.axhline(result.bits_per_byte(None), color="C1", linestyle="--", label="memory erased")
-    # Logarithmic from 1 on, and 0 as far from 1 as 2 is.
+    # Logarithmic from 1 on; 0 is as far from 1 as 2 is.
     by_delay.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
     by_delay.set_xlim(-0.3, 1.2 * max(1, delays[-1]))
     by_delay.set_xticks(delays, [f"{delay:,}" for delay in delays])
     by_delay.set_xticks([], minor=True)
-    by_delay.set_xlabel(f"age of the memory that is read (segments of {result.segment_length:,} tokens)")
+    by_delay.set_xlabel(f"age of the memory (segments of {result.segment_length:,} tokens)")
     by_delay.set_ylabel("bits per byte")
     by_delay.set_title(f"{result.num_delayed_tokens:,} tokens from position {delays[-1]} on")
 
@@ -74,17 +74,17 @@ def draw_documents(result: DocumentRetention) -> Figure:
 
 
 def write_figure(file: Path, figure: Figure) -> None:
-    """Write a figure as PNG.
+    """Write a figure as a PNG file.
 
     Raises:
-        SaveError: Writing failed; see `write_whole`.
+        SaveError: Writing failed; see `atomic_write`.
     """
-    write_whole(file, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    atomic_write(file, lambda partial: figure.savefig(partial, format="png", dpi=150))
 
 
 def _label_powers_of_two(axes: Axes, largest: int) -> None:
     powers = [1 << power for power in range(largest.bit_length() + 1)]
-    # Long numbers side by side would run into each other: then every second one, counted from 1.
+    # Many labels would overlap: then only every second one is kept, starting with 1.
     powers = powers[:: 1 + (len(powers) > 12)]
     axes.set_xticks(powers, [f"{power:,}" for power in powers])
     axes.set_xticks([], minor=True)

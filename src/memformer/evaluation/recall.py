@@ -1,4 +1,4 @@
-"""How long and how much a memory holds: accuracy on a recall task against the distance to the facts."""
+"""Measurement of recall: accuracy on a recall task against the distance to the facts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 
 from memformer.data.recall.config import RecallConfig
-from memformer.data.recall.stream import ask, check_segment_length, draw_fact_timesteps, tell
+from memformer.data.recall.stream import append_question, check_segment_length, draw_fact_timesteps, insert_facts
 from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
+from memformer.utils.checks import check_integer
 from memformer.utils.machine import peak_memory_bytes
+from memformer.utils.tables import format_table
 
 _SEGMENTS_AHEAD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallPoint:
-    """How well a task is answered at one distance.
+    """Accuracy on a recall task at one distance.
 
     Attributes:
         distance: Segments from the one with the last fact to the one with the question.
-        num_tokens: Tokens that the model has read when it answers.
-        num_questions: Questions asked.
-        num_right: Questions of which every answer token was the likeliest one.
-        num_right_memory_erased: The same where the question was read with the initial memory: what can be guessed.
-        peak_memory_bytes: The most memory held until then: of the device for CUDA, else of this process.
+        num_tokens: Number of tokens that the model has read when it answers.
+        num_questions: Number of questions.
+        num_right: Number of questions for which every answer token was the most likely token.
+        num_right_memory_erased: The same if the question is read with the initial memory: answers that can be guessed.
+        peak_memory_bytes: Peak memory up to this distance: of the device for CUDA, otherwise of this process.
     """
 
     distance: int
@@ -38,21 +40,21 @@ class RecallPoint:
     num_questions: int
     num_right: int
     num_right_memory_erased: int
-    # Not what was found but what it took: two measurements are equal whatever the process did before.
+    # A cost, not a result: it must not make two measurements unequal, because it depends on the rest of the process.
     peak_memory_bytes: int = field(compare=False)
 
     @property
     def accuracy(self) -> float:
-        """Right answers among all."""
+        """Fraction of questions that are answered correctly."""
         return self.num_right / self.num_questions
 
     @property
     def accuracy_memory_erased(self) -> float:
-        """Right answers among all, with the initial memory."""
+        """Fraction of questions that are answered correctly with the initial memory."""
         return self.num_right_memory_erased / self.num_questions
 
     def to_dict(self) -> dict[str, float | int]:
-        """Return the figures as JSON values."""
+        """Return the metrics as JSON values."""
         return {
             "distance": self.distance,
             "num_tokens": self.num_tokens,
@@ -65,11 +67,11 @@ class RecallPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Result):
-    """Accuracy against distance.
+    """Accuracy on a recall task at several distances.
 
     Attributes:
-        num_facts: Facts of every episode.
-        points: From the smallest distance to the largest.
+        num_facts: Number of facts of every episode.
+        points: Results in ascending order of distance.
     """
 
     num_facts: int
@@ -77,26 +79,26 @@ class Recall(Result):
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean of the points' accuracies."""
+        """Mean accuracy over the distances."""
         return float(np.mean([point.accuracy for point in self.points]))
 
     @property
     def mean_accuracy_memory_erased(self) -> float:
-        """Mean of the points' accuracies with the initial memory."""
+        """Mean accuracy over the distances with the initial memory."""
         return float(np.mean([point.accuracy_memory_erased for point in self.points]))
 
     @property
     def score(self) -> float:
-        """Part of the answers that is wrong; the lower the better."""
+        """Fraction of wrong answers, averaged over the distances; lower is better."""
         return 1.0 - self.mean_accuracy
 
     def to_log(self) -> dict[str, float]:
-        """Return what the run's log holds of it."""
+        """Return the metrics for the run's log."""
         means = {"accuracy": self.mean_accuracy, "accuracy_memory_erased": self.mean_accuracy_memory_erased}
         return {**means, **{f"accuracy_at_{p.distance}": p.accuracy for p in self.points}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
+        """Return all metrics as JSON values."""
         return {
             "num_facts": self.num_facts,
             "mean_accuracy": self.mean_accuracy,
@@ -105,20 +107,27 @@ class Recall(Result):
         }
 
     def to_line(self) -> str:
-        """Return the figures as one line."""
+        """Return the metrics as one line of text."""
         points = "  ".join(f"{point.distance}: {point.accuracy:.2f}" for point in self.points)
         erased = f"memory erased {self.mean_accuracy_memory_erased:.2f}"
         return f"recall of {self.num_facts} at distance {points}; {erased}"
 
     def to_table(self) -> str:
-        """Return the figures as a table for a terminal."""
-        rows = ["  segments      tokens  accuracy  memory erased  questions  peak memory"]
-        rows += [
-            f"{p.distance:10,}{p.num_tokens:12,}{p.accuracy:10.3f}{p.accuracy_memory_erased:15.3f}{p.num_questions:11,}"
-            f"{p.peak_memory_bytes / 2**20:9,.0f} MiB"
-            for p in self.points
-        ]
-        return "\n".join(rows)
+        """Return the metrics as a table for a terminal."""
+        return format_table(
+            ("segments", "tokens", "accuracy", "memory erased", "questions", "peak memory"),
+            [
+                (
+                    f"{point.distance:,}",
+                    f"{point.num_tokens:,}",
+                    f"{point.accuracy:.3f}",
+                    f"{point.accuracy_memory_erased:.3f}",
+                    f"{point.num_questions:,}",
+                    f"{point.peak_memory_bytes / 2**20:,.0f} MiB",
+                )
+                for point in self.points
+            ],
+        )
 
 
 @torch.no_grad()
@@ -134,62 +143,61 @@ def measure_recall(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Recall:
-    """Return the accuracy at each distance, all from one walk through the filler, at constant memory.
+    """Return the accuracy at each distance, from one pass through the filler with constant memory use.
 
-    Every row tells its facts and then reads filler without end. At each distance the questions are read with the
-    memory of that moment, and then taken back: they leave no trace, and what is found at a distance does not depend on
-    which others are asked for. Each answer token is the likeliest one after the right ones before it, so an answer
-    counts as right exactly where greedy decoding would give it. The model's mode is left as it was.
+    In every row all facts are inserted, and filler follows. At each distance the questions are read with the current
+    memory, and the memory that results is discarded: questions leave no trace, and the result at one distance does not
+    depend on the other distances. Each answer token must be the most likely token after the correct tokens before it,
+    so an answer counts as right exactly if greedy decoding would generate it. The model's mode is left unchanged.
 
     Args:
         model: The model.
-        task: What is told and asked.
-        config: How facts are laid out.
+        task: Generator of facts, filler and questions.
+        config: Layout of the facts.
         distances: Segments from the last fact to the question, each at least 1; a question in the segment right after
             the one with the last fact has distance 1.
-        num_facts: Facts of every episode; at most, where the task has stories of some lengths only.
-        num_episodes: Rows, read side by side.
-        questions_per_episode: Different questions asked of each row at each distance, at most; a row has as many as its
-            episode.
-        seed: Decides the episodes.
-        progress: Called with the distance reached, after every segment and after the questions.
+        num_facts: Number of facts of every episode; a maximum if the task's stories have only some numbers of facts.
+        num_episodes: Number of rows, read side by side.
+        questions_per_episode: Maximum number of different questions for each row and distance; a row has at most the
+            questions of its episode.
+        seed: Seed of the episodes.
+        progress: Called with the current distance after every segment and after the questions.
 
     Raises:
-        InputError: A number is out of its range, or the task or a segment cannot hold so many facts.
+        InputError: A number is out of range, or the task or a segment cannot hold `num_facts` facts.
     """
-    positive = {"num_episodes": num_episodes, "questions": questions_per_episode}
-    for name, value in positive.items():
-        if value < 1:
-            raise InputError(f"{name} ({value}) must be at least 1")
+    check_integer("num_episodes", num_episodes, 1)
+    check_integer("questions", questions_per_episode, 1)
     if not distances or min(distances) < 1:
         raise InputError(
-            f"distances ({', '.join(map(str, distances))}) must be at least 1 segment each, and at least one"
+            f"distances ({', '.join(map(str, distances))}) must be at least 1 segment each, and there must be at least "
+            "one distance"
         )
     _check_num_facts(task, config, num_facts, segment_length=model.segment_length)
     with in_evaluation_mode(model):
-        walk = _Walk(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)
+        reader = _EpisodeReader(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)
         points = []
         for distance in sorted(set(distances)):
-            walk.advance_to(distance, progress)
-            right, right_erased, asked = walk.ask(questions_per_episode)
+            reader.advance_to(distance, progress)
+            num_right, num_right_erased, num_questions = reader.count_right_answers(questions_per_episode)
             points.append(
                 RecallPoint(
                     distance=distance,
-                    num_tokens=(walk.timestep + 1) * model.segment_length,
-                    num_questions=asked,
-                    num_right=right,
-                    num_right_memory_erased=right_erased,
+                    num_tokens=(reader.timestep + 1) * model.segment_length,
+                    num_questions=num_questions,
+                    num_right=num_right,
+                    num_right_memory_erased=num_right_erased,
                     peak_memory_bytes=peak_memory_bytes(model.device),
                 )
             )
             if progress is not None:
                 progress(distance)
-    return Recall(num_facts=walk.num_facts, points=points)
+    return Recall(num_facts=reader.num_facts, points=points)
 
 
 def _check_num_facts(task: RecallTask, config: RecallConfig, num_facts: int, *, segment_length: int) -> None:
     try:
-        # What the config would refuse to train on cannot be asked for here either.
+        # The config checks the number of facts as it does for training.
         config = dataclasses.replace(config, num_facts=(num_facts, num_facts))
         check_segment_length(task, config, segment_length)
     except InputError as error:
@@ -198,13 +206,13 @@ def _check_num_facts(task: RecallTask, config: RecallConfig, num_facts: int, *, 
     longest = max(len(question.answer) for question in questions)
     if longest > task.answer_length:
         raise InputError(
-            f"num_facts ({num_facts}) does not fit the task: an answer would have {longest} tokens, and the task's "
-            f"have at most {task.answer_length}"
+            f"num_facts ({num_facts}) does not fit the task: an answer would have {longest} tokens, but the "
+            f"task's answers have at most {task.answer_length}"
         )
 
 
-class _Walk:
-    """Rows of episodes, whose facts have been told, on their way through the filler."""
+class _EpisodeReader:
+    """Rows of episodes whose facts have been read, and the memory while filler is read."""
 
     def __init__(
         self,
@@ -223,7 +231,7 @@ class _Walk:
         self.episodes: list[Episode] = [task.make_episode(generator, num_facts) for _ in range(num_episodes)]
         bos = torch.full((num_episodes, 1), model.bos_token_id, device=model.device)
         _, self.memory = model.encode(bos, memory=model.initial_memory(num_episodes))
-        # Stories have as many facts as they have, at most those asked for; the distance counts from the last one told.
+        # Stories may have fewer facts than `num_facts`; distances count from the last fact that was inserted.
         self.num_facts = max(len(episode.facts) for episode in self.episodes)
         fact_timesteps = draw_fact_timesteps(
             config, generator, self.num_facts, facts_per_segment=config.facts_per_segment[1]
@@ -231,10 +239,10 @@ class _Walk:
         self.timestep = fact_timesteps[-1] + 1
         for start in range(0, self.timestep, _SEGMENTS_AHEAD):
             window = range(start, min(start + _SEGMENTS_AHEAD, self.timestep))
-            for segment in tell(task, self.episodes, fact_timesteps, window, model.segment_length, generator):
+            for segment in insert_facts(task, self.episodes, fact_timesteps, window, model.segment_length, generator):
                 _, self.memory = model.encode(self._tensor(segment), memory=self.memory)
         self.distance = 0
-        # Text runs on over some segments, as it does in training.
+        # Several segments are drawn at once, so that text continues from one to the next, as in training.
         self._ahead: list[Tokens] = []
 
     def advance_to(self, distance: int, progress: Callable[[int], None] | None) -> None:
@@ -248,17 +256,17 @@ class _Walk:
             if progress is not None:
                 progress(self.distance)
 
-    def ask(self, questions_per_episode: int) -> tuple[int, int, int]:
-        """Ask each row; return the right answers, those with the memory erased, and the questions.
+    def count_right_answers(self, questions_per_episode: int) -> tuple[int, int, int]:
+        """Return the numbers of right answers, of right answers with the memory erased, and of questions.
 
-        The walk itself does not move.
+        The reader's memory and position do not change.
         """
-        # Randomness of its own: drawn from the walk's, questions would change the filler that comes after them.
-        # (The distance is never 0 here: numpy takes a seed with a 0 at its end for the seed without.)
+        # A separate generator: with the reader's, questions would change the filler that follows them.
+        # (The last number must not be 0: numpy ignores a 0 at the end of a seed.)
         generator = np.random.Generator(np.random.PCG64([*self.seed, self.distance + 1]))
-        num_right, num_asked = [0, 0], 0
+        num_right, num_questions = [0, 0], 0
         memories = self.memory, self.model.initial_memory(len(self.episodes))
-        # Each row starts at a random question of its own and then takes the next ones.
+        # Each row starts at a random question of its episode and continues in order.
         firsts = [int(generator.integers(len(episode.questions))) for episode in self.episodes]
         most_questions = max(len(episode.questions) for episode in self.episodes)
         for turn in range(min(questions_per_episode, most_questions)):
@@ -266,18 +274,18 @@ class _Walk:
             answers = []
             for segment, episode, first in zip(segments, self.episodes, firsts, strict=True):
                 question = episode.questions[(first + turn) % len(episode.questions)]
-                ask(segment, question)
+                append_question(segment, question)
                 answers.append(question.answer)
             targets, padding = pad_answers(answers, self.task.answer_length)
-            # A row that has been asked everything is read along with the others, and not counted again.
+            # A row whose questions are used up stays in the batch but is not counted.
             counts = np.array([turn < len(episode.questions) for episode in self.episodes])
-            num_asked += int(counts.sum())
+            num_questions += int(counts.sum())
             for index, memory in enumerate(memories):
                 hidden, _ = self.model.encode(self._tensor(segments), memory=memory)
                 predicted = self.model.decode(self._tensor(targets), hidden=hidden).argmax(dim=-1).cpu().numpy()
                 is_right = ((predicted == targets) | padding).all(axis=-1)
                 num_right[index] += int((is_right & counts).sum())
-        return num_right[0], num_right[1], num_asked
+        return num_right[0], num_right[1], num_questions
 
     def _filler(self, generator: np.random.Generator, num_segments: int) -> Tokens:
         """Return segments of filler, (segments, rows, tokens)."""

@@ -1,1 +1,1 @@
-"""Sessions: streams that are fed, continued, saved and loaded."""
+"""Generation: sessions, which are token streams to feed, continue, save and load."""

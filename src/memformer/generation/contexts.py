@@ -1,4 +1,6 @@
-"""What a session holds of the tokens before the present segment, beside the memory; it depends on the kind of model."""
+"""Contexts: a session's state of the tokens before the current segment, besides the memory, by kind of model."""
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,7 +16,7 @@ PendingTokens = Int64[Tensor, "B S"]
 
 
 class SegmentContext:
-    """Of a Memformer: the hidden states of the last full segment, which the decoder looks back at.
+    """Context of a Memformer: the hidden states of the last full segment, which the decoder attends to.
 
     Args:
         model: The model that reads.
@@ -28,9 +30,9 @@ class SegmentContext:
         length = model.segment_length
         bos = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
         hidden, self.first_memory = model.encode(bos, memory=model.initial_memory(batch_size))
-        # The one hidden state of [BOS] stands where a segment's first would; the slots, if any, follow at the end.
-        slots = hidden.shape[1] - 1
-        self.hidden = hidden.new_zeros((batch_size, length + slots, hidden.shape[2]))
+        # The hidden state of [BOS] takes the place of a segment's first; the extra state, if any, follows the segment.
+        num_extra_states = hidden.shape[1] - 1
+        self.hidden = hidden.new_zeros((batch_size, length + num_extra_states, hidden.shape[2]))
         self.hidden[:, :1] = hidden[:, :1]
         self.hidden[:, length:] = hidden[:, 1:]
         self.hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=model.device)
@@ -39,15 +41,20 @@ class SegmentContext:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a session saves of it."""
+        """Tensors that a session saves."""
         return {"hidden": self.hidden, "hidden_padding": self.hidden_padding}
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Set the tensors to those of a saved session, which must have this context's shapes and dtypes."""
+        self.hidden = state["hidden"].to(self.model.device)
+        self.hidden_padding = state["hidden_padding"].to(self.model.device)
+
     def is_possible(self) -> bool:
-        """Whether the tensors, which were read from a file, can be of this model."""
+        """Return whether the tensors, as read from a file, are valid for this model."""
         return True
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return the memory (R, K, W) that leaves them."""
+        """Read the full segments of some rows; return their next memory (R, K, W)."""
         hidden, memory = self.model.encode(segment, memory=memory)
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
@@ -58,17 +65,17 @@ class SegmentContext:
     def next_token_logits(
         self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
     ) -> Float[Tensor, "B V"]:
-        """Return the logits of what follows the pending tokens of each row."""
-        del memory  # the decoder sees the past through the hidden states alone
+        """Return the next-token logits after the pending tokens of each row."""
+        del memory  # the decoder sees the past only through the hidden states
         if self._decoding is None:
             self._decoding = Decoding(self.model, len(num_pending), compiled=self.compiled)
         return self._decoding.advance(tokens, num_pending, hidden=self.hidden, hidden_padding=self.hidden_padding)
 
 
 class TokenContext:
-    """Of a model that predicts the next token: the token before the present segment, which is read with it.
+    """Context of a model that predicts the next token: the token before the current segment, which is read with it.
 
-    The present segment is read anew for every token: a token costs as much as a segment.
+    The current segment is recomputed for every token, so each token takes as much compute as a segment.
 
     Args:
         model: The model that reads.
@@ -82,15 +89,19 @@ class TokenContext:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a session saves of it."""
+        """Tensors that a session saves."""
         return {"previous": self.previous}
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Set the tensors to those of a saved session, which must have this context's shapes and dtypes."""
+        self.previous = state["previous"].to(self.model.device)
+
     def is_possible(self) -> bool:
-        """Whether the tensors, which were read from a file, can be of this model."""
+        """Return whether the tensors, as read from a file, are valid for this model."""
         return bool(((self.previous >= 0) & (self.previous <= self.model.bos_token_id)).all())
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return the memory (R, K, W) that leaves them."""
+        """Read the full segments of some rows; return their next memory (R, K, W)."""
         _, memory = self.model.encode(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory=memory)
         self.previous[rows] = segment[:, -1:]
         return memory
@@ -98,7 +109,7 @@ class TokenContext:
     def next_token_logits(
         self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
     ) -> Float[Tensor, "B V"]:
-        """Return the logits of what follows the pending tokens of each row."""
+        """Return the next-token logits after the pending tokens of each row."""
         pending = torch.tensor(num_pending, device=self.model.device)[:, None]
         width = max(num_pending)
         inputs = torch.cat([self.previous, tokens[:, :width].to(self.model.device)], dim=1)
@@ -112,14 +123,14 @@ Context = SegmentContext | TokenContext
 
 
 def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Context:
-    """Return what a session needs for a model.
+    """Return a new context for a session of this model.
 
     Raises:
-        InputError: The decoding step is to be compiled, and the model has none.
+        InputError: `compiled` is set and the model has no decoding step.
     """
     if isinstance(model, Memformer):
         return SegmentContext(model, batch_size, compiled=compiled)
     assert isinstance(model, NextTokenModel)
     if compiled:
-        raise InputError(f"a {model.config.model_type} has no decoding step to compile; only a memformer has")
+        raise InputError(f"a {model.config.model_type} has no decoding step to compile; only a memformer has one")
     return TokenContext(model, batch_size)

@@ -1,4 +1,4 @@
-"""Decoding one token after the other: what is pending in a session, its caches, and the step, compiled if asked."""
+"""Incremental decoding of a session's pending tokens: key-value caches and the optionally compiled step."""
 
 import warnings
 from weakref import WeakKeyDictionary
@@ -14,21 +14,21 @@ from memformer.nn.attention import KeyValueCache
 
 
 class Decoding:
-    """The decoder's work on the present segments: derived from a session's state, so it is never saved.
+    """Decoder state of the current segments; it is derived from a session's state, so it is never saved.
 
     Args:
         model: The model that decodes.
         batch_size: Number of rows.
-        compiled: Whether a step of one token in every row is compiled, from the second segment on.
+        compiled: Whether the step of one token per row is compiled; used from the second segment on.
 
     Raises:
-        InputError: The step is to be compiled, and the model's positions are relative.
+        InputError: `compiled` is set and the model's positions are relative.
     """
 
     def __init__(self, model: Memformer, batch_size: int, *, compiled: bool = False) -> None:
         if compiled and model.config.positions != "rotary":
-            # The distances that occur decide the shapes there.
-            raise InputError(f"a decoding step with positions {model.config.positions!r} cannot be compiled")
+            # With relative positions, shapes depend on the distances that occur.
+            raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to compile the decoding step")
         self.model = model
         self.compiled = compiled
         self.caches: list[KeyValueCache] = model.make_caches(batch_size)
@@ -38,7 +38,7 @@ class Decoding:
         self._step: CompiledStep | None = None
 
     def restart(self, rows: list[int]) -> None:
-        """Forget what was decoded in these rows: their past has changed."""
+        """Discard the decoded tokens of these rows, because their past has changed."""
         self.past = None
         for row in rows:
             self.num_decoded[row] = 0
@@ -46,23 +46,23 @@ class Decoding:
     def advance(
         self, tokens: Int64[Tensor, "B S"], num_pending: list[int], *, hidden: Tensor, hidden_padding: Tensor
     ) -> Float[Tensor, "B V"]:
-        """Decode what is pending and not yet decoded; return the logits that follow each row's last token.
+        """Decode pending tokens that are not decoded yet; return the logits after each row's last token.
 
         Raises:
-            InputError: The step is to be compiled, and it cannot be.
+            InputError: `compiled` is set and PyTorch cannot compile the step.
         """
         model, device = self.model, self.model.device
         if self.past is None:
-            self.past = self._look_back(hidden, hidden_padding)
-        # The decoder's inputs are [BOS] and the pending tokens; each row has decoded some of them already.
-        todo = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
-        width = max(todo)
+            self.past = self._make_past(hidden, hidden_padding)
+        # The decoder's inputs are [BOS] and the pending tokens; some of them may be decoded already.
+        num_new = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
+        width = max(num_new)
         if width > 0:
-            abreast = min(todo) == width and min(self.num_decoded) == max(self.num_decoded)
-            num_cached = self.num_decoded[0] if abreast else None
-            inputs = torch.full((len(todo), width), model.bos_token_id)
-            positions = torch.full((len(todo), width), model.segment_length)  # marks padding
-            for row, (count, done) in enumerate(zip(todo, self.num_decoded, strict=True)):
+            is_uniform = min(num_new) == width and min(self.num_decoded) == max(self.num_decoded)
+            num_cached = self.num_decoded[0] if is_uniform else None
+            inputs = torch.full((len(num_new), width), model.bos_token_id)
+            positions = torch.full((len(num_new), width), model.segment_length)  # marks padding
+            for row, (count, done) in enumerate(zip(num_new, self.num_decoded, strict=True)):
                 first_token = 1 if done == 0 else 0
                 inputs[row, first_token:count] = tokens[row, done - 1 + first_token : done - 1 + count]
                 positions[row, :count] = torch.arange(done, done + count)
@@ -74,20 +74,20 @@ class Decoding:
                 logits = model.decode_step(
                     inputs, past=self.past, caches=self.caches, positions=positions, num_cached=num_cached
                 )
-            if min(todo) == width:
+            if min(num_new) == width:
                 self.logits = logits[:, -1]
             else:
-                last = torch.tensor([max(count - 1, 0) for count in todo], device=device)
-                latest = logits[torch.arange(len(todo), device=device), last]
-                waiting = torch.tensor([count == 0 for count in todo], device=device)[:, None]
-                self.logits = latest if self.logits is None else torch.where(waiting, self.logits, latest)
+                last = torch.tensor([max(count - 1, 0) for count in num_new], device=device)
+                latest = logits[torch.arange(len(num_new), device=device), last]
+                is_unchanged = torch.tensor([count == 0 for count in num_new], device=device)[:, None]
+                self.logits = latest if self.logits is None else torch.where(is_unchanged, self.logits, latest)
         assert self.logits is not None
         return self.logits
 
-    def _look_back(self, hidden: Tensor, hidden_padding: Tensor) -> Past:
-        # A mask costs time at every token; after the first segment there is nothing to mask.
+    def _make_past(self, hidden: Tensor, hidden_padding: Tensor) -> Past:
+        # A mask slows down every token; after the first segment there is no padding to mask.
         padding = hidden_padding if hidden_padding.any() else None
-        past = self.model.look_back(hidden, hidden_padding_mask=padding)
+        past = self.model.precompute_cross_attention(hidden, hidden_padding_mask=padding)
         self._step = compiled_step(self.model, past, self.caches) if self.compiled and padding is None else None
         return past
 
@@ -96,10 +96,10 @@ _compiled_steps: WeakKeyDictionary[Memformer, dict[int, "CompiledStep"]] = WeakK
 
 
 def compiled_step(model: Memformer, past: Past, caches: list[KeyValueCache]) -> "CompiledStep":
-    """Return the compiled step of a model for so many rows: the one at hand, while the weights are the same.
+    """Return the compiled step of a model for this number of rows; it is reused until the weights change.
 
     Raises:
-        InputError: torch cannot compile.
+        InputError: PyTorch cannot compile the step.
     """
     steps = _compiled_steps.setdefault(model, {})
     rows = caches[0].keys.shape[0]
@@ -115,22 +115,22 @@ def _step(
 
 
 class CompiledStep:
-    """`Memformer.decode_step` of one token in every row, compiled by torch for a model, its weights and its shapes.
+    """`Memformer.decode_step` of one token per row, compiled by PyTorch for a model, its weights and its shapes.
 
-    A step of few rows is small: run operation by operation, most of its time goes to starting them. Compiled, the
-    weights are laid out anew for products with few rows; they are held a second time.
+    A step with few rows is small: uncompiled, most of its time is the overhead of launching operations. The compiled
+    step holds a second copy of the weights, in a layout for products with few rows.
 
     Args:
-        model: In evaluation mode.
-        past: A segment's past, without padding; others have the same shapes.
-        caches: Some caches; others have the same shapes.
+        model: The model, in evaluation mode.
+        past: Past of a segment, without padding; the past of later calls must have the same shapes.
+        caches: Key-value caches; the caches of later calls must have the same shapes.
 
     Raises:
-        InputError: torch cannot compile, most often because there is no C++ compiler.
+        InputError: PyTorch cannot compile the step, usually because there is no C++ compiler.
     """
 
     def __init__(self, model: Memformer, *, past: Past, caches: list[KeyValueCache]) -> None:
-        # Only here: torch's compiler takes a second to import.
+        # Imported here, because importing PyTorch's compiler takes a second.
         import torch._inductor.config as inductor_config
         from torch._inductor.exc import InductorError
 
@@ -139,13 +139,13 @@ class CompiledStep:
             _step,
             fullgraph=True,
             dynamic=False,
-            # What is compiled here serves this model alone, so the model need not be examined at every token.
+            # The compiled code is for this model only, so the model need not be checked at every token.
             isolate_recompiles=True,
             options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
         )
         rows = caches[0].keys.shape[0]
         bos = torch.full((rows, 1), model.bos_token_id, device=model.device)
-        padding = torch.full_like(bos, model.segment_length)  # decoding padding leaves the caches' tokens as they are
+        padding = torch.full_like(bos, model.segment_length)  # decoding padding does not change the cached tokens
         options = {
             "freezing": True,
             "cpp_wrapper": model.device.type == "cpu",
@@ -154,7 +154,7 @@ class CompiledStep:
         }
         try:
             with inductor_config.patch(options), warnings.catch_warnings():
-                # Of torch, about itself.
+                # Raised by PyTorch's own code.
                 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
                 self(model, bos, past=past, caches=caches, positions=padding)
         except InductorError as error:
@@ -172,16 +172,16 @@ class CompiledStep:
         caches: list[KeyValueCache],
         positions: Int64[Tensor, "B 1"],
     ) -> Float[Tensor, "B 1 V"]:
-        """Return the logits of what follows each token; the model must be the one that was compiled."""
+        """Return the next-token logits after each token; the model must be the one that was compiled."""
         with torch.no_grad():
             logits: Tensor = self._step(model, tokens, past=past, caches=caches, positions=positions)
         return logits
 
     def is_stale(self, model: Memformer) -> bool:
-        """Whether the model's weights have changed since."""
+        """Return whether the model's weights have changed since compilation."""
         return _identify_weights(model) != self._weights
 
 
 def _identify_weights(model: Memformer) -> list[tuple[int, int]]:
-    """Return where each weight lies, and how often it was changed in place."""
+    """Return the address of each weight and the number of its in-place changes."""
     return [(weight.data_ptr(), weight._version) for weight in model.parameters()]

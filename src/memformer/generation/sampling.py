@@ -1,24 +1,25 @@
-"""Choosing the next token from logits."""
+"""Sampling of the next token from logits."""
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
+from memformer.utils.checks import check_integer, check_number
 
 
 def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
-    """Check the sampling options before anything is computed.
+    """Check the sampling options before any computation.
 
     Raises:
         InputError: An option is out of its range.
+        InputTypeError: An option has the wrong type.
     """
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature ({temperature}) must be at least 0 (0 is greedy) and finite")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k ({top_k}) must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p ({top_p}) must be above 0 and at most 1")
+    check_number("temperature", temperature, minimum=0)
+    if top_k is not None:
+        check_integer("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, maximum=1)
 
 
 def sample(
@@ -29,14 +30,14 @@ def sample(
     top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, " B"]:
-    """Return one token id for each row.
+    """Return one sampled token id for each row.
 
     Args:
-        logits: Unnormalised log-probabilities.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Keep only the k likeliest tokens; None keeps all.
-        top_p: Keep the likeliest tokens that together reach this probability; None keeps all.
-        generator: Where randomness comes from; None means torch's global generator.
+        logits: Unnormalized log-probabilities.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_k: Keep only the k most likely tokens. None: keep all.
+        top_p: Keep the most likely tokens whose total probability reaches this value. None: keep all.
+        generator: Source of randomness. None: PyTorch's global generator.
 
     Raises:
         InputError: A logit is not finite.
@@ -45,7 +46,7 @@ def sample(
         raise InputError("the model's logits are not finite: its weights are broken")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # The likeliest token's logit is 0, so that no temperature, however low, makes it infinite.
+    # The logit of the most likely token is 0, so that even the lowest temperature does not make it infinite.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
     logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
@@ -54,7 +55,7 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token stays while what comes before it has not reached top_p; so the likeliest one always stays.
+        # A token is kept if the tokens before it have not reached top_p, so the most likely token is always kept.
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]

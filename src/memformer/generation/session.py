@@ -1,4 +1,4 @@
-"""A stream with a memory: feed tokens, ask what comes next, generate, save, go on later."""
+"""Session: a token stream with a memory, to feed, predict, generate, save and continue."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from memformer.generation.sampling import check_sampling, sample
 from memformer.models import LanguageModel
 from memformer.models.recurrence import in_evaluation_mode
 from memformer.shapes import AnyMemory
-from memformer.utils.checks import check_seed
+from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
@@ -27,28 +27,27 @@ FEED_CHUNK_TOKENS = 1 << 20
 
 
 class Session:
-    """One stream of tokens, or several side by side; the state's size does not depend on how much was fed.
+    """One stream of tokens, or several in a batch; the size of the state does not depend on the number of tokens.
 
-    The state of a row is its memory, the hidden states of its last full segment (of a model that predicts the next
-    token: the last token of that segment), and the tokens fed since: a segment is read into the memory as soon as it
-    is full. It depends on the tokens alone, not on how they were split. Rows may
-    have been fed different numbers of tokens. The model reads in evaluation mode, whatever mode it is in otherwise.
+    The state of a row is its memory, the hidden states of its last full segment (for a model that predicts the next
+    token: the last token of that segment), and the tokens fed after it. A segment is read into the memory as soon as it
+    is full. The state depends only on the tokens, not on how they were split into calls. Rows may have different
+    numbers of tokens. The model always reads in evaluation mode; its own mode does not change.
 
     Args:
         model: The model that reads.
         batch_size: Number of rows.
-        compiled: Compile the decoding step: from the second segment on a token takes a fraction of the time where rows
-            are few, and weights are held twice. Compiling takes some seconds, once for a model and a number of rows,
-            and once more when a segment starts with other weights. Needs a C++ compiler.
+        compiled: Compile the decoding step. From the second segment on, a token then takes a fraction of the time if
+            there are few rows, and the weights are held twice. Compiling takes some seconds: once per model and number
+            of rows, and again if the weights have changed when a segment starts. Needs a C++ compiler.
     """
 
     def __init__(self, model: LanguageModel, *, batch_size: int = 1, compiled: bool = False) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size ({batch_size}) must be at least 1")
+        check_integer("batch_size", batch_size, 1)
         self.model = model
         self.compiled = compiled
         self.batch_size = batch_size
-        # On the CPU: read one by one.
+        # On the CPU, because tokens are accessed one by one.
         self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64)
         self._num_pending = [0] * batch_size
         self._num_fed = [0] * batch_size
@@ -58,35 +57,35 @@ class Session:
 
     @property
     def memory(self) -> AnyMemory:
-        """A copy of the memory after the last full segment."""
+        """Copy of the memory after the last full segment."""
         return self._memory.clone()
 
     @property
     def num_tokens(self) -> list[int]:
-        """Tokens fed or generated so far, for each row."""
+        """Number of tokens fed or generated so far, for each row."""
         return list(self._num_fed)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that `save` would keep: the memory, and what is held of a segment. It never grows."""
+        """Size in bytes of the state that `save` writes: memory, context and pending tokens. It never grows."""
         return sum(tensor.nbytes for tensor in self._state().values())
 
     def feed(self, token_ids: TokenIds) -> None:
         """Read tokens.
 
         Args:
-            token_ids: Ids of one stream, or a list with the ids of each row; numbers may differ between rows.
+            token_ids: Token ids of one stream, or a list with the token ids of each row; rows may differ in length.
 
         Raises:
-            InputError: An id is outside the vocabulary, or the number of rows is not the session's.
-            InputTypeError: The ids are not integers.
+            InputError: A token id is outside the vocabulary, or the number of rows is not `batch_size`.
+            InputTypeError: The token ids are not integers.
         """
         rows = [self._check_ids(row) for row in self._split_rows(token_ids)]
         for start in range(0, max(len(row) for row in rows), FEED_CHUNK_TOKENS):
             self._feed([torch.from_numpy(row[start : start + FEED_CHUNK_TOKENS].astype(np.int64)) for row in rows])
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
-        """Return the logits of each row's next token, given everything fed so far."""
+        """Return the next-token logits of each row, given all tokens so far."""
         with torch.no_grad(), in_evaluation_mode(self.model):
             return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
 
@@ -100,20 +99,21 @@ class Session:
         seed: int | None = None,
         stop_token_ids: Collection[int] = (),
     ) -> list[int] | list[list[int]]:
-        """Return new token ids (a list for each row if there are several); they become part of the stream.
+        """Generate tokens; return their ids (a list for each row if there are several) and add them to the stream.
 
         Args:
-            max_new_tokens: How many.
-            temperature: 1 samples from the model, below 1 sharpens, 0 is greedy.
-            top_k: Sample among the k likeliest tokens only.
-            top_p: Sample among the likeliest tokens that together have this probability.
-            seed: Makes the result repeatable; None draws from torch's global generator.
-            stop_token_ids: A row ends with the first of these that it generates: what the others go on with leaves its
-                state alone.
+            max_new_tokens: Number of tokens to generate per row, unless a stop token ends the row earlier.
+            temperature: Sampling temperature: 1 samples from the model's distribution, lower values sharpen it, 0 is
+                greedy.
+            top_k: Sample only from the k most likely tokens. None: from all.
+            top_p: Sample only from the most likely tokens whose total probability reaches this value. None: from all.
+            seed: Random seed, which makes the result reproducible. None: use PyTorch's global generator.
+            stop_token_ids: A row ends with the first of these tokens that it generates; its state does not change while
+                other rows continue.
 
         Raises:
-            InputError: An option is out of its range.
-            InputTypeError: `max_new_tokens` is no integer.
+            InputError: An option is out of range.
+            InputTypeError: `max_new_tokens` is not an integer.
         """
         steps = list(
             self.stream(
@@ -138,18 +138,15 @@ class Session:
         seed: int | None = None,
         stop_token_ids: Collection[int] = (),
     ) -> Iterator[list[int]]:
-        """Yield new token ids one step at a time, one id for each row; arguments as in `generate`.
+        """Generate tokens one step at a time and yield one token id for each row; arguments as in `generate`.
 
-        A row that has stopped repeats its stop token, which is not read again, until all rows have.
+        A row that has stopped yields its stop token, without reading it again, until all rows have stopped.
 
         Raises:
-            InputError: An option is out of its range.
-            InputTypeError: `max_new_tokens` is no integer.
+            InputError: An option is out of range.
+            InputTypeError: `max_new_tokens` is not an integer.
         """
-        if not isinstance(max_new_tokens, int):
-            raise InputTypeError(f"max_new_tokens ({max_new_tokens!r}) must be an integer")
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens ({max_new_tokens}) must be at least 0")
+        check_integer("max_new_tokens", max_new_tokens, 0)
         check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         if seed is not None:
             check_seed("seed", seed)
@@ -172,15 +169,15 @@ class Session:
                 if len(stopped) == self.batch_size:
                     return
 
-        # A function of its own, so that a mistake is told here and not at the first token.
+        # A separate function, so that errors are raised by this call and not at the first token.
         return steps()
 
     def save(self, path: str | Path) -> None:
-        """Write the state as one safetensors file, whole or not at all, with a fingerprint of the model's weights.
+        """Write the state and a fingerprint of the model's weights as one safetensors file, completely or not at all.
 
         Raises:
-            InputError: The state is not finite: the model's weights are broken.
-            SaveError: Writing failed; a file that was there before is intact.
+            InputError: The state is not finite, because the model's weights are broken.
+            SaveError: Writing failed; an earlier file is intact.
         """
         state = self._state()
         for name, tensor in state.items():
@@ -193,14 +190,14 @@ class Session:
     def load(
         cls, path: str | Path, *, model: LanguageModel, compiled: bool = False, any_weights: bool = False
     ) -> "Session":
-        """Return the session that `save` wrote.
+        """Return the session saved by `save`.
 
         Args:
             path: The file.
-            model: The model that read the stream so far.
-            compiled: As for a new session.
-            any_weights: Go on with other weights of the same shapes than those that read the stream so far: what they
-                make of its memory is not checked.
+            model: The model that has read the stream so far.
+            compiled: Compile the decoding step, as for a new session.
+            any_weights: Allow other weights of the same shapes than those that have read the stream so far. It is not
+                checked whether the memory is meaningful to them.
 
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
@@ -212,11 +209,10 @@ class Session:
         if batch_size < 1:
             raise CheckpointError(f"{path} holds no memory; it is not a session")
         session = cls(model, batch_size=batch_size, compiled=compiled)
-        fresh = session._state()
-        for name, expected in fresh.items():
+        for name, expected in session._state().items():
             found = state.get(name)
             if found is None:
-                raise CheckpointError(f"{path} lacks {name!r}; it is not a whole session")
+                raise CheckpointError(f"{path} lacks {name!r}; it is not a complete session")
             if found.shape != expected.shape or found.dtype != expected.dtype:
                 raise CheckpointError(
                     f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(expected.shape)} "
@@ -224,18 +220,22 @@ class Session:
                 )
             if not _is_finite(found):
                 raise CheckpointError(f"{path}: {name} holds values that are not finite")
-            expected.copy_(found)
         if not any_weights and metadata.get(WEIGHTS) != model.fingerprint():
             raise CheckpointError(
-                f"{path} was saved with other weights than this model's: its memory means nothing to them"
+                f"{path} was saved with other weights than this model's, so its memory is meaningless to this model"
             )
-        pending, fed = fresh["counts"].unbind()
+        pending, fed = state["counts"].unbind()
         if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
-            raise CheckpointError(f"{path}: counts {fresh['counts'].tolist()} are impossible; the file is damaged")
-        if session._tokens.min() < 0 or session._tokens.max() >= model.vocab_size:
+            raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
+        if state["tokens"].min() < 0 or state["tokens"].max() >= model.vocab_size:
             raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+        session._memory = state["memory"].to(model.device)
+        session._context.load(state)
         if not session._context.is_possible():
-            raise CheckpointError(f"{path}: the token before them is outside the vocabulary of {model.vocab_size}")
+            raise CheckpointError(
+                f"{path}: the token before the pending tokens is outside the vocabulary of {model.vocab_size}"
+            )
+        session._tokens = state["tokens"]
         session._num_pending, session._num_fed = pending.tolist(), fed.tolist()
         return session
 
@@ -258,7 +258,7 @@ class Session:
         if len(rows) != self.batch_size or (self.batch_size > 1 and not all(_has_length(row) for row in rows)):
             raise InputError(
                 f"a session of {self.batch_size} rows was fed {len(rows)} items; "
-                "it takes a list with the token ids of each row"
+                "it needs a list with the token ids of each row"
             )
         return list(rows)
 
@@ -295,18 +295,18 @@ class Session:
 
     @torch.no_grad()
     def _read_segment(self, rows: list[int]) -> None:
-        """Read the full segments of these rows into their memories."""
+        """Read the full segments of these rows into their memory."""
         chosen = torch.tensor(rows, device=self.model.device)
         segment = self._tokens[rows].to(self.model.device)
         with in_evaluation_mode(self.model):
             self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
         for row in rows:
-            self._tokens[row] = 0  # the state depends on the tokens since the last segment alone
+            self._tokens[row] = 0  # so that the state depends only on the tokens after the last segment
             self._num_pending[row] = 0
 
 
 def _until_stop(ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
-    end = next((place for place, token in enumerate(ids, start=1) if token in stop_token_ids), len(ids))
+    end = next((position for position, token in enumerate(ids, start=1) if token in stop_token_ids), len(ids))
     return ids[:end]
 
 

@@ -1,4 +1,4 @@
-"""Models behind the same shape: a recurrence over segments plus a readout."""
+"""Models with one common interface: a recurrence over segments plus a readout."""
 
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.language_model import LanguageModel

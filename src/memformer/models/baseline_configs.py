@@ -1,21 +1,21 @@
-"""The shapes of the models that the paper compares the Memformer with."""
+"""Configs of the models that the Memformer is compared with."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from memformer.errors import InputError
 from memformer.models.config import ModelConfig, TransformerConfig
-from memformer.utils.checks import LARGEST, check_number
+from memformer.utils.checks import LARGEST, check_choice, check_number
 
 Compression = Literal["convolution", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LSTMConfig(ModelConfig):
-    """Everything that decides what an LSTM computes.
+    """Config of an LSTM.
 
     Args:
-        num_layers: Layers, each of width D.
+        num_layers: Number of LSTM layers, each of width D.
     """
 
     model_type: ClassVar[str] = "lstm"
@@ -29,10 +29,10 @@ class LSTMConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(TransformerConfig):
-    """What the config of every model made of one stack of attention layers has.
+    """Config fields that all models with a single stack of attention layers share.
 
     Args:
-        num_layers: Layers of self-attention and feed-forward.
+        num_layers: Number of layers, each of self-attention and feed-forward.
     """
 
     num_layers: int = 8
@@ -44,11 +44,11 @@ class DecoderConfig(TransformerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerXLConfig(DecoderConfig):
-    """Everything that decides what a Transformer-XL computes.
+    """Config of a Transformer-XL.
 
     Args:
-        memory_length: Tokens M before the segment that every layer attends to. 0 attends within the segment alone: with
-            segments as long as the documents that is the plain Transformer decoder.
+        memory_length: Number of tokens M before the segment that every layer attends to. 0: attention within the
+            segment only; with segments as long as the documents this is the plain Transformer decoder.
     """
 
     model_type: ClassVar[str] = "transformer_xl"
@@ -62,13 +62,14 @@ class TransformerXLConfig(DecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressiveTransformerConfig(TransformerXLConfig):
-    """Everything that decides what a Compressive Transformer computes, beside what decides it of a Transformer-XL.
+    """Config of a Compressive Transformer: the fields of a Transformer-XL and those of the compression.
 
     Args:
-        compressed_length: Compressed memories C before the memory that every layer attends to as well.
-        compression_rate: Tokens c that become one compressed memory.
-        compression: What makes one of them: "convolution", learned, or "mean".
-        reconstruction_weight: Factor on the loss that the convolution learns by.
+        compressed_length: Number of compressed memories C, of the tokens before the memory, that every layer also
+            attends to.
+        compression_rate: Number of tokens c that are compressed into one compressed memory.
+        compression: Compression function: "convolution", which is learned, or "mean".
+        reconstruction_weight: Weight of the reconstruction loss, which trains the convolution.
     """
 
     model_type: ClassVar[str] = "compressive_transformer"
@@ -84,25 +85,22 @@ class CompressiveTransformerConfig(TransformerXLConfig):
         if self.memory_length < self.compression_rate:
             raise InputError(
                 f"memory_length ({self.memory_length}) must be at least compression_rate ({self.compression_rate}): "
-                "tokens are compressed when so many can leave"
+                "tokens leave the memory in blocks of compression_rate"
             )
         if self.compression_rate * self.d_model > LARGEST:
             raise InputError(
                 f"compression_rate ({self.compression_rate}) times d_model ({self.d_model}) must be at most {LARGEST}"
             )
-        if self.compression not in get_args(Compression):
-            raise InputError(f"compression ({self.compression!r}) must be one of {', '.join(get_args(Compression))}")
-        check_number("reconstruction_weight", self.reconstruction_weight)
-        if not 0 <= self.reconstruction_weight < float("inf"):
-            raise InputError(f"reconstruction_weight ({self.reconstruction_weight}) must be at least 0 and finite")
+        check_choice("compression", self.compression, get_args(Compression))
+        check_number("reconstruction_weight", self.reconstruction_weight, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentMemoryTransformerConfig(DecoderConfig):
-    """Everything that decides what a Recurrent Memory Transformer computes.
+    """Config of a Recurrent Memory Transformer.
 
     Args:
-        num_memory_tokens: Memory tokens M that are read before a segment and written after it.
+        num_memory_tokens: Number of memory tokens M, which are read before a segment and written after it.
     """
 
     model_type: ClassVar[str] = "recurrent_memory_transformer"

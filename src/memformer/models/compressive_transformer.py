@@ -1,4 +1,4 @@
-"""The Compressive Transformer (arXiv 1911.05507): a Transformer-XL that compresses what it would forget."""
+"""The Compressive Transformer (arXiv 1911.05507): a Transformer-XL that compresses its oldest memories."""
 
 from functools import partial
 from typing import ClassVar
@@ -11,7 +11,6 @@ from memformer.models.baseline_configs import CompressiveTransformerConfig
 from memformer.models.compression import (
     ConvolutionCompression,
     MeanCompression,
-    ReconstructionLoss,
     reconstruction_error,
 )
 from memformer.models.layers import CausalLayer
@@ -24,30 +23,32 @@ from memformer.models.transformer_xl import (
     is_present,
     make_slots,
 )
+from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding
 
 
 class CompressiveTransformer(TransformerXL):
-    """Every layer attends to the segment, to the last M tokens, and to C compressed memories of those before them.
+    """Transformer-XL whose layers also attend to C compressed memories of the tokens before the last M tokens.
 
-    The memory has C + M slots, the compressed ones first, each part the oldest first, laid out as Transformer-XL's. A
-    layer attends to both parts alike; in distances a compressed slot counts as one token.
+    The memory has C + M slots, the compressed ones first and each part oldest first, in Transformer-XL's layout. A
+    layer attends to both parts in the same way; in distances a compressed slot counts as one token.
 
-    When tokens come in and the memory would hold more than M, its oldest leave in whole blocks of c tokens
-    (`compression_rate`), no more blocks than needed; each block becomes one compressed slot, and the oldest of those
-    are forgotten. So every token is compressed with its c - 1 neighbours, whatever the segments; where segments and M
-    are multiples of c the memory always holds M tokens once a document has had so many, and else between M - c + 1 and
-    M. Tokens of a segment longer than the memory go straight into blocks.
+    When new tokens would make the memory exceed M tokens, the oldest tokens leave in whole blocks of c tokens
+    (`compression_rate`), in no more blocks than needed. Each block becomes one compressed slot, and the oldest
+    compressed slots are forgotten. So every token is compressed with its c - 1 neighbours, independent of the
+    segmentation. If segments and M are multiples of c, the memory always holds M tokens once a document has had that
+    many; otherwise it holds M - c + 1 to M. If a segment is longer than the memory, tokens of it go directly into
+    blocks.
 
-    No gradient flows into what is remembered, nor out of the likelihood into the compression, which learns to keep what
-    attention reads (`ReconstructionLoss`): for that its loss is `reconstruction_weight` times the mean error, over the
-    tokens read, of all layers together.
+    Memories are detached. The compression gets no gradient from the likelihood; it is trained by its reconstruction
+    loss alone, to preserve the output of attention (see `encode`). This loss is `reconstruction_weight` times the error
+    summed over layers, averaged over the tokens read.
 
     Departures from arXiv 1911.05507: those of `TransformerXL`; the error is the mean of squares over the width, not the
-    norm; of the compression functions only convolution and mean.
+    norm; convolution and mean are the only compression functions.
 
     Args:
-        config: What to build.
+        config: The model's config.
     """
 
     config: CompressiveTransformerConfig
@@ -64,13 +65,16 @@ class CompressiveTransformer(TransformerXL):
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """A slot for each compressed memory and each remembered token, and num_layers * D + 1."""
+        """Number of slots C + M and their width, num_layers * D + 1."""
         num_tokens, width = super().memory_shape
         return self.config.compressed_length + num_tokens, width
 
+    def check_auxiliary_loss(self) -> None:
+        """Accept: `encode` computes the reconstruction loss of every compression function."""
+
     @property
     def auxiliary_weight(self) -> float:
-        """Nats for each unit of the reconstruction loss; 0 where there is nothing to learn."""
+        """Weight of the reconstruction loss; 0 for a compression function without parameters."""
         return self.config.reconstruction_weight if self.config.compression == "convolution" else 0.0
 
     def encode(
@@ -79,30 +83,23 @@ class CompressiveTransformer(TransformerXL):
         *,
         memory: AnyMemory | None = None,
         padding_mask: SegmentPadding | None = None,
-        reconstruction: ReconstructionLoss | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, AnyMemory]:
-        """Read one segment; return the state of each token and the memory that leaves it.
+        """Read one segment; return the hidden state of each token and the next memory.
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`).
-            memory: The memory that enters; None for the initial memory.
-            padding_mask: True at padding; None for none.
-            reconstruction: Filled with how well what was compressed stands for what it replaces, if given.
+            memory: The current memory. None: the initial memory.
+            padding_mask: True at padding. None: no padding.
+            auxiliary: Receives the reconstruction loss, if given, summed over the segment's tokens and the layers. For
+                one token and layer it is the mean square, over the width, of the difference between the attention
+                outputs over the old memories and over the compressed ones. It is 0 in rows where nothing is compressed.
 
         Raises:
-            InputError: A token id or a shape is out of range, or the memory is another model's.
+            InputError: A token id or a shape is out of range, or the memory is of another model.
             InputTypeError: A dtype is wrong.
         """
-        return self._encode(segment, memory, padding_mask, partial(self._read, reconstruction=reconstruction))
-
-    def encode_with_auxiliary_loss(
-        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
-    ) -> tuple[Hidden, AnyMemory, Float[Tensor, ""]]:
-        """Read one segment as `encode` does; return also the reconstruction loss."""
-        reconstruction = ReconstructionLoss()
-        hidden, memory = self.encode(segment, memory=memory, padding_mask=padding_mask, reconstruction=reconstruction)
-        assert reconstruction.total is not None
-        return hidden, memory, reconstruction.total
+        return self._encode(segment, memory, padding_mask, partial(self._read, auxiliary=auxiliary))
 
     def _read(
         self,
@@ -110,7 +107,7 @@ class CompressiveTransformer(TransformerXL):
         *,
         memory: AnyMemory,
         num_tokens: TokenCounts | None,
-        reconstruction: ReconstructionLoss | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, AnyMemory]:
         memory = memory.detach()
         hidden, slots = self._run_layers(x, memory)
@@ -121,25 +118,25 @@ class CompressiveTransformer(TransformerXL):
         num_recent = is_present(recent).sum(dim=-1)
         num_blocks = (num_recent + num_tokens - length + rate - 1).clamp(min=0) // rate
 
-        # As many blocks as there can be in any row; those from num_blocks on mean nothing and are not taken.
-        most_blocks = -(-x.shape[1] // rate)
-        places = (length - num_recent)[:, None] + torch.arange(most_blocks * rate, device=x.device)
-        blocks = gather_slots(torch.cat([recent, slots], dim=1), places.clamp(max=length + x.shape[1] - 1))
-        blocks = blocks.unflatten(1, (most_blocks, rate))  # (B, blocks, c, W)
+        # The largest possible number of blocks in any row; those from num_blocks on are meaningless and not used.
+        max_blocks = -(-x.shape[1] // rate)
+        indices = (length - num_recent)[:, None] + torch.arange(max_blocks * rate, device=x.device)
+        blocks = gather_slots(torch.cat([recent, slots], dim=1), indices.clamp(max=length + x.shape[1] - 1))
+        blocks = blocks.unflatten(1, (max_blocks, rate))  # (B, blocks, c, W)
         compressed = [
             compression(states.to(x.dtype))
             for compression, states in zip(self.compressions, self._split_layers(blocks), strict=True)
         ]
-        if reconstruction is not None:
-            is_block = torch.arange(most_blocks, device=x.device) < num_blocks[:, None]
+        if auxiliary is not None:
+            is_block = torch.arange(max_blocks, device=x.device) < num_blocks[:, None]
             errors = self._reconstruction_errors(slots, blocks=blocks, compressed=compressed, is_block=is_block)
             is_token = torch.arange(x.shape[1], device=x.device) < num_tokens[:, None]
-            reconstruction.total = errors.masked_fill(~is_token | ~is_block[:, :1], 0.0).sum()
+            auxiliary.total = errors.masked_fill(~is_token | ~is_block[:, :1], 0.0).sum()
 
         old = append_slots(old, make_slots(compressed).detach().to(memory.dtype), num_new=num_blocks)
-        num_staying = num_recent + num_tokens - rate * num_blocks
-        leaves = torch.arange(length, device=x.device) < length - num_staying[:, None]
-        recent = append_slots(recent, slots, num_new=num_tokens).masked_fill(leaves[..., None], 0.0)
+        num_kept = num_recent + num_tokens - rate * num_blocks
+        is_removed = torch.arange(length, device=x.device) < length - num_kept[:, None]
+        recent = append_slots(recent, slots, num_new=num_tokens).masked_fill(is_removed[..., None], 0.0)
         return hidden, torch.cat([old, recent], dim=1)
 
     def _reconstruction_errors(
@@ -150,7 +147,7 @@ class CompressiveTransformer(TransformerXL):
         compressed: list[Float[Tensor, "B blocks D"]],
         is_block: Bool[Tensor, "B blocks"],
     ) -> Float[Tensor, "B J"]:
-        """Return the error of each token, all layers together."""
+        """Return the error of each token, summed over layers."""
         layers = zip(self.layers, self._split_layers(slots), self._split_layers(blocks), compressed, strict=True)
         errors = []
         for layer, x, states, summary in layers:

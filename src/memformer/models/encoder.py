@@ -1,4 +1,4 @@
-"""The recurrence's first half: reads a segment with the memory at hand, in both directions."""
+"""The encoder: reads a segment bidirectionally, together with the memory."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from memformer.shapes import Hidden, Memory, SegmentPadding
 
 
 class Encoder(nn.Module):
-    """Bidirectional inside the segment, reads the memory in every layer (arXiv 2010.06891v2, section 3.2).
+    """Encoder: bidirectional in its segment, reads the memory in every layer (arXiv 2010.06891v2, section 3.2).
 
     Args:
         config: The model's config.
@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         super().__init__()
         width, kernel = config.d_model, config.convolution_kernel
         self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
-        self.place_embedding = nn.Embedding(config.segment_length, width) if config.place_embedding else None
+        self.position_embedding = nn.Embedding(config.segment_length, width) if config.position_embedding else None
         self.positions = make_positions(config)
         self.memory_norm = nn.LayerNorm(width) if config.num_slots else None
         self.layers = nn.ModuleList(
@@ -39,18 +39,18 @@ class Encoder(nn.Module):
     ) -> Hidden:
         """Return the segment's hidden states."""
         if self.convolution is not None:
-            # Padding must look like the zeros beyond the segment's ends.
+            # Padding must be zero, like the convolution's padding beyond the ends of the segment.
             padded = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
             x = x + self.convolution(padded.mT).mT
         if padding_mask is None:
             positions = torch.arange(x.shape[1], device=x.device)
         else:
-            positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token stands at n wherever padding is
-        if self.place_embedding is not None:
-            x = x + self.place_embedding(positions.clamp(min=0))
+            positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token has position n, wherever padding is
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions.clamp(min=0))
         frame = self.positions(positions, key_positions=positions)
         keep_mask = keep_mask_of(padding_mask)
-        # The memory may be wider than the parameters (float32 beside bfloat16); what is read of it need not be.
+        # The memory may have a wider dtype than the parameters (float32 with bfloat16); reading does not need it.
         slots = None if self.memory_norm is None else self.memory_norm(memory.to(self.memory_norm.weight.dtype))
         for layer in self.layers:
             x = layer(x, slots=slots, frame=frame, keep_mask=keep_mask, record=record)

@@ -1,4 +1,4 @@
-"""Pre-LayerNorm encoder and decoder layers, a residual around each part (arXiv 2010.06891v2, Figure 1)."""
+"""Pre-LayerNorm encoder and decoder layers with residual connections (arXiv 2010.06891v2, Figure 1)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from memformer.shapes import Hidden, Memory
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with GELU between.
+    """Two linear layers with a GELU in between.
 
     Args:
         width: Model width D.
-        d_ff: Width F inside.
+        d_ff: Hidden width F.
     """
 
     def __init__(self, width: int, *, d_ff: int) -> None:
@@ -27,16 +27,16 @@ class FeedForward(nn.Module):
         self.output = Linear(d_ff, width)
 
     def forward(self, x: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q D"]:
-        """Return the token-wise map of x."""
+        """Return the output of each token."""
         return self.output(self.activation(self.expand(x)))
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, memory reader, feed-forward.
+    """Layer of self-attention, memory reader and feed-forward.
 
     Args:
-        config: The model's config; without slots there is no memory reader.
-        bias: Whether self-attention's projections have biases.
+        config: The model's config; with `num_slots` 0 there is no memory reader.
+        bias: Whether the projections of self-attention have biases.
     """
 
     def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
@@ -60,7 +60,7 @@ class EncoderLayer(nn.Module):
         keep_mask: Tensor | None,
         record: AttentionRecord | None = None,
     ) -> Hidden:
-        """Return the segment after one layer; tokens look at each other in both directions and at the slots."""
+        """Return the segment after one layer; tokens attend to each other in both directions and to the slots."""
         x = x + self.dropout(self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask))
         if self.memory_reader is not None and self.memory_reader_norm is not None:
             x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots, record=record))
@@ -68,29 +68,26 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention to the previous segment, (optionally the memory,) feed-forward.
+    """Layer of causal self-attention, cross-attention to the previous segment, and feed-forward.
 
     Args:
-        config: The model's config; the memory is read only where `decoder_reads_memory` (not the paper's design).
-        bias: Whether self- and cross-attention's projections have biases.
+        config: The model's config.
+        bias: Whether the projections of self- and cross-attention have biases.
     """
 
     def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
         super().__init__()
         width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
-        reads_memory = config.decoder_reads_memory
         self.self_attention_norm = nn.LayerNorm(width)
         self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=bias)
         self.cross_attention_norm = nn.LayerNorm(width)
         self.cross_attention = CrossAttention(width, num_heads=heads, dropout=dropout, bias=bias)
-        self.memory_reader_norm = nn.LayerNorm(width) if reads_memory else None
-        self.memory_reader = MemoryReader(width, num_heads=heads, dropout=dropout) if reads_memory else None
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, d_ff=config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
-    def look_back(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
-        """Return the keys and values of the previous segment, for cross-attention."""
+    def precompute_cross_attention(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys and values of the previous segment for cross-attention."""
         return self.cross_attention.project(hidden, frame=frame)
 
     def forward(
@@ -100,12 +97,11 @@ class DecoderLayer(nn.Module):
         past: tuple[HeadTokens, HeadTokens],
         past_frame: Frame,
         past_keep_mask: Tensor | None,
-        slots: Memory | None,
         frame: Frame,
         keep_mask: Tensor | None = None,
         cache: CacheWindow | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the targets' features after one layer; `past` are the previous segment's keys and values."""
+        """Return the features of the targets after one layer; `past` are keys and values of the previous segment."""
         x = x + self.dropout(
             self.self_attention(
                 self.self_attention_norm(x),
@@ -121,13 +117,11 @@ class DecoderLayer(nn.Module):
                 self.cross_attention_norm(x), key=key, value=value, frame=past_frame, keep_mask=past_keep_mask
             )
         )
-        if self.memory_reader is not None and self.memory_reader_norm is not None:
-            x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class CausalLayer(nn.Module):
-    """Self-attention, feed-forward: the layer of models with one stack, where each token predicts the next one.
+    """Layer of self-attention and feed-forward, for single-stack models that predict the next token.
 
     Args:
         config: The model's config.
@@ -153,10 +147,10 @@ class CausalLayer(nn.Module):
         """Return the tokens after one layer.
 
         Args:
-            x: The tokens that enter the layer.
-            frame: Where they and the past stand.
-            keep_mask: True where a token may look, past first; None for wherever the frame lets it.
-            past: Tokens before, as they entered this layer.
+            x: The layer's input for each token.
+            frame: Positions of the tokens and the past.
+            keep_mask: True where a token may attend, past first. None: everywhere that the frame allows.
+            past: The layer's input for earlier tokens.
         """
         if past is not None:
             past = self.self_attention_norm(past)

@@ -1,4 +1,4 @@
-"""Models by the name of their type, as a config or a folder tells it."""
+"""Building and loading of models by model type."""
 
 from pathlib import Path
 
@@ -22,32 +22,33 @@ _CLASSES: tuple[type[LanguageModel], ...] = (
     CompressiveTransformer,
     RecurrentMemoryTransformer,
 )
-# Each type's class; its `config_class` is the class of its config.
+# Model class of each model type; its `config_class` is the class of its config.
 MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
-    """Return a new model of a config's type, with weights drawn at random."""
+    """Return a new model with random weights, of the config's model type."""
     return MODELS[config.model_type](config)
 
 
 def load_model(
     folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
 ) -> LanguageModel:
-    """Return the model that `save_pretrained` wrote, of whatever type it is, in evaluation mode.
+    """Return the model saved by `save_pretrained`, of any model type, in evaluation mode.
 
     Args:
-        folder: Where it was saved.
-        device: Where it goes.
-        num_slots: Of `Memformer.from_pretrained`; for a Memformer only.
+        folder: Folder of the saved model.
+        device: Device to load the model to.
+        num_slots: Number of memory slots to use, for a Memformer only (see `Memformer.from_pretrained`). None: as in
+            training.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the type is none of this library's.
-        InputError: `num_slots` is given for another model than a Memformer, or for one that cannot change it.
+        CheckpointError: A file is missing or damaged, or this library has no such model type.
+        InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it.
     """
     file = Path(folder) / CONFIG_FILE
     model_type = read_json(file).get("model_type")
-    if model_type not in list(MODELS):  # a list, for what cannot be hashed can stand in a damaged file
+    if model_type not in list(MODELS):  # a list, because a damaged file may hold an unhashable value
         raise CheckpointError(f"{file}: model_type ({model_type!r}) must be one of {', '.join(MODELS)}")
     model = MODELS[model_type]
     if num_slots is None:

@@ -1,4 +1,4 @@
-"""The LSTM of the paper's Table 1."""
+"""LSTM baseline of the paper's Table 1."""
 
 from typing import ClassVar
 
@@ -12,18 +12,18 @@ from memformer.shapes import AnyMemory, Hidden
 
 
 class LSTM(NextTokenModel):
-    """Layers of LSTM between the embedding and, tied to it, the output projection.
+    """LSTM layers between an embedding and an output projection tied to it.
 
-    The memory is the state itself: h of each layer, then c of each, K = 2 * num_layers slots of width D. So segments
-    are only a way of computing: any segmentation of a document gives the same states. Computed in the parameters'
-    dtype, whatever the autocast: the state is what must not drift. Dropout stands between layers and on the embedding.
+    The memory is the LSTM's state: h of each layer, then c of each layer, as K = 2 * num_layers slots of width D. So
+    every segmentation of a document gives the same states. Computed in the parameters' dtype, even under autocast, so
+    that the state does not drift. Dropout is applied to the embedding and between layers.
 
-    The paper (arXiv 2010.06891v2, Table 1) names neither the number of layers nor the dropout of its LSTM. Departure
-    from the other models' initialisation: the weights are drawn as torch.nn.LSTM draws them; biases start at 0, those
-    of forget gates at 1, so that what is held is held at first.
+    The paper (arXiv 2010.06891v2, Table 1) gives neither the number of layers nor the dropout of its LSTM. Departure
+    from the other models' initialization: weights are drawn as in torch.nn.LSTM; biases start at 0, except those of the
+    forget gates, which start at 1 so that cells keep their content at first.
 
     Args:
-        config: What to build.
+        config: The model's config.
     """
 
     config: LSTMConfig
@@ -31,8 +31,8 @@ class LSTM(NextTokenModel):
 
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__(config)
-        # Each layer by itself: dropout inside torch.nn.LSTM is drawn by cuDNN on a GPU, from a generator of its own
-        # that cannot be put back, and replay must drop again what was dropped.
+        # One torch.nn.LSTM per layer: on a GPU, its own dropout uses a cuDNN generator that cannot be reset, but replay
+        # must repeat the same dropout.
         self.layers = nn.ModuleList(
             nn.LSTM(config.d_model, config.d_model, batch_first=True) for _ in range(config.num_layers)
         )
@@ -51,7 +51,7 @@ class LSTM(NextTokenModel):
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """Two slots for each layer, and the width D."""
+        """Number of slots, two per layer, and the width D."""
         return 2 * self.config.num_layers, self.config.d_model
 
     def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
@@ -60,7 +60,7 @@ class LSTM(NextTokenModel):
             states = memory.to(dtype).transpose(0, 1).contiguous()  # (K, B, D)
             sequence: Tensor | PackedSequence = x.to(dtype)
             if num_tokens is not None:
-                # Every row needs a token; the state of a row that has none is not used.
+                # Every row needs a token here; the state of a row without tokens is not used.
                 lengths = num_tokens.clamp(min=1).cpu()
                 sequence = pack_padded_sequence(x.to(dtype), lengths, batch_first=True, enforce_sorted=False)
             h, c = (list(half.split(1)) for half in states.chunk(2))

@@ -1,4 +1,4 @@
-"""The Memformer: encoder with memory, memory writer, decoder (arXiv 2010.06891v2)."""
+"""The Memformer: encoder with memory, memory writer and decoder (arXiv 2010.06891v2)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,21 +16,22 @@ from memformer.models.encoder import Encoder
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
-from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
-from memformer.rollout import check_mask, last_places
-from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Starts, Targets
+from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
+from memformer.rollout import check_mask, last_token_indices
+from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, Targets
+from memformer.utils.checks import check_size
 
 
 class Memformer(LanguageModel):
-    """Reads a sequence segment by segment with a memory of fixed size; predicts each segment from the one before.
+    """Model that reads segment by segment with a fixed-size memory and predicts each segment from the previous one.
 
     A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
     likelihood covers every token (the paper leaves this open). Hidden states are (B, S, D); with
-    `decoder_reads_memory` the K written slots follow them, (B, S + K, D), and with `decoder_starts_from_last_token` the
-    embedded last token.
+    `decoder_starts_from_last_token` the embedded last token is appended, (B, S + 1, D).
 
     Args:
-        config: What to build.
+        config: The model's config.
     """
 
     config: MemformerConfig
@@ -48,7 +49,7 @@ class Memformer(LanguageModel):
                 normalizer=config.write_normalizer,
                 competition=config.write_competition,
                 sharing=config.write_sharing,
-                free_slot_eagerness=config.free_slot_eagerness,
+                free_slot_bias=config.free_slot_bias,
             )
             self.memory_normalization = MemoryNormalization(
                 config.num_slots,
@@ -65,16 +66,16 @@ class Memformer(LanguageModel):
     def from_pretrained(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
     ) -> "Memformer":
-        """Return the model that `save_pretrained` wrote, in evaluation mode.
+        """Return the model saved by `save_pretrained`, in evaluation mode.
 
         Args:
-            folder: Where it was saved.
-            device: Where it goes.
-            num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
+            folder: Folder of the saved model.
+            device: Device to load the model to.
+            num_slots: Number of memory slots to use; needs a model with `exchangeable_slots`. None: as in training.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
-            InputError: `num_slots` is given for a model whose slots each have a vector of their own, or is below 1.
+            InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`.
         """
         config = cls._read_config(folder)
         return cls._read_weights(folder, config if num_slots is None else _with_slots(config, num_slots), device=device)
@@ -100,28 +101,39 @@ class Memformer(LanguageModel):
             if isinstance(module, MemoryReader):
                 module.attention.key_value.weight[: self.config.d_model] = module.attention.query.weight
         if self.encoder.convolution is not None:
-            # Tokens before, not after: a key that knew its value too would be written beside it, in a second slot.
+            # Preceding tokens only: a key that also contained its value would be written to a second slot as well.
             centre = self.config.convolution_kernel // 2
             nn.init.ones_(self.encoder.convolution.weight[..., : centre + 1])
             nn.init.zeros_(self.encoder.convolution.weight[..., centre + 1 :])
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """Slots K and width D."""
+        """Number of slots K and their width D."""
         return self.config.num_slots, self.config.d_model
+
+    def check_auxiliary_loss(self) -> None:
+        """Check that a write penalty is possible.
+
+        Raises:
+            InputError: There are no slots, or every token is written (`write_normalizer: softmax`).
+        """
+        if not self.config.num_slots:
+            raise InputError("num_slots is 0; a write penalty needs at least 1 memory slot")
+        self.memory_writer.check_auxiliary_loss()
 
     @property
     def _largest_token_id(self) -> int:
         return self.bos_token_id + self.config.num_special_tokens
 
     def compile(self, **options: Any) -> None:
-        """Compile encoder and decoder in place, by `torch.compile` for the shapes that occur; writing stays as it is.
+        """Compile encoder and decoder in place with `torch.compile`, for the shapes that occur.
 
-        Weights may change and are shared; dropout draws what it would draw uncompiled, so that replay can draw it
-        again. Compiling takes some seconds when a shape first occurs, and needs a C++ compiler on a CPU.
+        The memory writer is not compiled. Weights are shared and may change. Dropout draws the same values as without
+        compilation, so that replay can repeat it. Compiling takes some seconds when a shape first occurs, and needs a
+        C++ compiler on a CPU.
 
         Args:
-            options: Of `torch.compile`.
+            options: Options of `torch.compile`.
         """
         options = {"dynamic": False, **options}
         if options.get("backend", "inductor") == "inductor" and "mode" not in options:
@@ -130,7 +142,7 @@ class Memformer(LanguageModel):
         self.decoder.compile(**options)
 
     def initial_memory(self, batch_size: int) -> Memory:
-        """Return M_0 for each row, every slot in its terminal state; float32 (float64 if the model is)."""
+        """Return M_0, the terminal state of every slot, for each row, in float32 (float64 if the model is float64)."""
         if not self.config.num_slots:
             return torch.zeros((batch_size, *self.memory_shape), dtype=self.memory_dtype, device=self.device)
         return self.memory_normalization.initial_memory(batch_size)
@@ -142,80 +154,71 @@ class Memformer(LanguageModel):
         memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         attention: AttentionRecord | None = None,
-        pressure: WritePressure | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, Memory]:
-        """Read one segment; return its hidden states and the memory that leaves it.
+        """Read one segment; return its hidden states and the next memory.
 
-        A row that is all padding leaves its memory as it was; its hidden states are finite and mean nothing.
+        The memory of a row that is all padding does not change; its hidden states are finite but meaningless.
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`, and special tokens follow it).
-            memory: The memory that enters; None for the initial memory.
-            padding_mask: True at padding, which may stand before or after the tokens, not between; None for none.
-            attention: Filled with the attention weights of memory readers and writer, if given.
-            pressure: Filled with how much the tokens press to be written, if given.
+            memory: The current memory. None: the initial memory.
+            padding_mask: True at padding, which may come before or after the tokens, not between. None: no padding.
+            attention: Receives the attention weights of memory readers and writer, if given.
+            auxiliary: Receives the write penalty (see `MemoryWriter`), if given.
 
         Raises:
-            InputError: A token id or a shape is out of range, the memory is another model's, or `pressure` is given
-                and the model has no slots or writes every token (`write_normalizer: softmax`).
+            InputError: A token id or a shape is out of range, the memory is of another model, or `auxiliary` is
+                given and the model has no slots or writes every token (`write_normalizer: softmax`).
             InputTypeError: A dtype is wrong.
         """
         check_tokens(segment, largest=self._largest_token_id, name="segment")
         check_mask(padding_mask, shape=segment.shape, name="padding_mask")
-        if self.config.place_embedding and segment.shape[1] > self.segment_length:
+        if self.config.position_embedding and segment.shape[1] > self.segment_length:
             raise InputError(
-                f"segment has {segment.shape[1]} tokens a row; place_embedding knows {self.segment_length} places"
+                f"segment has {segment.shape[1]} tokens per row; with position_embedding it must have at most "
+                f"{self.segment_length} (segment_length)"
             )
         memory = self._enter(memory, batch_size=segment.shape[0])
         embedded = self._embed(segment)
         hidden = self.encoder(embedded, memory=memory, padding_mask=padding_mask, record=attention)
-        followers = [_last_of(embedded, padding_mask)] if self.config.decoder_starts_from_last_token else []
+        readable = hidden
+        if self.config.decoder_starts_from_last_token:
+            readable = torch.cat([hidden, _last_of(embedded, padding_mask).to(hidden.dtype)], dim=1)
         if not self.config.num_slots:
-            if pressure is not None:
-                raise InputError("num_slots is 0: a price on writing needs a memory to write to")
-            return _followed_by(hidden, followers), memory
-        looked, written = self.memory_writer(
+            if auxiliary is not None:
+                self.check_auxiliary_loss()
+            return readable, memory
+        updated_slots, written = self.memory_writer(
             memory,
             hidden=hidden,
             terminal=self.memory_normalization.forgetting_vectors(),
             padding_mask=padding_mask,
             record=attention,
-            pressure=pressure,
+            auxiliary=auxiliary,
         )
-        next_memory = self.memory_normalization(looked, written=written)
+        next_memory = self.memory_normalization(updated_slots, written=written)
         if padding_mask is not None:
             next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)
-        if self.config.decoder_reads_memory:
-            followers.insert(0, next_memory)
-        return _followed_by(hidden, followers), next_memory
-
-    def encode_with_auxiliary_loss(
-        self, segment: Segment, *, memory: Memory, padding_mask: SegmentPadding | None = None
-    ) -> tuple[Hidden, Memory, Float[Tensor, ""]]:
-        """Read one segment as `encode` does; return also the pressure of its tokens to be written, for its price.
-
-        Raises:
-            InputError: As `encode` does, where it is given a `pressure`.
-        """
-        pressure = WritePressure()
-        hidden, next_memory = self.encode(segment, memory=memory, padding_mask=padding_mask, pressure=pressure)
-        assert pressure.total is not None
-        return hidden, next_memory, pressure.total
+        return readable, next_memory
 
     def _features(
-        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
+        self,
+        targets: Targets,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None,
+        decoder_start_ids: DecoderStartIds | None,
     ) -> Float[Tensor, "B T D"]:
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
-        if starts is None:
-            starts = targets.new_full(targets.shape[:1], self.bos_token_id)
+        if decoder_start_ids is None:
+            decoder_start_ids = targets.new_full(targets.shape[:1], self.bos_token_id)
         else:
-            check_tokens(starts[:, None], largest=self._largest_token_id, name="starts")
+            check_tokens(decoder_start_ids[:, None], largest=self._largest_token_id, name="decoder_start_ids")
         self._check_hidden(hidden, batch_size=targets.shape[0])
-        num_followers = self.decoder.num_slots_read + self.config.decoder_starts_from_last_token
-        read = torch.Size((hidden.shape[0], hidden.shape[1] - num_followers))
+        read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_starts_from_last_token))
         check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
-        past = self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
-        x = self._embed_for_decoder(torch.cat([starts[:, None], targets[:, :-1]], dim=1), past)
+        past = self.decoder.precompute_cross_attention(hidden, padding_mask=hidden_padding_mask)
+        x = self._embed_for_decoder(torch.cat([decoder_start_ids[:, None], targets[:, :-1]], dim=1), past)
         features: Tensor = self.decoder(x, past=past)
         return features
 
@@ -225,9 +228,9 @@ class Memformer(LanguageModel):
             return x
         return torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
 
-    def look_back(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
-        """Return what `decode_step` looks back at, projected once for a whole segment."""
-        return self.decoder.look_back(hidden, padding_mask=hidden_padding_mask)
+    def precompute_cross_attention(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
+        """Return the cross-attention inputs of `decode_step`, projected once for a whole segment."""
+        return self.decoder.precompute_cross_attention(hidden, padding_mask=hidden_padding_mask)
 
     def decode_step(
         self,
@@ -238,14 +241,15 @@ class Memformer(LanguageModel):
         positions: Segment,
         num_cached: int | None = None,
     ) -> Logits:
-        """Return the logits of what follows each token; `decode` a few tokens at a time.
+        """Return the next-token logits after each token: an incremental `decode`.
 
         Args:
-            tokens: The next decoder inputs, `[BOS]` first; 0 .. V.
-            past: From `look_back`.
-            caches: From `make_caches`; the tokens' keys and values are added.
-            positions: Place of each token in its segment; `segment_length` marks padding.
-            num_cached: Tokens decoded before, where they are as many in all rows and there is no padding; saves time.
+            tokens: The next decoder inputs, 0 .. V; the first input of a segment is `[BOS]`.
+            past: Result of `precompute_cross_attention`.
+            caches: Result of `make_caches`; keys and values of the tokens are added to them.
+            positions: Position of each token in its segment; `segment_length` marks padding.
+            num_cached: Number of tokens decoded before, if it is the same in all rows and there is no padding; given,
+                the step is faster.
         """
         x = self._embed_for_decoder(tokens, past)
         features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
@@ -265,24 +269,19 @@ class Memformer(LanguageModel):
         ]
 
 
-def _followed_by(hidden: Tensor, followers: list[Tensor]) -> Tensor:
-    return torch.cat([hidden, *(each.to(hidden.dtype) for each in followers)], dim=1) if followers else hidden
-
-
 def _last_of(embedded: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B 1 D"]:
-    """Return the last token of each row; its first place where it has none."""
+    """Return the last token of each row, or the first position of a row without tokens."""
     if padding_mask is None:
         return embedded[:, -1:]
-    last = last_places(padding_mask)[:, None, None]
+    last = last_token_indices(padding_mask)[:, None, None]
     return embedded.gather(1, last.expand(-1, 1, embedded.shape[2]))
 
 
 def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
-    if num_slots < 1:
-        raise InputError(f"num_slots ({num_slots}) must be at least 1")
+    check_size("num_slots", num_slots, 1)
     if num_slots != config.num_slots and not config.exchangeable_slots:
         raise InputError(
-            f"num_slots ({num_slots}) must be {config.num_slots}, as trained: only slots that share one vector "
-            "(exchangeable_slots) can be more or fewer"
+            f"num_slots ({num_slots}) must be {config.num_slots}, as in training; "
+            "only a model with exchangeable_slots can use another number"
         )
     return dataclasses.replace(config, num_slots=num_slots)

@@ -1,4 +1,4 @@
-"""What the paper's baselines share: a state for each token, from which its successor is predicted."""
+"""Base class of the paper's baselines, which predict each next token from a token's hidden state."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,45 +11,54 @@ from torch import Tensor
 from memformer.errors import InputError
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
+from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout, check_mask
-from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding, Starts, Targets
+from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Segment, SegmentPadding, Targets
 
 TokenCounts = Int64[Tensor, " B"]
 Read = Callable[..., tuple[Hidden, AnyMemory]]
 
 
 class NextTokenModel(LanguageModel):
-    """Reads a sequence segment by segment and predicts, at every token, the next one.
+    """Model that reads a sequence segment by segment and predicts the next token at every token.
 
-    Hidden states are (B, S, D), one for each token of the segment, and the readout is a projection alone: the n-th
-    target is predicted from the n-th state, and `decode` looks at the targets for their number only. So a timestep
-    reads the tokens just before its targets; `arrange` makes such a rollout of one made for a Memformer.
+    Hidden states are (B, S, D), one for each token of the segment, and the readout is only a projection: the n-th
+    target is predicted from the n-th state, and `decode` uses only the number of targets. So the inputs of a timestep
+    must be the tokens just before its targets; `align_inputs` converts a rollout made for a Memformer.
     """
 
-    def arrange(self, rollout: Rollout) -> Rollout:
-        """Return the same targets, each beside the token before it as its input."""
+    def align_inputs(self, rollout: Rollout) -> Rollout:
+        """Return a rollout with the same targets, each with the preceding token as its input."""
         return rollout.shifted_by_one_token()
 
     def initial_memory(self, batch_size: int) -> AnyMemory:
-        """Return zeros for each row: nothing was read yet; float32 (float64 if the model is)."""
+        """Return an all-zero memory for each row, in float32 (float64 if the model is float64)."""
         return torch.zeros((batch_size, *self.memory_shape), dtype=self.memory_dtype, device=self.device)
 
     def encode(
-        self, segment: Segment, *, memory: AnyMemory | None = None, padding_mask: SegmentPadding | None = None
+        self,
+        segment: Segment,
+        *,
+        memory: AnyMemory | None = None,
+        padding_mask: SegmentPadding | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, AnyMemory]:
-        """Read one segment; return the state of each token and the memory that leaves it.
+        """Read one segment; return the hidden state of each token and the next memory.
 
-        A row that is all padding leaves its memory as it was. Hidden states at padding are finite and mean nothing.
+        The memory of a row that is all padding does not change. Hidden states at padding are finite but meaningless.
 
         Args:
             segment: Token ids, 0 .. V (V is `[BOS]`).
-            memory: The memory that enters; None for the initial memory.
-            padding_mask: True at padding; None for none.
+            memory: The current memory. None: the initial memory.
+            padding_mask: True at padding. None: no padding.
+            auxiliary: Must be None: this model has no auxiliary loss.
 
         Raises:
-            InputError: A token id or a shape is out of range, or the memory is another model's.
+            InputError: A token id or a shape is out of range, the memory is of another model, or `auxiliary` is given.
             InputTypeError: A dtype is wrong.
         """
+        if auxiliary is not None:
+            self.check_auxiliary_loss()
         return self._encode(segment, memory, padding_mask, self._read)
 
     def _encode(
@@ -60,8 +69,8 @@ class NextTokenModel(LanguageModel):
         memory = self._enter(memory, batch_size=segment.shape[0])
         if padding_mask is None:
             return read(self._embed(segment), memory=memory, num_tokens=None)
-        # Tokens first, in their order: wherever padding was, what is computed of a row is the same, and a causal model
-        # need not hide padding from tokens.
+        # Tokens are moved to the front in their order. So the results do not depend on where padding is, and a causal
+        # model need not mask padding.
         order = padding_mask.long().argsort(dim=-1, stable=True)
         num_tokens = (~padding_mask).sum(dim=-1)
         hidden, next_memory = read(self._embed(segment.gather(1, order)), memory=memory, num_tokens=num_tokens)
@@ -70,28 +79,34 @@ class NextTokenModel(LanguageModel):
 
     @abstractmethod
     def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
-        """Return the states of embedded tokens, and the next memory.
+        """Return the hidden states of embedded tokens, and the next memory.
 
         Args:
-            x: Embedded tokens, those of a row first and then its padding.
-            memory: The memory that enters.
-            num_tokens: How many are tokens, in each row; None for all.
+            x: Embedded tokens; in each row padding follows the tokens.
+            memory: The current memory.
+            num_tokens: Number of tokens in each row. None: no row has padding.
         """
 
     def _features(
-        self, targets: Targets, hidden: Hidden, hidden_padding_mask: SegmentPadding | None, starts: Starts | None
+        self,
+        targets: Targets,
+        hidden: Hidden,
+        hidden_padding_mask: SegmentPadding | None,
+        decoder_start_ids: DecoderStartIds | None,
     ) -> Float[Tensor, "B T D"]:
-        if starts is not None:
-            raise InputError(f"starts are given, but a {type(self).__name__} has no decoder to start from them")
+        if decoder_start_ids is not None:
+            raise InputError(
+                f"decoder_start_ids are given, but a {type(self).__name__} has no decoder that could start from them"
+            )
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
         self._check_hidden(hidden, batch_size=targets.shape[0])
-        # It changes nothing: a state that stands at padding predicts a target that does not count.
+        # The mask has no effect: a state at padding predicts a target that is not counted.
         check_mask(hidden_padding_mask, shape=hidden.shape[:2], name="hidden_padding_mask")
         num_targets, num_states = targets.shape[1], hidden.shape[1]
         if num_targets > num_states:
             raise InputError(
-                f"targets are {num_targets} tokens a row, but hidden is {num_states} states: each state predicts one "
-                "target (RecurrentModel.arrange puts each target beside the token before it)"
+                f"targets have {num_targets} tokens per row, but hidden has {num_states} states per row; each state "
+                "predicts one target (RecurrentModel.align_inputs aligns the inputs of a rollout with its targets)"
             )
         return hidden[:, :num_targets]
 

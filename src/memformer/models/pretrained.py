@@ -1,4 +1,4 @@
-"""Models as folders: config.json beside model.safetensors; nothing is ever unpickled."""
+"""Saving and loading of models as folders with config.json and model.safetensors; nothing is unpickled."""
 
 import hashlib
 import json
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
 from memformer.utils.files import read_json, read_names, read_tensors, write_json, write_tensors
+from memformer.utils.renames import TENSORS, first_model_key, update_section
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-# Of every weight, for telling trainings apart: the first update changes nearly all values.
+# Leading values of every weight in the fingerprint: the first update of a training run changes nearly all values.
 _NUM_FIRST_VALUES = 64
 
-# Not typing.Self: the run-time checks of the tests do not know it in a class method.
+# Not typing.Self: the run-time type checker of the tests does not support it in class methods.
 Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """Saving and loading for a model that is built from its config alone."""
+    """Base class that saves and loads a model built from its config alone."""
 
     config: Any
     config_class: ClassVar[type[ModelConfig]]
@@ -35,21 +36,25 @@ class Pretrained(nn.Module):
         self.config = config
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; each appears whole or not at all.
+        """Write config.json and model.safetensors; each is written completely or not at all.
 
         Raises:
-            SaveError: Writing failed; files that were there before are intact.
+            SaveError: Writing failed; earlier files are intact.
         """
         folder = Path(folder)
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
 
     def fingerprint(self) -> str:
-        """Return a hash of the config and of the first values of every weight: it tells trainings apart, in no time.
+        """Return a hash of the config and the first values of every weight: a fast way to distinguish trained models.
 
-        Weights of another dtype that hold the same values in float32 have the same fingerprint.
+        Weights of different dtypes have the same fingerprint if their float32 values are equal.
         """
-        changed = {name: value for name, value in self.config.to_dict().items() if value != _default(self.config, name)}
+        changed = {
+            first_model_key(name): value
+            for name, value in self.config.to_dict().items()
+            if value != _default(self.config, name)
+        }
         digest = hashlib.sha256(json.dumps([self.config.model_type, changed], sort_keys=True).encode())
         first = [weight.detach().flatten()[:_NUM_FIRST_VALUES].float() for weight in self.parameters()]
         digest.update(torch.cat(first).cpu().numpy().tobytes())
@@ -57,11 +62,11 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
-        """Return the model that `save_pretrained` wrote, in evaluation mode.
+        """Return the model saved by `save_pretrained`, in evaluation mode.
 
         Args:
-            folder: Where it was saved.
-            device: Where it goes.
+            folder: Folder of the saved model.
+            device: Device to load the model to.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
@@ -73,7 +78,7 @@ class Pretrained(nn.Module):
         """Return the config in a folder.
 
         Raises:
-            CheckpointError: It is missing, damaged, or of another model.
+            CheckpointError: The config is missing, damaged, or of another model.
         """
         file = Path(folder) / CONFIG_FILE
         fields = read_json(file)
@@ -81,25 +86,26 @@ class Pretrained(nn.Module):
         if found != expected:
             raise CheckpointError(f"{file} does not describe a {expected}: model_type is {found!r}, not {expected!r}")
         try:
-            return cls.config_class.from_dict(fields)
+            # The library itself wrote these names, so old ones need no warning.
+            return cls.config_class.from_dict(update_section("model", fields)[0])
         except InputError as error:
             raise CheckpointError(f"{file}: {error}") from error
 
     @classmethod
     def _read_weights(cls: type[Model], folder: str | Path, config: Any, *, device: torch.device | str) -> Model:
-        """Return a model of this config with the weights in a folder.
+        """Return a model with this config and the weights in a folder.
 
         Raises:
-            CheckpointError: They are missing, damaged, or of another model.
+            CheckpointError: The weights are missing, damaged, or of another model.
         """
         file = Path(folder) / WEIGHTS_FILE
-        names = read_names(file)
-        for stack, asked in cls._count_layers(config).items():
+        names = [TENSORS.get(name, name) for name in read_names(file)]
+        for stack, expected in cls._count_layers(config).items():
             start = f"{stack}."
             found = len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
-            if asked != found:
-                raise CheckpointError(f"{file} has {found} {stack.replace('.', ' ')}; its config says {asked}")
-        # Shapes are compared before memory is taken for them: a damaged config may ask for any amount.
+            if found != expected:
+                raise CheckpointError(f"{file} has {found} {stack.replace('.', ' ')}; its config says {expected}")
+        # Shapes are compared before memory is allocated: a damaged config may request any amount.
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, file)
@@ -107,7 +113,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _count_layers(cls, config: Any) -> Mapping[str, int]:
-        """Return the number of layers that a config asks for in each stack, by what their weights' names begin with."""
+        """Return the number of layers of each stack in a config; keys are the name prefixes of their weights."""
         raise NotImplementedError
 
 
@@ -117,10 +123,10 @@ def _default(config: ModelConfig, name: str) -> Any:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a safetensors file into a model of exactly its names and shapes; floating dtypes follow the file.
+    """Load a safetensors file into a model with exactly its names and shapes; floating dtypes follow the file.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or of another model; the model is as it was.
+        CheckpointError: The file is missing, damaged, or of another model; the model is unchanged.
     """
     tensors = read_weights(model, file)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -131,17 +137,17 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def read_weights(model: nn.Module, file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file that has exactly a model's names and shapes.
+    """Return the tensors of a safetensors file, which must have exactly the model's names and shapes.
 
     Raises:
         CheckpointError: The file is missing, damaged, or of another model.
     """
-    tensors = read_tensors(file)
+    tensors = {TENSORS.get(name, name): tensor for name, tensor in read_tensors(file).items()}
     expected = model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise CheckpointError(f"{file} lacks {len(missing)} tensors of this model, {missing[0]!r} first")
+        raise CheckpointError(f"{file} lacks {len(missing)} tensors of this model; the first is {missing[0]!r}")
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise CheckpointError(f"{file} holds {len(extra)} tensors this model does not have, {extra[0]!r} first")
+        raise CheckpointError(f"{file} has {len(extra)} tensors that this model lacks; the first is {extra[0]!r}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise CheckpointError(

@@ -1,9 +1,9 @@
-"""The one shape every model here has: a recurrence over segments plus a readout.
+"""Common interface of all models: a recurrence over segments plus a readout.
 
     hidden_t, memory_{t+1} = encode(segment_t, memory_t)        # sequential in t
     logits_t               = decode(targets_t, hidden_t)        # independent over t
 
-Training, replay, evaluation and generation are written against this class alone.
+Training, replay, evaluation and generation depend on this interface alone.
 """
 
 from abc import ABC, abstractmethod
@@ -16,17 +16,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
+from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
-from memformer.shapes import AnyMemory, Hidden, Logits, Segment, SegmentPadding, Starts, TargetPadding, Targets
+from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
 
-# What torch's losses leave out by default; here a mask says what counts.
+# Target id that PyTorch's losses ignore by default; here a mask marks the targets that are not counted.
 IGNORED = -100
 
 
 class RecurrentModel(nn.Module, ABC):
-    """A recurrence over segments plus a readout; rows of a batch are independent.
+    """Recurrence over segments plus a readout; rows of a batch are independent.
 
-    Where gradients stop is for training to say: a model never detaches, but for one that is defined so (TransformerXL).
+    The training code decides where gradients stop: a model never detaches, except where its definition says so
+    (TransformerXL).
     """
 
     @property
@@ -37,90 +39,101 @@ class RecurrentModel(nn.Module, ABC):
     @property
     @abstractmethod
     def bos_token_id(self) -> int:
-        """The id that stands before the first token of a document."""
+        """Token id that precedes the first token of a document."""
 
     @property
     @abstractmethod
     def segment_length(self) -> int:
-        """Tokens of a full segment."""
+        """Number of tokens of a full segment."""
 
     @property
     @abstractmethod
     def memory_shape(self) -> tuple[int, int]:
-        """Slots K and width of one row's memory."""
+        """Number of slots K and slot width of one row's memory."""
 
     @property
     def memory_dtype(self) -> torch.dtype:
-        """float32, or float64 if the parameters are: the state must not drift over thousands of timesteps."""
+        """float32, or float64 if the parameters are: the memory must not drift over thousands of timesteps."""
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     @abstractmethod
     def initial_memory(self, batch_size: int) -> AnyMemory:
-        """Return the memory that a document starts from, for each row."""
+        """Return the memory at the start of a document, for each row."""
 
-    def arrange(self, rollout: Rollout) -> Rollout:
-        """Return a rollout as this model reads it: the same targets in the same timesteps, perhaps other inputs."""
+    def align_inputs(self, rollout: Rollout) -> Rollout:
+        """Return the rollout in this model's format: the same targets in the same timesteps, possibly other inputs."""
         return rollout
 
     def forward(self, *args: object, **kwargs: object) -> None:
-        """Refuse: a recurrence and a readout are called by their names.
+        """Raise an error, because `encode` and `decode` are called by name.
 
         Raises:
-            NotImplementedError: Always, as every torch module without a `forward` does; here it says what to call.
+            NotImplementedError: Always, as for any module without a `forward`; the message names the methods to call.
         """
         raise NotImplementedError(
-            f"a {type(self).__name__} has two parts: encode(segment, memory=...) reads, decode(targets, hidden=...) "
-            "predicts; backpropagate(model, rollout) trains, Session(model) generates"
+            f"a {type(self).__name__} cannot be called directly; use encode(segment, memory=...) to read, "
+            "decode(targets, hidden=...) to predict, backpropagate(model, rollout) to train, Session(model) to generate"
         )
 
     @abstractmethod
     def encode(
-        self, segment: Segment, *, memory: AnyMemory | None = None, padding_mask: SegmentPadding | None = None
+        self,
+        segment: Segment,
+        *,
+        memory: AnyMemory | None = None,
+        padding_mask: SegmentPadding | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, AnyMemory]:
-        """Read one segment; return its hidden states and the memory that leaves it."""
+        """Read one segment; return its hidden states and the next memory.
 
-    @property
-    def auxiliary_weight(self) -> float | None:
-        """Nats for each unit of the auxiliary loss, a mean over input tokens; None where there is none of its own."""
-        return None
+        Args:
+            segment: Token ids.
+            memory: The current memory. None: the initial memory.
+            padding_mask: True at padding. None: no padding.
+            auxiliary: Receives the model's auxiliary loss, if given; see `check_auxiliary_loss`.
+        """
 
-    def encode_with_auxiliary_loss(
-        self, segment: Segment, *, memory: AnyMemory, padding_mask: SegmentPadding | None = None
-    ) -> tuple[Hidden, AnyMemory, Float[Tensor, ""]]:
-        """Read one segment as `encode` does; return also what it costs beside its likelihood, summed over its tokens.
+    def check_auxiliary_loss(self) -> None:
+        """Check that this model has an auxiliary loss, which `encode` can put into `auxiliary`.
 
         Raises:
-            InputError: This model has no such loss.
+            InputError: The model has none; the message gives the reason.
         """
-        raise InputError(f"a {type(self).__name__} has no loss beside its likelihood: its writing has no price")
+        raise InputError(f"a {type(self).__name__} has no auxiliary loss")
+
+    @property
+    def auxiliary_weight(self) -> float:
+        """Weight of the model's own auxiliary loss, in nats per input token; 0 if training adds none."""
+        return 0.0
 
     @abstractmethod
     def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
-        """Return the logits of each target, given the targets before it and the hidden states of the past."""
+        """Return the logits of each target, given earlier targets and the hidden states of the past."""
 
-    def token_nats(
+    def token_nll(
         self,
         targets: Targets,
         *,
         hidden: Hidden,
         hidden_padding_mask: SegmentPadding | None = None,
         target_padding_mask: TargetPadding | None = None,
-        starts: Starts | None = None,
+        decoder_start_ids: DecoderStartIds | None = None,
     ) -> Float[Tensor, "B T"]:
-        """Return the negative log-likelihood of each target in nats, in float32 or better; 0 at padding.
+        """Return the negative log-likelihood of each target in nats, in at least float32; 0 at padding.
 
         Args:
             targets: Token ids, 0 .. V-1.
-            hidden: From `encode`.
-            hidden_padding_mask: The padding mask that `encode` was given.
-            target_padding_mask: True at targets that do not count.
-            starts: What the readout starts from in place of `[BOS]`, for models that can.
+            hidden: Hidden states from `encode`.
+            hidden_padding_mask: Padding mask that was passed to `encode`.
+            target_padding_mask: True at targets that are not counted.
+            decoder_start_ids: Token ids that the readout starts from instead of `[BOS]`, for models that support it.
 
         Raises:
-            InputError: `starts` are given and this model knows only `[BOS]`, or a token id or shape is out of range.
+            InputError: `decoder_start_ids` are given and this model supports only `[BOS]`, or a token id or shape is
+                out of range.
         """
-        if starts is not None:
-            raise InputError(f"starts are given, but a {type(self).__name__} starts every segment alike")
+        if decoder_start_ids is not None:
+            raise InputError(f"decoder_start_ids are given, but a {type(self).__name__} does not support them")
         logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
         if target_padding_mask is not None:
             targets = targets.masked_fill(target_padding_mask, IGNORED)
@@ -129,24 +142,24 @@ class RecurrentModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable numbers, shared ones counted once."""
+        """Number of parameters; shared ones are counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def reset_memory(self, memory: AnyMemory, reset: Bool[Tensor, " B"]) -> AnyMemory:
-        """Return the memory with the rows in `reset` started again."""
+        """Return the memory with the rows in `reset` set to the initial memory."""
         return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
 
     def _enter(self, memory: AnyMemory | None, *, batch_size: int) -> AnyMemory:
-        """Return the memory that enters, checked: the initial one where none is given.
+        """Return the checked memory, or the initial memory if None is given.
 
         Raises:
-            InputError: It is another model's.
-            InputTypeError: Its dtype is wrong.
+            InputError: The memory is of another model.
+            InputTypeError: The dtype is wrong.
         """
         if memory is None:
             return self.initial_memory(batch_size)
@@ -154,7 +167,7 @@ class RecurrentModel(nn.Module, ABC):
         return memory
 
     def check_memory(self, memory: Tensor, *, batch_size: int) -> None:
-        """Check that a memory is one of this model.
+        """Check that a memory fits this model.
 
         Raises:
             InputError: The shape is not (batch_size, slots, width) of this model.
@@ -172,7 +185,7 @@ class RecurrentModel(nn.Module, ABC):
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for a while: no dropout; afterwards it is in the mode it was in."""
+    """Put a model in evaluation mode (no dropout) for a `with` block; restore its mode afterwards."""
     was_training = model.training
     if was_training:
         model.eval()
@@ -184,10 +197,10 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
-    """Check dtype and range of token ids (the range on a CPU only: elsewhere it would wait for the device).
+    """Check the dtype and, on a CPU only, the range of token ids: elsewhere it would synchronize the device.
 
     Raises:
-        InputError: There is no token, or an id is outside 0 .. `largest`.
+        InputError: There is no token, or a token id is outside 0 .. `largest`.
         InputTypeError: The dtype is not int64.
     """
     if tokens.dtype != torch.int64:
@@ -197,5 +210,9 @@ def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
     if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in tokens.aminmax())
         if low < 0 or high > largest:
-            hint = "; what does not count is masked by target_padding" if low == IGNORED and name == "targets" else ""
+            hint = (
+                "; mask targets that are not counted with target_padding"
+                if low == IGNORED and name == "targets"
+                else ""
+            )
             raise InputError(f"{name} holds token id {low if low < 0 else high}; valid ids are 0 to {largest}{hint}")

@@ -14,24 +14,24 @@ from memformer.shapes import AnyMemory, Hidden
 
 
 class RecurrentMemoryTransformer(NextTokenModel):
-    """A causal stack that reads its memory as M tokens before the segment and writes it as M tokens after.
+    """Causal stack that reads its memory as M tokens before the segment and writes it as M tokens after the segment.
 
-    The stack sees [M read tokens, segment, M write tokens]; read and write tokens both enter as the memory, and what
-    leaves at the write tokens, after the last LayerNorm, is the next memory. Gradient flows through it.
+    The input of the stack is [M read tokens, segment, M write tokens], where both read and write tokens are the current
+    memory. The output at the write tokens, after the last LayerNorm, is the next memory. Gradients flow through it.
 
     - A read token attends to all read tokens, and to nothing else.
     - A token of the segment attends to all read tokens, to the tokens before it and to itself.
     - A write token attends to everything: all read tokens, all tokens of the segment (not padding), all write tokens.
 
-    A document starts from learned memory tokens. Positions are rotary, counted through from the first read token; where
-    a segment is padded, write tokens stand right after its last token.
+    A document starts from learned memory tokens. Positions are rotary and are counted from the first read token; in a
+    padded segment the write tokens directly follow the last token.
 
-    Departures from arXiv 2207.06881: its stack is a Transformer-XL's, with that model's positions (and, in some of its
-    experiments, cache); here positions are rotary as the Memformer's and there is no cache. LayerNorm stands before
-    each part, and GELU within, as in the Memformer.
+    Departures from arXiv 2207.06881: its stack is a Transformer-XL with that model's positions (and, in some of its
+    experiments, its cache); here positions are rotary, as in the Memformer, and there is no cache. LayerNorm comes
+    before each sub-layer and the activation is GELU, as in the Memformer.
 
     Args:
-        config: What to build.
+        config: The model's config.
     """
 
     config: RecurrentMemoryTransformerConfig
@@ -47,21 +47,21 @@ class RecurrentMemoryTransformer(NextTokenModel):
 
     def _initialise(self) -> None:
         super()._initialise()
-        nn.init.normal_(self.memory_tokens)  # the scale of embedded tokens, and of what leaves the last LayerNorm
+        nn.init.normal_(self.memory_tokens)  # the scale of embedded tokens and of the last LayerNorm's output
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """Memory tokens M and the width D."""
+        """Number of memory tokens M and their width D."""
         return self.config.num_memory_tokens, self.config.d_model
 
     def initial_memory(self, batch_size: int) -> AnyMemory:
-        """Return the learned memory tokens for each row; float32 (float64 if the model is)."""
+        """Return the learned memory tokens for each row, in float32 (float64 if the model is float64)."""
         return self.memory_tokens.to(self.memory_dtype).expand(batch_size, -1, -1)
 
     def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
         num_memory, length = memory.shape[1], x.shape[1]
         memory_tokens = memory.to(x.dtype)
-        positions, keep_mask = self._arrange_tokens(length, num_tokens)
+        positions, keep_mask = self._make_positions_and_mask(length, num_tokens)
         frame = self.positions(positions, key_positions=positions)
         x = torch.cat([memory_tokens, x, memory_tokens], dim=1)
         for layer in self.layers:
@@ -69,19 +69,19 @@ class RecurrentMemoryTransformer(NextTokenModel):
         _, hidden, written = self.norm(x).split([num_memory, length, num_memory], dim=1)
         return hidden, written.to(memory.dtype)
 
-    def _arrange_tokens(
+    def _make_positions_and_mask(
         self, length: int, num_tokens: TokenCounts | None
     ) -> tuple[Int64[Tensor, "*B Q"], Bool[Tensor, "#B 1 Q Q"]]:
-        """Return where read tokens, segment and write tokens stand, and True where each may look."""
+        """Return the positions of read tokens, segment and write tokens, and a mask, True where they may attend."""
         num_memory = self.config.num_memory_tokens
         end = num_memory + length
-        place = torch.arange(end + num_memory, device=self.device)
-        query, key = place[:, None], place
+        index = torch.arange(end + num_memory, device=self.device)
+        query, key = index[:, None], index
         keep_mask = (key < num_memory) | (key <= query) | (query >= end)
         if num_tokens is None:
-            return place, keep_mask[None, None]
+            return index, keep_mask[None, None]
         num_padding = (length - num_tokens)[:, None]
-        # Padding comes after the tokens, so of all that count write tokens alone could see it.
-        is_padding = (place >= end - num_padding) & (place < end)  # (B, Q)
+        # Padding comes after the segment's tokens, so apart from padding only write tokens could attend to it.
+        is_padding = (index >= end - num_padding) & (index < end)  # (B, Q)
         keep_mask = keep_mask & ~(is_padding[:, None, :] & (query >= end))
-        return torch.where(place >= end, place - num_padding, place), keep_mask[:, None]
+        return torch.where(index >= end, index - num_padding, index), keep_mask[:, None]

@@ -1,4 +1,4 @@
-"""Transformer-XL (arXiv 1901.02860), and without its memory the plain Transformer decoder."""
+"""Transformer-XL (arXiv 1901.02860); without memory, the plain Transformer decoder."""
 
 from typing import ClassVar
 
@@ -17,22 +17,22 @@ TokenSlots = Float[Tensor, "B J W"]
 
 
 class TransformerXL(NextTokenModel):
-    """A causal stack in which every layer attends to the segment and to what entered it for the M tokens before.
+    """Causal stack in which every layer attends to the segment and to its cached inputs for the M tokens before.
 
-    The memory has M slots, one for each token, the oldest first, of width num_layers * D + 1: the states that entered
-    each layer, and last a 1; or only zeros where the document has not had so many tokens yet, which nothing attends to.
+    The memory has M slots, one for each token, the oldest first, of width num_layers * D + 1: the inputs of each layer
+    and a final 1. Slots for which the document has had no token yet are all zeros, and nothing attends to them.
 
-    By the definition of the model no gradient flows into what is remembered: this is where a model detaches, against
-    the rule that only the training loop does. So the gradient that replay carries backwards is zero.
+    By definition of the model no gradient flows into the memory. This is the one exception to the rule that only the
+    training loop detaches. So the gradient that replay passes back through time is zero.
 
     With `memory_length` 0 this is the plain Transformer decoder: full attention within the segment, which may be as
     long as the document.
 
-    Departures from arXiv 1901.02860: LayerNorm stands before each part, and GELU within, as in the Memformer; u and v
-    belong to each layer, as the projection of distances does; distances are not dropped out.
+    Departures from arXiv 1901.02860: LayerNorm comes before each sub-layer and the activation is GELU, as in the
+    Memformer; every layer has its own u and v, like its own projection of distances; distances have no dropout.
 
     Args:
-        config: What to build.
+        config: The model's config.
     """
 
     config: TransformerXLConfig
@@ -49,7 +49,7 @@ class TransformerXL(NextTokenModel):
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """A slot for each remembered token, and num_layers * D + 1."""
+        """Number of slots M, one per remembered token, and their width, num_layers * D + 1."""
         return self.config.memory_length, self.config.num_layers * self.config.d_model + 1
 
     def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
@@ -58,36 +58,36 @@ class TransformerXL(NextTokenModel):
         return hidden, append_slots(memory, slots, num_new=num_tokens)
 
     def _run_layers(self, x: Hidden, memory: AnyMemory) -> tuple[Hidden, TokenSlots]:
-        """Return the states of the tokens, and a slot for each of them, detached."""
+        """Return the hidden states of the tokens, and a detached slot for each token."""
         num_slots, length, width = memory.shape[1], x.shape[1], self.config.d_model
         sines = descending_sinusoids(num_slots + length, width=width, like=x)
         keep_mask = F.pad(is_present(memory), (0, length), value=True)[:, None, None, :] if num_slots else None
-        entered = []
+        layer_inputs = []
         for index, (layer, distances) in enumerate(zip(self.layers, self.distances, strict=True)):
-            entered.append(x)
+            layer_inputs.append(x)
             past = memory[..., index * width : (index + 1) * width].to(x.dtype) if num_slots else None
             x = layer(x, frame=distances(sines), keep_mask=keep_mask, past=past)
-        return self.norm(x), make_slots(entered).detach().to(memory.dtype)
+        return self.norm(x), make_slots(layer_inputs).detach().to(memory.dtype)
 
 
 def make_slots(states: list[Float[Tensor, "B J D"]]) -> TokenSlots:
-    """Return slots that hold, for each layer, one of these states."""
+    """Return slots of the concatenated states of all layers, and a final 1."""
     return torch.cat([*states, torch.ones_like(states[0][..., :1])], dim=-1)
 
 
 def is_present(memory: AnyMemory) -> Bool[Tensor, "B K"]:
-    """Return True at slots that hold something."""
+    """Return True at slots that hold a token."""
     return memory[..., -1] > 0
 
 
 def append_slots(memory: AnyMemory, slots: TokenSlots, *, num_new: TokenCounts | None) -> AnyMemory:
-    """Return the memory after the first `num_new` of these slots (None: all) came in at its end, and as many left."""
+    """Return the memory with the first `num_new` slots (None: all) appended and as many of its oldest removed."""
     num_slots, both = memory.shape[1], torch.cat([memory, slots], dim=1)
     if num_new is None:
-        return both[:, slots.shape[1] :].contiguous()  # a view would hold all of both as long as it lives
+        return both[:, slots.shape[1] :].contiguous()  # a view would keep all of `both` in memory
     return gather_slots(both, num_new[:, None] + torch.arange(num_slots, device=memory.device))
 
 
 def gather_slots(slots: TokenSlots, places: Int64[Tensor, "B K"]) -> AnyMemory:
-    """Return the slots at these places of each row."""
+    """Return the slots at these indices of each row."""
     return slots.gather(1, places[..., None].expand(-1, -1, slots.shape[-1]))

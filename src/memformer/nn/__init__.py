@@ -1,6 +1,7 @@
-"""Layers: attention, positions, memory."""
+"""Neural network layers: attention, positions and memory."""
 
 from memformer.nn.attention import AttentionRecord
-from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter, WritePressure
+from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 
-__all__ = ["AttentionRecord", "MemoryNormalization", "MemoryReader", "MemoryWriter", "WritePressure"]
+__all__ = ["AttentionRecord", "AuxiliaryLoss", "MemoryNormalization", "MemoryReader", "MemoryWriter"]

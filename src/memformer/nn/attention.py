@@ -1,4 +1,4 @@
-"""Multi-head attention of tokens to tokens, with positions passed in as a frame."""
+"""Multi-head attention between tokens; positions are passed in as a frame."""
 
 from dataclasses import dataclass, field
 
@@ -14,11 +14,11 @@ HeadTokens = Float[Tensor, "B H J E"]
 
 @dataclass
 class AttentionRecord:
-    """Attention weights of one timestep, filled by `Memformer.encode` when it is passed in.
+    """Attention weights of one timestep, filled when it is passed to `Memformer.encode`.
 
     Attributes:
-        reader: For each encoder layer, (B, H, S, K): how much each token reads of each slot. Rows sum to 1.
-        writer: (B, H, K, 1 + S): how much each slot keeps of itself (first column) and takes of each token.
+        reader: (B, H, S, K) for each encoder layer: each token's weight for each slot. Rows sum to 1.
+        writer: (B, H, K, 1 + S): each slot's weight for itself (first column) and for each token. Rows sum to 1.
     """
 
     reader: list[Tensor] = field(default_factory=list)
@@ -26,20 +26,20 @@ class AttentionRecord:
 
 
 def split_heads(x: Float[Tensor, "B J D"], num_heads: int) -> HeadTokens:
-    """Return x as heads, (B, H, J, D/H)."""
+    """Return x split into heads, (B, H, J, D/H)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: HeadTokens) -> Float[Tensor, "B J D"]:
-    """Return heads side by side again, (B, J, D)."""
+    """Return the heads concatenated, (B, J, D)."""
     return x.transpose(1, 2).flatten(-2)
 
 
 def keep_mask_of(padding_mask: Bool[Tensor, "B J"] | None) -> Bool[Tensor, "B 1 1 J"] | None:
-    """Return True at the keys that may be looked at.
+    """Return a mask that is True at the keys that may be attended to.
 
-    In a row that is all padding everything may be looked at: what such a row computes is never used, but it must stay
-    finite, or its zero gradient times infinity would be NaN.
+    In a row that is all padding, all keys may be attended to. The output of such a row is never used, but it must be
+    finite, because its zero gradient times infinity would be NaN.
     """
     if padding_mask is None:
         return None
@@ -48,9 +48,9 @@ def keep_mask_of(padding_mask: Bool[Tensor, "B J"] | None) -> Bool[Tensor, "B 1 
 
 
 class KeyValueCache:
-    """Placed keys and values of tokens already decoded, at most `length` of them for each row.
+    """Keys (with positions applied) and values of decoded tokens, at most `length` per row.
 
-    One position more than `length` is held: tokens that are padding in a chunk of unequal rows are written there.
+    One extra position is allocated: the padding of a chunk with unequal rows is written there.
     """
 
     def __init__(self, *, batch_size: int, num_heads: int, length: int, head_width: int, like: Tensor) -> None:
@@ -60,18 +60,18 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held, whatever is filled."""
+        """Number of allocated bytes, filled or not."""
         return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True)
 class CacheWindow:
-    """Where the tokens of one step stand in a cache, and how much of it they look at.
+    """Cache positions that the tokens of one decoding step are written to, and those that they attend to.
 
     Args:
         cache: The cache of one layer.
-        positions: Places of the new tokens, (B, Q).
-        num_keys: Positions from the first on that hold all that is looked at.
+        positions: Cache positions of the new tokens, (B, Q).
+        num_keys: Number of leading cache positions that are attended to.
     """
 
     cache: KeyValueCache
@@ -79,7 +79,7 @@ class CacheWindow:
     num_keys: int
 
     def write(self, key: HeadTokens, value: HeadTokens) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of the new tokens; return those of the first positions."""
+        """Store the keys and values of the new tokens; return those of the first `num_keys` positions."""
         keys, values = self.cache.keys, self.cache.values
         index = self.positions[:, None, :, None].expand_as(key)
         keys.scatter_(2, index, key.to(keys.dtype))
@@ -88,7 +88,7 @@ class CacheWindow:
 
 
 class SelfAttention(nn.Module):
-    """Tokens attend to tokens of their own segment, and to those before it that are given.
+    """Attention of tokens to tokens of their own segment and, if given, to tokens before it.
 
     Args:
         width: Model width D.
@@ -114,23 +114,23 @@ class SelfAttention(nn.Module):
         cache: CacheWindow | None = None,
         past: Float[Tensor, "B P D"] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return what each token reads from the others; with a cache, from those decoded before it too.
+        """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
 
-        `past` are tokens that are looked at and do not look: their keys stand before the others'.
+        `past` are earlier tokens that are only attended to; their keys come first.
         """
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
         if past is not None:
-            past_key, past_value = self._look_back(past)
+            past_key, past_value = self._project_past(past)
             key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-        query, key = frame.place_queries(query), frame.place_keys(key)
+        query, key = frame.apply_to_queries(query), frame.apply_to_keys(key)
         if cache is not None:
             key, value = cache.write(key, value)
         dropout = self.dropout if self.training else 0.0
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout)
         return self.output(merge_heads(read))
 
-    def _look_back(self, past: Float[Tensor, "B P D"]) -> tuple[HeadTokens, HeadTokens]:
-        """Return keys and values."""
+    def _project_past(self, past: Float[Tensor, "B P D"]) -> tuple[HeadTokens, HeadTokens]:
+        """Return keys and values of past tokens."""
         width, projection = past.shape[-1], self.query_key_value
         bias = None if projection.bias is None else projection.bias[width:]
         key, value = linear(past, projection.weight[width:], bias).chunk(2, dim=-1)
@@ -138,7 +138,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (queries) attend to something else (keys and values).
+    """Attention of tokens (queries) to another sequence (keys and values).
 
     Args:
         width: Model width D.
@@ -156,9 +156,9 @@ class CrossAttention(nn.Module):
         self.output = Linear(width, width, bias=bias)
 
     def project(self, source: Float[Tensor, "B J D"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
-        """Return the placed keys and the values of what is attended to, so that they can be used again."""
+        """Return the keys, with positions applied, and the values of `source`, so that they can be reused."""
         key, value = (split_heads(part, self.num_heads) for part in self.key_value(source).chunk(2, dim=-1))
-        return frame.place_keys(key), value
+        return frame.apply_to_keys(key), value
 
     def forward(
         self,
@@ -170,11 +170,11 @@ class CrossAttention(nn.Module):
         keep_mask: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return what each token reads; append the attention weights (B, H, Q, J) to `record` if one is given."""
-        query = frame.place_queries(split_heads(self.query(x), self.num_heads))
+        """Return the attention output of each token; append the weights (B, H, Q, J) to `record`, if given."""
+        query = frame.apply_to_queries(split_heads(self.query(x), self.num_heads))
         dropout = self.dropout if self.training else 0.0
         if record is not None:
-            # The weights are what the same attention reads from unit vectors: no second implementation to drift.
+            # Attention over unit vectors returns the weights, so no second implementation has to be kept in sync.
             units = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
             record.append(frame.attend(query, key, units, keep_mask=keep_mask, is_causal=False, dropout=0.0).detach())
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=False, dropout=dropout)

@@ -1,4 +1,4 @@
-"""Transformer-XL's relative positions: attention scores with a part for content and a part for distance."""
+"""Transformer-XL's relative positions: attention scores are a content term plus a distance term."""
 
 import math
 
@@ -14,11 +14,11 @@ from memformer.nn.positions import Frame, sinusoids
 class DistanceFrame(Frame):
     """Causal attention: softmax(((Q + u) K^T + (Q + v) R^T) / sqrt(D/H)) V, with a vector R for each distance.
 
-    The queries are the last tokens of those that the keys belong to, so a query and a key are never further apart than
-    there are keys; what comes after a query has no vector, and is not looked at.
+    The queries belong to the last Q of the J tokens that the keys belong to, so distances are at most J-1. Keys after
+    a query are masked.
 
     Args:
-        vectors: R of the distances J-1 .. 0, for each head.
+        vectors: R for the distances J-1 .. 0, for each head.
         content_bias: u.
         distance_bias: v.
     """
@@ -44,11 +44,11 @@ class DistanceFrame(Frame):
         is_causal: bool = True,
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
-        """Return what each query reads of the keys up to itself; `is_causal` changes nothing."""
+        """Return the attention output of each query over the keys up to its own token; `is_causal` has no effect."""
         num_queries, num_keys = query.shape[-2], key.shape[-2]
         by_distance = (query + self.distance_bias[:, None].to(query.dtype)) @ self.vectors.to(query.dtype).mT
-        # A query that stands k tokens before the last needs its scores k places further left. Read as rows that are
-        # one longer, and so one place off from row to row, they are all there (arXiv 1901.02860, appendix B).
+        # Relative shift (arXiv 1901.02860, appendix B): the scores of a query k tokens before the last one belong k
+        # columns further left. Padding rows with one column and reshaping shifts each row by one more than the next.
         shifted = F.pad(by_distance, (1, 0)).flatten(-2)[..., num_queries:].unflatten(-1, (num_queries, num_keys))
         keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
         keep = keep[None, None] if keep_mask is None else keep & keep_mask
@@ -58,9 +58,9 @@ class DistanceFrame(Frame):
 
 
 class Distances(nn.Module):
-    """The learned part of Transformer-XL's relative positions, for one layer (arXiv 1901.02860, section 3.3).
+    """Learned parameters of Transformer-XL's relative positions for one layer (arXiv 1901.02860, section 3.3).
 
-    R is a linear map of the sinusoids of the distance. Every layer has its own map and its own u and v.
+    R is a linear map of the sinusoids of the distance. Every layer has its own map, u and v.
 
     Args:
         width: Model width D.
@@ -74,12 +74,12 @@ class Distances(nn.Module):
         self.distance_bias = nn.Parameter(torch.zeros(num_heads, width // num_heads))
 
     def forward(self, sines: Float[Tensor, "J D"]) -> DistanceFrame:
-        """Return the layer's frame; `sines` are those of the distances J-1 .. 0, the same for every layer."""
+        """Return the layer's frame; `sines` are the sinusoids of the distances J-1 .. 0, shared by all layers."""
         vectors = self.projection(sines).unflatten(-1, self.content_bias.shape).transpose(0, 1)
         return DistanceFrame(vectors, content_bias=self.content_bias, distance_bias=self.distance_bias)
 
 
 def descending_sinusoids(num_keys: int, *, width: int, like: Tensor) -> Float[Tensor, "J D"]:
-    """Return the sinusoids of the distances J-1 .. 0, with the dtype and the device of `like`."""
+    """Return the sinusoids of the distances J-1 .. 0, on the device and in the dtype of `like`."""
     distances = torch.arange(num_keys - 1, -1, -1, device=like.device)
     return sinusoids(distances, width=width).to(like.dtype)

@@ -1,7 +1,7 @@
-"""Softmax and its sparse relatives: entmax of alpha 1 (softmax), 1.5 and 2 (sparsemax).
+"""Softmax and sparse alternatives: entmax with alpha 1 (softmax), 1.5 (entmax15) and 2 (sparsemax).
 
-p = argmax_p p.z + H_alpha(p): Tsallis entropies, sparse for alpha > 1 (Peters et al., arXiv 1905.05702; the exact
-solution by sorting for 2 is Martins and Astudillo's, arXiv 1602.02068).
+p = argmax_p p.z + H_alpha(p), where H_alpha is the Tsallis entropy; p can be sparse for alpha > 1 (Peters et al., arXiv
+1905.05702). The exact solution by sorting for alpha = 2 is from Martins and Astudillo (arXiv 1602.02068).
 """
 
 from typing import Any, Literal
@@ -12,12 +12,12 @@ from torch import Tensor
 
 Normalizer = Literal["softmax", "entmax15", "sparsemax"]
 
-# How far below the highest score another one gets weight 0 (between two: a third only makes it nearer).
-REACH = {"softmax": float("inf"), "entmax15": 2.0, "sparsemax": 1.0}
+# A score this far below the highest one gets weight 0 (exact for two scores; with more, a smaller gap is enough).
+SUPPORT_WIDTH = {"softmax": float("inf"), "entmax15": 2.0, "sparsemax": 1.0}
 
 
 def normalize_scores(scores: Float[Tensor, "*rows J"], normalizer: str) -> Float[Tensor, "*rows J"]:
-    """Return weights over the last dimension that sum to 1; a score of -inf gets none."""
+    """Return weights over the last dimension that sum to 1; a score of -inf gets weight 0."""
     if normalizer == "softmax":
         return scores.softmax(dim=-1)
     return _Entmax.apply(scores, 1.5 if normalizer == "entmax15" else 2.0)
@@ -26,7 +26,7 @@ def normalize_scores(scores: Float[Tensor, "*rows J"], normalizer: str) -> Float
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
-        # Weights do not change when all scores move together, and are zero far below the highest one.
+        # Adding a constant to all scores does not change the weights, and scores far below the highest get weight 0.
         z = (alpha - 1) * (scores - scores.amax(dim=-1, keepdim=True)).clamp(min=-1e3)
         ordered = z.sort(dim=-1, descending=True).values
         count = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)

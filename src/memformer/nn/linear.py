@@ -1,8 +1,8 @@
-"""Linear maps, by the faster library where a CPU has two.
+"""Linear layers that use oneDNN instead of MKL on a CPU where it is faster.
 
-Torch's float32 matrix products on x86 come from MKL, which on processors not made by Intel keeps to older
-instructions; oneDNN, which torch brings too and `torch.compile` uses, is then up to twice as fast from about a
-million multiplications on (benchmarks/linear.py). Both agree to rounding.
+PyTorch computes float32 matrix products on x86 with MKL, which uses older instructions on processors not made by Intel.
+There oneDNN, which is also part of PyTorch and is used by `torch.compile`, is up to twice as fast for products of about
+a million multiplications or more (benchmarks/linear.py). Results agree up to rounding.
 """
 
 from typing import Any
@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-# The operator that torch.compile emits for a linear map on a CPU; torch builds without oneDNN lack it.
+# Operator that torch.compile emits for a linear layer on a CPU; PyTorch builds without oneDNN lack it.
 _HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Multiplications from which on oneDNN is faster: a call takes it ten microseconds before it begins.
+# Smallest number of multiplications for which oneDNN is faster: each call has an overhead of 10 microseconds.
 _LEAST_PRODUCTS = 1 << 20
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, computed by `linear`."""
+    """Subclass of `torch.nn.Linear` that computes its output with `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the map of the input's last dimension."""
+        """Apply the linear map to the last dimension of the input."""
         return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + b, as `torch.nn.functional.linear`; `torch.backends.mkldnn.enabled = False` keeps oneDNN out."""
+    """Return x W^T + b, like `torch.nn.functional.linear`; `torch.backends.mkldnn.enabled = False` disables oneDNN."""
     if not _suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -44,14 +44,14 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and _HAS_ONEDNN_LINEAR
-        # torch.compile chooses the library itself, and refuses the operator where weights may change.
+        # torch.compile chooses the library itself, and rejects this operator if weights may change.
         and not torch.compiler.is_compiling()
         and not _is_transformed()
     )
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or a forward-mode derivative is at work: they know torch's own map alone."""
+    """Return whether torch.func or forward-mode differentiation is active: they support only PyTorch's own operator."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -61,7 +61,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Torch gives the operator no gradient; here it is in terms of itself, so that it can be differentiated again."""
+    """Gradient of the oneDNN operator, which PyTorch lacks; it calls `linear`, so it can be differentiated again."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """Return left^T right; oneDNN copies what stands on its left, so that is the narrower of the two."""
+    """Return left^T right; oneDNN copies its left operand, so the narrower matrix is put there."""
     if left.shape[1] <= right.shape[1]:
         return linear(left.t(), right.t())
     return linear(right.t(), left.t()).t().contiguous()

@@ -1,43 +1,46 @@
-"""Which slot may take which token where slots compete: a matching, so that no token is lost to another one."""
+"""Greedy matching of tokens to memory slots: a token whose best slot is taken gets another slot."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Eagerness = Float[Tensor, "*rows K S"]
+Preference = Float[Tensor, "*rows K S"]
 Matching = Bool[Tensor, "*rows K S"]
 
-# Between slots as eager as each other the first one wins. Above rounding, so that slots that are alike are taken in
-# the same order in a batch and alone; and in all so little, however many slots there are, that it does not come before
-# what tells other slots apart. (Up to 256 slots, what was measured: experiments/RETENTION.md.)
-_LARGEST_HEAD_START = 1e-3
-_LARGEST_HEAD_START_OF_ALL = 0.256
+# Ties between slots go to the earlier slot: each slot's preference is lowered by one more step than that of the slot
+# before it. The step exceeds rounding errors, so that equal slots are taken in the same order in a batch and alone. The
+# sum of all steps is limited, so that it stays below real differences between slots, however many slots there are. (Up
+# to 256 slots the step is 1e-3, the value of the measurements in experiments/RETENTION.md.)
+_MAX_TIE_BREAK_STEP = 1e-3
+_MAX_TIE_BREAK_SUM = 0.256
 
 
 @torch.no_grad()
-def match_slots(eagerness: Eagerness, *, least: float, sharing: bool = False) -> Matching:
-    """Return True where a slot may take a token: a token is taken by one slot, and a slot takes one token.
+def match_slots(preference: Preference, *, least: float, sharing: bool = False) -> Matching:
+    """Return True where a slot may take a token: at most one slot per token, and at most one token per slot.
 
-    Greedy: the pair of the highest eagerness is matched, then the highest among the slots and tokens that are left, and
-    so on. Found in rounds of all pairs that are each other's best: at most as many as there are pairs. (Only tokens
-    that are exactly as eager for a slot as each other share it.)
+    The matching is greedy: the pair with the highest preference is matched first, then the highest among the remaining
+    slots and tokens, and so on. Each round matches all pairs that are each other's best, so there are at most as many
+    rounds as pairs. (Several tokens share a slot only if its preferences for them are exactly equal.)
 
     Args:
-        eagerness: How much each slot wants each token; -inf for never.
-        least: Pairs at or below it are not matched.
-        sharing: Give each token to the slot that wants it most, whatever else that slot takes.
+        preference: Preference of each slot for each token; -inf for never.
+        least: Pairs with this preference or a lower one are not matched.
+        sharing: Give each token to the slot with the highest preference for it, even if that slot takes other tokens.
     """
-    num_slots = eagerness.shape[-2]
-    order = torch.arange(num_slots, device=eagerness.device, dtype=eagerness.dtype)
-    head_start = min(_LARGEST_HEAD_START, _LARGEST_HEAD_START_OF_ALL / num_slots)
-    left = (eagerness - head_start * order[:, None]).masked_fill(eagerness <= least, float("-inf"))
+    num_slots = preference.shape[-2]
+    order = torch.arange(num_slots, device=preference.device, dtype=preference.dtype)
+    tie_break_step = min(_MAX_TIE_BREAK_STEP, _MAX_TIE_BREAK_SUM / num_slots)
+    remaining = (preference - tie_break_step * order[:, None]).masked_fill(preference <= least, float("-inf"))
     if sharing:
-        return (left == left.amax(dim=-2, keepdim=True)) & (left > float("-inf"))
-    matching = torch.zeros_like(left, dtype=torch.bool)
+        return (remaining == remaining.amax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
+    matching = torch.zeros_like(remaining, dtype=torch.bool)
     while True:
-        best_slot, best_token = left.amax(dim=-2, keepdim=True), left.amax(dim=-1, keepdim=True)
-        pairs = (left == best_slot) & (left == best_token) & (left > float("-inf"))
+        best_slot, best_token = remaining.amax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
+        pairs = (remaining == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
         if not pairs.any():
             return matching
         matching |= pairs
-        left = left.masked_fill(pairs.any(dim=-1, keepdim=True) | pairs.any(dim=-2, keepdim=True), float("-inf"))
+        remaining = remaining.masked_fill(
+            pairs.any(dim=-1, keepdim=True) | pairs.any(dim=-2, keepdim=True), float("-inf")
+        )

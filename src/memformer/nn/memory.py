@@ -1,7 +1,6 @@
-"""The memory: how it is read, written and forgotten (arXiv 2010.06891v2, sections 3.2-3.4)."""
+"""The memory: reader, writer and forgetting (arXiv 2010.06891v2, sections 3.2-3.4)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
-from memformer.nn.entmax import REACH, Normalizer, normalize_scores
+from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.entmax import SUPPORT_WIDTH, Normalizer, normalize_scores
 from memformer.nn.linear import Linear, linear
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
@@ -18,28 +18,14 @@ from memformer.shapes import Hidden, Memory
 
 WrittenShare = Float[Tensor, "B H K 1"]
 
-# A token whose best score is this far below being written pays nothing.
+# Margin of the write penalty: a token is not penalized if its best score is this far below the threshold for a write.
 _MARGIN = 1.0
-
-
-@dataclass
-class WritePressure:
-    """How much the tokens of one timestep press to be written, filled by `Memformer.encode` when it is passed in.
-
-    Attributes:
-        total: Scalar with gradient, summed over tokens and averaged over the writer's heads: ln(1 + e), where e is how
-            far the score of the slot that wants a token most lies above the highest one that writes nothing, plus a
-            margin of 1; 0 for a token that is clearly refused. Unlike what is written it has a gradient where a write
-            is whole; and with the logarithm one whole write costs less than two halves.
-    """
-
-    total: Tensor | None = None
 
 
 class MemoryReader(nn.Module):
     """Cross-attention from tokens (queries) to memory slots (keys and values), v2 Eq. 1-3.
 
-    Every token sees every slot, so there is no mask. Time O(S*K*D) a layer. Departure: none.
+    Every token attends to every slot, so there is no mask. Time O(S*K*D) per layer. No departure from the paper.
 
     Args:
         width: Model width D.
@@ -54,7 +40,7 @@ class MemoryReader(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B Q D"], *, slots: Memory, record: AttentionRecord | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """Return what every token reads; `slots` are the memory after its LayerNorm."""
+        """Return the attention output of each token; `slots` is the memory after its LayerNorm."""
         frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
         weights = None if record is None else record.reader
@@ -62,34 +48,40 @@ class MemoryReader(nn.Module):
 
 
 class MemoryWriter(nn.Module):
-    """Slot attention: every slot looks at itself and at the segment's tokens, never at another slot.
+    """Slot attention: every slot attends to itself and to the segment's tokens, never to another slot.
 
         q_i, k_i = m_i W_Q, m_i W_K ;  K_x, V_x = x W_K, x W_V
         a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(D/H) tau)) ;  m_i' = a_i [m_i ; V_x]
 
-    The slot's own value is m_i itself and there is no output projection: a slot that looks only at itself keeps its
-    content exactly. Computed in the memory's dtype, whatever the autocast. Departures, each off by default:
+    The slot's own value is m_i itself, and there is no output projection. So a slot that attends only to itself keeps
+    its content exactly. Computed in the memory's dtype, even under autocast. Departures, each off by default:
 
-    - In place of the softmax a sparse relative of it, whose weights can be exactly 0, so that a slot can keep its
+    - `normalizer`: a sparse alternative to the softmax, whose weights can be exactly 0, so that a slot can keep its
       content exactly.
-    - Slots compete for tokens: head by head, a token can be taken by one slot only and a slot takes one token only,
-      matched by how far the slot's score of the token exceeds its score of itself. So a free slot is found without
-      disturbing full ones, a fact does not fill the whole memory, and facts told in one segment find a slot each. With
-      `sharing`, tokens that want the same slot most all look at it: they compete with each other too, and few slots
-      are written, but facts told together may be mixed. Here slots do interfere. (Slot attention, arXiv 2006.15055,
-      has a softmax over slots instead: too soft here, where many free slots are alike and would all take the first
-      fact.)
-    - A free slot scores itself lower, by a learned number times its cosine with its terminal state of forgetting, so
-      that facts go where nothing is written yet.
+    - `competition`: slots compete for tokens. In each head a token is taken by at most one slot and a slot takes at
+      most one token, matched by the slot's score for the token minus its score for itself. So a free slot is found
+      without disturbing full ones, a fact does not fill the whole memory, and several facts in one segment get one slot
+      each. Slots do influence each other here. (Slot attention, arXiv 2006.15055, uses a softmax over slots instead.
+      It is too soft here: many free slots are alike and would all take the first fact.)
+    - `sharing`: several tokens may take the same slot, the one with the highest preference for each of them. They
+      compete within that slot, and fewer slots are written, but facts of one segment may be mixed.
+    - `free_slot_bias`: a free slot lowers its score for itself by a learned number times its cosine similarity to its
+      terminal state of forgetting, so that facts are written to slots that hold nothing yet.
+
+    The auxiliary loss is the write penalty, summed over tokens and averaged over heads: ln(1 + e). Here e is the
+    token's highest score (over slots, each relative to the slot's score for itself) minus the highest score that writes
+    nothing, plus a margin of 1, and at least 0. So a token that is clearly not written has penalty 0. Unlike the
+    written values, the penalty has a gradient even where a slot is fully replaced. Because of the logarithm, one full
+    write has a smaller penalty than two half writes.
 
     Args:
         width: Model width D.
         num_heads: Number of heads H, a divisor of `width`.
-        temperature: tau; below 1 sharpens.
-        normalizer: What turns scores into weights.
+        temperature: Softmax temperature tau; values below 1 sharpen the weights.
+        normalizer: Function that turns scores into weights.
         competition: Whether slots compete for tokens.
-        sharing: Whether several tokens that want the same slot most share it, in place of choosing again.
-        free_slot_eagerness: By how much a free slot scores itself lower, at initialisation. 0 leaves it out.
+        sharing: Whether tokens with the same best slot share it, instead of being matched to different slots.
+        free_slot_bias: Initial value of the learned bias that lowers a free slot's score for itself. 0: no bias.
     """
 
     def __init__(
@@ -101,7 +93,7 @@ class MemoryWriter(nn.Module):
         normalizer: Normalizer = "softmax",
         competition: bool = False,
         sharing: bool = False,
-        free_slot_eagerness: float = 0.0,
+        free_slot_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -109,9 +101,7 @@ class MemoryWriter(nn.Module):
         self.normalizer = normalizer
         self.competition = competition
         self.sharing = sharing
-        self.free_slot_eagerness = (
-            nn.Parameter(torch.tensor(float(free_slot_eagerness))) if free_slot_eagerness else None
-        )
+        self.free_slot_bias = nn.Parameter(torch.tensor(float(free_slot_bias))) if free_slot_bias else None
         self.query = Linear(width, width, bias=False)
         self.key = Linear(width, width, bias=False)
         self.value = Linear(width, width, bias=False)
@@ -124,44 +114,42 @@ class MemoryWriter(nn.Module):
         terminal: Float[Tensor, "slots D"],
         padding_mask: Bool[Tensor, "B S"] | None = None,
         record: AttentionRecord | None = None,
-        pressure: WritePressure | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Memory, WrittenShare]:
-        """Return m', the slots after looking, not on the sphere yet, and the share of each that is not its own.
+        """Return the written slots m', not yet normalized, and the replaced share of each slot.
 
         Args:
             memory: The slots.
-            hidden: The segment's tokens.
-            terminal: Each slot's terminal state of forgetting, or the one of all: what a free slot looks like.
+            hidden: The hidden states of the segment's tokens.
+            terminal: Terminal state of forgetting, one per slot or one for all; free slots are similar to it.
             padding_mask: True at padding.
-            record: Filled with the weights, (B, H, K, 1 + S), the slot's own first.
-            pressure: Filled with how much the tokens press to be written.
+            record: Receives the attention weights, (B, H, K, 1 + S), the slot's weight for itself first.
+            auxiliary: Receives the write penalty, if given.
 
         Raises:
-            InputError: `pressure` is given and the normalizer is the softmax, where every token is written.
+            InputError: `auxiliary` is given and the normalizer is the softmax, which writes every token.
         """
-        reach = REACH[self.normalizer]
-        if pressure is not None and reach == math.inf:
-            raise InputError(
-                f"write_normalizer ({self.normalizer!r}) writes every token: a price on writing needs a sparse one"
-            )
+        support_width = SUPPORT_WIDTH[self.normalizer]
+        if auxiliary is not None:
+            self.check_auxiliary_loss()
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
             query = self._project(memory, self.query) / (
                 math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature
             )
             own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)  # (B, H, K, 1)
-            if self.free_slot_eagerness is not None:
+            if self.free_slot_bias is not None:
                 free_slot = split_heads(terminal.to(memory.dtype)[None], self.num_heads)
-                freedom = F.cosine_similarity(split_heads(memory, self.num_heads), free_slot, dim=-1)[..., None]
-                own_score = own_score - self.free_slot_eagerness * freedom
+                similarity = F.cosine_similarity(split_heads(memory, self.num_heads), free_slot, dim=-1)[..., None]
+                own_score = own_score - self.free_slot_bias * similarity
             token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-            if pressure is not None:
-                most = (token_scores - own_score).amax(dim=-2)  # (B, H, S), of the slot that wants the token most
-                pressure.total = F.relu(most + reach + _MARGIN).log1p().sum() / self.num_heads
+            if auxiliary is not None:
+                highest = (token_scores - own_score).amax(dim=-2)  # (B, H, S)
+                auxiliary.total = F.relu(highest + support_width + _MARGIN).log1p().sum() / self.num_heads
             if self.competition:
-                matching = match_slots(token_scores - own_score, least=-reach, sharing=self.sharing)
+                matching = match_slots(token_scores - own_score, least=-support_width, sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
             if record is not None:
@@ -169,28 +157,41 @@ class MemoryWriter(nn.Module):
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
             return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value)), 1 - weights[..., :1]
 
+    def check_auxiliary_loss(self) -> None:
+        """Check that a write penalty is possible: the normalizer can give a token weight 0.
+
+        Raises:
+            InputError: The normalizer is the softmax, which writes every token.
+        """
+        if SUPPORT_WIDTH[self.normalizer] == math.inf:
+            raise InputError(
+                f"write_normalizer ({self.normalizer!r}) writes every token; "
+                "a write penalty needs a sparse normalizer (entmax15 or sparsemax)"
+            )
+
     def _project(self, x: Tensor, projection: Linear) -> Tensor:
         return split_heads(linear(x, projection.weight.to(x.dtype)), self.num_heads)
 
 
 class MemoryNormalization(nn.Module):
-    """Biased memory normalization: forgetting, and the way back to the sphere (v2, section 3.4).
+    """Biased memory normalization: adds forgetting vectors and projects slots back to the sphere (v2, section 3.4).
 
         m_i <- radius (m_i' + v_i) / ||m_i' + v_i|| ;  M_0: m_i = radius v_i / ||v_i||
 
-    Departure: the radius is sqrt(D) instead of 1 (RMS 1, the scale LayerNorm gives to activations), the same model up
-    to a rescaling of V_x and v_i. With radius 1 a written value outweighs the slot at once.
+    Departure: the radius is sqrt(D) instead of 1, so that slots have RMS 1, like activations after LayerNorm. The model
+    is the same up to a rescaling of V_x and v_i. With radius 1 a written value would outweigh the slot immediately.
 
     Args:
         num_slots: Number of slots K.
         width: Model width D.
-        forgetting_speeds: ||v_i|| / radius of the first and the last slot at initialisation; log-uniform between.
-        exchangeable: One v for all slots. Departure: in the paper every slot has its own.
-        forgetting: False leaves v_i out of the update; it still is the initial state.
-        only_when_written: Scale v_i by the share of the slot (head by head) that its writer replaced. Departure: in the
-            paper every slot is pulled at every timestep; here one that looks only at itself is kept for ever.
-        log_speeds: Learn v_i as a direction and the logarithm of its length. Departure: the paper learns the vector;
-            there a few steps of an optimizer like Adam, all of one size, make slow slots forget as fast as the others.
+        forgetting_speeds: ||v_i|| / radius at initialization for the first and the last slot, log-uniform in between.
+        exchangeable: Use one v for all slots. Departure: in the paper every slot has its own.
+        forgetting: False: v_i is not added in the update, but it is still the initial state.
+        only_when_written: Scale v_i, head by head, by the share of the slot that the writer replaced. Departure: in the
+            paper every slot forgets at every timestep; here a slot that attends only to itself is kept forever.
+        log_speeds: Learn v_i as a direction and the logarithm of its length. Departure: the paper learns the vector.
+            With vectors, a few steps of an optimizer such as Adam, whose steps all have the same size, make slow slots
+            forget as fast as the others.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ class MemoryNormalization(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the slots' directions at random, and give them their speeds."""
+        """Draw the directions of the forgetting vectors at random and set their speeds."""
         first, last = (math.log(speed) for speed in self.forgetting_speeds)
         log_speeds = torch.linspace(first, last, self.slot_bias.shape[0])
         with torch.no_grad():
@@ -227,13 +228,13 @@ class MemoryNormalization(nn.Module):
                 self.slot_bias.copy_(self.radius * log_speeds.exp()[:, None] * F.normalize(self.slot_bias, dim=-1))
 
     def forgetting_vectors(self) -> Float[Tensor, "vectors D"]:
-        """Return v_i of every slot, or the one v of all."""
+        """Return v_i of every slot, or the one v that all slots share."""
         if self.log_speed is None:
             return self.slot_bias
         return self.radius * self.log_speed.exp()[:, None] * F.normalize(self.slot_bias, dim=-1)
 
     def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
-        """Return the slots, pulled towards their terminal states, on the sphere; both arguments are the writer's."""
+        """Return the slots after forgetting and normalization; both arguments are results of the writer."""
         if self.forgetting:
             forgetting = self.forgetting_vectors().to(memory.dtype)
             if self.only_when_written:
@@ -242,6 +243,6 @@ class MemoryNormalization(nn.Module):
         return self.radius * F.normalize(memory, dim=-1)
 
     def initial_memory(self, batch_size: int) -> Memory:
-        """Return M_0, the terminal state of forgetting, for each row; at least float32."""
+        """Return M_0, the terminal state of forgetting, for each row, in at least float32."""
         slot_bias = self.slot_bias.to(torch.promote_types(self.slot_bias.dtype, torch.float32))
         return (self.radius * F.normalize(slot_bias, dim=-1)).expand(batch_size, self.num_slots, -1)

@@ -1,8 +1,9 @@
-"""Where tokens stand: rotary positions, and the simplified relative positions of the paper's first version.
+"""Token positions: rotary, and the simplified relative positions of the paper's first version.
 
-A position scheme builds one frame per stack of layers. The frame places queries and keys (once, so that placed
-keys can be cached) and attends. Positions are integers; only differences between query and key positions matter, so
-the decoder counts its own tokens from 0 and the encoder's backwards from -1: distance continues across the boundary.
+A position scheme builds one frame per stack of layers. The frame applies positions to queries and keys (once, so that
+keys can be cached with their positions) and computes attention. Positions are integers, and only differences between
+query and key positions matter. The decoder counts its own tokens from 0 upwards and the encoder's from -1 downwards, so
+that distances continue across the segment boundary.
 """
 
 import math
@@ -17,20 +18,20 @@ Positions = Int64[Tensor, " Q"] | Int64[Tensor, "B Q"]
 KeepMask = Bool[Tensor, "#B 1 #Q J"]
 
 
-# Keys up to which attention is spelled out on a CPU in bfloat16: the fused kernel takes 1.2 to 6 times as long there,
-# forward and backward, most of all for short segments; holding the scores is its price.
-_LONGEST_SPELLED_OUT = 1024
+# Largest number of keys for which bfloat16 attention on a CPU does not use the fused kernel. The kernel takes 1.2 to 6
+# times as long there, forward and backward, most of all for short segments. Without it, all scores are held in memory.
+_MAX_UNFUSED_KEYS = 1024
 
 
 class Frame:
-    """How one stack of layers places its queries and keys, and attends; this one has no positions, as memory slots."""
+    """Positions and attention of one stack of layers; this base class has no positions (used for memory slots)."""
 
-    def place_queries(self, query: Tensor) -> Tensor:
-        """Return the queries as they are."""
+    def apply_to_queries(self, query: Tensor) -> Tensor:
+        """Return the queries unchanged."""
         return query
 
-    def place_keys(self, key: Tensor) -> Tensor:
-        """Return the keys as they are."""
+    def apply_to_keys(self, key: Tensor) -> Tensor:
+        """Return the keys unchanged."""
         return key
 
     def attend(
@@ -43,8 +44,8 @@ class Frame:
         is_causal: bool = False,
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
-        """Return scaled dot-product attention; `keep_mask` is True where a query may look."""
-        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[-2] <= _LONGEST_SPELLED_OUT:
+        """Return scaled dot-product attention; `keep_mask` is True where a query may attend to a key."""
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[-2] <= _MAX_UNFUSED_KEYS:
             scores = query / math.sqrt(query.shape[-1]) @ key.mT
             return _weights(scores, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout) @ value
         return F.scaled_dot_product_attention(
@@ -65,40 +66,40 @@ def _weights(
 
 
 class RotaryFrame(Frame):
-    """Queries and keys turned by their positions; attention itself is plain. Turns are made when first needed."""
+    """Queries and keys rotated by their positions, with plain attention. Rotations are computed on first use."""
 
     def __init__(self, query_positions: Tensor, *, key_positions: Tensor, head_width: int, base: float) -> None:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.head_width = head_width
         self.base = base
-        self._known_turns: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._cached_rotations: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def towards(self, key_positions: Tensor) -> "RotaryFrame":
-        """Return the frame of the same queries and other keys, placed already: a query is turned alike for all."""
+    def with_keys(self, key_positions: Tensor) -> "RotaryFrame":
+        """Return the frame for the same queries and other, already rotated keys: a query's rotation stays the same."""
         del key_positions
         return self
 
-    def place_queries(self, query: Tensor) -> Tensor:
-        """Return the queries turned by their positions."""
-        return _rotate(query, turns=self._turns(query.dtype, of_keys=False))
+    def apply_to_queries(self, query: Tensor) -> Tensor:
+        """Return the queries rotated by their positions."""
+        return _rotate(query, rotation=self._rotation(query.dtype, of_keys=False))
 
-    def place_keys(self, key: Tensor) -> Tensor:
-        """Return the keys turned by their positions."""
-        return _rotate(key, turns=self._turns(key.dtype, of_keys=True))
+    def apply_to_keys(self, key: Tensor) -> Tensor:
+        """Return the keys rotated by their positions."""
+        return _rotate(key, rotation=self._rotation(key.dtype, of_keys=True))
 
-    def _turns(self, dtype: torch.dtype, *, of_keys: bool) -> tuple[Tensor, Tensor]:
-        """Return the turns in one dtype: every layer asks for the same ones."""
+    def _rotation(self, dtype: torch.dtype, *, of_keys: bool) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines in one dtype, cached because every layer uses the same ones."""
         of_keys = of_keys and self.key_positions is not self.query_positions
-        known = self._known_turns.get((of_keys, dtype))
-        if known is None:
+        cached = self._cached_rotations.get((of_keys, dtype))
+        if cached is None:
             positions = self.key_positions if of_keys else self.query_positions
-            cos, sin = _turns(positions, head_width=self.head_width, base=self.base)
-            known = self._known_turns[of_keys, dtype] = cos.to(dtype), sin.to(dtype)
-        return known
+            cos, sin = _compute_rotation(positions, head_width=self.head_width, base=self.base)
+            cached = self._cached_rotations[of_keys, dtype] = cos.to(dtype), sin.to(dtype)
+        return cached
 
 
-def _turns(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+def _compute_rotation(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     half = head_width // 2
     exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     angles = positions[..., None] * base**-exponents
@@ -109,18 +110,18 @@ def _turns(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, 
     return cos, sin
 
 
-def _rotate(x: Tensor, *, turns: tuple[Tensor, Tensor]) -> Tensor:
-    # Pairs are (i, i + half); the sine carries the minus sign of its first half, so one roll replaces split and cat.
-    cos, sin = turns
+def _rotate(x: Tensor, *, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    # Pairs are (i, i + half). The first half of the sines has a minus sign, so that one roll replaces split and cat.
+    cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class RotaryPositions(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864); the paper names no scheme.
+    """Rotary position embedding (arXiv 2104.09864); the paper does not name its position scheme.
 
     Args:
         head_width: Width D/H of one head, even.
-        base: Longest wavelength over 2 pi, in tokens.
+        base: Longest wavelength divided by 2 pi, in tokens.
     """
 
     biased_projections = False
@@ -133,7 +134,7 @@ class RotaryPositions(nn.Module):
     def forward(
         self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
     ) -> RotaryFrame:
-        """Return the frame; `new_key_positions` are those of the keys still to place, where others are cached."""
+        """Return the frame; `new_key_positions` are the positions of the new keys if the others are cached."""
         return RotaryFrame(
             query_positions,
             key_positions=key_positions if new_key_positions is None else new_key_positions,
@@ -143,14 +144,14 @@ class RotaryPositions(nn.Module):
 
 
 def sinusoids(distances: Int64[Tensor, " L"], *, width: int) -> Float[Tensor, "L width"]:
-    """Return a vector of sines and cosines for each distance (arXiv 1706.03762, section 3.5), in float64."""
+    """Return the sinusoidal vector of each distance (arXiv 1706.03762, section 3.5), in float64."""
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=distances.device) / width
     angles = distances[:, None] * 10_000.0**-exponents
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[:, :width]
 
 
 class RelativeFrame(Frame):
-    """Attention with a vector R for each distance, in the scores and in what is read."""
+    """Attention with a vector R for each distance, added to keys and values."""
 
     def __init__(self, query_positions: Tensor, *, key_positions: Tensor, num_heads: int, head_width: int) -> None:
         self.query_positions = query_positions
@@ -158,15 +159,15 @@ class RelativeFrame(Frame):
         self.num_heads = num_heads
         self.head_width = head_width
 
-    def towards(self, key_positions: Tensor) -> "RelativeFrame":
-        """Return the frame of the same queries and other keys."""
+    def with_keys(self, key_positions: Tensor) -> "RelativeFrame":
+        """Return the frame for the same queries and other keys."""
         return RelativeFrame(
             self.query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width
         )
 
     @cached_property
     def _distances(self) -> tuple[Tensor, Tensor]:
-        """Vectors (H, L, D/H) of the L distances that occur, and which of them a query and a key have."""
+        """Vectors (H, L, D/H) of the L distances that occur, and the vector index of each query-key pair."""
         distances = self.query_positions[..., :, None] - self.key_positions[..., None, :]  # (Q, J) or (B, Q, J)
         nearest, farthest = int(distances.min()), int(distances.max())
         span = torch.arange(nearest, farthest + 1, device=distances.device)
@@ -199,8 +200,8 @@ class RelativeFrame(Frame):
 class RelativePositions(nn.Module):
     """Simplified relative positions (arXiv 2010.06891v1): A_ij = Q_i.(K_j + R_{i-j}), H_i = sum_j A_ij (V_j + R_{i-j}).
 
-    Queries, keys and values have biases. v1 counts 1.05 M parameters a layer at width 512, which is the four
-    projections and their biases alone; so R has none of its own here: it is the sinusoid of the distance.
+    Queries, keys and values have biases. v1 counts 1.05 M parameters per layer at width 512, which are exactly the four
+    projections and their biases. So R has no parameters here: it is the sinusoid of the distance.
 
     Args:
         num_heads: Number of heads H.
@@ -217,7 +218,7 @@ class RelativePositions(nn.Module):
     def forward(
         self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
     ) -> RelativeFrame:
-        """Return the frame; keys carry no position of their own, so `new_key_positions` is not needed."""
+        """Return the frame; keys are stored without positions, so `new_key_positions` is not used."""
         del new_key_positions
         return RelativeFrame(
             query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width

@@ -1,1 +1,1 @@
-"""The paper's experiments: what each table holds, the runs behind its rows, the table beside the paper's figures."""
+"""Reproduction of the paper's tables: definitions of the tables, their runs, and the results beside the paper's."""

@@ -1,4 +1,4 @@
-"""`memformer reproduce`: finish the runs of a table, and write it."""
+"""Implementation of `memformer reproduce`: train the missing runs of a table and write the results."""
 
 import json
 import sys
@@ -14,24 +14,24 @@ from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
 from memformer.reproduction.runs import finish_runs, plan_runs
 from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
+from memformer.utils.checks import check_integer
 from memformer.utils.files import write_json, write_text
 
 
 def reproduce(options: Any, train_options: Sequence[str]) -> str:
-    """Train what is missing of a table, write table.md, table.json and table.png, and return what to print.
+    """Train the missing runs of a table, write table.md, table.json and table.png, and return the text to print.
 
     Raises:
-        InputError: There is no such table, scale or row, or runs failed.
+        InputError: The table, scale or row is unknown, or runs failed.
     """
     folder = tables_folder()
     known = [*table_names(folder), *costs_names(folder)]
     if options.table not in known:
-        raise InputError(f"unknown table {options.table!r}; there are {', '.join(sorted(known))}")
+        raise InputError(f"unknown table {options.table!r}; the tables are {', '.join(sorted(known))}")
     if options.table in costs_names(folder):
         return _write_costs(folder / options.table, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
-        if value < 1:
-            raise InputError(f"{name} ({value}) must be at least 1")
+        check_integer(name, value, 1)
     table = read_table(folder / options.table)
     output = Path(options.folder or f"runs/{table.key}-{options.scale}")
     runs = plan_runs(

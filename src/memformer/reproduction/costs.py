@@ -1,4 +1,4 @@
-"""The paper's Table 3 and Figure 5: what training costs by method and horizon, models by length and memory."""
+"""Table 3 and Figure 5 of the paper: cost of training by method and horizon, and of models by length and memory."""
 
 import statistics
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
 from memformer.models import build_model
 from memformer.models.loading import MODELS
-from memformer.reproduction.measure import Setting, Way, measure_growth, measure_seconds
+from memformer.reproduction.measure import MethodSpec, Setting, measure_growth, measure_seconds
 from memformer.utils.checks import refuse_unknown_keys
 from memformer.utils.machine import versions
 from memformer.utils.yaml_files import read_yaml
 
 COSTS_FILE = "costs.yaml"
-WAYS = (Way("bptt"), Way("checkpoint"), Way("replay"))
-# What a model's memory size is called in its config.
+METHODS = (MethodSpec("bptt"), MethodSpec("checkpoint"), MethodSpec("replay"))
+# Config key of the memory size, per model type.
 MEMORY_SIZES = {"memformer": "num_slots", "transformer_xl": "memory_length"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostsScale:
-    """What is measured at one scale.
+    """The measurements at one scale.
 
     Attributes:
-        note: What a reader must know.
-        models: Config of each type of model.
-        batch_size: Rows of a measured update.
-        horizons: Timesteps of an update, for the methods of a Memformer.
-        rounds: Updates of every method that are timed, in turn.
-        lengths: Tokens of a sequence whose operations are counted.
-        memory_sizes: Slots, or remembered tokens, of an update whose memory is measured.
+        note: Note for readers of the results.
+        models: Config of each model type.
+        batch_size: Batch size of a measured update.
+        horizons: Timesteps per update, for comparing the training methods of a Memformer.
+        rounds: Timed updates per method; the methods alternate.
+        lengths: Sequence lengths in tokens, for counting operations.
+        memory_sizes: Memory sizes (slots or cached tokens), for measuring the device memory of an update.
     """
 
     note: str
@@ -48,15 +48,15 @@ class CostsScale:
 
 
 def costs_names(folder: Path) -> list[str]:
-    """Return what can be measured."""
+    """Return the names of the available measurements."""
     return sorted(file.parent.name for file in folder.glob(f"*/{COSTS_FILE}"))
 
 
 def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], str, Figure]:
-    """Return what was measured as JSON values, as Markdown, and as a picture.
+    """Measure the costs; return the results as JSON values, as Markdown and as a plot.
 
     Raises:
-        InputError: The folder's file is malformed or has no such scale, or a measurement failed.
+        InputError: The file in the folder is malformed or does not have this scale, or a measurement failed.
     """
     file = folder / COSTS_FILE
     given = read_yaml(file)
@@ -77,17 +77,17 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
         figures["operations"] = _count_operations(costs, say)
         figures["memory"] = _measure_memory(costs, say)
         parts.append(_table("tokens", "GFLOPs", figures["operations"], costs.lengths, unit=1e9))
-        parts.append(_table("slots, or remembered tokens", "MiB", figures["memory"], costs.memory_sizes, unit=2.0**20))
+        parts.append(_table("slots, or cached tokens", "MiB", figures["memory"], costs.memory_sizes, unit=2.0**20))
         parts.append(f"The paper: {given['paper'].strip()}")
         _draw(left, figures["operations"], costs.lengths, unit=1e9, x="tokens", y="GFLOPs")
-        _draw(right, figures["memory"], costs.memory_sizes, unit=2.0**20, x="slots, or remembered tokens", y="MiB")
+        _draw(right, figures["memory"], costs.memory_sizes, unit=2.0**20, x="slots, or cached tokens", y="MiB")
         left.set_yscale("log")
     figure.suptitle(f"{given['title']}, scale {scale} (ours)")
     return figures, "\n\n".join(parts) + "\n", figure
 
 
 def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return speed and memory of every method at every horizon, and their ratios to BPTT."""
+    """Return speed and memory of every method at every horizon, and the ratios to BPTT."""
     rows = []
     for horizon in costs.horizons:
         say(f"{horizon} timesteps")
@@ -97,18 +97,18 @@ def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict
             batch_size=costs.batch_size,
             num_timesteps=horizon,
         )
-        seconds = measure_seconds(setting, WAYS, rounds=costs.rounds)
-        growth = {way: measure_growth(setting, way) for way in WAYS}
-        for way in WAYS:
-            ratios = [bptt / own for bptt, own in zip(seconds[WAYS[0]], seconds[way], strict=True)]
+        seconds = measure_seconds(setting, METHODS, rounds=costs.rounds)
+        growth = {method_spec: measure_growth(setting, method_spec) for method_spec in METHODS}
+        for method_spec in METHODS:
+            ratios = [bptt / own for bptt, own in zip(seconds[METHODS[0]], seconds[method_spec], strict=True)]
             rows.append(
                 {
                     "horizon": horizon,
-                    "method": way.method,
-                    "seconds": statistics.median(seconds[way]),
+                    "method": method_spec.method,
+                    "seconds": statistics.median(seconds[method_spec]),
                     "speed_ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-                    "memory_growth_bytes": growth[way],
-                    "memory_ratio": growth[way] / growth[WAYS[0]],
+                    "memory_growth_bytes": growth[method_spec],
+                    "memory_ratio": growth[method_spec] / growth[METHODS[0]],
                 }
             )
     return rows
@@ -116,7 +116,7 @@ def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict
 
 def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]]) -> str:
     lines = [
-        "| timesteps | method | speed against BPTT (lowest - highest round) | memory growth MiB | of BPTT "
+        "| timesteps | method | speed relative to BPTT (min - max over rounds) | memory growth MiB | relative to BPTT "
         "| paper (12 layers, d 512, horizon 4): speed | paper: MB |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -131,11 +131,11 @@ def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]
 
 
 def _count_operations(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
-    """Return the operations of reading and predicting sequences of every length, for every model."""
+    """Return the number of floating-point operations per sequence, for every model and sequence length."""
     found: dict[str, list[float]] = {"transformer (full attention)": []}
     decoder = costs.models["transformer_xl"]
     for length in costs.lengths:
-        say(f"operations of a Transformer over {length:,} tokens")
+        say(f"counting operations of a Transformer over {length:,} tokens")
         whole = {**decoder, "memory_length": 0, "segment_length": length}
         found["transformer (full attention)"].append(length * _flops_per_token("transformer_xl", whole))
     for model_type, model in costs.models.items():
@@ -149,19 +149,19 @@ def _flops_per_token(model_type: str, model: dict[str, Any]) -> float:
 
 
 def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
-    """Return the memory that an update of one segment takes, for every size of the model's memory."""
+    """Return the device memory in bytes used by an update of one segment, for every model and memory size."""
     found: dict[str, list[float]] = {}
     for model_type, model in costs.models.items():
         found[model_type] = []
         for size in costs.memory_sizes:
-            say(f"memory of a {model_type} of {size:,}")
+            say(f"measuring device memory of a {model_type} with {MEMORY_SIZES[model_type]} {size:,}")
             setting = Setting(
                 model_type=model_type,
                 model={**model, MEMORY_SIZES[model_type]: size},
                 batch_size=costs.batch_size,
                 num_timesteps=1,
             )
-            found[model_type].append(float(measure_growth(setting, Way("replay"))))
+            found[model_type].append(float(measure_growth(setting, MethodSpec("replay"))))
     return found
 
 
@@ -184,14 +184,14 @@ def _draw(axes: Axes, figures: dict[str, list[float]], xs: list[int], *, unit: f
 
 
 def _draw_methods(rows: list[dict[str, Any]], speed: Axes, memory: Axes) -> None:
-    for method, _ in WAYS:
+    for method, _ in METHODS:
         own = [row for row in rows if row["method"] == method]
         horizons = [row["horizon"] for row in own]
         speed.plot(horizons, [row["speed_ratio"]["median"] for row in own], marker="o", label=method)
         memory.plot(horizons, [row["memory_growth_bytes"] / 2**20 for row in own], marker="o", label=method)
-    for axes, label in ((speed, "speed against BPTT"), (memory, "memory growth, MiB")):
+    for axes, label in ((speed, "speed relative to BPTT"), (memory, "memory growth, MiB")):
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("timesteps of an update")
+        axes.set_xlabel("timesteps per update")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.legend()

@@ -1,4 +1,4 @@
-"""What one update costs, measured in a process of its own: seconds, and by how much memory grows at its peak."""
+"""Measures the time and the peak memory growth of one update, in a separate process."""
 
 import gc
 import json
@@ -23,15 +23,15 @@ from memformer.utils.machine import choose_device
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A rollout of random tokens, and the model that is trained on it.
+    """A model and the size of the rollout of random tokens that it is trained on.
 
     Attributes:
         model_type: Type of the model.
-        model: Its config.
-        batch_size: Rows.
-        num_timesteps: Segments of the rollout.
+        model: Config of the model.
+        batch_size: Rows of the rollout.
+        num_timesteps: Timesteps of the rollout.
         device: auto, cpu, cuda, ...
-        threads: Of a CPU.
+        threads: Threads on a CPU.
     """
 
     model_type: str
@@ -42,38 +42,40 @@ class Setting:
     threads: int = 1
 
 
-class Way(NamedTuple):
-    """A way to compute an update: `backpropagate`'s method, and how many timesteps it reads out together."""
+class MethodSpec(NamedTuple):
+    """A training method: the arguments `method` and `readout_timesteps` of `backpropagate`."""
 
     method: str
     readout_timesteps: int = 1
 
 
-def measure_seconds(setting: Setting, ways: Sequence[Way], *, rounds: int) -> dict[Way, list[float]]:
-    """Return the seconds of forward and backward for every way, round after round: they take turns in one process.
+def measure_seconds(setting: Setting, methods: Sequence[MethodSpec], *, rounds: int) -> dict[MethodSpec, list[float]]:
+    """Return the seconds of forward and backward pass per round, for every method.
+
+    The methods alternate in one process, so that changes in machine load affect all of them.
 
     Raises:
-        InputError: The process failed.
+        InputError: The measuring process failed.
     """
-    found: list[list[float]] = _run_child({"setting": asdict(setting), "ways": ways, "rounds": rounds})
-    return dict(zip(ways, found, strict=True))
+    found: list[list[float]] = _run_child({"setting": asdict(setting), "methods": methods, "rounds": rounds})
+    return dict(zip(methods, found, strict=True))
 
 
-def measure_growth(setting: Setting, way: Way) -> int:
-    """Return by how many bytes memory grows at the peak of one update: the process's on a CPU, else the device's.
+def measure_growth(setting: Setting, method_spec: MethodSpec) -> int:
+    """Return the peak memory growth of one update in bytes: resident memory on a CPU, else device memory.
 
     Raises:
-        InputError: The process failed, or a CPU's peak cannot be measured on this system (it needs Linux).
+        InputError: The measuring process failed; on a CPU, the measurement needs Linux.
     """
-    growth: int = _run_child({"setting": asdict(setting), "ways": [way], "rounds": None})
+    growth: int = _run_child({"setting": asdict(setting), "methods": [method_spec], "rounds": None})
     return growth
 
 
 def _run_child(task: dict[str, Any]) -> Any:
     environment = dict(os.environ)
     if task["rounds"] is None:
-        # Freed tensors go back to the system at once: what is counted is what is held, not what the allocator keeps.
-        # That costs time, so what is timed goes without.
+        # Freed tensors are returned to the system at once, so that the peak does not include memory cached by the
+        # allocator. This takes time, so it is not done when timing.
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-m", "memformer.reproduction.measure"]
     done = subprocess.run(command, input=json.dumps(task), check=False, capture_output=True, text=True, env=environment)
@@ -83,32 +85,34 @@ def _run_child(task: dict[str, Any]) -> Any:
     return json.loads(done.stdout)
 
 
-def _measure_seconds(model: LanguageModel, rollout: Rollout, ways: Sequence[Way], rounds: int) -> list[list[float]]:
-    seconds: list[list[float]] = [[] for _ in ways]
+def _measure_seconds(
+    model: LanguageModel, rollout: Rollout, methods: Sequence[MethodSpec], rounds: int
+) -> list[list[float]]:
+    seconds: list[list[float]] = [[] for _ in methods]
     for count in range(rounds + 1):
-        for way, own in zip(ways, seconds, strict=True):
+        for method_spec, own in zip(methods, seconds, strict=True):
             model.zero_grad()
             _wait(model.device)
             started = time.perf_counter()
-            backpropagate(model, rollout, **way._asdict())
+            backpropagate(model, rollout, **method_spec._asdict())
             _wait(model.device)
             if count:  # the first round warms up
                 own.append(time.perf_counter() - started)
     return seconds
 
 
-def _measure_growth(model: LanguageModel, rollout: Rollout, way: Way) -> int:
+def _measure_growth(model: LanguageModel, rollout: Rollout, method_spec: MethodSpec) -> int:
     first = Rollout(inputs=rollout.inputs[:1, :1], targets=rollout.targets[:1, :1])
-    backpropagate(model, first, **way._asdict())  # loads kernels and makes the gradients
+    backpropagate(model, first, **method_spec._asdict())  # loads kernels and allocates the gradients
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-        backpropagate(model, rollout, **way._asdict())
+        backpropagate(model, rollout, **method_spec._asdict())
         return torch.cuda.max_memory_allocated(model.device) - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _resident_bytes("VmRSS")
-    backpropagate(model, rollout, **way._asdict())
+    backpropagate(model, rollout, **method_spec._asdict())
     return _resident_bytes("VmHWM") - before
 
 
@@ -125,7 +129,7 @@ def _wait(device: torch.device) -> None:
 def _main() -> None:
     task = json.load(sys.stdin)
     setting = Setting(**task["setting"])
-    ways = [Way(*way) for way in task["ways"]]
+    methods = [MethodSpec(*method_spec) for method_spec in task["methods"]]
     device = choose_device(setting.device)
     if device.type == "cpu":
         torch.set_num_threads(setting.threads)
@@ -136,9 +140,9 @@ def _main() -> None:
     inputs, targets = torch.randint(0, config.vocab_size, (2, *shape)).to(device)
     rollout = Rollout(inputs=inputs, targets=targets)
     if task["rounds"] is None:
-        print(json.dumps(_measure_growth(model, rollout, ways[0])))
+        print(json.dumps(_measure_growth(model, rollout, methods[0])))
     else:
-        print(json.dumps(_measure_seconds(model, rollout, ways, task["rounds"])))
+        print(json.dumps(_measure_seconds(model, rollout, methods, task["rounds"])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A table's figures: ours from the finished runs, the paper's beside them and marked as such."""
+"""Results of a table: our numbers from the finished runs, with the paper's numbers in separate columns."""
 
 import statistics
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ LABELS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "bits_pe
 
 @dataclass(frozen=True, kw_only=True)
 class RowFigures:
-    """What one row's finished runs found.
+    """The results of one row's finished runs.
 
     Attributes:
         row: The row.
-        parameters: Number of trainable numbers.
-        flops: Operations of reading and predicting a sequence of the table's length.
-        results: Evaluation of each seed's best weights, on all that is held out.
+        parameters: Number of trainable parameters.
+        flops: Floating-point operations for a sequence of `flops_tokens` tokens.
+        results: For each seed, the evaluation of the best weights on all held-out data.
     """
 
     row: Row
@@ -35,11 +35,11 @@ class RowFigures:
     results: dict[int, dict[str, Any]]
 
     def values(self, metric: str, *, memory: str = "with_memory") -> list[float]:
-        """Return a figure of every seed."""
+        """Return a metric for every seed."""
         return [result[memory][metric] for result in self.results.values()]
 
     def to_dict(self, metric: str) -> dict[str, Any]:
-        """Return the figures as JSON values."""
+        """Return the results as JSON values."""
         values = self.values(metric)
         return {
             "row": self.row.key,
@@ -54,7 +54,7 @@ class RowFigures:
 
 
 def collect(runs: Sequence[Run], scale: ScaleConfig) -> list[RowFigures]:
-    """Return the figures of every row that has a finished run.
+    """Return the results of all rows with a finished run.
 
     Raises:
         CheckpointError: A file of a run is missing or damaged.
@@ -76,7 +76,7 @@ def collect(runs: Sequence[Run], scale: ScaleConfig) -> list[RowFigures]:
 
 
 def to_json(table: Table, rows: Sequence[RowFigures], scale: str) -> dict[str, Any]:
-    """Return everything that is known about a table."""
+    """Return the results and settings of a table as JSON values."""
     return {
         "table": table.key,
         "title": table.title,
@@ -90,7 +90,7 @@ def to_json(table: Table, rows: Sequence[RowFigures], scale: str) -> dict[str, A
 
 
 def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
-    """Return the table as Markdown: ours on the left, the paper's on the right."""
+    """Return the table as Markdown, with our results on the left and the paper's on the right."""
     shared = table.scale(scale)
     label = LABELS[shared.metric]
     papers = sorted({name for row in rows for name in row.row.paper})
@@ -127,7 +127,7 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
 
 
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
-    """Return a picture: the figure that rows are compared by, against what a sequence costs, and along every curve."""
+    """Return plots of the table's metric: against the operations per sequence, and along every curve."""
     shared = table.scale(scale)
     curves = sorted({name for row in rows for name in row.row.curves})
     figure = Figure(figsize=(10 + 5 * len(curves), 5), layout="constrained")
@@ -136,8 +136,8 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
     for number, row in enumerate(rows, start=1):
         point, label = (row.flops / 1e9, row), f"{number} {row.row.name}"
         _draw_points(axes, [point], shared.metric, style="o", color=colors[row.row.model_type], label=label)
-        place = point[0], statistics.mean(row.values(shared.metric))
-        axes.annotate(f"{number}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        position = point[0], statistics.mean(row.values(shared.metric))
+        axes.annotate(f"{number}", position, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
     figure.legend(loc="outside right center", fontsize=8)

@@ -1,4 +1,4 @@
-"""The runs behind a table: those that are missing are trained, those that were stopped go on."""
+"""The runs of a table: missing runs are trained, interrupted runs are resumed, finished runs are reused."""
 
 import subprocess
 import sys
@@ -21,13 +21,13 @@ from memformer.utils.files import read_json, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row with one seed.
+    """The run of one row with one seed.
 
     Attributes:
         row: The row.
         seed: The seed.
-        folder: Its run folder.
-        config: Config of `memformer train`.
+        folder: The run folder.
+        config: The config for `memformer train`.
     """
 
     row: Row
@@ -37,11 +37,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was trained to its end and evaluated."""
+        """Whether the run was trained to its end and evaluated."""
         return (self.folder / RESULT_FILE).is_file()
 
     def result(self) -> dict[str, Any]:
-        """Return its evaluation, with the tokens and seconds it trained.
+        """Return the final evaluation, with the number of training tokens and the training time in seconds.
 
         Raises:
             CheckpointError: A file of the run is missing or damaged.
@@ -57,10 +57,10 @@ class Run:
 def plan_runs(
     table: Table, rows: Sequence[Row], *, scale: str, seeds: Sequence[int], folder: Path, data: str
 ) -> list[Run]:
-    """Return the runs: of the first seed for all rows, then of the next.
+    """Return the runs of all rows with the first seed, followed by those with the next seed, and so on.
 
     Raises:
-        InputError: A row has no such scale.
+        InputError: A row does not have this scale.
     """
     configs = {row.key: table.config_of(row, scale, data=data) for row in rows}
     return [
@@ -71,16 +71,16 @@ def plan_runs(
 
 
 def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: Callable[[str], None]) -> None:
-    """Train what is not finished.
+    """Train or resume all unfinished runs.
 
     Args:
-        runs: The runs, in the order in which they are trained.
-        jobs: How many are trained at a time, each in a process of its own.
-        options: Further options of `memformer train`, for every run.
-        say: Told of every run that begins and ends.
+        runs: The runs, in training order.
+        jobs: Number of runs to train in parallel, each in its own process.
+        options: Additional options of `memformer train`, for every run.
+        say: Called with a message when a run starts and when it ends.
 
     Raises:
-        InputError: Some failed; the others are finished.
+        InputError: Some runs failed; the others are finished.
         SaveError: A config cannot be written.
     """
     missing = [run for run in runs if not run.is_finished]
@@ -88,7 +88,9 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: 
     with ThreadPoolExecutor(jobs) as pool:
         endings = list(pool.map(lambda run: _train(run, options, say), missing))
     if failed := [str(run.folder) for run, ending in zip(missing, endings, strict=True) if ending != 0]:
-        raise InputError(f"{len(failed)} runs failed, {failed[0]} first; what they said is in train.log there")
+        raise InputError(
+            f"{len(failed)} runs failed, the first in {failed[0]}; the output of a run is in train.log in its folder"
+        )
 
 
 def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
@@ -98,7 +100,7 @@ def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
         command.append("--resume")
-    say(f"{run.row.name}, seed {run.seed}: begins")
+    say(f"{run.row.name}, seed {run.seed}: started")
     run.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (run.folder / "train.log").open("a", encoding="utf-8") as log:

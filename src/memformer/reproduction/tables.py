@@ -1,4 +1,4 @@
-"""What a table of the paper is: a folder with table.yaml, which its rows share, and one YAML a row."""
+"""Definitions of tables: a folder with table.yaml, which all rows share, and one YAML file per row."""
 
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ from memformer.utils.checks import refuse_unknown_keys
 from memformer.utils.yaml_files import read_yaml
 
 TABLE_FILE = "table.yaml"
-# Filled in by the command's --data.
+# Replaced by the value of --data.
 DATA_PLACE = "{data}"
 
 Metric = Literal["perplexity", "bits_per_byte", "bits_per_token"]
@@ -23,12 +23,12 @@ class Row:
     """One row of a table.
 
     Attributes:
-        key: Name of its file and of its runs' folders.
-        name: What the table calls it.
-        paper: The paper's figures, by what they are; empty where the paper has none.
-        model_type: Type of its model.
-        scales: For each scale that it has, what its config changes of the table's.
-        curves: The curves that it is a point of, and where on each.
+        key: Name of the row's file and prefix of its run folders.
+        name: Name of the row in the table.
+        paper: The paper's results by metric; empty if the paper has none.
+        model_type: Type of the model.
+        scales: For each scale of the row, the changes to the table's config.
+        curves: The row's x coordinate in each curve that it belongs to.
     """
 
     key: str
@@ -41,15 +41,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleConfig:
-    """What the rows of a table share at one scale.
+    """The settings shared by the rows of a table at one scale.
 
     Attributes:
-        run: Config of `memformer train`, but for the model.
-        models: The model's config, for each type of model.
-        metric: The figure that rows are compared by; the lower the better.
-        flops_tokens: Tokens of the sequence whose operations the table counts.
-        note: What a reader of the table must know about it.
-        changes_of: The scale whose changes the rows make; this one if not given.
+        run: Config for `memformer train`, without the model.
+        models: Model config for each model type.
+        metric: Metric by which the rows are compared; lower is better.
+        flops_tokens: Sequence length in tokens for which the table counts operations.
+        note: Note for readers of the table.
+        changes_of: Scale whose row changes are used. None: this scale.
     """
 
     run: dict[str, Any]
@@ -62,13 +62,13 @@ class ScaleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of the paper, or one that stands in for it.
+    """A table of the paper, or a substitute for one.
 
     Attributes:
-        key: Name of its folder.
-        title: What it is.
-        scales: The scales it has.
-        rows: In their order.
+        key: Name of the table's folder.
+        title: Title of the table.
+        scales: Settings by scale.
+        rows: The rows, in order.
     """
 
     key: str
@@ -77,26 +77,26 @@ class Table:
     rows: list[Row]
 
     def config_of(self, row: Row, scale: str, *, data: str) -> dict[str, Any]:
-        """Return the config of a row's run; `data` is the folder of the data sets.
+        """Return the config of a row's run; `data` is the folder with the data sets.
 
         Raises:
-            InputError: The row has no such scale, or its type of model no config.
+            InputError: The row does not have this scale, or the scale has no config for its model type.
         """
         shared, changes = self.scale(scale), self._changes(row, scale)
         if changes is None:
             raise InputError(f"row {row.key} of {self.key} has no scale {scale!r}; it has {', '.join(row.scales)}")
         if row.model_type not in shared.models:
-            raise InputError(f"{self.key} says nothing about models of type {row.model_type!r} at scale {scale!r}")
+            raise InputError(f"{self.key} has no config for models of type {row.model_type!r} at scale {scale!r}")
         config = copy.deepcopy(shared.run)
         config |= {"model_type": row.model_type, "model": copy.deepcopy(shared.models[row.model_type])}
         filled: dict[str, Any] = _fill(_merge(config, changes), data)
         return filled
 
     def rows_at(self, scale: str) -> list[Row]:
-        """Return the rows that a scale has.
+        """Return the rows that exist at a scale.
 
         Raises:
-            InputError: The table has no such scale.
+            InputError: The table does not have this scale.
         """
         return [row for row in self.rows if self._changes(row, scale) is not None]
 
@@ -104,10 +104,10 @@ class Table:
         return row.scales.get(self.scale(scale).changes_of or scale)
 
     def scale(self, scale: str) -> ScaleConfig:
-        """Return what rows share at a scale.
+        """Return the settings of a scale.
 
         Raises:
-            InputError: The table has no such scale.
+            InputError: The table does not have this scale.
         """
         if scale not in self.scales:
             raise InputError(f"{self.key} has no scale {scale!r}; it has {', '.join(self.scales)}")
@@ -115,17 +115,17 @@ class Table:
 
 
 def tables_folder() -> Path:
-    """Return the folder of the tables' YAML files; they are data of the package."""
+    """Return the folder with the tables' YAML files, which are part of the package."""
     return Path(__file__).parent / "configs"
 
 
 def table_names(folder: Path) -> list[str]:
-    """Return the tables that there are."""
+    """Return the names of the available tables."""
     return sorted(file.parent.name for file in folder.glob(f"*/{TABLE_FILE}"))
 
 
 def read_table(folder: Path) -> Table:
-    """Return the table in a folder.
+    """Read the table in a folder.
 
     Raises:
         InputError: A file is missing or malformed.
@@ -167,7 +167,7 @@ def _names(kind: Any) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with changes at any depth."""
+    """Apply changes to a nested config, in place, and return it."""
     for name, value in changes.items():
         nested = isinstance(value, Mapping) and isinstance(config.get(name), dict)
         config[name] = _merge(config[name], value) if nested else value

@@ -1,1 +1,1 @@
-"""Replay, the loop, its optimizer, its checkpoints and its run folder."""
+"""Training: memory replay back-propagation, the training loop, optimizer, checkpoints and run folder."""

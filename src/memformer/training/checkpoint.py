@@ -1,4 +1,4 @@
-"""Checkpoints: folders that appear whole or not at all, are checked when read, and hold all a run needs to go on."""
+"""Checkpoints: folders with the full training state, written atomically and verified by checksums when loaded."""
 
 import hashlib
 import json
@@ -24,22 +24,24 @@ MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 STATE_FILE = "state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-# In place of the optimizer's file: what several processes wrote of it, each its share.
-MOMENTS = "moments"
+# Replaces OPTIMIZER_FILE if the optimizer state is sharded: a folder with one file per process. Version 0.1 used the
+# name "moments".
+OPTIMIZER_FOLDER = "optimizer_state"
+_OPTIMIZER_FOLDERS = (OPTIMIZER_FOLDER, "moments")
 
 _LISTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, PROGRESS_FILE}
-_SHARE = re.compile(MOMENTS + r"/[\w.-]{1,100}\.safetensors")
+_SHARD = re.compile(rf"({'|'.join(_OPTIMIZER_FOLDERS)})/[\w.-]{{1,100}}\.safetensors")
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run goes on.
+    """Everything that changes during a run.
 
     Attributes:
-        model: The weights.
-        optimizer: Its moments; what its groups say comes from the config.
-        memory: (B, K, D), the memory each lane carries into the next rollout.
-        progress: JSON values: counters, the data cursor, the best result so far.
+        model: The model with its weights.
+        optimizer: The optimizer. Its state is saved; the options of its parameter groups come from the config.
+        memory: (B, K, D), the memory that each lane carries into the next rollout.
+        progress: JSON values: counters, the position in the data, the best score so far.
     """
 
     model: LanguageModel
@@ -53,33 +55,34 @@ def save_checkpoint(
     state: TrainingState,
     *,
     randomness: Sequence[RandomState] | None = None,
-    moments: Path | None = None,
+    optimizer_state: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder: aside, made durable, then renamed into place.
+    """Write a checkpoint atomically: into a temporary folder, synced to disk, then renamed to `folder`.
 
     Args:
-        folder: Where it will stand.
-        state: What is saved, with the memory of all lanes.
-        randomness: The random generators' state of every process; this one's if not given.
-        moments: A folder that `save_moments` has written beside, which is moved in; None saves the optimizer's own.
+        folder: The checkpoint folder.
+        state: The training state, with the memory of all lanes.
+        randomness: Random generator states of all processes. None: those of this process.
+        optimizer_state: Folder written by `save_optimizer_state`, which is moved into the checkpoint. None: save the
+            state of `state.optimizer`.
 
     Raises:
-        SaveError: Writing failed; no folder appears, and what was there before is intact.
+        SaveError: Writing failed; `folder` is not created, and earlier checkpoints are intact.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         state.model.save_pretrained(partial)
-        if moments is None:
+        if optimizer_state is None:
             write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
         else:
-            moments.rename(partial / MOMENTS)
-            sync_folder(partial / MOMENTS)
+            optimizer_state.rename(partial / OPTIMIZER_FOLDER)
+            sync_folder(partial / OPTIMIZER_FOLDER)
         tensors = {"memory": state.memory}
         for rank, (cpu_state, cuda_state) in enumerate(randomness or [capture_randomness(state.memory.device)]):
-            tensors[_of_process("cpu_randomness", rank)] = cpu_state
+            tensors[_name_for_rank("cpu_randomness", rank)] = cpu_state
             if cuda_state is not None:
-                tensors[_of_process("cuda_randomness", rank)] = cuda_state
+                tensors[_name_for_rank("cuda_randomness", rank)] = cuda_state
         write_tensors(partial / STATE_FILE, tensors)
         write_json(partial / PROGRESS_FILE, {"progress": state.progress})
         written = sorted(file for file in partial.rglob("*") if file.is_file())
@@ -87,7 +90,7 @@ def save_checkpoint(
         write_json(partial / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "files": files})
         sync_folder(partial)
         if folder.exists():
-            # Only a run that was resumed from before this checkpoint comes here again.
+            # Reached only if the run was resumed from an earlier checkpoint.
             shutil.rmtree(folder)
         partial.rename(folder)
         sync_folder(folder.parent)
@@ -100,10 +103,10 @@ def save_checkpoint(
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Check that every file of a checkpoint is there and has not changed.
+    """Check that all files of a checkpoint exist and match the manifest.
 
     Raises:
-        CheckpointError: A file is missing, has another size or checksum, or the format is another version.
+        CheckpointError: A file is missing or has a wrong size or checksum, or the format version is not supported.
     """
     manifest = read_json(folder / MANIFEST_FILE)
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -111,7 +114,7 @@ def check_checkpoint(folder: Path) -> None:
             f"{folder} has checkpoint format {manifest.get('format_version')!r}; this memformer reads {FORMAT_VERSION}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict) or not _are_of_a_checkpoint(files.keys()):
+    if not isinstance(files, dict) or not _are_checkpoint_files(files.keys()):
         raise CheckpointError(f"{folder / MANIFEST_FILE} does not list the files of a checkpoint")
     for name, expected in files.items():
         file = folder / name
@@ -121,30 +124,31 @@ def check_checkpoint(folder: Path) -> None:
             raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
 
 
-def _are_of_a_checkpoint(names: Iterable[str]) -> bool:
-    """Whether these are a checkpoint's files and no other: a damaged name must not be looked for."""
+def _are_checkpoint_files(names: Iterable[str]) -> bool:
+    """Whether the names are exactly those of a checkpoint's files; a damaged name must not be used as a path."""
     optimizer = set(names) - _LISTED_FILES
-    are_shares = bool(optimizer) and all(_SHARE.fullmatch(name) for name in optimizer)
-    return set(names) >= _LISTED_FILES and (optimizer == {OPTIMIZER_FILE} or are_shares)
+    are_shards = bool(optimizer) and all(_SHARD.fullmatch(name) for name in optimizer)
+    return set(names) >= _LISTED_FILES and (optimizer == {OPTIMIZER_FILE} or are_shards)
 
 
-def _of_process(name: str, rank: int) -> str:
+def _name_for_rank(name: str, rank: int) -> str:
     return f"{name}.{rank}" if rank else name
 
 
 def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> None:
-    """Put a training state back to where the checkpoint was made, the random generators included.
+    """Load a checkpoint into a training state, and restore the random generators.
 
     Args:
-        folder: The checkpoint.
-        state: What is put back; its memory is that of all lanes.
-        rank: Which process's random generators to put back; as they are where the checkpoint has none of it.
+        folder: The checkpoint folder.
+        state: The state to load into; its memory has all lanes.
+        rank: Process whose random generators are restored. If the checkpoint has no state for this rank, the
+            generators are not changed.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or belongs to another model.
     """
-    # Here, for it is slow to import, and reading the checkpoints of a run needs none of it.
-    from memformer.training.sharding import is_sharded, load_moments, scatter_weights
+    # Imported here because it is slow to import and not needed to list or check checkpoints.
+    from memformer.training.sharding import is_sharded, load_optimizer_state, scatter_weights
 
     check_checkpoint(folder)
     if is_sharded(state.model):
@@ -152,43 +156,45 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
     else:
         load_weights(state.model, folder / WEIGHTS_FILE)
     saved = read_json(folder / PROGRESS_FILE)
-    if (folder / MOMENTS).is_dir():
-        load_moments(folder / MOMENTS, state.model, state.optimizer)
+    sharded = [folder / name for name in _OPTIMIZER_FOLDERS if (folder / name).is_dir()]
+    if sharded:
+        load_optimizer_state(sharded[0], state.model, state.optimizer)
     else:
         _load_optimizer(state.optimizer, read_tensors(folder / OPTIMIZER_FILE))
     tensors = read_tensors(folder / STATE_FILE)
     if tensors["memory"].shape != state.memory.shape:
         raise CheckpointError(
-            f"{folder} carries memory of shape {tuple(tensors['memory'].shape)}; "
-            f"this run's is {tuple(state.memory.shape)}"
+            f"{folder} has lane memory of shape {tuple(tensors['memory'].shape)}; "
+            f"this run needs {tuple(state.memory.shape)}"
         )
     device = state.memory.device
     state.memory = tensors["memory"].to(device)
     state.progress = saved["progress"]
-    cpu_state = tensors.get(_of_process("cpu_randomness", rank))
-    cuda_state = tensors.get(_of_process("cuda_randomness", rank))
+    cpu_state = tensors.get(_name_for_rank("cpu_randomness", rank))
+    cuda_state = tensors.get(_name_for_rank("cuda_randomness", rank))
     if cpu_state is not None:
         restore_randomness((cpu_state, cuda_state if device.type == "cuda" else None), device=device)
 
 
 def checkpoints_newest_first(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders of a run, whole or damaged, the newest first."""
+    """Yield the checkpoint folders of a run, newest first, without checking for damage."""
     found = [path for path in folder.glob("update-*") if path.is_dir()]
     yield from sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def checkpoint_name(num_updates: int) -> str:
-    """Return the folder name of a checkpoint made after so many updates; names sort by age."""
+    """Return the folder name of the checkpoint after `num_updates` updates; names sort by age."""
     return f"update-{num_updates:09d}"
 
 
 def prune_checkpoints(newest: Path, *, keep: int) -> None:
-    """Delete the checkpoints before `newest`, except the last `keep` including it.
+    """Delete old checkpoints, except the `keep` newest up to and including `newest`.
 
-    Later ones can only be damaged: a run that went on from before them will write them anew.
+    Checkpoints later than `newest` must be damaged, because the run was resumed from an earlier one. They are ignored
+    here and will be overwritten.
     """
-    until_now = [path for path in checkpoints_newest_first(newest.parent) if path.name <= newest.name]
-    for path in until_now[keep:]:
+    not_later = [path for path in checkpoints_newest_first(newest.parent) if path.name <= newest.name]
+    for path in not_later[keep:]:
         shutil.rmtree(path)
 
 
@@ -208,7 +214,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = scatter_like(parameters[int(index)], value)
-    # The groups are the config's: what it says now about decay and betas holds from here on.
+    # The parameter groups come from the current config, so changed weight decay and betas take effect.
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -218,5 +224,5 @@ def _description(file: Path) -> dict[str, int | str]:
 
 
 def canonical(value: Any) -> Any:
-    """Return a value as JSON would give it back, so that what was saved and what is asked for can be compared."""
+    """Return a value after a round trip through JSON, so that it can be compared with a saved value."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""What a run is: its model, its data, how it trains and where it lands."""
+"""Config of a training run: run folder, model, data and training options."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,30 +8,34 @@ from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, Tokenize
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig, ModelConfig
 from memformer.training.replay import Method
-from memformer.utils.checks import check_seed, check_threads
+from memformer.utils.checks import check_choice, check_integer, check_number, check_seed, check_threads
 
-Sharding = Literal["none", "moments", "weights"]
+Sharding = Literal["none", "optimizer_state", "weights"]
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read.
+    """Training and evaluation data: documents or a recall task.
 
     Args:
-        train: Documents to train on.
-        validation: Documents to evaluate on; null holds out a fraction of the training documents.
-        validation_fraction: Fraction of the training documents held out, chosen by `seed`, where validation is null.
-        test: Documents for the last evaluation alone, of the weights that did best on the validation documents; null
-            evaluates them on the validation documents, which chose them.
-        tokenizer: How text becomes tokens; images are their own tokens.
-        max_document_tokens: Cut longer documents in pieces of this many tokens; null keeps them whole.
-        seed: Chooses the held-out documents.
-        recall: A recall task made on the fly, in place of documents to predict; null predicts the documents above.
-            The tasks passkey and babi hide their facts in the documents above, the other tasks do not read them.
-        multitask: Tasks of the paper's first version, mixed in training: continuation, infilling, recall; null trains
-            continuation alone. Evaluation always continues.
-        cache: Folder for token ids, built once; null means `memformer` in the user's cache folder.
+        train: Training documents.
+        validation: Validation documents, with the same keys as data.train; the best weights are chosen by them. null:
+            hold out a fraction of the training documents.
+        validation_fraction: Fraction of the training documents to hold out if data.validation is null.
+        test: Test documents, with the same keys as data.train, for the final evaluation of the best weights. null: use
+            the validation documents, by which these weights were chosen.
+        tokenizer: Tokenizer (for images, every pixel is a token).
+        max_document_tokens: Split longer documents into pieces of this many tokens. null: do not split.
+        seed: Seed that selects the held-out documents.
+        recall: Train on a recall task instead of predicting documents: facts are inserted, filler segments follow, and
+            questions about the facts must be answered from the memory. --data.recall.help lists its keys. The tasks
+            passkey and babi use the documents above as filler; the other tasks generate all their text. null: predict
+            the documents above.
+        multitask: Mixture of the training tasks of the paper's first version: continuation, infilling and recall of
+            text. --data.multitask.help lists its keys. Evaluation always uses continuation. null: continuation only.
+        cache: Folder for the token ids of the documents, which are computed once. null: `memformer` in the user's
+            cache folder.
     """
 
     train: SourceConfig = field(default_factory=lambda: SourceConfig(kind="python"))
@@ -46,57 +50,63 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(f"data.validation_fraction ({self.validation_fraction}) must be between 0 and 1")
+        check_number("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_seed("data.seed", self.seed)
         if self.recall is not None and self.test is not None:
-            raise InputError("data.recall and data.test are both given; a recall task makes up what it is evaluated on")
+            raise InputError("data.recall and data.test are both given; a recall task generates its own test data")
         if self.recall is not None and self.multitask is not None:
-            raise InputError("data.recall and data.multitask are both given; a recall task predicts no documents")
+            raise InputError("data.recall and data.multitask are both given; a recall task does not predict documents")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How the model is trained.
+    """Training, evaluation and checkpoint settings.
 
     Args:
-        num_updates: Optimizer steps of the whole run.
-        num_lanes: Documents read side by side (the batch).
-        rollout_length: Segments an update back-propagates through (paper: time horizon). Of a recall task: at most; a
-            longer episode is cut, and no gradient crosses the cut.
-        rollouts_per_update: Consecutive rollouts whose gradients are added up before an optimizer step; the
-            memory's value goes on between them, its gradient does not.
-        method: How gradients are computed: replay, bptt or checkpoint; all give the same.
-        readout_timesteps: Timesteps whose readout is computed together; more is faster and takes more memory.
+        num_updates: Total number of optimizer steps.
+        num_lanes: Batch size: number of lanes. A lane is one row of the batch; it reads documents one after another and
+            has its own memory, which is reset at the start of a document.
+        rollout_length: Timesteps per rollout, that is, consecutive segments through which gradients are back-propagated
+            (the paper's time horizon). For a recall task this is the maximum: longer episodes are cut, and no gradient
+            crosses the cut.
+        rollouts_per_update: Consecutive rollouts whose gradients are accumulated for one optimizer step. The memory is
+            carried from one rollout to the next, but detached.
+        method: Method of computing the gradients; all three give the same gradients. replay: memory replay
+            back-propagation, the paper's method, which stores only memories and hidden states and recomputes the
+            encoder in the backward pass. bptt: back-propagation through time, which stores all activations. checkpoint:
+            back-propagation through time with torch.utils.checkpoint.
+        readout_timesteps: Timesteps whose readout (decoder and loss) is computed in one batch. Larger values are faster
+            and need more device memory.
         learning_rate: Peak learning rate of AdamW.
-        final_learning_rate: Where the cosine ends, as a fraction of the peak.
-        warmup_updates: Updates of linear warm-up.
-        weight_decay: Decoupled weight decay, on matrices only (not on embeddings, norms, biases, forgetting vectors).
-        betas: AdamW's decay rates.
-        write_price: Nats that a token pays for each unit of `memformer.nn.WritePressure`, added to the loss that is
-            differentiated, not to the one that is logged: what need not be known is then not written. Falls to 0 with
-            half a cosine over the run: once every answer is right nothing but the price moves the weights, and what
-            must be known would be written ever less surely. Needs a sparse model.write_normalizer; 0 asks nothing.
-        write_price_below: The price is due in rollouts whose loss is below this many nats per token only: writing must
-            first be learned. null: always.
-        max_gradient_norm: Gradients are scaled down to this norm; 0 turns clipping off.
-        max_skipped_in_a_row: An update whose loss or gradient is not finite is skipped and counted: weights stay, lanes
-            whose memory is not finite go on with the one before. More of them in a row than this end the run.
-        skip_above: Also skip an update whose loss is more than so many times its running mean (of about the last 100
-            updates; none is skipped in the first 100); null skips none. A curriculum's steps look like spikes too.
-        precision: float32, or bfloat16 for autocast compute (the memory stays float32).
-        sharding: What `torchrun`'s processes share out: "none" (each holds all), "moments" (each holds its share of
-            weights and moments; whole weights and gradients during an update), "weights" (whole weights a layer at a
-            time). Needs method "replay" and no `compiled`. With one process there is nothing to share out.
-        compiled: Compile encoder and decoder with torch.compile: up to a minute when a shape first occurs. On a CPU it
-            is slower than without (README); on CUDA it has not been measured.
-        log_every: Updates between two lines of the log.
-        evaluate_every: Updates between two evaluations on held-out documents; one always ends the run.
-        evaluation_tokens: Held-out tokens (whole documents, the first that reach this) of a periodic evaluation;
-            null means all. The evaluation that ends the run always reads all.
-        sample_tokens: Tokens sampled after each evaluation; 0 for none. Images are always sampled whole.
-        save_every: Updates between two checkpoints; one always ends the run.
-        keep_checkpoints: How many of the newest checkpoints stay on disk.
+        final_learning_rate: Learning rate at the end of the cosine schedule, as a fraction of the peak.
+        warmup_updates: Updates of linear warm-up at the start of the run.
+        weight_decay: Decoupled weight decay of AdamW. It applies to matrices only, not to embeddings, norms, biases and
+            forgetting vectors.
+        betas: AdamW's betas: decay rates of the first and the second moment.
+        write_penalty: Weight of the auxiliary loss that penalizes writing to the memory (`memformer.nn.MemoryWriter`),
+            in nats per token and unit, so that irrelevant tokens are not written. It applies only to rollouts whose
+            loss is below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss.
+            It decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that
+            are still needed. Needs a sparse model.write_normalizer. 0: no penalty.
+        max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
+        max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An
+            update is skipped if its loss or gradient is not finite: the weights stay unchanged, and a lane whose memory
+            is not finite keeps its previous memory.
+        precision: float32, or bfloat16 for automatic mixed precision; the memory is always float32.
+        sharding: Sharding over the processes started by `torchrun` (FSDP2). none: every process holds the whole model.
+            optimizer_state: weights, gradients and optimizer state are sharded; each update gathers all weights once.
+            weights: the same, but weights are gathered one layer at a time and freed after use. Needs method "replay"
+            and no `compiled`; has no effect with one process.
+        compiled: Compile encoder and decoder with torch.compile, which takes up to one minute per new input shape. On a
+            CPU, compiled training is slower (see the README); on CUDA it has not been measured.
+        log_every: Updates between two entries in the log.
+        evaluate_every: Updates between two evaluations on the held-out data. The run always ends with one.
+        evaluation_tokens: Held-out tokens used in a periodic evaluation: the first whole documents that reach this
+            number. null: all. The final evaluation always uses all.
+        sample_tokens: Tokens of text to generate as a sample after each evaluation. 0: none. A run on images always
+            samples whole images.
+        save_every: Updates between two checkpoints. The run always ends with one.
+        keep_checkpoints: Number of newest checkpoints to keep on disk.
     """
 
     num_updates: int = 1000
@@ -110,11 +120,9 @@ class TrainingConfig:
     warmup_updates: int = 50
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
-    write_price: float = 0.0
-    write_price_below: float | None = 0.1
+    write_penalty: float = 0.0
     max_gradient_norm: float = 1.0
     max_skipped_in_a_row: int = 10
-    skip_above: float | None = None
     precision: Precision = "float32"
     sharding: Sharding = "none"
     compiled: bool = False
@@ -140,50 +148,37 @@ class TrainingConfig:
             ("max_skipped_in_a_row", 0),
             ("keep_checkpoints", 1),
         ):
-            if getattr(self, name) < minimum:
-                raise InputError(f"training.{name} ({getattr(self, name)}) must be at least {minimum}")
-        if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
-            raise InputError(
-                f"training.evaluation_tokens ({self.evaluation_tokens}) must be at least 1, or null for all"
-            )
-        if self.write_price_below is not None and not 0 < self.write_price_below < float("inf"):
-            raise InputError(
-                f"training.write_price_below ({self.write_price_below}) must be above 0 and finite, or null for always"
-            )
-        if self.skip_above is not None and not 1 < self.skip_above < float("inf"):
-            raise InputError(f"training.skip_above ({self.skip_above}) must be above 1 and finite, or null for none")
-        for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_price"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"training.{name} ({getattr(self, name)}) must be at least 0 and finite")
-        if not 0 <= self.final_learning_rate <= 1:
-            raise InputError(f"training.final_learning_rate ({self.final_learning_rate}) must be from 0 to 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"training.betas ({self.betas}) must be at least 0 and below 1")
+            check_integer(f"training.{name}", getattr(self, name), minimum)
+        if self.evaluation_tokens is not None:
+            check_integer("training.evaluation_tokens", self.evaluation_tokens, 1)
+        for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_penalty"):
+            check_number(f"training.{name}", getattr(self, name), minimum=0)
+        check_number("training.final_learning_rate", self.final_learning_rate, minimum=0, maximum=1)
+        for beta in self.betas:
+            check_number("training.betas", beta, minimum=0, below=1)
         for name, kind in (("method", Method), ("precision", Precision), ("sharding", Sharding)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise InputError(f"training.{name} ({getattr(self, name)!r}) must be one of {choices}")
+            check_choice(f"training.{name}", getattr(self, name), get_args(kind))
         if self.sharding != "none" and (self.method != "replay" or self.compiled):
             raise InputError(
-                f"training.sharding ({self.sharding!r}) needs training.method 'replay' and no training.compiled; "
+                f"training.sharding ({self.sharding!r}) needs training.method 'replay' and training.compiled false; "
                 f"they are {self.method!r} and {self.compiled}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run.
+    """Run settings.
 
     Args:
-        folder: Where everything lands: checkpoints, logs, samples, the resolved config.
-        seed: Decides initial weights, dropout and the order of documents.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, ...
-        threads: CPU threads of torch; null leaves torch's choice. One thread makes runs repeatable bit for bit.
-        model_type: memformer, or one of those to compare it with: lstm, transformer_xl, compressive_transformer,
+        folder: Run folder, to which all results are written: checkpoints, logs, samples and the resolved config.
+        seed: Seed of the initial weights, of dropout and of the order of the documents.
+        device: Device to train on: auto (CUDA if available), cpu, cuda, cuda:1, ...
+        threads: CPU threads of torch. With one thread, runs are reproducible bit for bit. null: torch's default.
+        model_type: Architecture: memformer, or one of the baselines lstm, transformer_xl, compressive_transformer and
             recurrent_memory_transformer.
-        model: The model's shape. Its vocab_size comes from the data's tokenizer.
-        data: What is read.
-        training: How the model is trained.
+        model: Model settings; vocab_size is derived from the tokenizer.
+        data: Data settings.
+        training: Training settings.
     """
 
     folder: str = "runs/memformer"
@@ -199,9 +194,9 @@ class RunConfig:
         check_threads(self.threads)
         if self.model.model_type != self.model_type:
             raise InputError(f"model_type ({self.model_type!r}) contradicts the model, a {self.model.model_type}")
-        price = self.training.write_price
+        penalty = self.training.write_penalty
         if not isinstance(self.model, MemformerConfig):
-            for name, value in (("write_price", price), ("compiled", self.training.compiled)):
+            for name, value in (("write_penalty", penalty), ("compiled", self.training.compiled)):
                 if value:
                     raise InputError(f"training.{name} ({value}) is for a memformer, not for a {self.model_type}")
             for name, is_given in (
@@ -211,10 +206,10 @@ class RunConfig:
             ):
                 if is_given:
                     raise InputError(f"{name} is for a memformer, not for a {self.model_type}")
-        elif price and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
+        elif penalty and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
             raise InputError(
-                f"training.write_price ({price}) needs slots and a sparse write; model.num_slots is "
-                f"{self.model.num_slots}, model.write_normalizer {self.model.write_normalizer!r}"
+                f"training.write_penalty ({penalty}) needs memory slots and a sparse write_normalizer; model.num_slots "
+                f"is {self.model.num_slots}, model.write_normalizer is {self.model.write_normalizer!r}"
             )
         check_seed("seed", self.seed)
 

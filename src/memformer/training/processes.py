@@ -1,7 +1,7 @@
-"""Several processes that train one model: each reads some of the lanes, and gradients are summed once an update.
+"""Data-parallel training: lanes are sharded over the processes, and gradients are summed once per update.
 
-Every process deals all documents to all lanes, as one process would, and keeps its own lanes. So what is trained on
-does not depend on the number of processes, nor does the update, but for rounding and what dropout draws.
+Every process assigns all documents to all lanes, as a single process would, and keeps only its own lanes. The training
+data, and up to rounding and dropout masks the updates, therefore do not depend on the number of processes.
 """
 
 import os
@@ -19,16 +19,17 @@ from torch.distributed.rendezvous import rendezvous
 from memformer.errors import CheckpointError, InputError
 from memformer.training.randomness import RandomState, capture_randomness
 
-# Long enough for an evaluation that the others wait for; torchrun ends a job at once when one of its processes dies.
+# Long enough for an evaluation, during which the other processes wait. If a process dies, torchrun ends the job at
+# once.
 _TIMEOUT = timedelta(hours=12)
 
 
 class Processes:
-    """The processes of a run and this one's place among them; without `torchrun`, one alone.
+    """The processes of a run and their collective operations; without `torchrun`, there is one process.
 
     Attributes:
-        count: How many there are.
-        rank: Which this is, from 0; the first one evaluates, logs and saves.
+        count: Number of processes (the world size).
+        rank: Rank of this process, from 0. The first process evaluates, logs and saves.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Processes:
         """Return the lanes that this process reads.
 
         Raises:
-            InputError: They cannot be shared out evenly.
+            InputError: The number of lanes is not a multiple of the number of processes.
         """
         if num_lanes % self.count:
             raise InputError(f"training.num_lanes ({num_lanes}) must be a multiple of the {self.count} processes")
@@ -53,9 +54,9 @@ class Processes:
         return list(range(self.rank * share, (self.rank + 1) * share))
 
     def sum_up(self, model: nn.Module, values: list[float]) -> list[float]:
-        """Sum every gradient over the processes, in place, and some numbers with them; one reduction in all.
+        """Sum all gradients, in place, and the given values over the processes with one all-reduce; return the sums.
 
-        Where the model is shared out its gradients are summed already, and only the numbers are left.
+        The gradients of a sharded model are already summed in its backward pass; then only the values are reduced.
         """
         if self.count == 1:
             return values
@@ -79,13 +80,13 @@ class Processes:
         return [float(number) for number in numbers]
 
     def gather_lanes(self, memory: Tensor) -> Tensor:
-        """Return the memory of all lanes, in their order."""
+        """Return the memory of all lanes, in order of the lanes."""
         if self.count == 1:
             return memory
         return torch.cat(self._gather(memory))
 
     def gather_randomness(self, device: torch.device) -> list[RandomState]:
-        """Return the state of the random generators of every process."""
+        """Return the random generator states of all processes, in order of rank."""
         own = capture_randomness(device)
         if self.count == 1:
             return [own]
@@ -96,10 +97,10 @@ class Processes:
         return [(cpu, cuda) for cpu, cuda in zip(cpu_states, cuda_states, strict=True) if cpu is not None]
 
     def check_agreement(self, model: nn.Module) -> None:
-        """Check that all processes have the same weights, unless each has its own share of them.
+        """Check that all processes have the same weights; a sharded model is not checked.
 
         Raises:
-            CheckpointError: They have not.
+            CheckpointError: The weights differ.
         """
         if self.count == 1:
             return
@@ -111,7 +112,9 @@ class Processes:
         first, *others = self._gather(own)
         for rank, other in enumerate(others, start=1):
             if not torch.equal(other.nan_to_num(), first.nan_to_num()):
-                raise CheckpointError(f"the weights of process {rank} are not those of process 0; nothing was saved")
+                raise CheckpointError(
+                    f"the weights of process {rank} differ from those of process 0; nothing was saved"
+                )
 
     def _gather(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.count)]
@@ -119,17 +122,17 @@ class Processes:
         return parts
 
     def wait_for_all(self) -> None:
-        """Wait until every process is here."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             dist.barrier()
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process; one of several ends at once, without the interpreter's own shutdown.
+    """Exit this process; with several processes, skip the shutdown of the Python interpreter.
 
-    Where weights are shared out, torch keeps gloo's threads beyond `destroy_process_group`. One of them that lets go of
-    a tensor while the interpreter shuts down aborts the process, and with it the job, though all is done and saved
-    (https://github.com/pytorch/pytorch/issues/190489).
+    For a sharded model, torch keeps gloo threads alive after `destroy_process_group`. If one of them releases a tensor
+    while the interpreter shuts down, the process aborts and torchrun reports a failed job, although all results are
+    saved (https://github.com/pytorch/pytorch/issues/190489).
     """
     if num_started() == 1:
         sys.exit(status)
@@ -139,12 +142,12 @@ def exit_process(status: int) -> NoReturn:
 
 
 def num_started() -> int:
-    """Return how many processes `torchrun` started, this one among them; 1 without it."""
+    """Return the number of processes that `torchrun` started, including this one; 1 without `torchrun`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def were_restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started the processes again after one had died."""
+    """Whether `torchrun --max-restarts` restarted the processes after one of them died."""
     return _num_restarts() > 0
 
 
@@ -154,7 +157,7 @@ def _num_restarts() -> int:
 
 @contextmanager
 def processes_started(device_type: str) -> Iterator[Processes]:
-    """Join the other processes that `torchrun` started, if it did; leave them at the end.
+    """Initialize the process group if `torchrun` started several processes; destroy it at the end.
 
     Yields:
         The processes.
@@ -163,8 +166,8 @@ def processes_started(device_type: str) -> Iterator[Processes]:
         yield Processes()
         return
     store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
-    # The store outlives a restart: without a name of their own the new processes would look for the old ones' ports.
-    # torch documents PrefixStore here and does not mark it as exported.
+    # The store survives a restart. Without a prefix per attempt, new processes would read the ports of the old ones.
+    # torch documents PrefixStore but does not export it explicitly.
     store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)

@@ -1,25 +1,25 @@
-"""Memory replay back-propagation, and the two methods it must agree with (arXiv 2010.06891, Algorithm 1).
+"""Memory replay back-propagation and two reference methods (arXiv 2010.06891, Algorithm 1).
 
-A rollout's loss is differentiated exactly by all three: through every timestep, and not beyond the rollout's edge.
+All three methods compute the exact gradient of a rollout's loss through all its timesteps; the gradient stops at the
+start of the rollout.
 
-- "bptt" keeps the whole graph. "checkpoint" keeps it in pieces that are recomputed (torch.utils.checkpoint).
-- "replay" keeps memories and hidden states only:
-    1. without gradient, encode the timesteps in order, all but the last;
-    2. read them out in chunks, with gradient: loss, and d loss / d hidden;
-    3. encode the last timestep with gradient, read it out and differentiate it; then from the one before it to the
-       first, encode again with gradient and carry d loss / d memory backwards.
+- "bptt" keeps the whole graph. "checkpoint" splits it into pieces that are recomputed (torch.utils.checkpoint).
+- "replay" keeps only memories and hidden states:
+    1. Encode all timesteps but the last in order, without gradient.
+    2. Read them out in chunks, with gradient; this gives the loss and d loss / d hidden.
+    3. Encode the last timestep with gradient, read it out and back-propagate. Then, from the second-to-last timestep
+       to the first, encode again with gradient and propagate d loss / d memory backwards.
 
-A model may have an auxiliary loss beside its likelihood (`RecurrentModel.encode_with_auxiliary_loss`): a price on
-writing (a departure: the paper has none), or what a Compressive Transformer learns to compress by. It is part of what
-is differentiated, not of the loss returned.
+A model may have an auxiliary loss in addition to the negative log-likelihood (`AuxiliaryLoss`): the Memformer's write
+penalty (a departure: the paper has none), or the Compressive Transformer's reconstruction loss. It contributes to the
+gradient, but not to the returned loss.
 
-Departure from Algorithm 1: there the readout is recomputed timestep by timestep together with the encoder. It does not
-depend on time, so here it runs once, in chunks as large as memory allows; the extra cost is one encoder forward of all
-timesteps but the last.
+Departure from Algorithm 1: the paper recomputes the readout (decoder and loss) timestep by timestep together with the
+encoder. The readout does not depend on later timesteps, so here it runs once, in chunks as large as device memory
+allows. The extra cost over BPTT is one encoder forward pass for all timesteps but the last.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel
+from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
 from memformer.training.randomness import capture_randomness, restore_randomness
+from memformer.utils.checks import check_choice, check_integer
 
 Method = Literal["replay", "bptt", "checkpoint"]
 NewAutocast = Callable[[], AbstractContextManager[Any]]
@@ -41,15 +42,15 @@ NewAutocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutResult:
-    """What one rollout gave.
+    """Result of the back-propagation of one rollout.
 
     Attributes:
-        loss: Mean nats per non-padding target token of the rollout, detached; 0 if there is none.
+        loss: Mean negative log-likelihood per non-padding target token in nats, detached; 0 if there are no targets.
         num_tokens: Number of non-padding target tokens.
-        memory: (B, K, D), the memory that leaves the rollout, detached.
-        memory_grad: (B, K, D), d loss / d memory entering the rollout (scaled like the gradients).
-        memory_grad_norms: (N,), norm of d loss / d memory entering each timestep, over all rows: how far back what is
-            to be predicted reaches. The first is `memory_grad`'s.
+        memory: (B, K, D), the memory after the last timestep, detached.
+        memory_grad: (B, K, D), d loss / d memory at the start of the rollout, scaled like the other gradients.
+        memory_grad_norms: (N,), norm over all rows of d loss / d memory at the start of each timestep. It shows how far
+            back the predictions depend on the memory. The first entry is the norm of `memory_grad`.
     """
 
     loss: Tensor
@@ -57,6 +58,25 @@ class RolloutResult:
     memory: Tensor
     memory_grad: Tensor
     memory_grad_norms: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutHooks:
+    """Callbacks for the back-propagation of a rollout.
+
+    Attributes:
+        auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, in nats
+            per unit. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
+            `model.auxiliary_weight`.
+        before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
+            gradient synchronization there.
+    """
+
+    auxiliary_weight: Callable[[float], float] | None = None
+    before_last_backward: Callable[[], object] | None = None
+
+
+NO_HOOKS = RolloutHooks()
 
 
 def backpropagate(
@@ -67,58 +87,48 @@ def backpropagate(
     method: str = "replay",
     readout_timesteps: int = 1,
     gradient_scale: float = 1.0,
-    write_price: float = 0.0,
-    write_price_below: float = math.inf,
-    before_last_backward: Callable[[], object] | None = None,
+    hooks: RolloutHooks = NO_HOOKS,
 ) -> RolloutResult:
-    """Add the gradient of the rollout's loss to every parameter's `.grad`; return the loss and the memory.
+    """Add the gradient of a rollout's loss to the `.grad` of every parameter; return the loss and the new memory.
 
-    The gradient stops at the rollout's edge: the entering memory is detached, and `memory_grad` says what arrives
-    there. Rows with `reset` start from the initial memory, which does get gradient. An ambient autocast is respected
-    in the forward computation.
+    The gradient stops at the start of the rollout: the given memory is detached, and `memory_grad` is the gradient with
+    respect to it. Rows with `reset` start from the initial memory, which does receive gradient. An enclosing
+    `torch.autocast` applies to the forward computation.
 
     Args:
-        model: Any recurrence with a readout.
-        rollout: What is read and predicted, on the model's device.
-        memory: The memory that enters; None means the initial memory, as if every row were reset first.
-        method: "replay", "bptt" or "checkpoint"; all give the same gradient.
-        readout_timesteps: Timesteps read out together: more is faster and takes more memory. The last timestep is
-            read out by itself, unless all are read out together.
-        gradient_scale: Factor on the gradients, for accumulating several rollouts in one update.
-        write_price: Nats for each unit of `WritePressure`, as a mean over the rollout's non-padding input
-            tokens, added to the loss that is differentiated. Above 0 the model must be a Memformer with a sparse write.
-            (An auxiliary loss of the model's own is added likewise, by its `auxiliary_weight`.)
-        write_price_below: The price is due only where the rollout's loss is below this, in nats per token: what is
-            not learned yet needs its writes.
-        before_last_backward: Called once, before the last backward pass of the several that replay makes: where
-            gradients are summed over processes, that pass is the one to do it.
+        model: The recurrent model.
+        rollout: The input and target segments, on the model's device.
+        memory: (B, K, D), the memory at the start of the rollout. None: the initial memory, as if every row were reset
+            at the first timestep.
+        method: "replay", "bptt" or "checkpoint"; all give the same gradients.
+        readout_timesteps: Timesteps whose readout is computed together; larger values are faster and need more device
+            memory. The last timestep is read out separately unless all timesteps fit into one chunk.
+        gradient_scale: Factor on the gradients, for accumulating several rollouts into one update.
+        hooks: Weight of the auxiliary loss, and a callback before the last backward pass.
 
     Raises:
-        InputError: The method is unknown, `readout_timesteps` is below 1, the memory is another model's, or writing has
-            a price and the model has no sparse write.
+        InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, or an
+            auxiliary weight is given for a model without an auxiliary loss.
         InputTypeError: The memory has the wrong dtype.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method ({method!r}) must be one of {', '.join(get_args(Method))}")
-    if readout_timesteps < 1:
-        raise InputError(f"readout_timesteps ({readout_timesteps}) must be at least 1")
-    if write_price and model.auxiliary_weight is not None:
-        raise InputError(f"write_price ({write_price}) must be 0: a {type(model).__name__} does not write to slots")
-    auxiliary_weight = write_price if model.auxiliary_weight is None else model.auxiliary_weight
+    check_choice("method", method, get_args(Method))
+    check_integer("readout_timesteps", readout_timesteps, 1)
+    if hooks.auxiliary_weight is not None:
+        model.check_auxiliary_loss()
     if memory is None:
         memory = model.initial_memory(rollout.batch_size)
         first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
         first[0] = True
         reset = first if rollout.reset is None else rollout.reset | first
         rollout = dataclasses.replace(rollout, reset=reset)
-    rollout = model.arrange(rollout)
+    rollout = model.align_inputs(rollout)
     model.check_memory(memory, batch_size=rollout.batch_size)
-    # The one place where gradient is cut. A clone, so that asking for its gradient leaves the caller's tensor alone.
+    # The only place where the gradient is cut. A clone, because requires_grad must not be set on the caller's tensor.
     memory = memory.detach().clone()
     num_tokens = rollout.count_target_tokens()
     device_type = rollout.inputs.device.type
-    # Backward must not run under autocast, and a cast that was cached without gradient must not be used with it: so
-    # the ambient autocast is switched off here and entered anew around each piece of forward computation.
+    # The backward pass must not run under autocast, and a cast cached without gradient must not be reused with
+    # gradient. Therefore autocast is disabled here and entered again around each piece of forward computation.
     autocast = partial(
         torch.autocast,
         device_type,
@@ -129,19 +139,19 @@ def backpropagate(
         work = _Work(
             model,
             rollout,
-            nats_scale=gradient_scale / max(num_tokens, 1),
+            nll_scale=gradient_scale / max(num_tokens, 1),
             readout_timesteps=readout_timesteps,
             autocast=autocast,
-            auxiliary_scale=gradient_scale * auxiliary_weight / max(rollout.count_input_tokens(), 1),
-            price_below=(write_price_below if write_price else math.inf) * num_tokens if num_tokens else 0.0,
-            before_last_backward=before_last_backward or _do_nothing,
+            gradient_scale=gradient_scale,
+            num_tokens=num_tokens,
+            hooks=hooks,
         )
         if method == "replay":
-            total_nats, memory, memory_grad, norms = _replay(work, memory)
+            total_nll, memory, memory_grad, norms = _replay(work, memory)
         else:
-            total_nats, memory, memory_grad, norms = _unroll(work, memory, recompute=method == "checkpoint")
+            total_nll, memory, memory_grad, norms = _unroll(work, memory, recompute=method == "checkpoint")
     return RolloutResult(
-        loss=total_nats / max(num_tokens, 1),
+        loss=total_nll / max(num_tokens, 1),
         num_tokens=num_tokens,
         memory=memory,
         memory_grad=memory_grad,
@@ -151,52 +161,70 @@ def backpropagate(
 
 @dataclass(frozen=True)
 class _Work:
-    """The two pieces of forward computation that every method puts together."""
+    """The two pieces of forward computation shared by all methods: encoding a timestep and reading out a chunk."""
 
     model: RecurrentModel
     rollout: Rollout
-    nats_scale: float
+    nll_scale: float
     readout_timesteps: int
     autocast: NewAutocast
-    auxiliary_scale: float
-    price_below: float
-    before_last_backward: Callable[[], object]
+    gradient_scale: float
+    num_tokens: int
+    hooks: RolloutHooks
 
     def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (B, S, D) hidden, the next memory (B, K, D) and the auxiliary loss, a scalar."""
+        """Return the hidden states (B, S, D), the next memory (B, K, D) and the auxiliary loss (a scalar)."""
         with self.autocast():
             if self.rollout.reset is not None:
                 memory = self.model.reset_memory(memory, self.rollout.reset[timestep])
             padding = self.rollout.input_padding
             segment, padding = self.rollout.inputs[timestep], None if padding is None else padding[timestep]
-            # Without gradient it would not be used.
-            if self.auxiliary_scale and torch.is_grad_enabled():
-                return self.model.encode_with_auxiliary_loss(segment, memory=memory, padding_mask=padding)
+            # The auxiliary loss is needed only for its gradient.
+            if self.has_auxiliary_loss and torch.is_grad_enabled():
+                auxiliary = AuxiliaryLoss()
+                hidden, memory = self.model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
+                assert auxiliary.total is not None
+                return hidden, memory, auxiliary.total
             hidden, memory = self.model.encode(segment, memory=memory, padding_mask=padding)
             return hidden, memory, memory.new_zeros(())
 
-    def price_of(self, total_nats: Tensor) -> float:
-        """Return the factor on the auxiliary loss, where the rollout's targets took so many nats."""
-        return self.auxiliary_scale if self.auxiliary_scale and float(total_nats) < self.price_below else 0.0
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether an auxiliary loss contributes to the gradient."""
+        return self.hooks.auxiliary_weight is not None or self.model.auxiliary_weight != 0
+
+    def auxiliary_scale(self, total_nll: Tensor) -> float:
+        """Return the factor on the summed auxiliary loss, given the rollout's summed negative log-likelihood."""
+        if not self.has_auxiliary_loss or not self.num_tokens:
+            return 0.0
+        weight = self.model.auxiliary_weight
+        if self.hooks.auxiliary_weight is not None:
+            weight = self.hooks.auxiliary_weight(float(total_nll) / self.num_tokens)
+        return self.gradient_scale * weight / max(self.rollout.count_input_tokens(), 1)
+
+    def before_last_backward(self) -> None:
+        """Call the hook, if given."""
+        if self.hooks.before_last_backward is not None:
+            self.hooks.before_last_backward()
 
     def read_out(self, chunk: slice, *hiddens: Tensor) -> Tensor:
-        """Return the summed nats of the targets of a chunk of timesteps, given their hidden states (B, S, D)."""
+        """Return the summed negative log-likelihood of a chunk, given the hidden states (B, S, D) of its timesteps."""
         with self.autocast():
             rollout = self.rollout
-            nats = self.model.token_nats(
+            nll = self.model.token_nll(
                 rollout.targets[chunk].flatten(0, 1),
                 hidden=torch.cat(hiddens),
                 hidden_padding_mask=_rows(rollout.input_padding, chunk),
                 target_padding_mask=_rows(rollout.target_padding, chunk),
-                starts=_rows(rollout.starts, chunk),
+                decoder_start_ids=_rows(rollout.decoder_start_ids, chunk),
             )
-            return nats.sum()
+            return nll.sum()
 
     @property
     def chunks(self) -> list[slice]:
-        """The timesteps, in groups that are read out together.
+        """The timesteps, grouped into chunks that are read out together.
 
-        The last timestep is read out while its encoding is held: unless all are read out together, by itself.
+        The last timestep is a chunk of its own, because its graph is kept, unless all timesteps fit into one chunk.
         """
         size, last = self.readout_timesteps, self.rollout.num_timesteps - 1
         if size > last:
@@ -209,40 +237,38 @@ def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:
 
 
 def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate the whole graph at once; with `recompute` each piece keeps only what enters it.
+    """Back-propagate through the whole graph at once; with `recompute`, each piece stores only its inputs.
 
     Returns:
-        Total nats, the memory that leaves, d loss / d memory that enters, and its norms at every timestep.
+        The summed negative log-likelihood, the memory after the last timestep, d loss / d memory at the start, and the
+        norms of d loss / d memory at every timestep.
     """
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
     entering = [memory.requires_grad_()]
     hiddens: list[Tensor] = []
-    total_auxiliary, total_nats = memory.new_zeros(()), memory.new_zeros(())
+    total_auxiliary, total_nll = memory.new_zeros(()), memory.new_zeros(())
     *earlier_chunks, last_chunk = work.chunks
     last = work.rollout.num_timesteps - 1
-    # In the order of `_replay`, which decides what dropout draws.
+    # The same order as in `_replay`, so that dropout draws the same masks.
     for timestep in range(last + 1):
         if timestep == last:
             for chunk in earlier_chunks:
-                total_nats = total_nats + run(work.read_out, chunk, *hiddens[chunk])
+                total_nll = total_nll + run(work.read_out, chunk, *hiddens[chunk])
         hidden, memory, auxiliary = run(work.encode, timestep, memory)
         hiddens.append(hidden)
         if timestep < last:
-            # A tensor of its own: what the decoder reads of the memory at this timestep does not enter the next one.
+            # A separate tensor: the readout of this timestep may also read the memory, and the retained gradient must
+            # contain only what flows back from the next timestep.
             memory = memory.view_as(memory)
             entering.append(memory)
-            if memory.requires_grad:  # that of a Transformer-XL does not: it is cut by definition
+            if memory.requires_grad:  # False for Transformer-XL, whose memory is detached by definition
                 memory.retain_grad()
         total_auxiliary = total_auxiliary + auxiliary
-    total_nats = total_nats + run(work.read_out, last_chunk, *hiddens[last_chunk])
+    total_nll = total_nll + run(work.read_out, last_chunk, *hiddens[last_chunk])
     work.before_last_backward()
-    (total_nats * work.nats_scale + total_auxiliary * work.price_of(total_nats.detach())).backward()
+    (total_nll * work.nll_scale + total_auxiliary * work.auxiliary_scale(total_nll.detach())).backward()
     grads = [_grad_of(each) for each in entering]
-    return total_nats.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
-
-
-def _do_nothing() -> None:
-    pass
+    return total_nll.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -250,10 +276,10 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiate one piece at a time; see the module's docstring for the three steps.
+    """Back-propagate one piece at a time; the module docstring describes the three steps.
 
     Returns:
-        As `_unroll`.
+        The same values as `_unroll`.
     """
     device = memory.device
     last = work.rollout.num_timesteps - 1
@@ -266,21 +292,21 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
             hidden, memory, _ = work.encode(timestep, memory)
             hiddens.append(hidden)
 
-    total_nats = memory.new_zeros(())
+    total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []
 
     def read_out(chunk: slice) -> None:
         leaves = [leaf.requires_grad_() for leaf in hiddens[chunk]]
-        nats = work.read_out(chunk, *leaves)
-        (nats * work.nats_scale).backward()
-        total_nats.add_(nats.detach())
+        nll = work.read_out(chunk, *leaves)
+        (nll * work.nll_scale).backward()
+        total_nll.add_(nll.detach())
         hidden_grads.extend(leaf.grad for leaf in leaves)
-        # Free the hidden states that were read out.
+        # Free these hidden states.
         hiddens[chunk] = [leaf.new_empty(0) for leaf in leaves]
 
     for chunk in earlier_chunks:
         read_out(chunk)
-    # The last timestep is the first to be differentiated: its graph is kept, so it is not encoded twice.
+    # Back-propagation starts with the last timestep, so its graph is kept and it is encoded only once.
     entering = memory.requires_grad_()
     hidden, next_memory, auxiliary = work.encode(last, entering)
     hiddens.append(hidden.detach())
@@ -288,32 +314,32 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     read_out(last_chunk)
 
     after = capture_randomness(device)
-    price = memory.new_tensor(work.price_of(total_nats))
+    auxiliary_grad = memory.new_tensor(work.auxiliary_scale(total_nll))
     if last == 0:
         work.before_last_backward()
-    _backward((hidden, hidden_grads.pop()), (auxiliary, price))
+    _backward((hidden, hidden_grads.pop()), (auxiliary, auxiliary_grad))
     memory_grad = _grad_of(entering)
     norms = [memory_grad.norm()]
     for timestep in reversed(range(last)):
-        # The next timestep must not be built while this one's graph is still held.
+        # Free the graph of the current timestep before building that of the previous one.
         del hidden, next_memory, auxiliary, entering
         restore_randomness(randomness.pop(), device=device)
         entering = replay_buffer.pop().requires_grad_()
         hidden, next_memory, auxiliary = work.encode(timestep, entering)
         if timestep == 0:
             work.before_last_backward()
-        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (auxiliary, price))
+        _backward((hidden, hidden_grads.pop()), (next_memory, memory_grad), (auxiliary, auxiliary_grad))
         memory_grad = _grad_of(entering)
         norms.append(memory_grad.norm())
     restore_randomness(after, device=device)
-    return total_nats, last_memory, memory_grad, torch.stack(norms[::-1])
+    return total_nll, last_memory, memory_grad, torch.stack(norms[::-1])
 
 
 def _backward(*outputs_and_grads: tuple[Tensor, Tensor | None]) -> None:
-    """Back-propagate from several outputs at once; those without gradient or graph take no part."""
-    taking_part = [(output, grad) for output, grad in outputs_and_grads if output.requires_grad and grad is not None]
-    if taking_part:
-        outputs, grads = zip(*taking_part, strict=True)
+    """Back-propagate from several outputs at once, ignoring those without a gradient or a graph."""
+    differentiable = [(output, grad) for output, grad in outputs_and_grads if output.requires_grad and grad is not None]
+    if differentiable:
+        outputs, grads = zip(*differentiable, strict=True)
         torch.autograd.backward(outputs, grads)
 
 

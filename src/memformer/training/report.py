@@ -1,4 +1,4 @@
-"""A page about a run that a person can open: loss curve, figures, samples, config."""
+"""HTML summary of a run: evaluation results, loss curve, memory gradients, a sample and the config."""
 
 import base64
 import io
@@ -19,15 +19,15 @@ SUMMARY_FILE = "summary.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write summary.html into a run folder and return its path; it needs no other file and no network.
+    """Write summary.html into a run folder and return its path; the page is self-contained.
 
     Raises:
-        InputError: The folder holds no run.
+        InputError: The folder does not contain a trained run.
         CheckpointError: A file of the run is damaged.
         SaveError: Writing failed.
     """
     if not (folder / LOG_FILE).is_file():
-        raise InputError(f"{folder} has no {LOG_FILE}; a report needs a run that was trained")
+        raise InputError(f"{folder} has no {LOG_FILE}; a report needs a trained run")
     lines = read_log(folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("memformer.training"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -47,13 +47,13 @@ def write_report(folder: Path) -> Path:
             versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
         )
     except (KeyError, jinja2.UndefinedError) as error:
-        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a figure: {error}") from error
+        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}") from error
     write_text(folder / SUMMARY_FILE, page)
     return folder / SUMMARY_FILE
 
 
 def draw_curve(lines: list[dict[str, Any]]) -> str:
-    """Return the curve of a run's log as SVG: training loss, and what its evaluations found."""
+    """Return a plot of a run's training loss and evaluation results as SVG."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     training = [line for line in lines if line["kind"] == "training"]
@@ -65,10 +65,10 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
         label="training (bits per token)",
     )
     for key, label, style in (
-        ("bits_per_byte", "held out, with memory (bits per byte)", "o-"),
+        ("bits_per_byte", "held out, memory intact (bits per byte)", "o-"),
         ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
-        ("accuracy", "answers right (mean over distances)", "o-"),
-        ("accuracy_memory_erased", "answers right, memory erased", "s--"),
+        ("accuracy", "recall accuracy (mean over distances)", "o-"),
+        ("accuracy_memory_erased", "recall accuracy, memory erased", "s--"),
     ):
         measured = [line for line in evaluation if key in line]
         if measured:
@@ -81,7 +81,7 @@ def draw_curve(lines: list[dict[str, Any]]) -> str:
 
 
 def draw_gradients(training: list[dict[str, Any]]) -> str | None:
-    """Return the gradient that reaches the memory at every timestep of a rollout, as SVG; None if none does."""
+    """Return a plot of the memory gradient norm per timestep of a rollout as SVG; None if all norms are 0."""
     lines = [line for line in training if any(line.get("memory_gradient_norms", []))]
     if not lines:
         return None
@@ -90,12 +90,12 @@ def draw_gradients(training: list[dict[str, Any]]) -> str | None:
     shown = sorted({0, len(lines) // 2, len(lines) - 1})
     for index, grey in zip(shown, ("0.75", "0.5", "0.0")[-len(shown) :], strict=True):
         norms = lines[index]["memory_gradient_norms"]
-        before_the_end = range(len(norms), 0, -1)
-        axes.plot(before_the_end, norms, "o-", color=grey, ms=4, label=f"update {lines[index]['update']:,}")
+        segments_before_end = range(len(norms), 0, -1)
+        axes.plot(segments_before_end, norms, "o-", color=grey, ms=4, label=f"update {lines[index]['update']:,}")
     axes.invert_xaxis()
     axes.set_yscale("log")
     axes.set_xlabel("segments before the end of the rollout")
-    axes.set_ylabel("norm of the gradient")
+    axes.set_ylabel("gradient norm")
     axes.grid(alpha=0.3)
     axes.legend()
     return _as_svg(figure)
@@ -105,7 +105,7 @@ def _as_svg(figure: Figure) -> str:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     svg = drawn.getvalue()
-    return svg[svg.index("<svg") :]  # without the declarations of a file of its own
+    return svg[svg.index("<svg") :]  # without the XML declaration and doctype of a standalone file
 
 
 def _newest_sample(folder: Path) -> dict[str, str] | None:

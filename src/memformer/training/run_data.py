@@ -1,4 +1,4 @@
-"""From a data config to what a run trains on and is evaluated on: documents, or a recall task."""
+"""Builds the training and evaluation data of a run from its data config: documents, or a recall task."""
 
 import os
 from abc import ABC, abstractmethod
@@ -36,35 +36,35 @@ _EVALUATION_TOKENS_AT_ONCE = 4096
 
 
 class RunData(ABC):
-    """What a run reads.
+    """Base class of the training and evaluation data of a run.
 
     Attributes:
-        tokenizer: What the ids mean; trained on the training documents, or given.
+        tokenizer: The tokenizer of the data.
     """
 
     tokenizer: Tokenizer
 
     @abstractmethod
     def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
-        """Return the rollouts to train on."""
+        """Return an endless stream of training rollouts."""
 
     @abstractmethod
     def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Result:
-        """Return how good a model is; the final evaluation of a run is the most thorough."""
+        """Return the evaluation of a model on held-out data; the final evaluation of a run uses more of it."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Return what is trained on, and what is held out."""
+        """Return a one-line description of the training and held-out data."""
 
 
 class DocumentData(RunData):
     """Documents to predict.
 
     Args:
-        tokenizer: What the ids mean.
-        train: Documents to train on.
+        tokenizer: The tokenizer of the token ids.
+        train: Training documents.
         validation: Held-out documents, by which the best weights are chosen.
-        test: What they are evaluated on finally; None for the same.
+        test: Documents for the final evaluation. None: the validation documents.
     """
 
     def __init__(self, tokenizer: Tokenizer, train: Corpus, validation: Corpus, test: Corpus | None = None) -> None:
@@ -74,7 +74,7 @@ class DocumentData(RunData):
         self.test = validation if test is None else test
 
     def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
-        """Return lanes of documents."""
+        """Return an endless stream of rollouts over the training documents."""
         options = {
             "num_lanes": config.training.num_lanes,
             "segment_length": model.segment_length,
@@ -86,15 +86,15 @@ class DocumentData(RunData):
         return LaneStream(self.train, **options) if tasks is None else MultitaskStream(self.train, tasks, **options)
 
     def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Evaluation:
-        """Return the likelihood of held-out documents: finally of all test documents, else of `evaluation_tokens`."""
+        """Evaluate a model on the first `evaluation_tokens` validation tokens, or finally on all test documents."""
         corpus = self.test if is_final else first_documents(self.validation, training.evaluation_tokens)
-        # As many timesteps are read out together as make a few thousand tokens: short segments on few lanes are slow.
+        # Read out enough timesteps together for a few thousand tokens, because short segments on few lanes are slow.
         num_lanes = min(training.num_lanes, corpus.num_documents)
         rollout_length = max(1, _EVALUATION_TOKENS_AT_ONCE // (num_lanes * model.segment_length))
         return evaluate(model, corpus, num_lanes=num_lanes, rollout_length=rollout_length)
 
     def describe(self) -> str:
-        """Return the numbers of documents and tokens."""
+        """Return a one-line description with the numbers of documents and tokens."""
         test = "" if self.test is self.validation else f", test {self.test.num_documents:,} of {self.test.num_tokens:,}"
         return (
             f"training on {self.train.num_documents:,} documents of {self.train.num_tokens:,} tokens, "
@@ -106,9 +106,9 @@ class RecallData(RunData):
     """A recall task.
 
     Args:
-        config: How episodes are laid out.
-        train: The task to train on.
-        validation: The task to evaluate on; the same where every episode is made up.
+        config: Layout of the episodes.
+        train: Task that generates the training episodes.
+        validation: Task that generates the evaluation episodes; the same as `train` unless it reads held-out text.
     """
 
     def __init__(self, config: RecallConfig, train: RecallTask, validation: RecallTask) -> None:
@@ -118,12 +118,12 @@ class RecallData(RunData):
         self.tokenizer = train.tokenizer
 
     def make_stream(self, model: RecurrentModel, config: RunConfig) -> RolloutStream:
-        """Return episodes.
+        """Return an endless stream of rollouts over training episodes.
 
         Raises:
-            InputError: A segment cannot hold the facts or the question.
+            InputError: A segment is too short for the facts or the question.
         """
-        # Before hours of training, not after.
+        # Check this before training, because the first evaluation comes only later.
         check_segment_length(self.validation, self.config, model.segment_length)
         return RecallStream(
             self.train,
@@ -136,7 +136,7 @@ class RecallData(RunData):
         )
 
     def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Recall:
-        """Return the accuracy at distances up to 4 times those trained on, finally 32 times."""
+        """Return the accuracy at distances up to 4 times the longest in training, finally up to 32 times."""
         farthest = self.config.max_distance * (32 if is_final else 4)
         return measure_recall(
             model,
@@ -148,7 +148,7 @@ class RecallData(RunData):
         )
 
     def describe(self) -> str:
-        """Return the task and its size."""
+        """Return a one-line description of the task and its size."""
         fewest, most = self.config.num_facts
         return (
             f"training on the recall task {self.config.task!r}: {fewest} to {most} facts, "
@@ -164,18 +164,19 @@ def doubling_distances(farthest: int) -> list[int]:
 def prepare_data(
     config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Callable[[int], None] | None = None
 ) -> RunData:
-    """Return what a run reads; token ids are built on disk at the first call and found there afterwards.
+    """Return the data of a run. The token ids of documents are computed once and cached on disk.
 
     Args:
-        config: What to read.
-        tokenizer: One that was trained before; None trains it here. A recall task that is not in text brings its own.
-        progress: Called with the number of tokens just written.
+        config: The data config.
+        tokenizer: Tokenizer to use. None: train one on the training documents. Recall tasks that are not in text have
+            their own tokenizer and ignore this.
+        progress: Called with the number of token ids just written to the cache.
 
     Raises:
-        InputError: A source is missing, empty, undecodable, or too small to hold documents out; or a recall task in
+        InputError: A source is missing, empty, undecodable, or too small to hold out documents; or a recall task in
             text has no text, or malformed stories.
-        CheckpointError: Token ids on disk are damaged.
-        SaveError: Token ids cannot be written.
+        CheckpointError: The cached token ids are damaged.
+        SaveError: The token ids cannot be written.
     """
     recall = config.recall
     if recall is not None and not recall.is_in_text:
@@ -211,12 +212,12 @@ def open_corpus(
     tokenizer: Tokenizer,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Return a source's documents as token ids.
+    """Return the documents of a source as token ids.
 
     Raises:
-        InputError: The source is missing, empty, undecodable, or its images have another shape than the tokenizer's.
-        CheckpointError: Token ids on disk are damaged.
-        SaveError: Token ids cannot be written.
+        InputError: The source is missing, empty or undecodable, or its images do not have the tokenizer's shape.
+        CheckpointError: The cached token ids are damaged.
+        SaveError: The token ids cannot be written.
     """
     shape = image_shape(source)
     is_image_tokenizer = isinstance(tokenizer, PixelTokenizer)
@@ -231,7 +232,7 @@ def open_corpus(
 
 
 def default_cache() -> Path:
-    """Return the folder for token ids that are built once and used by many runs."""
+    """Return the default folder of the token id cache, which is shared by all runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memformer"
 
 
@@ -245,7 +246,7 @@ def _make_tokenizer(config: DataConfig) -> Tokenizer:
 
 
 def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:
-    """Return the first documents that together hold `num_tokens`, whole ones; None means all."""
+    """Return the first whole documents that together have at least `num_tokens` tokens; None means all documents."""
     if num_tokens is None:
         return corpus
     ends = corpus.document_lengths.cumsum()

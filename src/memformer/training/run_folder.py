@@ -1,4 +1,4 @@
-"""A run folder: where everything about one run lands, and where it is found again."""
+"""Run folders: writing the config, finding checkpoints, and loading a trained run."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
 from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
+from memformer.utils.renames import old_names_sentence, update_run_config
 from memformer.utils.yaml_files import parse_yaml
 
 RUN_CONFIG_FILE = "config.yaml"
@@ -31,14 +32,14 @@ _CHECKSUM = "# sha256 of the lines below; to change them by hand, delete this li
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and what is needed to use it.
+    """A trained model with its tokenizer and config.
 
     Attributes:
-        folder: The folder that was asked for.
-        model: The weights, in evaluation mode.
+        folder: The folder passed to `load_run`.
+        model: The model with its weights, in evaluation mode.
         tokenizer: The run's tokenizer.
-        weights: The folder the weights came from.
-        run_config: The run's resolved config as plain values; None for a folder from `save_pretrained`.
+        weights: The folder from which the weights were loaded.
+        run_config: The run's resolved config as plain values. None: the folder was written by `save_pretrained`.
     """
 
     folder: Path
@@ -58,40 +59,42 @@ def load_run(
 ) -> LoadedRun:
     """Load a run folder, or a folder from `save_pretrained`.
 
-    The latter has a tokenizer beside the weights where `memformer.data.save_tokenizer` put one; without it, 256 token
-    ids are taken for bytes.
+    `memformer.data.save_tokenizer` adds a tokenizer to a folder from `save_pretrained`. Without a tokenizer, a
+    vocabulary of 256 tokens is assumed to be bytes.
 
     Args:
         folder: The folder.
-        which: "best" on held-out documents, or "last"; a folder from `save_pretrained` has only itself.
-        device: Where the model goes.
-        num_slots: Memory slots to run with, in place of those trained with; for a model of `exchangeable_slots`.
-        warn: Told of damaged checkpoints that are skipped, and of a tokenizer that is not there.
+        which: Weights of a run: "best" on the held-out data, or "last". Ignored for a folder from `save_pretrained`.
+        device: Device to load the model onto.
+        num_slots: Number of memory slots to use; for models with `exchangeable_slots` only. None: as trained.
+        warn: Called with a message for each damaged checkpoint that is skipped, for a missing tokenizer, and for names
+            from version 0.1.
 
     Raises:
-        InputError: The folder does not exist or is neither kind, the model cannot have so many slots, or it has no
-            tokenizer and other ids than bytes.
-        CheckpointError: What it holds is damaged or incomplete.
+        InputError: The folder does not exist or is of neither kind, the model does not support `num_slots`, or the
+            tokenizer is missing and the vocabulary is not bytes.
+        CheckpointError: A file in the folder is damaged or missing.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
     run_config = None
     weights = folder
     if (folder / RUN_CONFIG_FILE).is_file():
-        run_config = read_run_config(folder)
+        run_config = read_run_config(folder, warn=warn)
         weights = folder / BEST if which == "best" else newest_checkpoint(folder, warn=warn)
         if not weights.is_dir():
-            raise CheckpointError(f"{folder} holds no evaluated model yet; try the last checkpoint instead of the best")
+            raise CheckpointError(f"{folder} has no evaluated weights yet; try the last checkpoint instead of the best")
     elif not (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
-            f"{folder} holds neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run or a saved model"
+            f"{folder} contains neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run folder or a saved model"
         )
     model = load_model(weights, device=device, num_slots=num_slots)
     is_bare = run_config is None and not has_tokenizer(folder)
     tokenizer = _bytes_for(folder, model, warn) if is_bare else load_tokenizer(folder)
     if tokenizer.vocab_size != model.vocab_size:
         raise CheckpointError(
-            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, its model a vocabulary of {model.vocab_size}"
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, but a model with a vocabulary of "
+            f"{model.vocab_size}"
         )
     return LoadedRun(folder, model, tokenizer, weights, run_config)
 
@@ -104,15 +107,20 @@ def _bytes_for(folder: Path, model: LanguageModel, warn: Callable[[str], None] |
             "memformer.data.save_tokenizer writes one beside the weights"
         )
     if warn is not None:
-        warn(f"{folder} has no tokenizer: its {model.vocab_size} token ids are taken for bytes")
+        warn(f"{folder} has no tokenizer: its {model.vocab_size} token ids are read as bytes")
     return tokenizer
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """Return a run's resolved config as plain values, checked where its first line is a checksum.
+def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Return a run's resolved config as plain values; the checksum in its first line is verified if present.
+
+    Args:
+        folder: The run folder.
+        warn: Called with a message if the config uses names from version 0.1.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: The config is missing or damaged.
+        InputError: A value from version 0.1 is no longer supported.
     """
     file = folder / RUN_CONFIG_FILE
     try:
@@ -122,20 +130,23 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     first, _, rest = text.partition("\n")
     if first.startswith(_CHECKSUM) and first != _checksum_line(rest):
         raise CheckpointError(
-            f"{file} is damaged or was changed: its lines do not have the checksum that the first one says; "
-            "if they were changed by hand, delete the first line"
+            f"{file} is damaged or was changed: its content does not match the checksum in its first line; "
+            "if you edited it by hand, delete the first line"
         )
     try:
         value = parse_yaml(text)
     except ValueError as error:
         raise CheckpointError(f"{file} is not YAML: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} does not hold a config")
-    return value
+        raise CheckpointError(f"{file} does not contain a config: it must be a mapping of keys to values")
+    config, notes = update_run_config(value)
+    if notes and warn is not None:
+        warn(old_names_sentence(str(file), notes))
+    return config
 
 
 def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the resolved config, with a checksum as a comment, and the versions it runs with.
+    """Write the resolved config, with a checksum as a comment, and the versions of the installed packages.
 
     Raises:
         SaveError: Writing failed.
@@ -150,10 +161,10 @@ def _checksum_line(text: str) -> str:
 
 
 def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None) -> Path:
-    """Return the newest checkpoint that is whole; damaged ones are named to `warn` and skipped.
+    """Return the newest undamaged checkpoint; `warn` is called with a message for each damaged one.
 
     Raises:
-        CheckpointError: There is none; the damage of the newest one is named.
+        CheckpointError: There is no undamaged checkpoint; the message describes the damage of the newest one.
     """
     first_error: CheckpointError | None = None
     for checkpoint in checkpoints_newest_first(folder / CHECKPOINTS):
@@ -166,23 +177,23 @@ def newest_checkpoint(folder: Path, *, warn: Callable[[str], None] | None = None
         else:
             return checkpoint
     if first_error is not None:
-        raise CheckpointError(f"{folder} has no whole checkpoint: {first_error}") from first_error
-    raise CheckpointError(f"{folder} has no checkpoint yet; there is nothing to go on from")
+        raise CheckpointError(f"{folder} has no undamaged checkpoint: {first_error}") from first_error
+    raise CheckpointError(f"{folder} has no checkpoint yet; there is nothing to resume from")
 
 
 def check_run_folder(folder: Path) -> None:
-    """Check, before anything is prepared, that a run may have a folder: it is new, empty, or one of a run.
+    """Check that a folder can be used as a run folder: it is new, empty, or already a run folder.
 
     Raises:
-        InputError: It is a file, or holds something else.
+        InputError: It is a file, or contains other files.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; a run needs a folder")
     if not folder.exists() or (folder / RUN_CONFIG_FILE).exists():
         return
-    # What a run left that stopped while it began, and hidden files, do no harm.
+    # Hidden files, and the files of a run that stopped before it wrote its config, are allowed.
     foreign = sorted(
         file.name for file in folder.iterdir() if not file.name.startswith((".", "tokenizer", "train.log"))
     )
     if foreign:
-        raise InputError(f"{folder} holds {foreign[0]!r} and no run; choose an empty folder or a new name for the run")
+        raise InputError(f"{folder} contains {foreign[0]!r} but no run; choose an empty or a new folder for the run")

@@ -1,9 +1,11 @@
-"""Weights, gradients and moments shared out over the processes (FSDP2): for models too large for one device.
+"""Sharded training with FSDP2, for models too large for one device: weights, gradients and optimizer state.
 
-Replay back-propagates many times an update and may not sum gradients over the processes each time: they pile up, whole,
-until the last backward pass, and each process then receives the sum of its share. Checkpoints hold whole weights, which
-everything that reads a model reads, and the moments as every process writes its share of them (torch's distributed
-checkpoint, in safetensors files: nothing is pickled), from which any number of processes can go on, sharing or not.
+Replay makes many backward passes per update. Summing the gradients over the processes in each of them would be slow, so
+unsharded gradients are accumulated until the last backward pass, which reduces them to one shard per process.
+
+Checkpoints contain unsharded weights, which every loader can read, and a sharded optimizer state in the format of
+torch.distributed.checkpoint with safetensors files (no pickle). Any number of processes can resume from them, with or
+without sharding.
 """
 
 import shutil
@@ -25,51 +27,52 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel, Memformer, build_model
+from memformer.utils.renames import TENSORS
 
 
 def shard(model: Memformer, *, frees_weights: bool) -> None:
-    """Share a model out over all processes, in place; they must all have the same weights.
+    """Shard a model over all processes, in place; all processes must have the same weights.
 
     Args:
-        model: The model, whole.
-        frees_weights: Gather a layer's weights whenever it is used and free them at once; else they are gathered at
-            their first use in an update and kept until its end.
+        model: The unsharded model.
+        frees_weights: True: gather the weights of a layer at each use and free them afterwards. False: gather them at
+            their first use in an update and keep them until its end.
     """
-    # Nothing here works in place on what a layer returns.
+    # FSDP2 warns that in-place operations on such views fail; this package has none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     for module in [*model.encoder.layers, *model.decoder.layers, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=frees_weights)
     for part in _parts(model):
-        # Every process has scaled its gradients by its share of the tokens: they are summed, not averaged.
+        # Every process scales its gradients by its share of the tokens, so gradients are summed, not averaged.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
         part.set_reshard_after_backward(frees_weights, recurse=False)
     for layer in model.decoder.layers:
-        register_fsdp_forward_method(layer, "look_back")
-    for method in ("encode", "token_nats", "reset_memory"):
+        register_fsdp_forward_method(layer, "precompute_cross_attention")
+    for method in ("encode", "token_nll", "reset_memory"):
         register_fsdp_forward_method(model, method)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a model is shared out."""
+    """Whether a model is sharded."""
     return isinstance(model, FSDPModule)
 
 
-def pile_up_gradients(model: torch.nn.Module) -> None:
-    """Let the backward passes from here on keep their gradients to themselves; does nothing to a whole model."""
+def disable_gradient_sync(model: torch.nn.Module) -> None:
+    """Accumulate gradients locally in the following backward passes; no effect on an unsharded model."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
 
 
 def sum_gradients_in_next_backward(model: torch.nn.Module) -> None:
-    """Let the next backward pass sum all gradients over the processes; does nothing to a whole model."""
+    """Sum all accumulated gradients over the processes in the next backward pass; no effect on an unsharded model."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
 
 
-def free_weights(model: torch.nn.Module) -> None:
-    """Keep this process's share of the weights alone, as the optimizer needs it; does nothing to a whole model."""
+def reshard(model: torch.nn.Module) -> None:
+    """Free gathered weights except this process's shard, as the optimizer requires; no effect on an unsharded model."""
     for part in _parts(model):
         part.reshard()
 
@@ -79,7 +82,7 @@ def _parts(model: torch.nn.Module) -> list[FSDPModule]:
 
 
 def gather_model(model: LanguageModel) -> LanguageModel | None:
-    """Return a copy with whole weights in the first process, None in the others; all must call it."""
+    """Return an unsharded copy of the model in the first process, None in the others; all processes must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if not weights:
@@ -91,63 +94,66 @@ def gather_model(model: LanguageModel) -> LanguageModel | None:
 
 
 def scatter_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> None:
-    """Give every process its share of whole weights, which all have read."""
+    """Load unsharded weights, which every process has read, into a sharded model."""
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
 
 
 def scatter_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return this process's share of a whole tensor where it goes with a parameter that is shared out, else the tensor.
+    """Return a tensor sharded like a parameter; if the parameter is not sharded, return the tensor itself.
 
-    A number, as AdamW's count of steps, goes with every share.
+    Scalars, such as AdamW's step count, are not sharded.
     """
     if not isinstance(parameter, DTensor) or value.ndim == 0:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def save_moments(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
-    """Write an optimizer's moments, every process its share; all must call it.
+def save_optimizer_state(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    """Write a sharded optimizer state, one file per process; all processes must call this.
 
     Raises:
-        SaveError: Writing failed in some process.
+        SaveError: Writing failed in one of the processes.
     """
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    moments = {
+    state = {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
     try:
-        save(moments, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
-        raise SaveError(f"cannot write the moments to {folder}: {error}") from error
+        raise SaveError(f"cannot write the optimizer state to {folder}: {error}") from error
 
 
-def load_moments(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `save_moments` wrote, in as many processes as there are now, whole or shared out; all must call it.
+def load_optimizer_state(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    """Load a state written by `save_optimizer_state`, with any number of processes; all processes must call this.
+
+    The model may be sharded or not.
 
     Raises:
-        CheckpointError: The moments are another model's, or cannot be read.
+        CheckpointError: The state belongs to another model, or cannot be read.
     """
     reader = HuggingFaceStorageReader(str(folder))
     parameters = dict(model.named_parameters())
-    moments: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name in reader.read_metadata().state_dict_metadata:
-        parameter = parameters.get(name.rpartition(".")[0])
+        old_name = name.rpartition(".")[0]
+        parameter = parameters.get(TENSORS.get(old_name, old_name))
         if parameter is None:
             raise CheckpointError(f"{folder} holds {name!r}, which belongs to no weight of this model")
-        # AdamW counts its steps in a number of their own, which is not shared out.
+        # AdamW's step counts are scalars, which are not sharded.
         is_count = name.endswith(".step")
-        moments[name] = torch.zeros((), device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
+        state[name] = torch.zeros((), device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-            load(moments, storage_reader=reader, no_dist=not dist.is_initialized())
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended with one process
+            load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise CheckpointError(f"the moments in {folder} cannot be read: {error}") from error
+        raise CheckpointError(f"the optimizer state in {folder} cannot be read: {error}") from error
     optimizer.state.clear()
-    for name, value in moments.items():
+    for name, value in state.items():
         parameter_name, _, key = name.rpartition(".")
-        optimizer.state[parameters[parameter_name]][key] = value
+        optimizer.state[parameters[TENSORS.get(parameter_name, parameter_name)]][key] = value

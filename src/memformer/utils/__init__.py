@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: files, checks, signals, progress, the machine."""
+"""Helpers that do not depend on models: files, checks, signals, progress bars, the machine."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writing: a file appears complete or not at all."""
 
 import contextlib
 import errno
@@ -22,13 +22,13 @@ CHECKSUM = "sha256"
 
 @contextlib.contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written into one error about it.
+    """Convert errors while `path` is written to a `SaveError` that names it.
 
     Yields:
         Nothing.
 
     Raises:
-        SaveError: No space, no permission, not a folder.
+        SaveError: Writing failed, for example for lack of space or permission.
     """
     try:
         yield
@@ -38,15 +38,15 @@ def saving(path: Path) -> Iterator[None]:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """Return an unused hidden path beside `path`, on the same file system, that nobody else will pick."""
+    """Return a unique hidden path in the folder of `path`, hence on the same file system."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `file`, make it durable, then put it in place.
+def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file beside `file` by calling `write`, sync it to disk, then rename it to `file`.
 
     Raises:
-        SaveError: Writing failed; what was at `file` before is intact and nothing is left beside it.
+        SaveError: Writing failed; a previous `file` is unchanged and the temporary file is deleted.
     """
     partial = temporary_sibling(file)
     try:
@@ -58,15 +58,15 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
             partial.replace(file)
             sync_folder(file.parent)
     finally:
-        with contextlib.suppress(OSError):  # nothing was written, or the folder is not one
+        with contextlib.suppress(OSError):  # nothing was written, or the parent is not a folder
             partial.unlink()
 
 
 def check_can_write(file: Path) -> None:
-    """Check, before long work, that its result can be written afterwards.
+    """Check, before a long computation, that its result can be written to `file`.
 
     Raises:
-        SaveError: `file` is a folder, or the folder it would be in cannot be made or written to.
+        SaveError: `file` is a folder, or its parent folder cannot be created or written to.
     """
     folder = file.parent
     while not folder.exists():
@@ -83,8 +83,8 @@ def check_can_write(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable (a rename is in the folder, not in the file), where the system can."""
-    with contextlib.suppress(OSError):  # Windows, and some network mounts, cannot
+    """Sync a folder to disk, where the system supports it: a rename is stored in the folder, not in the file."""
+    with contextlib.suppress(OSError):  # not supported on Windows and some network mounts
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -93,45 +93,45 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file whole.
+    """Write a file atomically.
 
     Raises:
-        SaveError: Writing failed; see `write_whole`.
+        SaveError: Writing failed; see `atomic_write`.
     """
-    write_whole(file, lambda partial: partial.write_bytes(content))
+    atomic_write(file, lambda partial: partial.write_bytes(content))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a UTF-8 text file whole.
+    """Write a UTF-8 text file atomically.
 
     Raises:
-        SaveError: Writing failed; see `write_whole`.
+        SaveError: Writing failed; see `atomic_write`.
     """
-    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+    atomic_write(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file whole.
+    """Write a JSON file atomically.
 
     Raises:
-        SaveError: Writing failed; see `write_whole`.
+        SaveError: Writing failed; see `atomic_write`.
     """
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole, with a checksum of what it holds among its metadata.
+    """Write a safetensors file atomically, with a checksum of its tensors in the metadata.
 
     Raises:
-        SaveError: Writing failed; see `write_whole`.
+        SaveError: Writing failed; see `atomic_write`.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**(metadata or {}), CHECKSUM: _checksum(contiguous)}
-    write_whole(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
+    atomic_write(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values."""
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -143,7 +143,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: The file is missing, is not JSON, or holds something else than an object.
+        CheckpointError: The file is missing, is not JSON, or does not contain a JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_names(file: Path) -> list[str]:
-    """Return the names of the tensors of a safetensors file.
+    """Return the names of the tensors in a safetensors file.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -177,7 +177,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, checked where it has a checksum: what others wrote has none.
+    """Return the tensors in a safetensors file.
+
+    The checksum is verified if the file has one; files written by other libraries have none.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -186,7 +188,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, checked as by `read_tensors`, and its metadata.
+    """Return the tensors in a safetensors file, verified as by `read_tensors`, and its metadata.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -195,5 +197,5 @@ def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, 
         tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
         metadata: dict[str, str] = opened.metadata() or {}
     if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
-        raise CheckpointError(f"{file} is damaged: what it holds has not the checksum it was written with")
+        raise CheckpointError(f"{file} is damaged: its content does not match its checksum")
     return tensors, metadata

@@ -1,4 +1,4 @@
-"""The machine that a run is on: its devices, its memory, the versions of what it runs with."""
+"""Properties of the machine: devices, peak memory, versions of the installed packages."""
 
 import importlib.metadata
 import os
@@ -11,12 +11,13 @@ from memformer.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; auto is CUDA where there is one, else the CPU.
+    """Return the torch device of a name; auto means CUDA if available, else the CPU.
 
-    Of several processes on a machine each takes the CUDA device of its number among them, unless the name has one.
+    With several processes per machine, "cuda" without an index means the CUDA device whose index is the process's
+    `LOCAL_RANK`.
 
     Raises:
-        InputError: The name is unknown, or there is no such device here.
+        InputError: The name is unknown, or this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,15 +31,15 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in {"cpu", "cuda"}:
         raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device ({name!r}) is not there: torch finds {torch.cuda.device_count()} CUDA devices")
+        raise InputError(f"device ({name!r}) is not available: torch finds {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of the device for CUDA, else of this process."""
+    """Return the peak memory so far in bytes: allocated on the device for CUDA, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Each system has its own way, and psutil reads a process's peak on Windows alone.
+    # Every system has its own API; psutil reports the peak of a process on Windows only.
     if sys.platform == "win32":
         import psutil
 
@@ -50,7 +51,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that can change a result."""
+    """Return the versions of all packages that can change a result, of Python and of the platform."""
     packages = ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers")
     found = {package: importlib.metadata.version(package) for package in packages}
     return {

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while work goes on that must not be cut in two: its piece is finished, then all is saved."""
+"""Deferred handling of SIGINT and SIGTERM: the current step is finished and saved before the program stops."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,11 @@ Item = TypeVar("Item")
 
 
 class Interrupted(Exception):
-    """Work was asked to stop, has saved what it had, and stopped.
+    """Raised when a signal stopped the work, after its state was saved.
 
     Args:
-        signal_number: The signal that asked.
-        what_now: Where it is saved, and how to go on.
+        signal_number: The signal received.
+        what_now: Where the state is saved, and how to continue.
     """
 
     def __init__(self, signal_number: int, what_now: str) -> None:
@@ -22,15 +22,15 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-class _NoMoreWaiting(BaseException):
-    """Raised in what waits for the next item."""
+class _StopWaiting(BaseException):
+    """Raised by the signal handler to end the wait for the next item."""
 
 
 class Signals:
-    """The signals that were noted.
+    """Records received signals.
 
     Attributes:
-        received: Their numbers.
+        received: The signal numbers, in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -38,28 +38,29 @@ class Signals:
         self._is_waiting = False
 
     def note(self, number: int) -> None:
-        """Note a signal; end what waits for the next item.
+        """Record a signal; interrupt `until_signalled` if it is waiting for the next item.
 
         Raises:
-            _NoMoreWaiting: An item is waited for.
+            _StopWaiting: `until_signalled` is waiting for the next item.
         """
         self.received.append(number)
         if self._is_waiting:
-            raise _NoMoreWaiting
+            raise _StopWaiting
 
     def until_signalled(self, items: Iterable[Item], *, waits: bool = False) -> Iterator[Item]:
         """Yield items until a signal arrives.
 
         Args:
-            items: What is worked through.
-            waits: The next item is waited for, perhaps for ever: a signal ends that at once. Else it is finished.
+            items: The items to yield.
+            waits: Whether producing an item may block indefinitely (reading stdin). A signal then interrupts it at
+                once; otherwise the current item is finished first.
         """
         iterator = iter(items)
         while not self.received:
             self._is_waiting = waits
             try:
                 item = next(iterator)
-            except (StopIteration, _NoMoreWaiting):
+            except (StopIteration, _StopWaiting):
                 return
             finally:
                 self._is_waiting = False
@@ -68,7 +69,11 @@ class Signals:
 
 @contextmanager
 def signals_noted() -> Iterator[Signals]:
-    """Note the first SIGINT or SIGTERM so that work can be finished; a second one acts at once."""
+    """Record the first SIGINT or SIGTERM instead of stopping; a second one takes effect at once.
+
+    Yields:
+        The recorded signals.
+    """
     signals = Signals()
     previous: dict[int, Any] = {}
 
@@ -78,10 +83,10 @@ def signals_noted() -> Iterator[Signals]:
         signals.note(number)
 
     try:
-        for asked in (signal.SIGINT, signal.SIGTERM):
-            previous[asked] = signal.signal(asked, note)
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, note)
     except ValueError:
-        previous.clear()  # not in the main thread: signals are not ours to take
+        previous.clear()  # outside the main thread, Python does not allow signal handlers
     try:
         yield signals
     finally:

@@ -1,4 +1,4 @@
-"""YAML that people write: parsed safely, refused in one line."""
+"""Safe parsing of user-written YAML, with one-line error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ def parse_yaml(text: str) -> Any:
     """Return the value in a YAML text.
 
     Raises:
-        ValueError: It is not YAML; the message is one line.
+        ValueError: The text is not valid YAML; the message is one line.
     """
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    # What PyYAML runs into where a number, a date or a tagged value is malformed, or where nesting is too deep.
+    # PyYAML raises these for malformed numbers, dates and tagged values, and for nesting that is too deep.
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"a value in it is malformed: {error}") from error
 
@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        InputError: The file is missing, is not YAML, or holds no mapping.
+        InputError: The file is missing, is not YAML, or does not contain a mapping.
     """
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Recall tasks: facts to remember, questions to answer, made on the fly."""
+"""Recall tasks: generated episodes of facts, filler and questions."""

@@ -1,13 +1,14 @@
-"""What a recall task is: its config."""
+"""Configs of recall tasks and of their curriculum."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from memformer.errors import InputError
+from memformer.utils.checks import check_choice, check_integer, check_number
 
 TaskName = Literal["fact", "associative", "rewrite", "copy", "passkey", "babi"]
 
-# Fields that some tasks read and others do not.
+# Fields that only some of the tasks read.
 _FIELDS_OF_TASK: dict[str, frozenset[str]] = {
     "fact": frozenset({"num_values", "num_fillers"}),
     "associative": frozenset({"num_keys", "num_values", "num_fillers"}),
@@ -20,19 +21,21 @@ _FIELDS_OF_TASK: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """From easy to hard: the distance doubles and the facts grow by one whenever the loss has become small.
+    """A curriculum of recall episodes: a low loss doubles the maximum distance and adds 1 to the number of facts.
 
-    Until the end is reached half of the rollouts have the most facts of the level, the others any number up to it: what
-    is new is learned sooner, and a run of easy episodes does not pass for it.
+    Until the curriculum is complete, half of the rollouts have the current maximum number of facts; the others have any
+    number up to it. New episode sizes are thus learned sooner, and a run of easy episodes does not advance the
+    curriculum.
 
     Args:
-        start_distance: Largest distance at the start, in segments.
-        start_facts: Most facts at the start.
-        advance_below: Nats per answer token; a mean below it over `window` updates makes the task harder.
-        window: Updates that the mean is taken over.
+        start_distance: Maximum distance at the start, in segments.
+        start_facts: Maximum number of facts at the start.
+        advance_below: Loss in nats per answer token. A mean loss below it over `window` updates advances the
+            curriculum.
+        window: Number of updates over which the loss is averaged.
 
     Raises:
-        InputError: A value is out of its range.
+        InputError: A value is out of range.
     """
 
     start_distance: int = 1
@@ -42,40 +45,38 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         for name in ("start_distance", "start_facts", "window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"curriculum.{name} ({getattr(self, name)}) must be at least 1")
-        if not 0 < self.advance_below < float("inf"):
-            raise InputError(f"curriculum.advance_below ({self.advance_below}) must be above 0 and finite")
+            check_integer(f"curriculum.{name}", getattr(self, name), 1)
+        check_number("curriculum.advance_below", self.advance_below, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig:
-    """A recall task, made on the fly.
+    """A recall task with generated episodes: facts, then filler segments, some of which end with a question.
 
     Args:
-        task: fact: one value to remember. associative: keys and values, every key once. rewrite: keys come again, the
-            last value wins. copy: all values in order. passkey: a number hidden in the documents of the run's data.
-            babi: stories of bAbI, scattered in these documents.
-        path: For babi: the stories to train on; a file, a folder, a glob pattern, or a list of these. Files ending in
-            .gz or .xz are uncompressed while reading.
-        validation_path: For babi: the stories to evaluate on.
-        num_facts: Facts of an episode in training, fewest and most. Of babi: an episode has as many as a question
-            of the stories has, at most so many.
-        facts_per_segment: Facts told in one segment, fewest and most; each rollout draws its own number, log-uniform.
-            An evaluation tells the most.
-        max_fact_gap: Segments of filler between two segments that tell facts, at most.
-        max_distance: Segments from the last fact to the question in training, at most; each rollout draws its own
-            horizon, log-uniform from 1.
-        question_probability: How often a segment before the horizon ends with a question; the one at the horizon
-            always does.
-        num_keys: For associative and rewrite: keys there are.
-        num_values: For fact, associative, rewrite and copy: values there are.
-        num_fillers: For the same: filler words there are.
-        curriculum: Starts with easier episodes; null starts with the full range.
+        task: fact: one value to remember. associative: key-value pairs, every key once. rewrite: key-value pairs with
+            repeated keys, whose last value counts. copy: all values in order. passkey: a number hidden in the documents
+            of the run's data. babi: stories of bAbI, scattered in these documents.
+        path: For babi: the training stories; a file, a folder, a glob pattern, or a list of these. Files ending in .gz
+            or .xz are decompressed while reading.
+        validation_path: For babi: the evaluation stories.
+        num_facts: Minimum and maximum number of facts of a training episode. For babi: the drawn number is rounded down
+            to a number of facts for which the stories have a question.
+        facts_per_segment: Minimum and maximum number of facts inserted into one segment; each rollout draws its number
+            log-uniformly. Evaluation uses the maximum.
+        max_fact_gap: Maximum number of filler segments between two segments with facts.
+        max_distance: Maximum number of segments from the last fact to the last question of a training episode (its
+            horizon); each rollout draws its horizon log-uniformly from 1 to this.
+        question_probability: Probability that a segment before the horizon ends with a question; the segment at the
+            horizon always does.
+        num_keys: For associative and rewrite: number of different keys.
+        num_values: For fact, associative, rewrite and copy: number of different values.
+        num_fillers: For fact, associative, rewrite and copy: number of different filler words.
+        curriculum: Starts with easier episodes; null: the full range from the start.
 
     Raises:
-        InputError: A value is out of its range, two contradict each other, one that the task needs is missing, or one
-            is set that the task does not read.
+        InputError: A value is out of range, two values contradict each other, a field that the task needs is missing,
+            or a field is set that the task does not read.
     """
 
     task: TaskName = "fact"
@@ -92,8 +93,7 @@ class RecallConfig:
     curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in get_args(TaskName):
-            raise InputError(f"recall.task ({self.task!r}) must be one of {', '.join(get_args(TaskName))}")
+        check_choice("recall.task", self.task, get_args(TaskName))
         if self.task == "babi":
             for name in ("path", "validation_path"):
                 if not getattr(self, name):
@@ -107,23 +107,27 @@ class RecallConfig:
                     f"{', '.join(readers)}"
                 )
         for name in ("max_distance", "num_keys", "num_values", "num_fillers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"recall.{name} ({getattr(self, name)}) must be at least 1")
-        if self.max_fact_gap < 0:
-            raise InputError(f"recall.max_fact_gap ({self.max_fact_gap}) must be at least 0")
-        if not 0 <= self.question_probability <= 1:
-            raise InputError(f"recall.question_probability ({self.question_probability}) must be from 0 to 1")
+            check_integer(f"recall.{name}", getattr(self, name), 1)
+        check_integer("recall.max_fact_gap", self.max_fact_gap, 0)
+        check_number("recall.question_probability", self.question_probability, minimum=0, maximum=1)
         for name in ("num_facts", "facts_per_segment"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:
-                raise InputError(f"recall.{name} ({fewest}, {most}) must be fewest and most, at least 1")
+                raise InputError(
+                    f"recall.{name} ({fewest}, {most}) must be a minimum of at least 1 and a maximum not below it"
+                )
         fewest, most = self.num_facts
         if self.task in {"fact", "passkey"} and most > 1:
-            raise InputError(f"recall.num_facts ({fewest}, {most}) must be (1, 1) for the task of one fact")
+            raise InputError(
+                f"recall.num_facts ({fewest}, {most}) must be (1, 1) for the task {self.task!r}, which has one fact"
+            )
         if self.task == "associative" and most > self.num_keys:
-            raise InputError(f"recall.num_facts ({fewest}, {most}) needs as many different keys; num_keys is less")
+            raise InputError(
+                f"recall.num_facts ({fewest}, {most}) must not exceed recall.num_keys ({self.num_keys}): every "
+                "fact needs a different key"
+            )
 
     @property
     def is_in_text(self) -> bool:
-        """Whether the facts are hidden in documents; the other tasks bring their own words."""
+        """Whether the facts are hidden in documents; the other tasks use a vocabulary of their own."""
         return self.task in {"passkey", "babi"}

@@ -1,9 +1,9 @@
-"""Recall tasks as rollouts to train on: told facts, then filler, with questions on the way whose answers are predicted.
+"""Recall tasks as training rollouts: inserted facts, then filler, and appended questions whose answers are the targets.
 
-A row is one episode. Its first timestep reads the beginning-of-sequence token, as every document's does; then come the
-segments that tell the facts, then up to `max_distance` segments of filler, some of which end with a question. The
-answer is what must follow that segment; it is a target, and nothing else is. The next segment does not show it, so a
-question never refreshes what it asks for.
+A row is one episode. Its first timestep reads the beginning-of-sequence token, as in every document. The segments with
+the facts follow, then up to `max_distance` segments of filler, some of which end with a question. The answer is the
+target of such a segment; other segments have no targets. The next segment does not contain the answer, so a question
+never refreshes its fact.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memformer.data.corpus import Corpus
 from memformer.data.recall.config import RecallConfig
-from memformer.data.recall.tasks import CopyTask, Episode, PairTask, Question, RecallTask, Tokens, pad_answers, place
+from memformer.data.recall.tasks import CopyTask, Episode, PairTask, Question, RecallTask, Tokens, pad_answers, write_at
 from memformer.data.recall.text_tasks import (
     PASSKEY_SENTENCES,
     BabiTask,
@@ -35,10 +35,10 @@ _PADDING_TOKEN_ID = 0
 
 
 def make_task(config: RecallConfig) -> RecallTask:
-    """Return the task that a config names, one with words of its own.
+    """Return the configured task, for tasks with a vocabulary of their own.
 
     Raises:
-        InputError: The task is one in text.
+        InputError: The task hides its facts in documents.
     """
     symbols = {"num_values": config.num_values, "num_fillers": config.num_fillers}
     match config.task:
@@ -49,23 +49,23 @@ def make_task(config: RecallConfig) -> RecallTask:
         case "associative" | "rewrite":
             return PairTask(rewrite=config.task == "rewrite", num_keys=config.num_keys, **symbols)
         case "passkey" | "babi":
-            raise InputError(f"recall.task ({config.task!r}) is in text; it needs a tokenizer and documents")
+            raise InputError(f"recall.task ({config.task!r}) needs a tokenizer and documents; use make_text_task")
 
 
 def make_text_task(
     config: RecallConfig, tokenizer: Tokenizer, haystack: Corpus, *, path: str | list[str] | None
 ) -> RecallTask:
-    """Return the task in text that a config names.
+    """Return the configured task, for tasks that hide their facts in documents.
 
     Args:
         config: The task.
-        tokenizer: What the ids mean.
-        haystack: Documents that the facts are hidden in.
-        path: For babi: the stories, `config.path` or `config.validation_path`.
+        tokenizer: Tokenizer of the documents, the facts and the questions.
+        haystack: Documents that hide the facts.
+        path: For babi: the stories, `config.path` or `config.validation_path`. For passkey: None.
 
     Raises:
-        InputError: The stories are missing or malformed, or all have more facts than `config.num_facts`; or the
-            tokenizer lacks a word.
+        InputError: The stories are missing or malformed, every question has more facts than `config.num_facts` allows,
+            or the tokenizer lacks a word.
     """
     if path is None:
         return PasskeyTask(tokenizer, haystack)
@@ -73,7 +73,7 @@ def make_text_task(
 
 
 def task_text(config: RecallConfig, kind: str) -> str:
-    """Return all that a task in text can say in training, one sentence a line, for a tokenizer of a kind.
+    """Return all sentences of a text task's training episodes, one per line, to train a tokenizer of the given kind.
 
     Raises:
         InputError: The stories are missing or malformed.
@@ -83,18 +83,19 @@ def task_text(config: RecallConfig, kind: str) -> str:
 
 
 class RecallStream(RolloutStream):
-    """Rollouts of episodes, all rows of a rollout of one shape; a pure function of seed, position and level.
+    """A stream of rollouts with recall episodes: a pure function of seed, position and curriculum level.
 
-    An episode longer than `rollout_length` is cut: the memory goes on, the gradient does not.
+    All rows of a rollout have the same number of timesteps. An episode longer than `rollout_length` is cut: the memory
+    is carried across the cut, the gradient is not.
 
     Args:
-        task: What is told and asked.
-        config: How episodes are laid out.
-        num_lanes: Rows B.
+        task: Generator of facts, filler and questions.
+        config: Layout of the episodes.
+        num_lanes: Number of rows B.
         segment_length: Tokens S of a segment.
-        rollout_length: Most timesteps of a rollout.
-        bos_token_id: What the first timestep reads.
-        seed: Decides every episode.
+        rollout_length: Maximum number of timesteps of a rollout.
+        bos_token_id: Token that the first timestep reads.
+        seed: Seed of all episodes.
 
     Raises:
         InputError: A segment cannot hold the facts or the question.
@@ -142,28 +143,28 @@ class RecallStream(RolloutStream):
 
     @property
     def most_facts(self) -> int:
-        """Most facts of an episode at the present level."""
+        """Maximum number of facts of an episode at the current level."""
         fewest, most = self.config.num_facts
         curriculum = self.config.curriculum
         return most if curriculum is None else min(most, max(fewest, curriculum.start_facts + self.level))
 
     @property
     def max_distance(self) -> int:
-        """Largest distance at the present level."""
+        """Maximum distance at the current level, in segments."""
         curriculum = self.config.curriculum
         longest = self.config.max_distance
-        # 2**level is only formed where it can matter.
+        # Avoids computing 2**level for large levels.
         if curriculum is None or self.level >= longest.bit_length():
             return longest
         return min(longest, curriculum.start_distance << self.level)
 
     @property
     def is_hardest(self) -> bool:
-        """Whether the curriculum, if any, has reached its end."""
+        """Whether the curriculum is complete; True without a curriculum."""
         return (self.most_facts, self.max_distance) == (self.config.num_facts[1], self.config.max_distance)
 
     def observe(self, loss: float) -> None:
-        """Note the loss of an update, in nats per answer token; a small mean makes the next episodes harder."""
+        """Record the loss of an update, in nats per answer token; a low mean advances the curriculum."""
         curriculum = self.config.curriculum
         if curriculum is None or self.is_hardest:
             return
@@ -182,22 +183,22 @@ class RecallStream(RolloutStream):
             num_facts = most
         horizon = int(np.exp(generator.uniform(0, np.log(self.max_distance + 1))))
         episodes = [self.task.make_episode(generator, num_facts) for _ in range(self.num_lanes)]
-        # Of stories there may be none of just so many facts.
+        # Stories may have no question with exactly this number of facts.
         num_facts = max(len(episode.facts) for episode in episodes)
         facts_per_segment = _draw_log_uniform(generator, *self.config.facts_per_segment)
         fact_timesteps = draw_fact_timesteps(self.config, generator, num_facts, facts_per_segment=facts_per_segment)
         first_question = fact_timesteps[-1] + 1
         num_timesteps = first_question + horizon
         shape = num_timesteps, self.num_lanes
-        asks = generator.random(shape) < self.config.question_probability
-        asks[:first_question] = False
-        asks[-1] = True
-        inputs = tell(self.task, episodes, fact_timesteps, range(num_timesteps), self.segment_length, generator)
-        answers = [np.empty(0, np.int64)] * asks.size
-        for timestep, row in np.argwhere(asks):
+        has_question = generator.random(shape) < self.config.question_probability
+        has_question[:first_question] = False
+        has_question[-1] = True
+        inputs = insert_facts(self.task, episodes, fact_timesteps, range(num_timesteps), self.segment_length, generator)
+        answers = [np.empty(0, np.int64)] * has_question.size
+        for timestep, row in np.argwhere(has_question):
             questions = episodes[row].questions
             question = questions[int(generator.integers(len(questions)))]
-            ask(inputs[timestep, row], question)
+            append_question(inputs[timestep, row], question)
             answers[timestep * self.num_lanes + row] = question.answer
         targets, padding = pad_answers(answers, self.task.answer_length)
         return with_first_timestep(
@@ -208,7 +209,7 @@ class RecallStream(RolloutStream):
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the cursor and the curriculum's state, as JSON values."""
+        """Return the cursor and the state of the curriculum as JSON values."""
         return {
             "seed": self.seed,
             "num_lanes": self.num_lanes,
@@ -220,10 +221,10 @@ class RecallStream(RolloutStream):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where the stream that gave `state` was.
+        """Resume from a cursor that `state` returned.
 
         Raises:
-            CheckpointError: It is of another stream, or damaged; the stream stays where it was.
+            CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
         for name in ("seed", "num_lanes", "segment_length"):
             if state.get(name) != getattr(self, name):
@@ -233,7 +234,9 @@ class RecallStream(RolloutStream):
         counts = [state.get(name) for name in ("episode", "timestep", "level")]
         losses = state.get("recent_losses")
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise CheckpointError(f"the data cursor has episode, timestep, level {counts}; they must be counts")
+            raise CheckpointError(
+                f"the data cursor has episode, timestep, level {counts}; they must be non-negative integers"
+            )
         if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
             raise CheckpointError(f"the data cursor has recent_losses {losses!r}; it must be a list of numbers")
         resumed = copy.copy(self)
@@ -241,7 +244,10 @@ class RecallStream(RolloutStream):
         resumed._recent_losses = losses
         resumed._whole = resumed._make_episodes() if resumed._timestep else None
         if resumed._whole is not None and resumed._timestep >= resumed._whole.num_timesteps:
-            raise CheckpointError(f"the data cursor has timestep {counts[1]}, which episode {counts[0]} has not")
+            raise CheckpointError(
+                f"the data cursor has timestep {counts[1]}; episode {counts[0]} has "
+                f"{resumed._whole.num_timesteps} timesteps"
+            )
         vars(self).update(vars(resumed))
 
 
@@ -250,31 +256,31 @@ def _draw_log_uniform(generator: np.random.Generator, fewest: int, most: int) ->
 
 
 def check_segment_length(task: RecallTask, config: RecallConfig, segment_length: int) -> None:
-    """Check that segments can hold what a task puts into one.
+    """Check that a segment can hold the task's facts and its question.
 
     Raises:
-        InputError: They cannot.
+        InputError: `segment_length` is too small.
     """
     num_facts = min(config.facts_per_segment[1], config.num_facts[1])
     longest = max(task.question_length, num_facts * task.fact_length)
     if longest > segment_length:
         raise InputError(
-            f"model.segment_length ({segment_length}) must be at least {longest}: a segment tells {num_facts} facts "
+            f"model.segment_length ({segment_length}) must be at least {longest}: a segment holds {num_facts} facts "
             f"(recall.facts_per_segment) of up to {task.fact_length} tokens, or ends with a question of up to "
-            f"{task.question_length}"
+            f"{task.question_length} tokens"
         )
 
 
 def draw_fact_timesteps(
     config: RecallConfig, generator: np.random.Generator, num_facts: int, *, facts_per_segment: int
 ) -> list[int]:
-    """Return the timesteps that tell facts: `facts_per_segment` in each, gaps of filler between."""
+    """Return the timesteps at which facts are inserted, `facts_per_segment` in each, with random gaps between."""
     num_segments = -(-num_facts // facts_per_segment)
     gaps = generator.integers(config.max_fact_gap + 1, size=num_segments - 1)
     return [0, *(int(timestep) for timestep in np.cumsum(gaps + 1))]
 
 
-def tell(
+def insert_facts(
     task: RecallTask,
     episodes: Sequence[Episode],
     timesteps: Sequence[int],
@@ -282,27 +288,27 @@ def tell(
     segment_length: int,
     generator: np.random.Generator,
 ) -> Tokens:
-    """Return a window of filler, (timesteps, rows, tokens), in which each row's facts are told at `timesteps`."""
+    """Return the `window` of timesteps, (timesteps, rows, tokens): filler, with each row's facts at `timesteps`."""
     shape = len(episodes), len(window), segment_length
     inputs = np.stack([task.make_filler(generator, shape[1] * shape[2]) for _ in episodes]).reshape(shape)
     for row, episode in zip(inputs, episodes, strict=True):
-        share = -(-len(episode.facts) // len(timesteps))
+        num_facts = -(-len(episode.facts) // len(timesteps))
         for index, timestep in enumerate(timesteps):
-            facts = episode.facts[index * share : (index + 1) * share]
+            facts = episode.facts[index * num_facts : (index + 1) * num_facts]
             if facts and timestep in window:
-                place(row[timestep - window.start], facts, generator)
+                write_at(row[timestep - window.start], facts, generator)
     return inputs.swapaxes(0, 1)
 
 
-def ask(segment: NDArray[Any], question: Question) -> None:
-    """Let a segment end with a question."""
+def append_question(segment: NDArray[Any], question: Question) -> None:
+    """Overwrite the end of a segment with a question, in place."""
     segment[len(segment) - len(question.tokens) :] = question.tokens
 
 
 def with_first_timestep(
     inputs: Tokens, targets: Tokens, *, target_padding: NDArray[np.bool_], bos_token_id: int
 ) -> Rollout:
-    """Return a rollout whose first timestep reads the beginning-of-sequence token, as every document's does."""
+    """Return a rollout with a prepended first timestep that reads the beginning-of-sequence token."""
 
     def prepend(first: Any, rest: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.concatenate([np.full_like(rest[:1], first), rest]))

@@ -1,4 +1,4 @@
-"""Recall tasks: episodes of facts to remember, filler to sit through, and questions about the facts."""
+"""Recall tasks: episodes of facts to remember, filler, and questions about the facts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Question:
-    """What a segment ends with, and the tokens that must follow.
+    """A question at the end of a segment, and its answer.
 
     Attributes:
         tokens: The question.
-        answer: What comes next, at most `answer_length` tokens of the task.
+        answer: The tokens that must follow the question; at most the task's `answer_length`.
     """
 
     tokens: Tokens
@@ -29,11 +29,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Episode:
-    """One thing to remember and to be asked about.
+    """Facts to remember, and the questions about them.
 
     Attributes:
-        facts: In the order in which they are told; each stands whole in one segment.
-        questions: Any of them may be asked, any number of times, once all facts are told.
+        facts: In order of insertion; each fact stays within one segment.
+        questions: Once all facts are inserted, any of these may be appended, any number of times.
     """
 
     facts: list[Tokens]
@@ -41,10 +41,10 @@ class Episode:
 
 
 class RecallTask(ABC):
-    """Makes episodes and the filler between; everything is drawn from the generator that is handed in.
+    """Abstract generator of episodes and filler; all randomness comes from the generator that is passed in.
 
     Args:
-        tokenizer: What the ids mean.
+        tokenizer: Tokenizer of the task's token ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -53,29 +53,29 @@ class RecallTask(ABC):
     @property
     @abstractmethod
     def fact_length(self) -> int:
-        """Tokens of the longest fact."""
+        """Number of tokens of the longest fact."""
 
     @property
     @abstractmethod
     def answer_length(self) -> int:
-        """Tokens of the longest answer."""
+        """Number of tokens of the longest answer."""
 
     @property
     @abstractmethod
     def question_length(self) -> int:
-        """Tokens of the longest question."""
+        """Number of tokens of the longest question."""
 
     @abstractmethod
     def make_episode(self, generator: np.random.Generator, num_facts: int) -> Episode:
-        """Return an episode of `num_facts` facts."""
+        """Return an episode with `num_facts` facts."""
 
     @abstractmethod
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
-        """Return so many tokens that say nothing about any fact."""
+        """Return `num_tokens` tokens that contain no information about any fact."""
 
 
 class _SymbolTask(RecallTask):
-    """A task on words that mean nothing: values, keys, filler and the word that asks."""
+    """A task with a vocabulary of abstract words: values, keys, filler and a question mark."""
 
     def __init__(self, *, num_keys: int, num_values: int, num_fillers: int) -> None:
         words = [f"value{index}" for index in range(num_values)]
@@ -86,7 +86,7 @@ class _SymbolTask(RecallTask):
         self._values = first_word + np.arange(num_values)
         self._keys = self._values[-1] + 1 + np.arange(num_keys)
         self._fillers = self._keys[-1] + 1 + np.arange(num_fillers)
-        self._ask = int(self._fillers[-1]) + 1
+        self._question_mark = int(self._fillers[-1]) + 1
 
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
         """Return random filler words."""
@@ -96,14 +96,15 @@ class _SymbolTask(RecallTask):
 class PairTask(_SymbolTask):
     """Associative retrieval: a fact is a key and its value, a question is a key.
 
-    With one key it is the task of remembering one fact. ARMT (arXiv 2407.04841) calls it "remember" with unique keys
-    and "rewrite" where the last value of a key wins; with several pairs a segment it is MQAR (arXiv 2312.04927).
+    With a single key the task is to remember one fact. ARMT (arXiv 2407.04841) calls the task "remember" with unique
+    keys, and "rewrite" if the last value of a repeated key counts; with several pairs per segment it is MQAR (arXiv
+    2312.04927).
 
     Args:
-        rewrite: Keys may come again, and the last value wins; otherwise they are unique.
-        num_keys: Keys there are.
-        num_values: Values there are.
-        num_fillers: Filler words there are.
+        rewrite: Whether keys may repeat, in which case the last value counts; otherwise they are unique.
+        num_keys: Number of different keys.
+        num_values: Number of different values.
+        num_fillers: Number of different filler words.
     """
 
     fact_length = 2
@@ -115,7 +116,7 @@ class PairTask(_SymbolTask):
         self.rewrite = rewrite
 
     def make_episode(self, generator: np.random.Generator, num_facts: int) -> Episode:
-        """Return pairs, and a question about each key among them."""
+        """Return key-value pairs, and one question about each key."""
         if self.rewrite:
             keys = self._keys[generator.integers(len(self._keys), size=num_facts)]
         else:
@@ -123,17 +124,17 @@ class PairTask(_SymbolTask):
         values = self._values[generator.integers(len(self._values), size=num_facts)]
         pairs = np.stack([keys, values], axis=1)
         latest = dict(pairs.tolist())
-        questions = [Question(np.array([self._ask, key]), np.array([value])) for key, value in latest.items()]
+        questions = [Question(np.array([self._question_mark, key]), np.array([value])) for key, value in latest.items()]
         return Episode(list(pairs), questions)
 
 
 class CopyTask(_SymbolTask):
-    """Copy: the facts are values, and the answer is all of them in order.
+    """Copying: the facts are values, and the answer is all of them in order.
 
     Args:
-        most_facts: Values of the longest episode.
-        num_values: Values there are.
-        num_fillers: Filler words there are.
+        most_facts: Number of values of the longest episode.
+        num_values: Number of different values.
+        num_fillers: Number of different filler words.
     """
 
     fact_length = 1
@@ -145,17 +146,17 @@ class CopyTask(_SymbolTask):
 
     @property
     def answer_length(self) -> int:
-        """Tokens of the longest answer."""
+        """Number of tokens of the longest answer."""
         return self.most_facts
 
     def make_episode(self, generator: np.random.Generator, num_facts: int) -> Episode:
-        """Return values, and the one question for all of them."""
+        """Return values, and one question whose answer is all of them."""
         values = self._values[generator.integers(len(self._values), size=num_facts)]
-        return Episode(list(values[:, None]), [Question(np.array([self._ask]), values)])
+        return Episode(list(values[:, None]), [Question(np.array([self._question_mark]), values)])
 
 
 def pad_answers(answers: Sequence[Tokens], length: int) -> tuple[Tokens, NDArray[np.bool_]]:
-    """Return answers side by side, (answers, length), and True where there is no answer token."""
+    """Return the answers padded to one array, (answers, length), and its padding mask, True at padding."""
     padded = np.zeros((len(answers), length), np.int64)
     padding = np.ones((len(answers), length), np.bool_)
     for row, answer in enumerate(answers):
@@ -164,8 +165,8 @@ def pad_answers(answers: Sequence[Tokens], length: int) -> tuple[Tokens, NDArray
     return padded, padding
 
 
-def place(segment: NDArray[Any], facts: Sequence[Tokens], generator: np.random.Generator) -> None:
-    """Put facts, one after another, at a random place of a segment, over its filler."""
-    told = np.concatenate(facts)
-    start = int(generator.integers(len(segment) - len(told) + 1))
-    segment[start : start + len(told)] = told
+def write_at(segment: NDArray[Any], facts: Sequence[Tokens], generator: np.random.Generator) -> None:
+    """Write consecutive facts over the filler at a random position of a segment, in place."""
+    tokens = np.concatenate(facts)
+    start = int(generator.integers(len(segment) - len(tokens) + 1))
+    segment[start : start + len(tokens)] = tokens

@@ -1,9 +1,9 @@
-"""Recall tasks in real text: facts hidden in documents, and questions about them in plain words.
+"""Recall tasks in real text: facts hidden in documents, and questions about them in plain English.
 
-Text is told as it is written, with a blank before each sentence. A tokenizer of kind word splits at white space only,
-so for it every digit, full stop, question mark and comma is spelled as a word of its own: "bathroom." is then the word
-"bathroom", and a pass key is five words whatever its number. What is told, asked and answered is tokenized apart, so
-that an answer has the same tokens in a fact and after its question.
+Sentences are inserted verbatim, with a space before each. A tokenizer of kind word splits at white space only, so for
+it every digit, full stop, question mark and comma becomes a separate word: "bathroom." contains the word "bathroom",
+and every pass key is five words. Facts, questions and answers are tokenized separately, so that an answer has the same
+tokens in a fact and after its question.
 """
 
 import functools
@@ -23,18 +23,18 @@ from memformer.errors import InputError
 _PASSKEY_DIGITS = 5
 _PASSKEY_FACT = " The pass key is", ". Remember it."
 _PASSKEY_QUESTION = " What is the pass key? The pass key is"
-# All that the task can say.
+# All sentences of the task.
 PASSKEY_SENTENCES = [" 0123456789".join(_PASSKEY_FACT), _PASSKEY_QUESTION]
 
 
 @dataclass(frozen=True)
 class StoryQuestion:
-    """A question about the first statements of a story.
+    """A question about the statements of a story that precede it.
 
     Attributes:
-        num_statements: Statements told before it.
+        num_statements: Number of statements before the question.
         text: The question.
-        answer: The answer; one that lists several things is still one answer.
+        answer: The answer; a list of several things is still one answer.
     """
 
     num_statements: int
@@ -47,8 +47,8 @@ class Story:
     """A story of bAbI (arXiv 1502.05698).
 
     Attributes:
-        statements: In the order in which they are told.
-        questions: Those asked on the way.
+        statements: The statements in order.
+        questions: The questions between the statements, in order.
     """
 
     statements: list[str]
@@ -56,16 +56,16 @@ class Story:
 
 
 def read_stories(path: str | list[str]) -> list[Story]:
-    """Return the stories in files of bAbI.
+    """Return the stories in bAbI files.
 
-    A line is `ID text` or `ID question<TAB>answer<TAB>supporting IDs`, and the ID 1 begins a story. Supporting IDs
-    are not read.
+    A line is `ID text` or `ID question<TAB>answer<TAB>supporting IDs`, and the ID 1 begins a story. Supporting IDs are
+    ignored.
 
     Args:
-        path: A file, a folder, a glob pattern, or a list of these; files ending in .gz or .xz are uncompressed.
+        path: A file, a folder, a glob pattern, or a list of these; files ending in .gz or .xz are decompressed.
 
     Raises:
-        InputError: A file is missing, cannot be read, has a line of another form, or asks nothing.
+        InputError: A file is missing, cannot be read, has a malformed line, or contains no question.
     """
     stories: list[Story] = []
     for file, _ in locate_files(path):
@@ -74,7 +74,7 @@ def read_stories(path: str | list[str]) -> list[Story]:
         try:
             lines = content.decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 at byte offset {error.start}; stories are text") from error
+            raise InputError(f"{file} is not UTF-8 at byte offset {error.start}; stories must be text") from error
         found = _parse_stories(lines, file)
         if not any(story.questions for story in found):
             raise InputError(f"{file} holds no question; stories need at least one")
@@ -94,8 +94,8 @@ def _parse_stories(lines: Iterable[str], file: Path) -> list[Story]:
             stories.append(Story([], []))
         elif not stories or first_word != str(last_id + 1):
             raise InputError(
-                f"{name} begins with {first_word!r}; a line begins with its ID: 1 for the first of a story, else one "
-                "more than the line before"
+                f"{name} begins with {first_word!r}; a line must begin with its ID: 1 for the first line of a story, "
+                "otherwise the previous line's ID plus 1"
             )
         last_id = int(first_word)
         story = stories[-1]
@@ -104,17 +104,17 @@ def _parse_stories(lines: Iterable[str], file: Path) -> list[Story]:
             story.statements.append(text)
         elif not fields or not text or not fields[0]:
             raise InputError(
-                f"{name} must be 'ID text' or 'ID question<TAB>answer<TAB>supporting IDs', and no part empty"
+                f"{name} must be 'ID text' or 'ID question<TAB>answer<TAB>supporting IDs', with no empty part"
             )
         elif not story.statements:
-            raise InputError(f"{name} asks before its story has told anything")
+            raise InputError(f"{name} is a question before the first statement of its story")
         else:
             story.questions.append(StoryQuestion(len(story.statements), text, fields[0]))
     return stories
 
 
 def story_sentences(stories: Iterable[Story]) -> Iterator[str]:
-    """Yield every statement, question and answer once, as it is told."""
+    """Yield every statement, question and answer, with a space before each."""
     for story in stories:
         for sentence in story.statements:
             yield f" {sentence}"
@@ -123,15 +123,15 @@ def story_sentences(stories: Iterable[Story]) -> Iterator[str]:
 
 
 def spell(text: str, kind: str) -> str:
-    """Return the text as a tokenizer of a kind should read it; see above."""
+    """Return the text with spaces around digits and punctuation for kind word, unchanged for other kinds."""
     return re.sub(r"([.?,\d])", r" \1 ", text) if kind == "word" else text
 
 
 class _TextTask(RecallTask):
-    """A task whose filler is documents.
+    """A task whose filler comes from documents.
 
     Args:
-        tokenizer: What the ids mean.
+        tokenizer: Tokenizer of the documents, the facts and the questions.
         haystack: The documents.
     """
 
@@ -141,7 +141,7 @@ class _TextTask(RecallTask):
         self._ends = haystack.document_lengths.cumsum()
 
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
-        """Return what stands at a random place of the documents; where one ends, the next one follows."""
+        """Return consecutive tokens from a random position in the documents; the next document follows each end."""
         start = int(generator.integers(self._ends[-1]))
         index = int(np.searchsorted(self._ends, start, side="right"))
         offset = start - int(self._ends[index] - self._haystack.document_lengths[index])
@@ -154,7 +154,7 @@ class _TextTask(RecallTask):
         return np.concatenate(parts).astype(np.int64)
 
     def _encode(self, text: str) -> Tokens:
-        """Return the ids of a part of what is told, asked or answered.
+        """Return the token ids of a fact, a question, an answer or a part of these.
 
         Raises:
             InputError: The tokenizer lacks a word.
@@ -164,17 +164,17 @@ class _TextTask(RecallTask):
             for word in text.split():
                 if self.tokenizer.tokenizer.token_to_id(word) is None:
                     raise InputError(
-                        f"the recall task has the word {word!r}, which the run's tokenizer lacks; its words come from "
-                        "data.train and, for the task babi, recall.path"
+                        f"the recall task contains the word {word!r}, which the run's tokenizer lacks; the tokenizer's "
+                        "words come from data.train and, for the task babi, recall.path"
                     )
         return self.tokenizer.encode(text.encode(), name="recall task").astype(np.int64)
 
 
 class PasskeyTask(_TextTask):
-    """One pass key hidden in documents: "The pass key is 71432. Remember it." (arXiv 2305.16300).
+    """A task with one pass key hidden in documents: "The pass key is 71432. Remember it." (arXiv 2305.16300).
 
     Args:
-        tokenizer: What the ids mean.
+        tokenizer: Tokenizer of the documents, the facts and the questions.
         haystack: The documents.
 
     Raises:
@@ -188,85 +188,85 @@ class PasskeyTask(_TextTask):
 
     @property
     def answer_length(self) -> int:
-        """Tokens of the longest answer."""
-        # A blank and the digits are that many bytes, and a subword has at least one; words have no blank.
+        """Number of tokens of the longest answer."""
+        # A space and the digits are this many bytes, and a subword has at least one byte; words have no space.
         return _PASSKEY_DIGITS + (self.tokenizer.kind != "word")
 
     @property
     def fact_length(self) -> int:
-        """Tokens of the longest fact."""
+        """Number of tokens of the longest fact."""
         return len(self._before) + self.answer_length + len(self._after)
 
     @property
     def question_length(self) -> int:
-        """Tokens of the question."""
+        """Number of tokens of the question."""
         return len(self._question)
 
     def make_episode(self, generator: np.random.Generator, num_facts: int) -> Episode:
-        """Return a pass key and the question for it; `num_facts` is always 1."""
+        """Return a random pass key and its question; `num_facts` is always 1."""
         number = generator.integers(10 ** (_PASSKEY_DIGITS - 1), 10**_PASSKEY_DIGITS)
         answer = self._encode(f" {number}")
         return Episode([np.concatenate([self._before, answer, self._after])], [Question(self._question, answer)])
 
 
 class BabiTask(_TextTask):
-    """Stories of bAbI scattered in documents, in the manner of BABILong (arXiv 2406.10149).
+    """A task with stories of bAbI scattered in documents, as in BABILong (arXiv 2406.10149).
 
-    A fact is a statement. An episode tells the statements before one question, in order, and asks that question.
+    A fact is a statement. An episode inserts the statements before one question, in order, and appends that question.
 
     Args:
-        tokenizer: What the ids mean.
+        tokenizer: Tokenizer of the documents, the facts and the questions.
         haystack: The documents.
-        stories: What is told.
-        fewest_facts: Facts of the shortest episode that will be asked for.
+        stories: The stories.
+        fewest_facts: Smallest `num_facts` that `make_episode` will receive.
 
     Raises:
-        InputError: The tokenizer lacks a word, or no question has so few statements.
+        InputError: The tokenizer lacks a word, or every question has more than `fewest_facts` statements before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Corpus, stories: Iterable[Story], *, fewest_facts: int) -> None:
         super().__init__(tokenizer, haystack)
-        # The same few sentences come again and again.
+        # The stories repeat a small number of sentences.
         encode = functools.cache(self._encode)
         self._questions: dict[int, list[tuple[list[Tokens], Question]]] = {}
         for story in stories:
             facts = [encode(f" {statement}") for statement in story.statements]
             for question in story.questions:
-                asked = Question(encode(f" {question.text}"), encode(f" {question.answer}"))
-                self._questions.setdefault(question.num_statements, []).append((facts, asked))
+                encoded = Question(encode(f" {question.text}"), encode(f" {question.answer}"))
+                self._questions.setdefault(question.num_statements, []).append((facts, encoded))
         self._most_available(fewest_facts)
 
     @functools.cached_property
     def fact_length(self) -> int:
-        """Tokens of the longest fact."""
+        """Number of tokens of the longest fact."""
         return max(len(fact) for questions in self._questions.values() for facts, _ in questions for fact in facts)
 
     @functools.cached_property
     def question_length(self) -> int:
-        """Tokens of the longest question."""
-        return max(len(asked.tokens) for questions in self._questions.values() for _, asked in questions)
+        """Number of tokens of the longest question."""
+        return max(len(question.tokens) for questions in self._questions.values() for _, question in questions)
 
     @functools.cached_property
     def answer_length(self) -> int:
-        """Tokens of the longest answer."""
-        return max(len(asked.answer) for questions in self._questions.values() for _, asked in questions)
+        """Number of tokens of the longest answer."""
+        return max(len(question.answer) for questions in self._questions.values() for _, question in questions)
 
     def make_episode(self, generator: np.random.Generator, num_facts: int) -> Episode:
-        """Return a question and the statements before it: as many as questions have, at most `num_facts`.
+        """Return a random question and the statements before it: as many as possible, at most `num_facts`.
 
         Raises:
-            InputError: No question has so few.
+            InputError: Every question has more than `num_facts` statements before it.
         """
         count = self._most_available(num_facts)
         questions = self._questions[count]
-        facts, asked = questions[int(generator.integers(len(questions)))]
-        return Episode(facts[:count], [asked])
+        facts, question = questions[int(generator.integers(len(questions)))]
+        return Episode(facts[:count], [question])
 
     def _most_available(self, num_facts: int) -> int:
         counts = [count for count in self._questions if count <= num_facts]
         if not counts:
             raise InputError(
-                f"recall.num_facts asks for {num_facts}; the shortest question of the stories has "
-                f"{min(self._questions)} statements before it"
+                f"recall.num_facts ({num_facts}) must be at least {min(self._questions)}, the smallest number of "
+                "statements before a question of the stories"
             )
         return max(counts)

@@ -1,9 +1,9 @@
-"""Bits per token by the token's place in its segment: what a model loses where a segment begins.
+"""Measure bits per token by the position of the token in its segment.
 
-    python experiments/places.py runs/table2-small/08-memformer-seed-0 runs/table2-small/06-transformer-xl-32-seed-0
+    python experiments/token_positions.py runs/demo runs/classics --tokens 20000
 
-Every run's best weights read the first of the run's held-out documents with their memory; JSON goes to stdout with
---json.
+The best weights of every run read the first held-out documents of that run, with the memory carried along. The output
+shows how much the first tokens of a segment cost.
 """
 
 import argparse
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from memformer.cli.run_config import parse_run_config
 from memformer.data import LaneStream
-from memformer.evaluation.likelihood import encode_rollout, rollout_nats
+from memformer.evaluation.likelihood import encode_rollout, rollout_nll
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
 from memformer.training.run_folder import load_run
 
 
 def main() -> None:
-    """Print a row of bits for every run."""
+    """Print a row of bits per token for every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--tokens", type=int, default=40_000, help="Held-out tokens, in whole documents.")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("runs", type=Path, nargs="+", help="Run folders.")
+    parser.add_argument("--tokens", type=int, default=40_000, help="Number of held-out tokens, in whole documents.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     options = parser.parse_args()
-    found = {str(run.name): bits_by_place(run, options.tokens) for run in options.runs}
+    found = {str(run.name): bits_by_position(run, options.tokens) for run in options.runs}
     if options.json:
         print(json.dumps(found))
         return
@@ -37,17 +37,17 @@ def main() -> None:
 
 
 @torch.no_grad()
-def bits_by_place(folder: Path, num_tokens: int) -> list[float]:
-    """Return the mean bits of the tokens at each place of a segment.
+def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
+    """Return the mean bits per token at each position in a segment.
 
     Raises:
-        SystemExit: The run is of a recall task, and predicts no documents.
+        SystemExit: The run is of a recall task, which has no documents.
     """
     run = load_run(folder)
     config, _ = parse_run_config([str(folder)])
     data, model = prepare_data(config.data, tokenizer=run.tokenizer), run.model
     if not isinstance(data, DocumentData):
-        raise SystemExit(f"{folder} was trained on a recall task; documents are needed")
+        raise SystemExit(f"{folder} was trained on a recall task, but this script needs documents")
     corpus = first_documents(data.validation, num_tokens)
     stream = LaneStream(
         corpus,
@@ -57,16 +57,16 @@ def bits_by_place(folder: Path, num_tokens: int) -> list[float]:
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
-    nats, counts = torch.zeros(2, model.segment_length, dtype=torch.float64)
+    nll, counts = torch.zeros(2, model.segment_length, dtype=torch.float64)
     memory: Tensor | None = None
     for read in stream:
-        rollout = model.arrange(read)
+        rollout = model.align_inputs(read)
         memory = model.initial_memory(rollout.batch_size) if memory is None else memory
         hidden, memory = encode_rollout(model, rollout, memory)
-        found = rollout_nats(model, rollout, hidden)
-        nats += found.double().sum(dim=0)
+        found = rollout_nll(model, rollout, hidden)
+        nll += found.double().sum(dim=0)
         counts += len(found) if rollout.target_padding is None else (~rollout.target_padding).sum(dim=(0, 1))
-    return (nats / counts / math.log(2)).tolist()
+    return (nll / counts / math.log(2)).tolist()
 
 
 if __name__ == "__main__":

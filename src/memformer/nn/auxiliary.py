@@ -1,0 +1,19 @@
+"""Auxiliary losses: training terms in addition to the negative log-likelihood of the tokens."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class AuxiliaryLoss:
+    """Auxiliary loss of one timestep, filled when it is passed to `encode`.
+
+    A `Memformer` with a sparse writer fills in the write penalty (see `MemoryWriter`), a `CompressiveTransformer` the
+    reconstruction loss of its compression. Other models have no auxiliary loss.
+
+    Attributes:
+        total: Scalar with gradient, summed over the segment's tokens; None until `encode` fills it.
+    """
+
+    total: Tensor | None = None

@@ -1,0 +1,113 @@
+"""Loading a trained run in a command: choice of the weights, and error messages for damaged runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from memformer import Memformer
+from tests.cli.calls import call, call_json, refused
+from tests.helpers import tiny_model
+
+
+def test_best_and_last_weights(copied):
+    folder = copied
+    best = call_json("evaluate", folder)
+    # Change only the best weights, enough to change the result.
+    weights = folder / "best"
+    model = Memformer.from_pretrained(weights)
+    with torch.no_grad():
+        model.embedding.weight.mul_(3)
+    model.save_pretrained(weights)
+    last = call_json("evaluate", folder, "--checkpoint", "last")
+    assert last["weights"] == str(folder / "checkpoints" / "update-000000004")
+    assert best["weights"] == str(weights)
+    assert call_json("evaluate", folder)["with_memory"] != best["with_memory"]
+    assert last["with_memory"]["bits_per_byte"] == pytest.approx(best["with_memory"]["bits_per_byte"], abs=0.5)
+
+
+def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(copied):
+    (copied / "checkpoints" / "update-000000004" / "manifest.json").write_text("{}")
+    status, out, err = call("evaluate", copied, "--checkpoint", "last")
+    assert status == 0
+    assert "update-000000002" in out
+    assert "memformer: warning: skipped a damaged checkpoint: " in err
+
+
+def test_the_folder_of_the_best_weights_is_a_complete_model(run_folder, tmp_path):
+    options = ["--prompt", "the cat", "--seed", "5", "--max_new_tokens", "12"]
+    expected = call_json("generate", run_folder, *options)["token_ids"]
+    assert call_json("generate", run_folder / "best", *options)["token_ids"] == expected
+    Memformer.from_pretrained(run_folder / "best").save_pretrained(tmp_path / "bare")
+    status, out, err = call("generate", tmp_path / "bare", *options, "--json")
+    assert status == 0
+    assert json.loads(out)["token_ids"] == expected
+    assert f"memformer: warning: {tmp_path / 'bare'} has no tokenizer: its 256 token ids are read as bytes" in err
+    tiny_model().save_pretrained(tmp_path / "other")
+    message = refused("generate", tmp_path / "other")
+    assert "has no tokenizer for its vocabulary of 11 tokens; memformer.data.save_tokenizer writes one" in message
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
+def test_commands_without_a_run_are_refused(command, tmp_path):
+    assert "required: run" in refused(command)
+    assert str(tmp_path / "none") in refused(command, tmp_path / "none")
+    assert str(tmp_path) in refused(command, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("best/model.safetensors", b"damaged", ["best/model.safetensors is damaged"]),
+        ("best/model.safetensors", None, ["best/model.safetensors does not exist"]),
+        ("best/config.json", b"{", ["best/config.json is not readable JSON"]),
+        (
+            "best/config.json",
+            b'{"model_type": "bert"}',
+            ["best/config.json: model_type ('bert') must be one of memformer, lstm"],
+        ),
+        ("best/config.json", b'{"model_type": "memformer", "num_slotz": 3}', ["'num_slotz'", "mean 'num_slots'?"]),
+        ("best/config.json", b'{"model_type": "memformer", "num_slots": -3}', ["num_slots (-3) must be at least 0"]),
+        ("best/config.json", b'{"model_type": "memformer"}', ["best/model.safetensors"]),
+        ("tokenizer_config.json", b"{", ["tokenizer_config.json cannot be read"]),
+        ("tokenizer_config.json", None, ["tokenizer_config.json cannot be read"]),
+        ("config.yaml", b"a: [1\n", ["config.yaml is not YAML"]),
+        ("config.yaml", b"[]", ["config.yaml does not contain a config: it must be a mapping"]),
+        ("config.yaml", b"modle: {}\n", ["unknown key 'modle'"]),
+    ],
+)
+def test_damaged_runs_are_refused(copied, name, content, parts):
+    if content is None:
+        (copied / name).unlink()
+    else:
+        (copied / name).write_bytes(content)
+    error = refused("evaluate", copied)
+    for part in parts:
+        assert part in error
+
+
+def test_a_changed_config_of_a_run_is_refused_unless_its_checksum_is_deleted(copied):
+    file = copied / "config.yaml"
+    first, *lines = file.read_text().splitlines(keepends=True)
+    assert first.startswith("# sha256 of the lines below; to change them by hand, delete this line: ")
+    changed = "".join(lines).replace("warmup_updates: ", "warmup_updates: 1")
+    for content in (first + changed, first + "".join(lines[:-3])):
+        file.write_text(content)
+        for argv in (("evaluate", copied), ("generate", copied), ("report", copied), ("train", copied, "--resume")):
+            error = refused(*argv)
+            assert "config.yaml is damaged or was changed" in error
+            assert "if you edited it by hand, delete the first line" in error
+    file.write_text(changed)
+    assert call("evaluate", copied)[0] == 0
+
+
+def test_a_run_without_its_best_weights(copied):
+    shutil.rmtree(copied / "best")
+    assert "has no evaluated weights yet; try the last checkpoint" in refused("evaluate", copied)
+    assert call("evaluate", copied, "--checkpoint", "last")[0] == 0
+
+
+def test_a_tokenizer_of_another_run_is_refused(copied, digits):
+    shutil.copy(digits[0] / "tokenizer_config.json", copied)
+    assert "has a tokenizer of 17 tokens, but a model with a vocabulary of 256" in refused("generate", copied)

@@ -1,0 +1,36 @@
+"""Fixtures: a tiny run without interruption."""
+
+import shutil
+
+import pytest
+
+from memformer.cli.main import main
+from tests.training.runs import config_file, run_config, write_documents
+
+
+@pytest.fixture(scope="module")
+def without_report():
+    """Skip the HTML summary, which takes longer than these runs and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, without_report):
+    """Documents and an uninterrupted run on them; read-only."""
+    base = tmp_path_factory.mktemp("loop")
+    write_documents(base / "texts")
+    assert main(["train", config_file(run_config(base, "unbroken"))]) == 0
+    return base
+
+
+@pytest.fixture(scope="module")
+def unbroken(base):
+    return base / "unbroken"
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """A copy of the uninterrupted run, which a test may change."""
+    return shutil.copytree(unbroken, tmp_path / "copied")

@@ -1,0 +1,77 @@
+"""Runs on recall tasks in text: training, evaluation, resuming, and refusal before training."""
+
+import json
+
+import pytest
+import yaml
+
+from memformer.cli.main import main
+from tests.data.recall.texts import STORIES, haystack_texts, write_stories
+
+
+def write_run(folder, recall, tokenizer, *, segment_length):
+    """Write the config and documents of a tiny run on a recall task in text; return the config file."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for index, text in enumerate(haystack_texts()):
+        (texts / f"{index}.txt").write_text(text)
+    fields = {
+        "folder": str(folder / "run"),
+        "threads": 1,
+        "device": "cpu",
+        "model": {
+            "d_model": 16,
+            "num_heads": 2,
+            "d_ff": 32,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+            "segment_length": segment_length,
+            "num_slots": 3,
+        },
+        "data": {
+            "train": {"kind": "text", "path": str(texts)},
+            "tokenizer": tokenizer,
+            "recall": {"max_distance": 1, **recall},
+            "cache": str(folder / "cache"),
+        },
+        "training": {"num_updates": 2, "num_lanes": 2, "rollout_length": 3, "sample_tokens": 4},
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    return str(file)
+
+
+@pytest.mark.parametrize("task", ["passkey", "babi"])
+def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+    if task == "babi":
+        path = write_stories(tmp_path)
+        held_out = write_stories(tmp_path, STORIES.replace("Mary", "Sandra"), "held_out.txt")
+        recall = {"task": task, "path": [path], "validation_path": held_out, "num_facts": [2, 4]}
+        file = write_run(tmp_path, recall, {"kind": "word", "vocab_size": 40}, segment_length=8)
+    else:
+        file = write_run(tmp_path, {"task": task}, {"kind": "bytes"}, segment_length=40)
+    assert main(["train", file, "--json"]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["num_facts"] == (4 if task == "babi" else 1)
+    assert [point["distance"] for point in trained["points"]] == [1, 2, 4, 8, 16, 32]
+    # Resuming uses the run's own tokenizer; a newly trained one would contain another word.
+    tokenizer = (tmp_path / "run" / "tokenizer_config.json").read_text()
+    (tmp_path / "texts" / "new.txt").write_text("xylophone " * 50)
+    assert main(["train", file, "--json", "--resume", "--training.num_updates", "3"]) == 0
+    assert (tmp_path / "run" / "tokenizer_config.json").read_text() == tokenizer
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert len(evaluated["points"]) == 6
+
+
+def test_a_run_whose_segments_are_too_short_is_refused_before_it_trains(tmp_path, capsys):
+    path = write_stories(tmp_path)
+    longer = write_stories(tmp_path, STORIES.replace("Where is", "Where in the garden is"), "longer.txt")
+    recall = {"task": "babi", "path": path, "validation_path": longer, "num_facts": [1, 4]}
+    file = write_run(tmp_path, recall, {"kind": "word"}, segment_length=6)
+    assert main(["train", file]) == 2
+    error = capsys.readouterr().err
+    assert "model.segment_length (6) must be at least 7" in error
+    assert "update" not in error

@@ -1,0 +1,274 @@
+"""A run that is stopped at any point and resumed equals the uninterrupted run bit for bit, on one thread."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from memformer import InputError, load_model
+from memformer.cli.main import main
+from memformer.data import NUM_TASK_TOKENS, MultitaskConfig
+from memformer.training import loop
+from memformer.training.logs import read_log
+from memformer.training.loop import check_same_run
+from memformer.training.optimizer import learning_rate_at
+from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config, saved_tensors
+
+pytestmark = pytest.mark.usefixtures("without_report")
+CHILD = """
+import os, signal, sys
+from memformer.cli.main import main
+from memformer.training import checkpoint
+
+write = checkpoint.write_tensors
+
+def write_and_die(file, tensors):
+    write(file, tensors)
+    if "update-000000006" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.write_tensors = write_and_die
+main(sys.argv[1:])
+"""
+
+
+def drop_checkpoints_after(folder, update):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name > f"update-{update:09d}":
+            shutil.rmtree(checkpoint)
+
+
+def assert_same_run(folder, other, update=NUM_UPDATES):
+    assert logged(folder) == logged(other)
+    ours, theirs = saved_tensors(checkpoint_of(folder, update)), saved_tensors(checkpoint_of(other, update))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (folder / "evaluation.json").read_text() == (other / "evaluation.json").read_text()
+
+
+def fingerprint(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_a_run_killed_while_saving_and_resumed_equals_the_uninterrupted_run(base, unbroken, capsys):
+    config = run_config(base, "killed")
+    folder = Path(config.folder)
+    child = subprocess.run([sys.executable, "-c", CHILD, "train", config_file(config)], timeout=120, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        ".update-000000006.partial",
+        "update-000000003",
+    ]
+    assert main(["train", config_file(config), "--resume"]) == 0
+    assert "resuming from" in capsys.readouterr().err
+    assert_same_run(folder, unbroken)
+    assert not (folder / "checkpoints" / ".update-000000006.partial").exists()
+
+
+def test_a_resumed_run_of_several_tasks_equals_the_uninterrupted_run(base, tmp_path, capsys):
+    config = run_config(base)
+    data = dataclasses.replace(config.data, multitask=MultitaskConfig())
+    config = dataclasses.replace(config, data=data, folder=str(tmp_path / "unbroken"))
+    assert main(["train", config_file(config)]) == 0
+    assert load_model(tmp_path / "unbroken" / "best").config.num_special_tokens == NUM_TASK_TOKENS
+    _, evaluation = logged(tmp_path / "unbroken")
+    assert evaluation[-1][1] < evaluation[0][1]
+    folder = shutil.copytree(tmp_path / "unbroken", tmp_path / "resumed")
+    drop_checkpoints_after(folder, 3)
+    assert main(["train", config_file(config), "--folder", str(folder), "--resume"]) == 0
+    assert_same_run(folder, tmp_path / "unbroken")
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt", "abc", "--max_new_tokens", "30"]) == 0
+    other = [
+        "--folder",
+        str(folder),
+        "--resume",
+        "--data.multitask.recall",
+        "0.2",
+        "--data.multitask.continuation",
+        "0.5",
+    ]
+    assert main(["train", config_file(config), *other]) == 2
+    assert "data.multitask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_an_interrupted_run_resumes_as_the_uninterrupted_one(base, unbroken, monkeypatch, capsys, number, status):
+    config = run_config(base, f"interrupted-{status}")
+    folder = Path(config.folder)
+
+    def rate_and_signal(update, training):
+        if update == 4:
+            os.kill(os.getpid(), number)
+        return learning_rate_at(update, training)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr("memformer.training.loop.learning_rate_at", rate_and_signal)
+        assert main(["train", config_file(config)]) == status
+    assert signal.getsignal(number) == before
+    # The update during which the signal arrived is finished and saved.
+    assert checkpoint_of(folder, 5).is_dir()
+    assert f"stopped by {number.name}; continue with --resume" in capsys.readouterr().err
+    assert main(["train", config_file(config), "--resume"]) == 0
+    assert_same_run(folder, unbroken)
+
+
+def test_the_log_is_on_disk_before_the_following_checkpoint(base, tmp_path, monkeypatch):
+    # If the process is killed after a checkpoint but before the log is flushed, the resumed run lacks these lines.
+    save_checkpoint, ends = loop.save_checkpoint, []
+
+    def save_and_record(folder, state, **options):
+        ends.append((state.progress["num_updates"], read_log(tmp_path / "run")[-1]["update"]))
+        save_checkpoint(folder, state, **options)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_record)
+    assert main(["train", config_file(run_config(base, "logged")), "--folder", str(tmp_path / "run")]) == 0
+    assert ends == [(update, update) for update in (3, 6, 9, 10)]
+
+
+def test_resuming_from_an_older_checkpoint_repeats_the_later_updates(copied, unbroken):
+    drop_checkpoints_after(copied, 6)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    assert_same_run(copied, unbroken)
+
+
+def test_the_carried_memory_is_part_of_the_state(copied, unbroken):
+    drop_checkpoints_after(copied, 6)
+    checkpoint = checkpoint_of(copied, 6)
+    file, manifest = checkpoint / "state.safetensors", checkpoint / "manifest.json"
+    state = load_file(file)
+    assert state["memory"].abs().max() > 0
+    save_file({**state, "memory": torch.zeros_like(state["memory"])}, file)
+    described = json.loads(manifest.read_text())
+    described["files"][file.name] = {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(described))
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    ours, theirs = logged(copied)[0], logged(unbroken)[0]
+    assert ours[:6] == theirs[:6]
+    assert ours[6][1] != theirs[6][1]
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_and_rewritten(copied, unbroken, capsys):
+    (checkpoint_of(copied, 10) / "optimizer.safetensors").write_bytes(b"damaged")
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    error = capsys.readouterr().err
+    assert "memformer: warning: skipped a damaged checkpoint:" in error
+    assert "update-000000010/optimizer.safetensors" in error
+    assert_same_run(copied, unbroken)
+
+
+def test_resuming_is_refused_if_every_checkpoint_is_damaged(copied, capsys):
+    for update in (3, 6, 9, 10):
+        (checkpoint_of(copied, update) / "progress.json").unlink()
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("memformer: error:")] == lines[-1:]
+    assert "update-000000010/progress.json is missing" in lines[-1]
+
+
+def test_a_finished_run_can_be_extended_and_its_cache_moved(copied, tmp_path):
+    argv = ["train", str(copied), "--folder", str(copied), "--data.cache", str(tmp_path / "elsewhere"), "--resume"]
+    assert main([*argv, "--training.num_updates", "11"]) == 0
+    assert [line[0] for line in logged(copied)[0]] == list(range(1, 12))
+    assert yaml.safe_load((copied / "config.yaml").read_text())["training"]["num_updates"] == 11
+
+
+def test_a_changed_weight_decay_takes_effect_after_resuming(copied, unbroken):
+    drop_checkpoints_after(copied, 9)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", "--training.weight_decay", "0.9"]) == 0
+    # The 10th update starts from the same weights, so its loss is the same, but the weights after it differ.
+    assert logged(copied)[0][-1][:3] == logged(unbroken)[0][-1][:3]
+    ours, theirs = (saved_tensors(checkpoint_of(folder, 10)) for folder in (copied, unbroken))
+    name = next(key for key in ours if key.startswith("model: ") and ours[key].ndim == 2 and "embedding" not in key)
+    assert ours[name].norm() < theirs[name].norm()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.num_slots", "4"),
+        ("data.max_document_tokens", "50"),
+        ("data.train.documents", ":4"),
+        ("seed", "1"),
+        ("training.num_lanes", "3"),
+    ],
+)
+def test_resuming_with_another_config_is_refused(copied, capsys, key, value):
+    before = fingerprint(copied)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", f"--{key}", value]) == 2
+    assert f"memformer: error: the run began with {key}: " in capsys.readouterr().err
+    assert fingerprint(copied) == before
+
+
+def test_resuming_with_unknown_keys_is_refused(tmp_path):
+    config = run_config(tmp_path)
+    saved = config.to_dict()
+    saved["model"] |= {7: "x"}
+    with pytest.raises(InputError, match=r"^the run began with model\.7: x, now it is None"):
+        check_same_run(saved, config)
+
+
+def test_resuming_with_changed_documents_is_refused(base, copied, tmp_path, capsys):
+    shutil.copytree(base / "texts", tmp_path / "texts")
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["data"]["train"]["path"] = str(tmp_path / "texts")
+    config["folder"] = str(copied)
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "texts" / "3.txt").write_text("another text altogether")
+    assert main(["train", str(copied), "--resume"]) == 2
+    assert "memformer: error: the data cursor has " in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(copied, capsys):
+    before = fingerprint(copied)
+    assert main(["train", str(copied), "--folder", str(copied)]) == 2
+    assert capsys.readouterr().err == (
+        f"memformer: error: {copied} already contains a run; continue it with --resume, or choose another --folder\n"
+    )
+    assert fingerprint(copied) == before
+
+
+@pytest.fixture
+def limit_file_size():
+    """Limit the file size, as on a full disk; Python ignores the SIGXFSZ signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("blocked", ["optimizer.safetensors", "log.jsonl"])
+def test_a_full_disk_ends_the_run_and_keeps_the_saved_files(copied, capsys, limit_file_size, blocked):
+    last = checkpoint_of(copied, 10)
+    sizes = {name: (last / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")}
+    assert 2 * (copied / "log.jsonl").stat().st_size < sizes["model.safetensors"]
+    before = fingerprint(last)
+    argv = ["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "11"]
+    limit_file_size(sizes["model.safetensors"] + 1000 if blocked == "optimizer.safetensors" else 2500)
+    assert main(argv) == 2
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    error = capsys.readouterr().err
+    assert error.count("memformer: error:") == 1
+    assert f"{blocked}" in error.splitlines()[-1]
+    assert fingerprint(last) == before
+    assert list(copied.rglob("*.partial")) == []
+    assert main(argv) == 0
+    assert [line[0] for line in logged(copied)[0]] == list(range(1, 12))

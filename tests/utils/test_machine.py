@@ -1,0 +1,56 @@
+"""Dependence on the machine: missing modules, a package of the same name, peak memory, devices."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from memformer import InputError
+from memformer.utils.machine import choose_device, peak_memory_bytes
+
+
+def run(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_the_command_can_be_imported_without_the_resource_module():
+    done = run(
+        "import sys; sys.modules['resource'] = None; from memformer.cli.main import main; sys.exit(main(['-h']))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: memformer")
+
+
+def test_peak_memory_is_read_from_psutil_on_windows(monkeypatch):
+    class Process:
+        def memory_info(self):
+            return types.SimpleNamespace(peak_wset=123 << 20)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "psutil", types.SimpleNamespace(Process=Process))
+    assert peak_memory_bytes(torch.device("cpu")) == 123 << 20
+
+
+def test_peak_memory_grows_with_allocated_tensors():
+    before = peak_memory_bytes(torch.device("cpu"))
+    held = torch.ones(before // 4)  # as many bytes again
+    assert peak_memory_bytes(torch.device("cpu")) > before + held.nbytes // 2
+
+
+def test_another_distribution_of_the_same_import_name_is_named(tmp_path):
+    (tmp_path / "memformer-0.3.1.dist-info").mkdir()
+    (tmp_path / "memformer-0.3.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: memformer\nVersion: 0.3.1\n"
+    )
+    done = run(f"import sys; sys.path.append({str(tmp_path)!r}); import memformer")
+    assert done.returncode == 0, done.stderr
+    assert "the distribution memformer 0.3.1 is installed together with memformer-lm" in done.stderr
+    assert "memformer 0.3.1" not in run("import memformer").stderr
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(InputError, match=r"must be auto, cpu, cuda, cuda:0"):
+        choose_device(name)

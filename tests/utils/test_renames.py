@@ -1,0 +1,52 @@
+"""Old names of options are replaced wherever they stand on a command line, and nothing else is."""
+
+import pytest
+
+from memformer import InputError
+from memformer.utils.renames import update_options, update_run_config
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--training.write_price", "0.1"], ["--training.write_penalty", "0.1"]),
+        (["--training.write_price=0.1"], ["--training.write_penalty=0.1"]),
+        (["--training.sharding", "moments"], ["--training.sharding", "optimizer_state"]),
+        (["--training.sharding=moments"], ["--training.sharding=optimizer_state"]),
+        (["--model.place_embedding", "true", "--resume"], ["--model.position_embedding", "true", "--resume"]),
+    ],
+)
+def test_old_names_are_replaced_and_noted(old, new):
+    updated, notes = update_options(old)
+    assert updated == new
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--folder", "moments", "--resume", "--json"],
+        ["--data.train.path", "moments", "--data.train.kind=text"],
+        ["--model.num_slots=4", "moments"],
+        ["--training.sharding", "weights", "moments"],
+        [],
+    ],
+)
+def test_other_words_stay(options):
+    assert update_options(options) == (options, [])
+
+
+def test_removed_keys_of_another_section_stay():
+    given = {"folder": "x", "data": {"skip_above": 1}, "model": None, "training": {"skip_above": None}}
+    assert update_run_config(given) == ({**given, "training": {}}, [])
+
+
+def test_a_removed_key_with_a_value_is_noted():
+    updated, notes = update_run_config({"training": {"skip_above": 3.0}})
+    assert updated == {"training": {}}
+    assert notes[0].startswith("training.skip_above (3.0) was removed: ")
+
+
+def test_a_removed_option_is_refused():
+    with pytest.raises(InputError, match="--training.skip_above was removed in version 0.2"):
+        update_options(["--training.skip_above=3"])
