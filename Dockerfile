@@ -3,7 +3,7 @@
 #   docker build -t memformer .
 #   docker run --rm -v memformer-runs:/runs memformer
 #       trains the demo, about two minutes
-#   docker run --rm -v memformer-runs:/runs memformer retention runs/demo --distances 1 100 10000
+#   docker run --rm -v memformer-runs:/runs memformer retention runs/fact --distances 1 100 10000
 #       shows how long the trained memory lasts
 FROM python:3.11-slim
 
@@ -26,4 +26,4 @@ VOLUME /runs
 # The command is the container's first process and gets the signal of `docker stop`: it then
 # finishes the update, saves and exits.
 ENTRYPOINT ["memformer"]
-CMD ["train", "experiments/retention/fact.yaml", "--folder", "runs/demo"]
+CMD ["train", "experiments/retention/fact.yaml", "--folder", "runs/fact"]

@@ -1,8 +1,8 @@
 # `make demo` and `make test` work on a fresh machine: they set up the environment first.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := runs/demo
-TEXT_DEMO := runs/demo-text
+DEMO := runs/fact
+TEXT_DEMO := runs/demo
 
 .PHONY: setup demo demo-text test soak check packages format clean
 

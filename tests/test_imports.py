@@ -49,3 +49,10 @@ def test_the_top_level_has_no_other_modules():
     assert modules == {"__init__", "__main__", "errors", "shapes", "rollout"}
     packages = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
     assert packages == RANKS.keys() - modules
+
+
+def test_no_file_is_over_400_lines():
+    root = Path(__file__).parents[1]
+    files = [file for folder in ("src", "tests", "benchmarks", "experiments") for file in (root / folder).rglob("*.py")]
+    assert len(files) > 200
+    assert [file for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 400] == []

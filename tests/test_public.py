@@ -19,6 +19,7 @@ def test_public_names():
         "RecurrentMemoryTransformerConfig",
         "RecurrentModel",
         "Rollout",
+        "RolloutHooks",
         "RolloutResult",
         "SaveError",
         "Session",

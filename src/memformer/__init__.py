@@ -25,7 +25,7 @@ from memformer.models.baseline_configs import (
 from memformer.models.config import MemformerConfig
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
-from memformer.training.replay import RolloutResult, backpropagate
+from memformer.training.replay import RolloutHooks, RolloutResult, backpropagate
 
 __version__ = "0.2.0.dev0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "RecurrentMemoryTransformerConfig",
     "RecurrentModel",
     "Rollout",
+    "RolloutHooks",
     "RolloutResult",
     "SaveError",
     "Session",

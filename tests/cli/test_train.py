@@ -278,3 +278,12 @@ def _filled(text, values):
 @pytest.mark.parametrize("argv", [["train"], ["train", "--resume"], ["train", "--model.num_slots", "3"]])
 def test_train_without_a_config(argv):
     assert "needs a config first" in refused(*argv)
+
+
+def test_a_vocabulary_in_the_file_that_is_not_the_tokenizers_is_refused(base, tmp_path):
+    config = yaml.safe_load((base / "config.yaml").read_text())
+    config["model"]["vocab_size"] = 300
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    message = refused("train", tmp_path / "config.yaml", "--folder", tmp_path / "run")
+    assert "model.vocab_size (300) contradicts the data's tokenizer of 256 tokens" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()

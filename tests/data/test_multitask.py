@@ -181,7 +181,7 @@ def test_mistakes_are_refused():
         MultitaskConfig(masked_fraction=0.0)
     with pytest.raises(InputError, match=r"mean_span \(0.0\)"):
         MultitaskConfig(mean_span=0.0)
-    with pytest.raises(InputError, match="data.multitask is for a memformer"):
+    with pytest.raises(InputError, match="data.multitask needs model_type 'memformer'"):
         RunConfig(model_type="lstm", model=LSTMConfig(), data=DataConfig(multitask=MultitaskConfig()))
     with pytest.raises(InputError, match=r"num_special_tokens \(3\) must be 0 if adaptive_cutoffs are set"):
         tiny_model(num_special_tokens=3, adaptive_cutoffs=(4, 8))

@@ -122,13 +122,13 @@ def test_the_model_type_determines_the_options(base):
     assert status == 0
     assert "--model.memory_length" in out
     assert "  --model.num_slots" not in out
-    assert "for a memformer, not for a lstm" in refused("train", lstm, "--training.write_penalty", "0.1")
+    assert "needs model_type 'memformer', not 'lstm'" in refused("train", lstm, "--training.write_penalty", "0.1")
 
 
 def test_options_for_a_memformer_only_are_refused_for_others():
     lstm = type(tiny_baseline("lstm").config)()
-    with pytest.raises(InputError, match=r"model_type \('memformer'\) contradicts the model, a lstm"):
+    with pytest.raises(InputError, match=r"model_type \('memformer'\) must be 'lstm'"):
         RunConfig(model=lstm)
-    with pytest.raises(InputError, match="training.sharding is for a memformer, not for a lstm"):
+    with pytest.raises(InputError, match="training.sharding needs model_type 'memformer', not 'lstm'"):
         RunConfig(model_type="lstm", model=lstm, training=TrainingConfig(sharding="optimizer_state"))
     assert RunConfig(model=MemformerConfig(), data=DataConfig()).model_type == "memformer"

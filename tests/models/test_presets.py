@@ -66,5 +66,5 @@ def test_mistakes(parse):
         parse({}, "--model.preset", "papper")
     with pytest.raises(InputError, match=r"model \(None\) in .* must be a mapping"):
         parse(None, "--model.preset", "paper")
-    with pytest.raises(InputError, match="model.preset is for a memformer, not for a lstm"):
+    with pytest.raises(InputError, match="model.preset needs model_type 'memformer', not 'lstm'"):
         parse({"preset": "recall"}, model_type="lstm")

@@ -36,6 +36,11 @@ def test_other_words_stay(options):
     assert update_options(options) == (options, [])
 
 
+def test_a_value_that_differs_from_itself_is_not_renamed():
+    given = {"model": {"write_temperature": float("nan")}, "training": {"learning_rate": float("nan")}}
+    assert update_run_config(given)[1] == []
+
+
 def test_removed_keys_of_another_section_stay():
     given = {"folder": "x", "data": {"skip_above": 1}, "model": None, "training": {"skip_above": None}}
     assert update_run_config(given) == ({**given, "training": {}}, [])

@@ -46,9 +46,9 @@ the last fact to the question, in segments, up to distances far beyond those in 
 
 For a run on documents: bits per token by position in the document, with the memory intact and erased; and bits per byte
 when the current memory is replaced by the memory from d segments earlier (--delays). The latter separates the gain
-from the last d segments from the gain from all earlier ones. All delays are measured on the same tokens: those with at
-least as many preceding segments in their document as the largest delay. Their bytes are estimated from the mean
-number of bytes per token over all tokens.
+from the last d segments from the gain from all earlier ones. Only tokens with at least
+as many segments before them as the largest delay are counted. Their bytes are estimated from the mean number of bytes
+per token over all tokens.
 
   memformer retention runs/recall
   memformer retention runs/recall --distances 1 100 10000 60000 --num_facts 8 --num_episodes 16
@@ -58,7 +58,7 @@ number of bytes per token over all tokens.
 
 def retention_parser() -> ArgumentParser:
     """Return the parser of `memformer retention`; an option that was not given is None."""
-    parser = new_parser("retention", RETENTION_HELP, "RUN [options of its kind] [--output FOLDER] [--json]")
+    parser = new_parser("retention", RETENTION_HELP, "RUN [options] [--output FOLDER] [--json]")
     add_run_arguments(parser)
     parser.add_argument("--output", type=str, default=None, help="Folder to write to. Default: the run folder.")
     recall, documents = "Recall runs: ", "Document runs: "
@@ -87,7 +87,7 @@ def retention_parser() -> ArgumentParser:
         ("seed", recall + "seed of the episodes. Default: 0."),
         (
             "max_tokens",
-            documents + "held-out tokens to read, in the first whole documents that reach it. Default: 200000.",
+            documents + "held-out tokens to read, rounded up to whole documents. Default: 200000.",
         ),
         ("num_lanes", documents + "documents read in parallel (the batch size). Default: 8."),
     )

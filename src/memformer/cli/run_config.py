@@ -1,13 +1,13 @@
 """Builds the config of a run from a YAML file and the options of `memformer train`."""
 
 import dataclasses
-import json
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from memformer.cli.parsing import new_parser, parse
@@ -37,7 +37,8 @@ The model reads a document in segments of a fixed number of tokens (model.segmen
 timestep, and a memory of a fixed number of vectors (slots) carries information from one timestep to the next. A rollout
 is a number of consecutive timesteps; gradients flow through all timesteps of a rollout and stop at its edges.
 
-CONFIG is a YAML file, or a run folder, whose config is then reused. Options override its keys:
+CONFIG is a YAML file; or a run folder, which --resume continues and whose config another --folder reuses. Options
+override its keys:
 
   memformer train experiments/text.yaml --data.train.path my_book.txt
   memformer train experiments/text.yaml --model.num_slots 64 --folder runs/more-slots
@@ -103,7 +104,7 @@ def parse_run_config(
     model = given.get("model", {})
     derived = {name: model.pop(name) for name in _DERIVED if name in model}
     parser = train_parser(model_type)
-    options = parse(parser, ["--config", json.dumps(given), *folder_option, *rest])
+    options = parse(parser, ["--config", yaml.safe_dump(given, sort_keys=False), *folder_option, *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     fields["model"] = dataclasses.replace(fields["model"], **derived)
     return RunConfig(**fields), options
@@ -158,7 +159,7 @@ def _apply_presets(given: dict[str, Any], options: Sequence[str], model_type: st
         return rest  # `_check_keys` refuses it
     in_file = model.pop("preset", None)
     if (from_options is not None or in_file is not None) and model_type != MemformerConfig.model_type:
-        raise InputError(f"model.preset is for a memformer, not for a {model_type}")
+        raise InputError(f"model.preset needs model_type 'memformer', not {model_type!r}")
     if in_file is not None:
         given["model"] = model = {**_preset_fields(in_file, owner=owner), **model}
     if from_options is not None:

@@ -29,16 +29,16 @@ FEED_CHUNK_TOKENS = 1 << 20
 class Session:
     """One stream of tokens, or several in a batch; the size of the state does not depend on the number of tokens.
 
-    The state of a row is its memory, the hidden states of its last full segment (for a model that predicts the next
-    token: the last token of that segment), and the tokens fed after it. A segment is read into the memory as soon as it
-    is full. The state depends only on the tokens, not on how they were split into calls. Rows may have different
+    The state of a row is its memory, the hidden states of its last full segment (for a baseline, which has one stack of
+    layers: the last token of that segment), and the tokens fed after it. A segment is read into the memory as soon as
+    it is full. The state depends only on the tokens, not on how they were split into calls. Rows may have different
     numbers of tokens. The model always reads in evaluation mode; its own mode does not change.
 
     Args:
         model: The model that reads.
         batch_size: Number of rows.
-        compiled: Compile the decoding step. From the second segment on, a token then takes a fraction of the time if
-            there are few rows, and the weights are held twice. Compiling takes some seconds: once per model and number
+        compiled: Compile the decoding step. With few rows, tokens from the second segment on are then decoded in less
+            than half of the time. The weights are stored twice. Compiling takes about 15 s, once per model and number
             of rows, and again if the weights have changed when a segment starts. Needs a C++ compiler.
     """
 
@@ -182,7 +182,9 @@ class Session:
         state = self._state()
         for name, tensor in state.items():
             if not _is_finite(tensor):
-                raise InputError(f"the session's {name} is not finite: the model's weights are broken")
+                raise InputError(
+                    f"the session's {name} is not finite; the model's weights are probably not finite either"
+                )
         metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
         write_tensors(Path(path), state, metadata=metadata)
 

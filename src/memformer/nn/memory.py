@@ -40,7 +40,7 @@ class MemoryReader(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "B Q D"], *, slots: Memory, record: AttentionRecord | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """Return the attention output of each token; `slots` is the memory after its LayerNorm."""
+        """Return the attention output of each token; `slots` is the memory after the encoder's LayerNorm."""
         frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
         weights = None if record is None else record.reader
@@ -54,7 +54,8 @@ class MemoryWriter(nn.Module):
         a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(D/H) tau)) ;  m_i' = a_i [m_i ; V_x]
 
     The slot's own value is m_i itself, and there is no output projection. So a slot that attends only to itself keeps
-    its content exactly. Computed in the memory's dtype, even under autocast. Departures, each off by default:
+    its content exactly in this step (forgetting follows). Computed in the memory's dtype, even under autocast.
+    Departures, each off by default:
 
     - `normalizer`: a sparse alternative to the softmax, whose weights can be exactly 0, so that a slot can keep its
       content exactly.
@@ -65,12 +66,13 @@ class MemoryWriter(nn.Module):
       It is too soft here: many free slots are alike and would all take the first fact.)
     - `sharing`: several tokens may take the same slot, the one with the highest preference for each of them. They
       compete within that slot, and fewer slots are written, but facts of one segment may be mixed.
-    - `free_slot_bias`: a free slot lowers its score for itself by a learned number times its cosine similarity to its
-      terminal state of forgetting, so that facts are written to slots that hold nothing yet.
+    - `free_slot_bias`: a slot's score for itself is lowered by a learned number times its cosine similarity to its
+      initial state, so that facts are written to slots that hold nothing yet.
 
-    The auxiliary loss is the write penalty, summed over tokens and averaged over heads: ln(1 + e). Here e is the
-    token's highest score (over slots, each relative to the slot's score for itself) minus the highest score that writes
-    nothing, plus a margin of 1, and at least 0. So a token that is clearly not written has penalty 0. Unlike the
+    The auxiliary loss is the write penalty ln(1 + e), summed over tokens and averaged over heads, with
+    e = max(0, max_i(score of slot i for the token - score of slot i for itself) + support width + 1). The support width
+    is the distance below the best score at which a weight becomes 0. So a token that is clearly not written has
+    penalty 0. Unlike the
     written values, the penalty has a gradient even where a slot is fully replaced. Because of the logarithm, one full
     write has a smaller penalty than two half writes.
 

@@ -84,7 +84,7 @@ class TrainingConfig:
             forgetting vectors.
         betas: AdamW's betas: decay rates of the first and the second moment.
         write_penalty: Weight of the auxiliary loss that penalizes writing to the memory (`memformer.nn.MemoryWriter`),
-            in nats per token and unit, so that irrelevant tokens are not written. It applies only to rollouts whose
+            a factor on that loss, so that irrelevant tokens are not written. It applies only to rollouts whose
             loss is below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss.
             It decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that
             are still needed. Needs a sparse model.write_normalizer. 0: no penalty.
@@ -94,11 +94,11 @@ class TrainingConfig:
             is not finite keeps its previous memory.
         precision: float32, or bfloat16 for automatic mixed precision; the memory is always float32.
         sharding: Sharding over the processes started by `torchrun` (FSDP2). none: every process holds the whole model.
-            optimizer_state: weights, gradients and optimizer state are sharded; each update gathers all weights once.
-            weights: the same, but weights are gathered one layer at a time and freed after use. Needs method "replay"
-            and no `compiled`; has no effect with one process.
+            optimizer_state: weights and optimizer state are sharded between updates; an update gathers all weights
+            once and holds whole gradients. weights: weights are gathered one layer at a time and freed after use.
+            Needs method "replay" and no `compiled`; has no effect with one process.
         compiled: Compile encoder and decoder with torch.compile, which takes up to one minute per new input shape. On a
-            CPU, compiled training is slower (see the README); on CUDA it has not been measured.
+            CPU, compiled training is slower (benchmarks/README.md); on CUDA it has not been measured.
         log_every: Updates between two entries in the log.
         evaluate_every: Updates between two evaluations on the held-out data. The run always ends with one.
         evaluation_tokens: Held-out tokens used in a periodic evaluation: the first whole documents that reach this
@@ -193,19 +193,19 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_threads(self.threads)
         if self.model.model_type != self.model_type:
-            raise InputError(f"model_type ({self.model_type!r}) contradicts the model, a {self.model.model_type}")
+            raise InputError(f"model_type ({self.model_type!r}) must be {self.model.model_type!r}, the model's type")
         penalty = self.training.write_penalty
         if not isinstance(self.model, MemformerConfig):
             for name, value in (("write_penalty", penalty), ("compiled", self.training.compiled)):
                 if value:
-                    raise InputError(f"training.{name} ({value}) is for a memformer, not for a {self.model_type}")
+                    raise InputError(f"training.{name} ({value}) needs model_type 'memformer', not {self.model_type!r}")
             for name, is_given in (
                 ("training.sharding", self.training.sharding != "none"),
                 ("data.recall", self.data.recall is not None),
                 ("data.multitask", self.data.multitask is not None),
             ):
                 if is_given:
-                    raise InputError(f"{name} is for a memformer, not for a {self.model_type}")
+                    raise InputError(f"{name} needs model_type 'memformer', not {self.model_type!r}")
         elif penalty and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
             raise InputError(
                 f"training.write_penalty ({penalty}) needs memory slots and a sparse write_normalizer; model.num_slots "

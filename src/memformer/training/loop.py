@@ -168,7 +168,7 @@ class _Trainer:
                         if whole is not None:
                             self._evaluate(whole, log)
                         self.processes.wait_for_all()
-                    # All ranks stop together, using the signal count that was reduced in this update.
+                    # All ranks stop together, using the signal count summed over processes in this update.
                     stops = bool(signals.received) if self.processes.count == 1 else self.all_stop
                     if is_last or stops or self.num_updates % training.save_every == 0:
                         # Flush the log first: a run resumed from this checkpoint does not repeat the earlier log lines.
@@ -314,7 +314,7 @@ class _Trainer:
         result = self.data.evaluate(model, self.config.training, is_final=False)
         log.evaluation(self.num_updates, result)
         best = self.state.progress["best_score"]
-        # Of equal scores, the later wins: once all recall answers are right, the score cannot improve any further.
+        # Of equal scores keep the later: when all recall answers are right, the weights can still improve.
         if best is None or not math.isfinite(best) or result.score <= best:
             self.state.progress["best_score"] = result.score
             model.save_pretrained(self.folder / BEST)

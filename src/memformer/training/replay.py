@@ -15,8 +15,8 @@ penalty (a departure: the paper has none), or the Compressive Transformer's reco
 gradient, but not to the returned loss.
 
 Departure from Algorithm 1: the paper recomputes the readout (decoder and loss) timestep by timestep together with the
-encoder. The readout does not depend on later timesteps, so here it runs once, in chunks as large as device memory
-allows. The extra cost over BPTT is one encoder forward pass for all timesteps but the last.
+encoder. The readout does not depend on later timesteps, so here it runs once, in chunks of `readout_timesteps`
+timesteps. The extra cost over BPTT is one encoder forward pass for all timesteps but the last.
 """
 
 import dataclasses
@@ -62,11 +62,11 @@ class RolloutResult:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutHooks:
-    """Callbacks for the back-propagation of a rollout.
+    """Optional functions that `backpropagate` calls.
 
     Attributes:
-        auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, in nats
-            per unit. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
+        auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, a
+            factor. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
             `model.auxiliary_weight`.
         before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
             gradient synchronization there.

@@ -64,7 +64,7 @@ def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, A
                 raise InputError(f"{section}.{key} and {section}.{new} are both given; {key} is the old name of {new}")
             notes.append(f"{section}.{key} is now {section}.{new}")
         new_value = VALUES.get((section, new), {}).get(value, value) if isinstance(value, str) else value
-        if new_value != value:
+        if new_value is not value:  # NaN differs from itself
             notes.append(f"{section}.{new}: {value} is now {new_value}")
         updated[new] = new_value
     return updated, notes
