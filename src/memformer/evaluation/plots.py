@@ -34,7 +34,7 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
     axes.set_ylabel("accuracy")
     axes.set_title(f"recall of {recall.num_facts} fact{'s' if recall.num_facts > 1 else ''}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="center left")
     return figure
 
 
