@@ -92,7 +92,7 @@ def test_old_names_in_a_run_give_one_warning(saved, command):
 
 def test_old_keys_of_a_config_file_warn_once_with_the_new_name(saved):
     (saved / "old.yaml").write_text(
-        "folder: new\nmodel: {d_model: 8, num_heads: 2, segment_length: 8, free_slot_eagerness: 1.0}\n"
+        "folder: new\nmodel: {d_model: 8, num_heads: 2, segment_length: 8, place_embedding: true}\n"
         "data: {train: {kind: text, path: text.txt}, cache: cache, max_document_tokens: 512}\n"
         "training: {num_updates: 1, num_lanes: 2, sharding: moments}\n"
     )
@@ -100,15 +100,15 @@ def test_old_keys_of_a_config_file_warn_once_with_the_new_name(saved):
     assert status == 0, error
     warnings = "\n".join(line for line in error.splitlines() if "warning" in line)
     for note in (
-        "model.free_slot_eagerness is now model.free_slot_bias",
+        "model.place_embedding is now model.position_embedding",
         "training.sharding: moments is now optimizer_state",
         "--training.write_price is now --training.write_penalty",
     ):
         assert warnings.count(note) == 1
     config = (saved / "new" / "config.yaml").read_text()
-    assert "free_slot_bias: 1.0" in config
+    assert "position_embedding: true" in config
     assert "sharding: optimizer_state" in config
-    assert "eagerness" not in config
+    assert "place_embedding" not in config
 
 
 def test_old_keys_of_a_config_object_warn_with_the_new_name():

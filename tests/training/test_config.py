@@ -87,3 +87,10 @@ def test_to_dict_contains_every_field():
     assert plain["training"]["betas"] == [0.5, 0.6]
     for part, kind in (("model", MemformerConfig), ("data", DataConfig), ("training", TrainingConfig)):
         assert plain[part].keys() == {field.name for field in dataclasses.fields(kind)}
+
+
+def test_sharding_with_a_learned_single_number_is_refused():
+    training = TrainingConfig(sharding="weights")
+    with pytest.raises(InputError, match=r"training\.sharding \('weights'\) needs model\.free_slot_bias 0, not 2\.0"):
+        RunConfig(model=MemformerConfig(free_slot_bias=2.0), training=training)
+    RunConfig(model=MemformerConfig(), training=training)

@@ -211,6 +211,11 @@ class RunConfig:
                 f"training.write_penalty ({penalty}) needs memory slots and a sparse write_normalizer; model.num_slots "
                 f"is {self.model.num_slots}, model.write_normalizer is {self.model.write_normalizer!r}"
             )
+        if isinstance(self.model, MemformerConfig) and self.model.free_slot_bias and self.training.sharding != "none":
+            raise InputError(
+                f"training.sharding ({self.training.sharding!r}) needs model.free_slot_bias 0, not "
+                f"{self.model.free_slot_bias}: torch cannot shard a single number"
+            )
         check_seed("seed", self.seed)
 
     def to_dict(self) -> dict[str, Any]:
