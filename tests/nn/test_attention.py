@@ -63,7 +63,9 @@ def self_attention_by_hand(attention, x, *, kind, positions, keep):
 @pytest.mark.parametrize("kind", ["rotary", "relative"])
 @pytest.mark.parametrize("masking", ["none", "padding", "causal"])
 def test_self_attention_matches_the_equation(kind, masking):
-    scheme = RotaryPositions(head_width=W) if kind == "rotary" else RelativePositions(num_heads=H, head_width=W)
+    scheme = (
+        RotaryPositions(head_width=W) if kind == "rotary" else RelativePositions(num_heads=H, head_width=W, longest=9)
+    )
     attention = SelfAttention(D, num_heads=H, dropout=0.0, bias=scheme.biased_projections).double()
     x = torch.randn(B, S, D).double()
     positions = torch.arange(S).expand(B, S)
@@ -83,7 +85,9 @@ def test_self_attention_matches_the_equation(kind, masking):
 
 @pytest.mark.parametrize("kind", ["rotary", "relative"])
 def test_only_differences_of_positions_matter(kind):
-    scheme = RotaryPositions(head_width=W) if kind == "rotary" else RelativePositions(num_heads=H, head_width=W)
+    scheme = (
+        RotaryPositions(head_width=W) if kind == "rotary" else RelativePositions(num_heads=H, head_width=W, longest=9)
+    )
     attention = CrossAttention(D, num_heads=H, dropout=0.0, bias=scheme.biased_projections).double()
     x, source = torch.randn(B, S, D).double(), torch.randn(B, S + 2, D).double()
     results = []

@@ -34,7 +34,7 @@ def make_positions(config: MemformerConfig) -> PositionSchemes:
     """Return the position scheme of a config."""
     if config.positions == "rotary":
         return RotaryPositions(head_width=config.head_width)
-    return RelativePositions(num_heads=config.num_heads, head_width=config.head_width)
+    return RelativePositions(num_heads=config.num_heads, head_width=config.head_width, longest=config.segment_length)
 
 
 class Decoder(nn.Module):
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         keep_mask: Tensor | None = None,
         caches: list[CacheWindow] | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        past_frame = frame.with_keys(past.positions)
+        past_frame = frame.prepare(x).with_keys(past.positions)
         for index, layer in enumerate(self.layers):
             x = layer(
                 x,

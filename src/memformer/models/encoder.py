@@ -48,7 +48,7 @@ class Encoder(nn.Module):
             positions = (~padding_mask).cumsum(dim=-1) - 1  # (B, S): the n-th token has position n, wherever padding is
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions.clamp(min=0))
-        frame = self.positions(positions, key_positions=positions)
+        frame = self.positions(positions, key_positions=positions).prepare(x)
         keep_mask = keep_mask_of(padding_mask)
         # The memory may have a wider dtype than the parameters (float32 with bfloat16); reading does not need it.
         slots = None if self.memory_norm is None else self.memory_norm(memory.to(self.memory_norm.weight.dtype))

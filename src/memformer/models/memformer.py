@@ -126,9 +126,10 @@ class Memformer(LanguageModel):
         return self.bos_token_id + self.config.num_special_tokens
 
     def compile(self, **options: Any) -> None:
-        """Compile encoder and decoder in place with `torch.compile`, for the shapes that occur.
+        """Compile the model's parts in place with `torch.compile`, for the shapes that occur.
 
-        The memory writer is not compiled. Weights are shared and may change. Dropout draws the same values as without
+        The layers and the loss are compiled, and the memory writer unless its slots compete (the number of rounds
+        depends on the values). Weights are shared and may change. Dropout draws the same values as without
         compilation, so that replay can repeat it. Compiling takes some seconds when a shape first occurs, and needs a
         C++ compiler on a CPU.
 
@@ -138,8 +139,13 @@ class Memformer(LanguageModel):
         options = {"dynamic": False, **options}
         if options.get("backend", "inductor") == "inductor" and "mode" not in options:
             options["options"] = {"fallback_random": True, **options.get("options", {})}
-        self.encoder.compile(**options)
-        self.decoder.compile(**options)
+        # Layer by layer: all layers of a stack share the compiled code.
+        for layer in [*self.encoder.layers, *self.decoder.layers]:
+            layer.compile(**options)
+        self.embedding.compile_nll(**options)
+        if self.config.num_slots and not self.config.write_competition:
+            self.memory_writer.compile(**options)
+            self.memory_normalization.compile(**options)
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0, the terminal state of every slot, for each row, in float32 (float64 if the model is float64)."""

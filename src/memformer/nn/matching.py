@@ -35,12 +35,14 @@ def match_slots(preference: Preference, *, least: float, sharing: bool = False) 
     if sharing:
         return (remaining == remaining.amax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
     matching = torch.zeros_like(remaining, dtype=torch.bool)
-    while True:
+    # Every round but the last matches a pair. Only a CPU stops early: to know the last, a device would be waited for.
+    for _ in range(min(preference.shape[-2:])):
         best_slot, best_token = remaining.amax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
         pairs = (remaining == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
-        if not pairs.any():
-            return matching
+        if preference.device.type == "cpu" and not pairs.any():
+            break
         matching |= pairs
         remaining = remaining.masked_fill(
             pairs.any(dim=-1, keepdim=True) | pairs.any(dim=-2, keepdim=True), float("-inf")
         )
+    return matching

@@ -75,6 +75,17 @@ class RotaryFrame(Frame):
         self.base = base
         self._cached_rotations: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def prepare(self, x: Tensor) -> "RotaryFrame":
+        """Compute the rotations for layers with this input; return the frame.
+
+        So that layers compiled one by one all find the same frame.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        self._rotation(dtype, of_keys=False)
+        self._rotation(dtype, of_keys=True)
+        return self
+
     def with_keys(self, key_positions: Tensor) -> "RotaryFrame":
         """Return the frame for the same queries and other, already rotated keys: a query's rotation stays the same."""
         del key_positions
@@ -111,9 +122,15 @@ def _compute_rotation(positions: Tensor, *, head_width: int, base: float) -> tup
 
 
 def _rotate(x: Tensor, *, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    # Pairs are (i, i + half). The first half of the sines has a minus sign, so that one roll replaces split and cat.
+    # Pairs are (i, i + half), so halves are exchanged; the first half of the sines has a minus sign. On a CPU one roll
+    # is faster than split and cat, on CUDA its kernel is slower.
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    if x.device.type == "cpu":
+        exchanged = x.roll(x.shape[-1] // 2, dims=-1)
+    else:
+        first, second = x.split(x.shape[-1] // 2, dim=-1)
+        exchanged = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x * cos, exchanged, sin)
 
 
 class RotaryPositions(nn.Module):
@@ -153,23 +170,39 @@ def sinusoids(distances: Int64[Tensor, " L"], *, width: int) -> Float[Tensor, "L
 class RelativeFrame(Frame):
     """Attention with a vector R for each distance, added to keys and values."""
 
-    def __init__(self, query_positions: Tensor, *, key_positions: Tensor, num_heads: int, head_width: int) -> None:
+    def __init__(
+        self, query_positions: Tensor, *, key_positions: Tensor, num_heads: int, head_width: int, longest: int
+    ) -> None:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.num_heads = num_heads
         self.head_width = head_width
+        self.longest = longest
 
     def with_keys(self, key_positions: Tensor) -> "RelativeFrame":
         """Return the frame for the same queries and other keys."""
         return RelativeFrame(
-            self.query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width
+            self.query_positions,
+            key_positions=key_positions,
+            num_heads=self.num_heads,
+            head_width=self.head_width,
+            longest=self.longest,
         )
+
+    def prepare(self, x: Tensor) -> "RelativeFrame":
+        """Return the frame, which has nothing to prepare."""
+        del x
+        return self
 
     @cached_property
     def _distances(self) -> tuple[Tensor, Tensor]:
         """Vectors (H, L, D/H) of the L distances that occur, and the vector index of each query-key pair."""
         distances = self.query_positions[..., :, None] - self.key_positions[..., None, :]  # (Q, J) or (B, Q, J)
-        nearest, farthest = int(distances.min()), int(distances.max())
+        if distances.device.type == "cpu":
+            nearest, farthest = int(distances.min()), int(distances.max())
+        else:  # limits that need no waiting for the device
+            num_queries, num_keys = distances.shape[-2:]
+            nearest, farthest = -num_keys, max(num_queries, self.longest) + num_keys + 1
         span = torch.arange(nearest, farthest + 1, device=distances.device)
         vectors = sinusoids(span, width=self.num_heads * self.head_width)  # (L, D)
         index = (distances - nearest).unsqueeze(-3)
@@ -206,14 +239,16 @@ class RelativePositions(nn.Module):
     Args:
         num_heads: Number of heads H.
         head_width: Width D/H of one head.
+        longest: Largest position of a query, if there are fewer queries than that: the length of a segment.
     """
 
     biased_projections = True
 
-    def __init__(self, *, num_heads: int, head_width: int) -> None:
+    def __init__(self, *, num_heads: int, head_width: int, longest: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_width = head_width
+        self.longest = longest
 
     def forward(
         self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
@@ -221,7 +256,11 @@ class RelativePositions(nn.Module):
         """Return the frame; keys are stored without positions, so `new_key_positions` is not used."""
         del new_key_positions
         return RelativeFrame(
-            query_positions, key_positions=key_positions, num_heads=self.num_heads, head_width=self.head_width
+            query_positions,
+            key_positions=key_positions,
+            num_heads=self.num_heads,
+            head_width=self.head_width,
+            longest=self.longest,
         )
 
 

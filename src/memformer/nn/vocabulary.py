@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from memformer.nn.linear import linear
 # Largest number of logits held at once: 1 GiB in float32. Above it, logits are computed in parts and twice, which is
 # slower (benchmarks/vocabulary.py).
 _MOST_LOGITS = 1 << 28
+# Columns of logits are padded to a multiple of this on CUDA.
+_ALIGNMENT = 64
 
 Tokens = Int64[Tensor, "B Q"]
 Features = Float[Tensor, "B Q D"]
@@ -55,9 +58,27 @@ class TiedEmbedding(nn.Embedding):
             nll = [checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat(nll).view_as(targets)
 
+    def compile_nll(self, **options: Any) -> None:
+        """Compile the loss in place with `torch.compile`, so that logits are read and written less often."""
+        self._nll = torch.compile(self._nll, **options)  # type: ignore[method-assign]
+
     def _nll(self, features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
-        logits = self.logits(features[None])[0]
+        if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:
+            logits = F.linear(features, *self._padded())
+        else:
+            logits = linear(features, self.weight[: self.vocab_size])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Return the output weights with rows up to the next multiple, and biases that exclude all but the first V.
+
+        With an odd number of columns, CUDA's matrix products fall back to old kernels, three times as slow.
+        """
+        num_columns = -(-self.weight.shape[0] // _ALIGNMENT) * _ALIGNMENT
+        weight = F.pad(self.weight, (0, 0, 0, num_columns - self.weight.shape[0]))
+        is_predicted = torch.arange(num_columns, device=weight.device) < self.vocab_size
+        excluded = torch.full((), float("-inf"), dtype=weight.dtype, device=weight.device)
+        return weight, torch.where(is_predicted, excluded.new_zeros(()), excluded)
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -131,6 +152,9 @@ class AdaptiveEmbedding(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             result = self.softmax(self._to_parameter_dtype(features).flatten(0, 1), targets.flatten())
         return -result.output.view_as(targets)
+
+    def compile_nll(self, **options: Any) -> None:
+        """Do nothing: the sizes of the clusters' batches depend on the tokens."""
 
     def _to_parameter_dtype(self, features: Features) -> Features:
         return features.to(self.bos.dtype)

@@ -25,6 +25,7 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
+from memformer.training.engine import ReplayEngine
 from memformer.training.logs import LoggedValues, RunLog, open_log
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, write_penalty_at
 from memformer.training.processes import Processes
@@ -115,6 +116,19 @@ class _Trainer:
         if config.training.compiled:
             assert isinstance(model, Memformer)
             model.compile()
+        self.engine = self._make_engine()
+
+    def _make_engine(self) -> ReplayEngine | None:
+        """Return the engine that launches replay as CUDA graphs; None if it runs operation by operation.
+
+        Raises:
+            InputError: Graphs are asked for and there is no CUDA device.
+        """
+        training, device = self.config.training, self.model.device
+        if training.engine == "graphs" and device.type != "cuda":
+            raise InputError(f"training.engine ('graphs') needs a CUDA device; the run's device is {device.type!r}")
+        suits = device.type == "cuda" and training.method == "replay" and training.sharding == "none"
+        return ReplayEngine(self.model, say=print_warning) if suits and training.engine != "eager" else None
 
     @property
     def num_updates(self) -> int:
@@ -144,6 +158,8 @@ class _Trainer:
                 log.say(f"resuming from {self.resumed_from}, update {self.num_updates}")
                 if self.num_updates >= training.num_updates:
                     log.say(f"training.num_updates ({training.num_updates}) is reached: nothing is left to train")
+            if self.engine is not None:
+                log.say("replay runs as CUDA graphs (training.engine)")
             if training.num_updates <= training.warmup_updates:
                 log.say(
                     f"training.warmup_updates ({training.warmup_updates}) is not below training.num_updates "
@@ -206,7 +222,7 @@ class _Trainer:
             count = own.count_target_tokens()
             is_last = number == len(rollouts)
             share = count / max(total, 1)
-            result = self._backpropagate(own.to(model.device), gradient_scale=share, is_last=is_last)
+            result = self._backpropagate(own, gradient_scale=share, is_last=is_last)
             nll += float(result.loss) * count
         reshard(model)
         squares = result.memory_grad_norms.double().square().tolist()
@@ -267,18 +283,19 @@ class _Trainer:
         training = self.config.training
         penalizes = training.write_penalty > 0
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
-            result = backpropagate(
-                self.model,
-                rollout,
-                memory=self.state.memory,
-                method=training.method,
-                readout_timesteps=training.readout_timesteps,
-                gradient_scale=gradient_scale,
-                hooks=RolloutHooks(
+            options: dict[str, Any] = {
+                "memory": self.state.memory,
+                "readout_timesteps": training.readout_timesteps,
+                "gradient_scale": gradient_scale,
+                "hooks": RolloutHooks(
                     auxiliary_weight=partial(write_penalty_at, self.num_updates, training) if penalizes else None,
                     before_last_backward=partial(sum_gradients_in_next_backward, self.model) if is_last else None,
                 ),
-            )
+            }
+            if self.engine is not None:
+                result = self.engine.backpropagate(rollout, **options)
+            else:
+                result = backpropagate(self.model, rollout.to(self.model.device), method=training.method, **options)
         # A lane whose new memory is not finite keeps its previous memory; other lanes are not affected.
         is_finite = result.memory.isfinite().all(dim=-1).all(dim=-1)
         self.state.memory = torch.where(is_finite[:, None, None], result.memory, self.state.memory)

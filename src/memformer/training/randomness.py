@@ -17,3 +17,31 @@ def restore_randomness(state: RandomState, *, device: torch.device) -> None:
     torch.set_rng_state(cpu_state)
     if cuda_state is not None:
         torch.cuda.set_rng_state(cuda_state, device)
+
+
+class Randomness:
+    """The random generator of one device, set back to earlier points of its own sequence.
+
+    On CUDA a point is an offset, which a recorded graph reads when it is launched.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generator = torch.cuda.default_generators[index]
+
+    def capture(self) -> Tensor | int:
+        """Return the current point."""
+        return torch.get_rng_state() if self._generator is None else self._generator.get_offset()
+
+    def restore(self, point: Tensor | int) -> None:
+        """Go back (or forward) to a point that `capture` returned."""
+        if isinstance(point, Tensor):
+            torch.set_rng_state(point)
+        else:
+            assert self._generator is not None
+            self._generator.set_offset(point)

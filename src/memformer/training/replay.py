@@ -19,9 +19,7 @@ encoder. The readout does not depend on later timesteps, so here it runs once, i
 timesteps. The extra cost over BPTT is one encoder forward pass for all timesteps but the last.
 """
 
-import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -31,52 +29,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memformer.models.recurrence import RecurrentModel
-from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
+from memformer.training.pieces import (
+    NO_HOOKS,
+    NewAutocast,
+    RolloutHooks,
+    RolloutResult,
+    auxiliary_scale,
+    chunks,
+    current_autocast,
+    encode_timestep,
+    has_auxiliary_loss,
+    prepare,
+)
 from memformer.training.randomness import capture_randomness, restore_randomness
-from memformer.utils.checks import check_choice, check_integer
+from memformer.utils.checks import check_choice
+
+__all__ = ["Method", "RolloutHooks", "RolloutResult", "backpropagate"]
 
 Method = Literal["replay", "bptt", "checkpoint"]
-NewAutocast = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutResult:
-    """Result of the back-propagation of one rollout.
-
-    Attributes:
-        loss: Mean negative log-likelihood per non-padding target token in nats, detached; 0 if there are no targets.
-        num_tokens: Number of non-padding target tokens.
-        memory: (B, K, D), the memory after the last timestep, detached.
-        memory_grad: (B, K, D), d loss / d memory at the start of the rollout, scaled like the other gradients.
-        memory_grad_norms: (N,), norm over all rows of d loss / d memory at the start of each timestep. It shows how far
-            back the predictions depend on the memory. The first entry is the norm of `memory_grad`.
-    """
-
-    loss: Tensor
-    num_tokens: int
-    memory: Tensor
-    memory_grad: Tensor
-    memory_grad_norms: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutHooks:
-    """Optional functions that `backpropagate` calls.
-
-    Attributes:
-        auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, a
-            factor. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
-            `model.auxiliary_weight`.
-        before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
-            gradient synchronization there.
-    """
-
-    auxiliary_weight: Callable[[float], float] | None = None
-    before_last_backward: Callable[[], object] | None = None
-
-
-NO_HOOKS = RolloutHooks()
 
 
 def backpropagate(
@@ -112,29 +83,12 @@ def backpropagate(
         InputTypeError: The memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
-    check_integer("readout_timesteps", readout_timesteps, 1)
-    if hooks.auxiliary_weight is not None:
-        model.check_auxiliary_loss()
-    if memory is None:
-        memory = model.initial_memory(rollout.batch_size)
-        first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
-        first[0] = True
-        reset = first if rollout.reset is None else rollout.reset | first
-        rollout = dataclasses.replace(rollout, reset=reset)
-    rollout = model.align_inputs(rollout)
-    model.check_memory(memory, batch_size=rollout.batch_size)
-    # The only place where the gradient is cut. A clone, because requires_grad must not be set on the caller's tensor.
-    memory = memory.detach().clone()
+    rollout, memory = prepare(model, rollout, memory, readout_timesteps=readout_timesteps, hooks=hooks)
     num_tokens = rollout.count_target_tokens()
     device_type = rollout.inputs.device.type
     # The backward pass must not run under autocast, and a cast cached without gradient must not be reused with
     # gradient. Therefore autocast is disabled here and entered again around each piece of forward computation.
-    autocast = partial(
-        torch.autocast,
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-    )
+    autocast = current_autocast(device_type)
     with torch.autocast(device_type, enabled=False):
         work = _Work(
             model,
@@ -174,33 +128,22 @@ class _Work:
 
     def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states (B, S, D), the next memory (B, K, D) and the auxiliary loss (a scalar)."""
+        rollout = self.rollout
         with self.autocast():
-            if self.rollout.reset is not None:
-                memory = self.model.reset_memory(memory, self.rollout.reset[timestep])
-            padding = self.rollout.input_padding
-            segment, padding = self.rollout.inputs[timestep], None if padding is None else padding[timestep]
-            # The auxiliary loss is needed only for its gradient.
-            if self.has_auxiliary_loss and torch.is_grad_enabled():
-                auxiliary = AuxiliaryLoss()
-                hidden, memory = self.model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
-                assert auxiliary.total is not None
-                return hidden, memory, auxiliary.total
-            hidden, memory = self.model.encode(segment, memory=memory, padding_mask=padding)
-            return hidden, memory, memory.new_zeros(())
-
-    @property
-    def has_auxiliary_loss(self) -> bool:
-        """Whether an auxiliary loss contributes to the gradient."""
-        return self.hooks.auxiliary_weight is not None or self.model.auxiliary_weight != 0
+            return encode_timestep(
+                self.model,
+                rollout.inputs[timestep],
+                memory,
+                reset=None if rollout.reset is None else rollout.reset[timestep],
+                padding=None if rollout.input_padding is None else rollout.input_padding[timestep],
+                with_auxiliary=has_auxiliary_loss(self.model, self.hooks),
+            )
 
     def auxiliary_scale(self, total_nll: Tensor) -> float:
         """Return the factor on the summed auxiliary loss, given the rollout's summed negative log-likelihood."""
-        if not self.has_auxiliary_loss or not self.num_tokens:
-            return 0.0
-        weight = self.model.auxiliary_weight
-        if self.hooks.auxiliary_weight is not None:
-            weight = self.hooks.auxiliary_weight(float(total_nll) / self.num_tokens)
-        return self.gradient_scale * weight / max(self.rollout.count_input_tokens(), 1)
+        return auxiliary_scale(
+            self.model, self.rollout, total_nll, gradient_scale=self.gradient_scale, hooks=self.hooks
+        )
 
     def before_last_backward(self) -> None:
         """Call the hook, if given."""
@@ -222,14 +165,8 @@ class _Work:
 
     @property
     def chunks(self) -> list[slice]:
-        """The timesteps, grouped into chunks that are read out together.
-
-        The last timestep is a chunk of its own, because its graph is kept, unless all timesteps fit into one chunk.
-        """
-        size, last = self.readout_timesteps, self.rollout.num_timesteps - 1
-        if size > last:
-            return [slice(0, last + 1)]
-        return [slice(start, min(start + size, last)) for start in range(0, last, size)] + [slice(last, last + 1)]
+        """The timesteps, grouped into chunks that are read out together."""
+        return chunks(self.rollout.num_timesteps, self.readout_timesteps)
 
 
 def _rows(tensor: Tensor | None, chunk: slice) -> Tensor | None:

@@ -1,0 +1,74 @@
+"""Where the time of the engine's recorded pieces goes, by kind of kernel."""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from benchmarks.gpu.sizes import Size, sizes
+from memformer.training.engine import ReplayEngine
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "layer norm": ("layer_norm", "gammabeta", "layernorm"),
+    "softmax": ("softmax", "nll_loss"),
+    "compiled": ("triton_",),
+    "dropout": ("dropout", "distribution"),
+    "copies and casts": ("copy", "catarray", "cast", "memcpy", "memset", "roll"),
+    "reductions": ("reduce",),
+    "indexing": ("index", "gather", "scatter", "embedding"),
+    "sums of gradients": ("multi_tensor",),
+    "elementwise": ("elementwise",),
+}
+
+
+def kernels(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield each measurement's name and function."""
+    for name, size in sizes(smoke=options.smoke).items():
+        for compiled in (False, True):
+            if DEVICE.type == "cpu" and compiled:
+                continue
+            label = f"{name}, compiled" if compiled else name
+            yield label, lambda size=size, compiled=compiled: measure(size, compiled=compiled)
+
+
+def measure(size: Size, *, compiled: bool) -> dict[str, Any]:
+    """Return the milliseconds of one update by kind of kernel, and the slowest kernels."""
+    torch.set_float32_matmul_precision("high")
+    model, rollout = size.build(DEVICE), size.rollout()
+    memory = model.initial_memory(size.batch_size).detach()
+    if compiled:
+        model.compile()  # type: ignore[no-untyped-call]
+    engine = ReplayEngine(model)
+
+    def update() -> None:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            engine.backpropagate(rollout, memory=memory, readout_timesteps=size.readout_timesteps)
+
+    update()
+    update()
+    activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as recorded:
+        update()
+    kinds: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    launches = 0
+    for event in recorded.key_averages():
+        milliseconds = event.self_device_time_total / 1e3
+        if milliseconds <= 0:
+            continue
+        name = event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+        kinds[kind] += milliseconds
+        kernels[event.key[:90]] += milliseconds
+        launches += event.count
+    return {
+        "kernels": launches,
+        "ms": {kind: round(value, 2) for kind, value in kinds.most_common()},
+        "slowest": [(name, round(value, 2)) for name, value in kernels.most_common(14)],
+    }

@@ -1,0 +1,85 @@
+"""Laws on CUDA: what the tests check on a CPU without recording, with the pieces recorded as CUDA graphs."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memformer import Memformer, Rollout, RolloutHooks, backpropagate
+from memformer.models import LanguageModel
+from memformer.training.engine import ReplayEngine
+from memformer.training.pieces import RolloutResult
+from tests.helpers import VARIANTS, random_rollout, tiny_model
+from tests.models.baselines import BASELINES, tiny_baseline
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield each law's name and check; `difference` is relative to the norm of the gradient."""
+    variants, baselines = list(VARIANTS), list(BASELINES)
+    if options.smoke:
+        variants, baselines = variants[:2], baselines[:1]
+    for name in variants:
+        yield f"float64, {name}", lambda name=name: check(tiny_model(dropout=0.2, **VARIANTS[name]))
+    yield (
+        "float64, write penalty",
+        lambda: check(
+            tiny_model(dropout=0.2, write_normalizer="entmax15"), RolloutHooks(auxiliary_weight=lambda loss: 0.5)
+        ),
+    )
+    for name in baselines:
+        yield f"float64, {name}", lambda name=name: check(tiny_baseline(name, dropout=0.2))
+    for dtype in ("float32", "bfloat16"):
+        yield f"{dtype}, default", lambda dtype=dtype: check(tiny_model(dropout=0.2).float(), dtype=dtype)
+
+
+def check(model: LanguageModel, hooks: RolloutHooks | None = None, dtype: str = "float64") -> dict[str, Any]:
+    """Compare the engine with BPTT on rollouts with and without resets and padding, twice each."""
+    model = model.to(DEVICE)
+    said: list[str] = []
+    engine = ReplayEngine(model, say=said.append)
+    options: dict[str, Any] = {"readout_timesteps": 2, **({"hooks": hooks} if hooks else {})}
+
+    def compare(rollout: Rollout) -> tuple[float, float, float]:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            expected = run(model, lambda: backpropagate(model, rollout.to(DEVICE), method="bptt", **options))
+            actual = run(model, lambda: engine.backpropagate(rollout, **options))
+        return differences(actual, expected)
+
+    found = [
+        compare(padded(random_rollout(5, 3, resets=masks, padding=masks), model)) for masks in (False, True, False)
+    ]
+    largest = dict(zip(("gradient", "loss", "memory"), map(max, zip(*found, strict=True)), strict=True))
+    tolerance = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2}[dtype]
+    return {"holds": all(value < tolerance for value in largest.values()), **largest, "said": said}
+
+
+def padded(rollout: Rollout, model: LanguageModel) -> Rollout:
+    """Return the rollout without padding of inputs if the model is a baseline, which takes it from the targets."""
+    return rollout if isinstance(model, Memformer) else replace(rollout, input_padding=None)
+
+
+def run(model: LanguageModel, work: Callable[[], RolloutResult]) -> tuple[RolloutResult, list[Tensor], Tensor]:
+    """Return the result, the gradients and the next random number, from one seed."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    result = work()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return result, grads, torch.rand(1, device=DEVICE)
+
+
+def differences(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> tuple[float, float, float]:
+    """Return the relative differences of gradient, loss and memory; infinite if the next random number differs."""
+    if not torch.equal(actual[2], expected[2]):
+        return (float("inf"),) * 3
+    norm = torch.cat([grad.flatten() for grad in expected[1]]).norm()
+    parts = [(a - e).flatten() for a, e in zip(actual[1], expected[1], strict=True)]
+    of_gradient = float(torch.cat(parts).norm() / norm)
+    of_loss = float((actual[0].loss - expected[0].loss).abs() / expected[0].loss.abs())
+    memory = expected[0].memory
+    of_memory = float((actual[0].memory - memory).norm() / memory.norm().clamp(min=1)) if memory.numel() else 0.0
+    return of_gradient, of_loss, of_memory

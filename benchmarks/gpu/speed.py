@@ -1,0 +1,95 @@
+"""Speed and device memory of one update (forward and backward, without optimizer) by method, on one GPU."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.sizes import Size, sizes
+from memformer import backpropagate
+from memformer.evaluation.flops import flops_per_token
+from memformer.training.engine import ReplayEngine
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+METHODS = ("bptt", "replay, eager", "replay, engine", "replay, engine, compiled")
+
+
+def speed(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield each measurement's name and function."""
+    yield "peak", lambda: {"tflops": peak_tflops(64 if options.smoke else 8192)}
+    for name, size in sizes(smoke=options.smoke).items():
+        for method in METHODS:
+            if DEVICE.type == "cpu" and "compiled" in method:
+                continue
+            yield f"{name}: {method}", lambda size=size, method=method: measure(size, method)
+
+
+def peak_tflops(width: int) -> float:
+    """Return the rate of a large bfloat16 matrix product on random data, in 10^12 operations per second."""
+    left, right = (torch.randn(width, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    seconds = min(timed(lambda: left @ right) for _ in range(10))
+    return 2 * width**3 / seconds / 1e12
+
+
+def measure(size: Size, method: str) -> dict[str, Any]:
+    """Return time, tokens/s, useful operations and memory of one update."""
+    torch.set_float32_matmul_precision("high")
+    model, rollout = size.build(DEVICE), size.rollout()
+    operations = 3 * flops_per_token(model) * size.num_tokens
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    on_device = rollout.to(DEVICE)
+    memory = model.initial_memory(size.batch_size).detach()
+    said: list[str] = []
+    engine = ReplayEngine(model, say=said.append)
+    started = time.perf_counter()
+    if "compiled" in method:
+        model.compile()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            if "engine" in method:
+                engine.backpropagate(rollout, memory=memory, readout_timesteps=size.readout_timesteps)
+            else:
+                kind = method.partition(",")[0]
+                backpropagate(model, on_device, memory=memory, method=kind, readout_timesteps=size.readout_timesteps)
+
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    update()
+    set_up = time.perf_counter() - started
+    update()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [timed(update) for _ in range(10 if "engine" in method else 3)]
+    typical = statistics.median(seconds)
+    row = {
+        "ms": 1e3 * typical,
+        "ms_lowest": 1e3 * min(seconds),
+        "tokens_per_second": size.num_tokens / typical,
+        "useful_tflops": operations / typical / 1e12,
+        "set_up_seconds": set_up,
+        "said": said,
+    }
+    if DEVICE.type == "cuda":
+        # Reserved memory counts what graphs keep for themselves; the weights and their gradients are not included.
+        row["memory_growth_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        row["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+    return row
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that some work takes on the device."""
+    synchronize()
+    started = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

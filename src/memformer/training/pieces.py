@@ -1,0 +1,149 @@
+"""What every method of back-propagation shares: the pieces of forward computation, hooks and the result."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memformer.models.recurrence import RecurrentModel
+from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.rollout import Rollout
+from memformer.utils.checks import check_integer
+
+NewAutocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutResult:
+    """Result of the back-propagation of one rollout.
+
+    Attributes:
+        loss: Mean negative log-likelihood per non-padding target token in nats, detached; 0 if there are no targets.
+        num_tokens: Number of non-padding target tokens.
+        memory: (B, K, D), the memory after the last timestep, detached.
+        memory_grad: (B, K, D), d loss / d memory at the start of the rollout, scaled like the other gradients.
+        memory_grad_norms: (N,), norm over all rows of d loss / d memory at the start of each timestep. It shows how far
+            back the predictions depend on the memory. The first entry is the norm of `memory_grad`.
+    """
+
+    loss: Tensor
+    num_tokens: int
+    memory: Tensor
+    memory_grad: Tensor
+    memory_grad_norms: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutHooks:
+    """Optional functions that `backpropagate` calls.
+
+    Attributes:
+        auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, a
+            factor. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
+            `model.auxiliary_weight`.
+        before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
+            gradient synchronization there.
+    """
+
+    auxiliary_weight: Callable[[float], float] | None = None
+    before_last_backward: Callable[[], object] | None = None
+
+
+NO_HOOKS = RolloutHooks()
+
+
+def prepare(
+    model: RecurrentModel, rollout: Rollout, memory: Tensor | None, *, readout_timesteps: int, hooks: RolloutHooks
+) -> tuple[Rollout, Tensor]:
+    """Check the arguments of `backpropagate`; return the rollout in the model's format and a copy of the memory.
+
+    Raises:
+        InputError: As `backpropagate`.
+        InputTypeError: As `backpropagate`.
+    """
+    check_integer("readout_timesteps", readout_timesteps, 1)
+    if hooks.auxiliary_weight is not None:
+        model.check_auxiliary_loss()
+    if memory is None:
+        memory = model.initial_memory(rollout.batch_size)
+        first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)
+        first[0] = True
+        reset = first if rollout.reset is None else rollout.reset | first
+        rollout = dataclasses.replace(rollout, reset=reset)
+    rollout = model.align_inputs(rollout)
+    model.check_memory(memory, batch_size=rollout.batch_size)
+    # The only place where the gradient is cut. A clone, because requires_grad must not be set on the caller's tensor.
+    return rollout, memory.detach().clone()
+
+
+def current_autocast(device_type: str, *, cache_enabled: bool = True) -> NewAutocast:
+    """Return a function that enters the autocast of the caller again.
+
+    Args:
+        device_type: Type of the device.
+        cache_enabled: Whether weights are cast once until the outermost autocast ends, not at every use.
+    """
+    return partial(
+        torch.autocast,
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=cache_enabled and torch.is_autocast_cache_enabled(),
+    )
+
+
+def encode_timestep(
+    model: RecurrentModel,
+    segment: Tensor,
+    memory: Tensor,
+    *,
+    reset: Tensor | None,
+    padding: Tensor | None,
+    with_auxiliary: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden states (B, S, D), the next memory (B, K, D) and the auxiliary loss (a scalar)."""
+    if reset is not None:
+        memory = model.reset_memory(memory, reset)
+    # The auxiliary loss is needed only for its gradient.
+    if with_auxiliary and torch.is_grad_enabled():
+        auxiliary = AuxiliaryLoss()
+        hidden, memory = model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
+        assert auxiliary.total is not None
+        return hidden, memory, auxiliary.total
+    hidden, memory = model.encode(segment, memory=memory, padding_mask=padding)
+    return hidden, memory, memory.new_zeros(())
+
+
+def has_auxiliary_loss(model: RecurrentModel, hooks: RolloutHooks) -> bool:
+    """Return whether an auxiliary loss contributes to the gradient."""
+    return hooks.auxiliary_weight is not None or model.auxiliary_weight != 0
+
+
+def auxiliary_scale(
+    model: RecurrentModel, rollout: Rollout, total_nll: Tensor, *, gradient_scale: float, hooks: RolloutHooks
+) -> float:
+    """Return the factor on the summed auxiliary loss, given the rollout's summed negative log-likelihood."""
+    num_tokens = rollout.count_target_tokens()
+    if not has_auxiliary_loss(model, hooks) or not num_tokens:
+        return 0.0
+    weight = model.auxiliary_weight
+    if hooks.auxiliary_weight is not None:
+        weight = hooks.auxiliary_weight(float(total_nll) / num_tokens)
+    return gradient_scale * weight / max(rollout.count_input_tokens(), 1)
+
+
+def chunks(num_timesteps: int, readout_timesteps: int) -> list[slice]:
+    """Return the timesteps, grouped into chunks that are read out together.
+
+    The last timestep is a chunk of its own, because its graph is kept, unless all timesteps fit into one chunk.
+    """
+    last = num_timesteps - 1
+    if readout_timesteps > last:
+        return [slice(0, num_timesteps)]
+    starts = range(0, last, readout_timesteps)
+    return [slice(start, min(start + readout_timesteps, last)) for start in starts] + [slice(last, num_timesteps)]

@@ -1,0 +1,117 @@
+"""The engine's pieces, run operation by operation, give the gradients of back-propagation through time."""
+
+import pytest
+import torch
+
+from memformer import Rollout
+from memformer.training.engine import MOST_SHAPES, ReplayEngine
+from tests.helpers import assert_close, random_rollout, tiny_model
+from tests.models.baselines import BASELINES, tiny_baseline
+from tests.training.gradients import assert_same_gradients, gradients, penalty
+
+
+def by_engine(model, rollout, memory, *, engine=None, readout_timesteps=1, **options):
+    model.zero_grad()
+    torch.manual_seed(5)
+    engine = engine or ReplayEngine(model, records=False)
+    result = engine.backpropagate(rollout, memory=memory, readout_timesteps=readout_timesteps, **options)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return result, grads, torch.rand(1)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 5])
+@pytest.mark.parametrize("readout_timesteps", [1, 3])
+def test_the_engine_equals_bptt(variant, num_timesteps, readout_timesteps):
+    model = tiny_model(dropout=0.2, **variant)
+    memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
+    rollout = random_rollout(num_timesteps, 3, resets=True, padding=True)
+    expected = gradients(model, rollout, memory, "bptt", readout_timesteps=readout_timesteps)
+    actual = by_engine(model, rollout, memory, readout_timesteps=readout_timesteps)
+    assert_same_gradients(actual, expected)
+    assert actual[2] == expected[2], "the random generator must be left where the forward pass left it"
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_engine_equals_bptt_for_every_baseline(name, padding):
+    model = tiny_baseline(name, dropout=0.2)
+    rollout = random_rollout(4, 3, resets=True)
+    if padding:
+        target_padding = torch.zeros(rollout.targets.shape, dtype=torch.bool)
+        target_padding[1, 0, 2:] = True
+        target_padding[2, 1] = True
+        rollout = Rollout(
+            inputs=rollout.inputs, targets=rollout.targets, reset=rollout.reset, target_padding=target_padding
+        )
+    expected = gradients(model, rollout, None, "bptt", readout_timesteps=2)
+    assert_same_gradients(by_engine(model, rollout, None, readout_timesteps=2), expected)
+
+
+def test_with_a_write_penalty_the_engine_equals_bptt():
+    model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=True)
+    memory = model.initial_memory(3).detach()
+    rollout = random_rollout(5, 3, resets=True, padding=True)
+    options = {"readout_timesteps": 2, "hooks": penalty(0.5), "gradient_scale": 0.3}
+    expected = gradients(model, rollout, memory, "bptt", **options)
+    assert_same_gradients(by_engine(model, rollout, memory, **options), expected)
+
+
+def test_the_engine_decodes_from_given_start_tokens():
+    model = tiny_model()
+    rollout = random_rollout(3, 2)
+    starts = torch.tensor([[1, 2], [3, 11], [0, 4]])
+    rollout = Rollout(inputs=rollout.inputs, targets=rollout.targets, decoder_start_ids=starts)
+    expected = gradients(model, rollout, None, "bptt")
+    assert_same_gradients(by_engine(model, rollout, None), expected)
+
+
+def test_rollouts_of_any_length_and_with_any_masks_share_one_engine():
+    model = tiny_model(dropout=0.2)
+    engine = ReplayEngine(model, records=False)
+    for length, masks in ((2, False), (5, True), (3, True), (1, False), (4, False)):
+        rollout = random_rollout(length, 3, resets=masks, padding=masks, seed=length)
+        expected = gradients(model, rollout, None, "bptt", readout_timesteps=2)
+        assert_same_gradients(by_engine(model, rollout, None, engine=engine, readout_timesteps=2), expected)
+
+
+def test_gradients_are_added_in_the_same_tensors():
+    model = tiny_model()
+    engine, rollout = ReplayEngine(model, records=False), random_rollout(2, 2)
+    _, once, _ = by_engine(model, rollout, None, engine=engine)
+    tensors = [parameter.grad for parameter in model.parameters()]
+    if any(tensor is None for tensor in tensors):
+        pytest.fail("every parameter has a gradient tensor")
+    engine.backpropagate(rollout)
+    for (name, parameter), tensor in zip(model.named_parameters(), tensors, strict=True):
+        assert parameter.grad is tensor
+        assert_close(tensor, 2 * once[name])
+    # A gradient computed elsewhere is taken over.
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    engine.backpropagate(rollout)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, once[name] + 1)
+
+
+def test_a_changed_model_is_noticed():
+    model = tiny_model(dropout=0.2)
+    engine, rollout = ReplayEngine(model, records=False), random_rollout(2, 2)
+    by_engine(model, rollout, None, engine=engine)
+    model.eval()
+    model.embedding.weight.requires_grad_(False)
+    expected = gradients(model, rollout, None, "bptt")
+    actual = by_engine(model, rollout, None, engine=engine)
+    assert_same_gradients(actual, expected)
+    assert "embedding.weight" not in actual[1]
+
+
+def test_too_many_shapes_are_computed_without_graphs_and_this_is_said_once():
+    model = tiny_model()
+    said = []
+    engine = ReplayEngine(model, records=False, say=said.append)
+    for rows in range(1, MOST_SHAPES + 3):
+        rollout = random_rollout(2, rows)
+        expected = gradients(model, rollout, None, "bptt")
+        assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
+    assert len(said) == 1
+    assert f"more than {MOST_SHAPES} different shapes" in said[0]
