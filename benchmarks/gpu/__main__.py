@@ -5,6 +5,8 @@ may be interrupted at any time. Parts:
 
     laws      the engine's gradients equal back-propagation through time in float64; resuming is exact
     speed     training: tokens/s, share of the fastest matrix product, device memory; eager, engine, compiled, BPTT
+    decoding  milliseconds per token generated and tokens/s read, by the length of what was read before
+    attention the backends of scaled_dot_product_attention at the sizes of a timestep
     kernels   time of each recorded piece by kind of kernel
 
     python -m benchmarks.gpu --output benchmarks/results --minutes 9
@@ -15,12 +17,15 @@ import argparse
 import json
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.attention import attention
+from benchmarks.gpu.decoding import decoding
 from benchmarks.gpu.kernels import kernels
 from benchmarks.gpu.laws import laws
 from benchmarks.gpu.speed import speed
@@ -29,6 +34,8 @@ Row = dict[str, Any]
 PARTS: dict[str, Callable[["Options"], Iterator[tuple[str, Callable[[], Row]]]]] = {
     "laws": laws,
     "speed": speed,
+    "decoding": decoding,
+    "attention": attention,
     "kernels": kernels,
 }
 
@@ -69,7 +76,7 @@ def run_part(part: str, options: Options, deadline: float) -> None:
         except torch.cuda.OutOfMemoryError as error:
             row = {"failed": str(error).splitlines()[0]}
         except Exception as error:  # one failure must not cost the other measurements
-            row = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+            row = {"failed": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()[-3000:]}
         row["seconds_taken"] = round(time.monotonic() - started, 1)
         result["rows"][name] = row
         print(f"{part}: {name}: {json.dumps(row)}", flush=True)

@@ -43,6 +43,7 @@ def measure(size: Size, *, compiled: bool) -> dict[str, Any]:
     model, rollout = size.build(DEVICE), size.rollout()
     memory = model.initial_memory(size.batch_size).detach()
     if compiled:
+        torch._dynamo.reset()
         model.compile()  # type: ignore[no-untyped-call]
     engine = ReplayEngine(model)
 

@@ -1,6 +1,7 @@
 """Speed and device memory of one update (forward and backward, without optimizer) by method, on one GPU."""
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def measure(size: Size, method: str) -> dict[str, Any]:
     engine = ReplayEngine(model, say=said.append)
     started = time.perf_counter()
     if "compiled" in method:
+        torch._dynamo.reset()
         model.compile()  # type: ignore[no-untyped-call]
 
     def update() -> None:
@@ -57,13 +59,17 @@ def measure(size: Size, method: str) -> dict[str, Any]:
                 kind = method.partition(",")[0]
                 backpropagate(model, on_device, memory=memory, method=kind, readout_timesteps=size.readout_timesteps)
 
-    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    before = reserved_mib()
     update()
     set_up = time.perf_counter() - started
-    update()
+    held = reserved_mib()  # with graphs, their memory
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = [timed(update) for _ in range(10 if "engine" in method else 3)]
+    allocated = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
+    update()
+    if DEVICE.type == "cuda":
+        peak_mib = held + torch.cuda.max_memory_allocated() / 2**20 - allocated
+    seconds = [timed(update) for _ in range(10 if "engine" in method else 2)]
     typical = statistics.median(seconds)
     row = {
         "ms": 1e3 * typical,
@@ -74,10 +80,18 @@ def measure(size: Size, method: str) -> dict[str, Any]:
         "said": said,
     }
     if DEVICE.type == "cuda":
-        # Reserved memory counts what graphs keep for themselves; the weights and their gradients are not included.
-        row["memory_growth_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        row["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        # Weights and their gradients are not included; what graphs keep for themselves is.
+        row["memory_growth_mib"] = peak_mib - before
     return row
+
+
+def reserved_mib() -> float:
+    """Return the device memory that torch holds, without what it holds in reserve."""
+    if DEVICE.type != "cuda":
+        return 0.0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**20
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -1,10 +1,12 @@
 """The engine's pieces, run operation by operation, give the gradients of back-propagation through time."""
 
+import numpy as np
 import pytest
 import torch
 
 from memformer import Rollout
 from memformer.training.engine import MOST_SHAPES, ReplayEngine
+from memformer.utils.cuda_graphs import CannotRecord, RecordingFailed
 from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.gradients import assert_same_gradients, gradients, penalty
@@ -115,3 +117,55 @@ def test_too_many_shapes_are_computed_without_graphs_and_this_is_said_once():
         assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
     assert len(said) == 1
     assert f"more than {MOST_SHAPES} different shapes" in said[0]
+
+
+class StandInPool:
+    """Records nothing, and refuses what the test says."""
+
+    def __init__(self, error, *, at):
+        self.error, self.at, self.num_records = error, at, 0
+
+    def record(self, work, *, before):
+        # Like recording, this runs the work several times, with static tensors that it must not rely on.
+        before()
+        work()
+        self.num_records += 1
+        if self.num_records == self.at:
+            raise self.error("reasons")
+        return work
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [(CannotRecord, "runs operation by operation: reasons"), (RecordingFailed, "goes on without them: reasons")],
+)
+def test_what_cannot_be_recorded_is_computed_all_the_same_and_said_once(at, error, sentence):
+    model, said = tiny_model(dropout=0.2), []
+    engine = ReplayEngine(model, records=False, say=said.append)
+    rollout = random_rollout(4, 3, resets=True, padding=True)
+    expected = gradients(model, rollout, None, "bptt", readout_timesteps=2)
+    engine._has_changed()
+    engine._pool = StandInPool(error, at=at)
+    for _ in range(2):
+        actual = by_engine(model, rollout, None, engine=engine, readout_timesteps=2)
+        assert_same_gradients(actual, expected)
+        assert actual[2] == expected[2]
+    assert len(said) == 1
+    assert sentence in said[0]
+
+
+class Unrepeatable(torch.nn.Module):
+    """Dropout whose random numbers do not come from PyTorch's generator."""
+
+    def forward(self, x):
+        return x * torch.from_numpy(np.random.default_rng().random(x.shape))
+
+
+def test_a_model_that_cannot_repeat_its_dropout_is_noticed():
+    model, said = tiny_model(), []
+    model.encoder.layers[0].dropout = Unrepeatable()
+    engine = ReplayEngine(model, records=False, say=said.append)
+    engine.backpropagate(random_rollout(3, 2))
+    assert len(said) == 1
+    assert "draws random numbers that cannot be repeated" in said[0]

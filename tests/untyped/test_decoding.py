@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from memformer import InputError, Session
-from memformer.generation.decoding import _compiled_steps
+from memformer.generation.compiling import _functions
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 from tests.untyped.compiler import needs_compiler
 
@@ -70,10 +70,10 @@ def test_a_deleted_model_leaves_no_compiled_step():
     eager, compiled = make_pair()
     compiled.feed(random_rows(SEGMENT_LENGTH)[0])
     compiled.next_token_logits()
-    num_models = len(_compiled_steps)
+    num_models = len(_functions)
     del eager, compiled
     gc.collect()
-    assert len(_compiled_steps) == num_models - 1
+    assert len(_functions) == num_models - 1
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from torch import Tensor
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import check_vocabulary
-from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
+from memformer.models.recurrence import RecurrentModel, reading
 from memformer.rollout import Rollout
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
@@ -236,7 +236,7 @@ def measure_documents(
     )
     firsts = [0, *(1 << power for power in range((longest_document - 1).bit_length()))]
     totals = _Totals(firsts, longest_delay=delays[-1], num_memories=1 + len(delays), num_lanes=stream.num_lanes)
-    with in_evaluation_mode(model):
+    with reading(model):
         reader = _DelayedReader(model, delays, num_lanes=stream.num_lanes)
         for rollout in stream:
             totals.add(rollout, reader.read(rollout))

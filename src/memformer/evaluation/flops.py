@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
+from memformer.models.recurrence import RecurrentModel, reading
 from memformer.rollout import Rollout
 
 
@@ -27,7 +27,7 @@ def flops_per_token(model: RecurrentModel) -> float:
     memory = model.initial_memory(1)
     counter = FlopCounterMode(display=False)
     # On a CPU the counter does not support fused attention, fused LSTM layers and oneDNN's matrix products.
-    with in_evaluation_mode(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
+    with reading(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
         hidden, _ = model.encode(rollout.inputs[0], memory=memory)
         model.token_nll(rollout.targets[0], hidden=hidden)
     return counter.get_total_flops() / length

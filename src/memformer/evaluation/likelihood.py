@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
-from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
+from memformer.models.recurrence import RecurrentModel, reading
 from memformer.rollout import Rollout
 from memformer.utils.tables import format_table
 
@@ -172,7 +172,7 @@ def evaluate(
     )
     totals = torch.zeros(2, dtype=torch.float64)
     memory: Tensor | None = None
-    with in_evaluation_mode(model):
+    with reading(model):
         for cpu_rollout in stream:
             rollout = model.align_inputs(cpu_rollout.to(model.device))
             if memory is None:

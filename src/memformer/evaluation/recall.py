@@ -14,7 +14,7 @@ from memformer.data.recall.stream import append_question, check_segment_length, 
 from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
-from memformer.models.recurrence import RecurrentModel, in_evaluation_mode
+from memformer.models.recurrence import RecurrentModel, reading
 from memformer.utils.checks import check_integer
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
@@ -174,7 +174,7 @@ def measure_recall(
             "one distance"
         )
     _check_num_facts(task, config, num_facts, segment_length=model.segment_length)
-    with in_evaluation_mode(model):
+    with reading(model):
         reader = _EpisodeReader(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)
         points = []
         for distance in sorted(set(distances)):

@@ -7,12 +7,55 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
+from memformer.generation.compiling import compiled_function
 from memformer.generation.decoding import Decoding
+from memformer.generation.recording import RecordedReading, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
 from memformer.shapes import AnyMemory
 
-Rows = Int64[Tensor, " R"]
+Rows = Int64[Tensor, " R"] | slice
 PendingTokens = Int64[Tensor, "B S"]
+
+
+class Reader:
+    """Reads full segments: operation by operation, compiled, or on CUDA as a recorded graph.
+
+    Args:
+        model: The model.
+        batch_size: Number of rows of the session; only reading all of them at once is compiled or recorded.
+        compiled: Whether to compile `encode`.
+    """
+
+    # A short text is read sooner than recorded.
+    _READ_BEFORE_RECORDING = 2
+
+    def __init__(self, model: LanguageModel, batch_size: int, *, compiled: bool) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.compiled = compiled
+        self._num_read = 0
+        self._recorded: RecordedReading | None = None
+
+    def read(self, segment: Int64[Tensor, "R S"], memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
+        """Return the hidden states and the next memory, valid until the next call."""
+        model = self.model
+        if segment.shape[0] != self.batch_size:
+            return model.encode(segment, memory=memory)
+        if self.compiled:
+            read = compiled_function(encode, model, (segment, memory), key=("encode", self.batch_size))
+            hidden, next_memory = read(model, segment, memory)
+            return hidden, next_memory
+        self._num_read += 1
+        if model.device.type != "cuda" or self._num_read <= self._READ_BEFORE_RECORDING:
+            return model.encode(segment, memory=memory)
+        if self._recorded is None or self._recorded.weights != identify(model):
+            self._recorded = RecordedReading(model, segment, memory)
+        return self._recorded(segment, memory)
+
+
+def encode(model: LanguageModel, segment: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `encode` of the model, as a function that can be compiled."""
+    return model.encode(segment, memory=memory)
 
 
 class SegmentContext:
@@ -38,6 +81,7 @@ class SegmentContext:
         self.hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=model.device)
         self.hidden_padding[:, 0] = False
         self._decoding: Decoding | None = None
+        self._reader = Reader(model, batch_size, compiled=compiled)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -54,12 +98,12 @@ class SegmentContext:
         return True
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return their next memory (R, K, W)."""
-        hidden, memory = self.model.encode(segment, memory=memory)
+        """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
+        hidden, memory = self._reader.read(segment, memory)
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
         if self._decoding is not None:
-            self._decoding.restart(rows.tolist())
+            self._decoding.restart(range(len(self.hidden)) if isinstance(rows, slice) else rows.tolist())
         return memory
 
     def next_token_logits(
@@ -84,6 +128,7 @@ class TokenContext:
 
     def __init__(self, model: NextTokenModel, batch_size: int) -> None:
         self.model = model
+        self._reader = Reader(model, batch_size, compiled=False)
         self.first_memory = model.initial_memory(batch_size)
         self.previous = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
 
@@ -101,8 +146,8 @@ class TokenContext:
         return bool(((self.previous >= 0) & (self.previous <= self.model.bos_token_id)).all())
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return their next memory (R, K, W)."""
-        _, memory = self.model.encode(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory=memory)
+        """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
+        _, memory = self._reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
         self.previous[rows] = segment[:, -1:]
         return memory
 

@@ -30,7 +30,7 @@ def sample(
     top_p: float | int | None,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, " B"]:
-    """Return one sampled token id for each row.
+    """Return one sampled token id for each row, on the CPU.
 
     Args:
         logits: Unnormalized log-probabilities.
@@ -42,8 +42,29 @@ def sample(
     Raises:
         InputError: A logit is not finite.
     """
-    if not logits.isfinite().all():
+    # The device is waited for once, at the end. Drawing needs finite logits, on CUDA most of all.
+    is_finite = logits.isfinite().all(dim=-1)
+    drawn = _draw(
+        torch.where(is_finite[:, None], logits, 0.0),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
+    drawn = torch.where(is_finite, drawn, -1).cpu()
+    if (drawn < 0).any():
         raise InputError("the model's logits are not finite: its weights are broken")
+    return drawn
+
+
+def _draw(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None,
+    generator: torch.Generator | None,
+) -> Int64[Tensor, " B"]:
     if temperature == 0:
         return logits.argmax(dim=-1)
     # The logit of the most likely token is 0, so that even the lowest temperature does not make it infinite.

@@ -13,7 +13,7 @@ from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.generation.contexts import make_context
 from memformer.generation.sampling import check_sampling, sample
 from memformer.models import LanguageModel
-from memformer.models.recurrence import in_evaluation_mode
+from memformer.models.recurrence import reading
 from memformer.shapes import AnyMemory
 from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
@@ -48,10 +48,10 @@ class Session:
         self.compiled = compiled
         self.batch_size = batch_size
         # On the CPU, because tokens are accessed one by one.
-        self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64)
+        self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
         self._num_pending = [0] * batch_size
         self._num_fed = [0] * batch_size
-        with torch.no_grad(), in_evaluation_mode(model):
+        with reading(model):
             self._context = make_context(model, batch_size, compiled=compiled)
         self._memory = self._context.first_memory.clone()
 
@@ -86,7 +86,7 @@ class Session:
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the next-token logits of each row, given all tokens so far."""
-        with torch.no_grad(), in_evaluation_mode(self.model):
+        with reading(self.model):
             return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
 
     def generate(
@@ -161,7 +161,7 @@ class Session:
             stopped: dict[int, int] = {}  # row to its stop token
             for _ in range(max_new_tokens):
                 logits = self.next_token_logits()
-                drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator).cpu()
+                drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
                 self._feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
                 tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
                 yield tokens
@@ -246,7 +246,7 @@ class Session:
             "memory": self._memory,
             **self._context.tensors,
             "tokens": self._tokens,
-            "counts": torch.tensor([self._num_pending, self._num_fed]),
+            "counts": torch.tensor([self._num_pending, self._num_fed], device="cpu"),
         }
 
     def _split_rows(self, token_ids: TokenIds) -> list[object]:
@@ -295,12 +295,15 @@ class Session:
                 return
             self._read_segment(full)
 
-    @torch.no_grad()
     def _read_segment(self, rows: list[int]) -> None:
         """Read the full segments of these rows into their memory."""
-        chosen = torch.tensor(rows, device=self.model.device)
-        segment = self._tokens[rows].to(self.model.device)
-        with in_evaluation_mode(self.model):
+        with reading(self.model):
+            if len(rows) == self.batch_size:
+                chosen: slice | Tensor = slice(None)
+                segment = self._tokens.to(self.model.device, copy=True)
+            else:
+                chosen = torch.tensor(rows, device=self.model.device)
+                segment = self._tokens[rows].to(self.model.device)
             self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
         for row in rows:
             self._tokens[row] = 0  # so that the state depends only on the tokens after the last segment

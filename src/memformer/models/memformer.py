@@ -139,6 +139,9 @@ class Memformer(LanguageModel):
         options = {"dynamic": False, **options}
         if options.get("backend", "inductor") == "inductor" and "mode" not in options:
             options["options"] = {"fallback_random": True, **options.get("options", {})}
+        # Modes, masks and sizes of training and evaluation: beyond the limit, PyTorch silently stops compiling.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
         # Layer by layer: all layers of a stack share the compiled code.
         for layer in [*self.encoder.layers, *self.decoder.layers]:
             layer.compile(**options)

@@ -9,6 +9,9 @@ Training, replay, evaluation and generation depend on this interface alone.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -183,17 +186,68 @@ class RecurrentModel(nn.Module, ABC):
             raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {self.memory_dtype}")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`, `DataParallel` or `DistributedDataParallel`; else the model itself."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+@dataclass
+class _Modes:
+    """The modules in training mode before the first of a model's readers, and how many readers there are."""
+
+    num_readers: int
+    in_training: list[nn.Module]
+
+
+_modes: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+_modes_lock = Lock()
+
+
 @contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode (no dropout) for a `with` block; restore its mode afterwards."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+def reading(model: nn.Module) -> Iterator[None]:
+    """Make a `with` block independent of the caller's modes, so that what it computes can be kept.
+
+    No dropout, no gradient, no autocast, and no inference mode (whose tensors cannot be used outside it). Afterwards
+    every module has the mode that it had, also if several threads read with one model.
+    """
+    with _modes_lock:
+        modes = _modes.get(model)
+        if modes is None:
+            modes = _modes[model] = _Modes(0, _modules_in_training(model))
+            if modes.in_training:
+                model.eval()
+        modes.num_readers += 1
     try:
-        yield
+        device_type = next(model.parameters()).device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+            yield
     finally:
-        if was_training:
-            model.train()
+        with _modes_lock:
+            modes.num_readers -= 1
+            if not modes.num_readers:
+                for module in modes.in_training:
+                    module.training = True
+                del _modes[model]
+
+
+def _modules_in_training(model: nn.Module) -> list[nn.Module]:
+    """Return the modules in training mode; faster than `model.modules()`, because it is called for every token."""
+    found, waiting, seen = [], [model], {id(model)}
+    while waiting:
+        module = waiting.pop()
+        if module.training:
+            found.append(module)
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return found
 
 
 def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:

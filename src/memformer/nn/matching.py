@@ -39,7 +39,7 @@ def match_slots(preference: Preference, *, least: float, sharing: bool = False) 
     for _ in range(min(preference.shape[-2:])):
         best_slot, best_token = remaining.amax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
         pairs = (remaining == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
-        if preference.device.type == "cpu" and not pairs.any():
+        if preference.device.type == "cpu" and not torch.compiler.is_compiling() and not pairs.any():
             break
         matching |= pairs
         remaining = remaining.masked_fill(

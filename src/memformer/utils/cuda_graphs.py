@@ -17,7 +17,11 @@ _WARM_UP_RUNS = 3
 
 
 class CannotRecord(RuntimeError):
-    """The work cannot become a graph, because it waits for the device or needs a shape that depends on values."""
+    """The work cannot become a graph, because it waits for the device: it may need a shape that depends on values."""
+
+
+class RecordingFailed(RuntimeError):
+    """Recording broke off. Graphs recorded earlier draw wrong random numbers from now on; nothing else is affected."""
 
 
 class GraphPool:
@@ -39,7 +43,8 @@ class GraphPool:
             before: Called before each run of `work`; sets the static tensors to values with which it can run.
 
         Raises:
-            CannotRecord: The work synchronizes the device, or recording fails for another reason.
+            CannotRecord: The work synchronizes the device; this is noticed before recording.
+            RecordingFailed: Recording failed for another reason, such as too little memory.
         """
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -53,29 +58,20 @@ class GraphPool:
         torch.cuda.current_stream(self.device).wait_stream(side)
         before()
         graph = torch.cuda.CUDAGraph()
-        with self._generator_kept(), torch.cuda.graph(graph, pool=self._pool):
-            work()
-        return graph.replay
-
-    @contextmanager
-    def _generator_kept(self) -> Iterator[None]:
-        """Give the random generator its state back if recording fails: it would still wait for the end of recording.
-
-        Raises:
-            CannotRecord: Recording failed.
-        """
-        generator = torch.cuda.default_generators[self.device.index or 0]
-        before = generator.clone_state()
         try:
-            yield
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
         except RuntimeError as error:
-            generator.graphsafe_set_state(before)
-            raise CannotRecord(str(error).splitlines()[0]) from error
+            # The random generator still waits for the end of the recording; one that succeeds sets it free.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.device)
+            raise RecordingFailed(str(error).splitlines()[0]) from error
+        return graph.replay
 
 
 @contextmanager
 def _synchronizing_refused() -> Iterator[None]:
-    """Turn synchronization into an error before recording: an error during it would spoil the random generator.
+    """Turn synchronization into an error, before recording.
 
     Raises:
         CannotRecord: The device was synchronized.
