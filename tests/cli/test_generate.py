@@ -1,5 +1,6 @@
 """`memformer generate`: text from prompts and sessions, saving after an interruption, and error messages."""
 
+import bz2
 import io
 import os
 import signal
@@ -36,6 +37,21 @@ def test_a_prompt_from_an_option_a_file_or_stdin_gives_the_same_text(run_folder,
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     assert generate(run_folder, "--prompt_file", "-", "--temperature", "0") == expected
     assert generate(run_folder, "--temperature", "0")["prompt_tokens"] == 0
+
+
+def test_a_compressed_prompt_is_read_and_other_content_refused(run_folder, tmp_path, monkeypatch):
+    """A compressed prompt file is decompressed; a prompt that is not UTF-8 text is refused by name, from stdin too."""
+    file = tmp_path / "prompt"
+    file.write_bytes(bz2.compress(b"the cat"))
+    assert generate(run_folder, "--prompt_file", file, num=0)["prompt_tokens"] == 7
+    file.write_text("the cat", encoding="utf-16")
+    assert f"{file} is not UTF-8 text at byte offset 0 (0xff): it is UTF-16 text" in refused(
+        "generate", run_folder, "--prompt_file", file
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bz2.compress(b"the cat"))))
+    assert generate(run_folder, "--prompt_file", "-", num=0)["prompt_tokens"] == 7
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert "stdin is not UTF-8 text at byte offset 3 (0xe9)" in refused("generate", run_folder, "--prompt_file", "-")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +140,7 @@ def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_fo
         (["--max_new_tokens", "-1"], "max_new_tokens (-1) must be at least 0"),
         (["--seed", "-1"], "seed (-1) must be from 0"),
         (["--seed", "99999999999999999999"], "seed (99999999999999999999) must be from 0"),
-        (["--prompt_file", "/no/such"], "prompt file /no/such cannot be read: No such file"),
+        (["--prompt_file", "/no/such"], "/no/such cannot be read: No such file"),
         (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given; give only one of them"),
         (["--load_session", "/no/such"], "/no/such does not exist"),
         (["--output", "x.png"], "--output does not apply to a run on text"),

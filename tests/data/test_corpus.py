@@ -1,10 +1,13 @@
+import dataclasses
 import errno
 import gzip
 import json
 import os
 import shutil
+import sys
 from itertools import chain
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +101,77 @@ def test_key_covers_everything_that_matters(tmp_path: Path, source: SourceConfig
     assert num_corpora() == 5
 
 
+@pytest.fixture
+def data_sets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Stand-ins for the packages of the hub: folders of text files, and the commit of each data set of the hub."""
+    commits: dict[str, str] = {}
+
+    def load_dataset(name: str, *_: object, revision: str | None, **__: object) -> list[dict[str, str]]:
+        folder = Path(name)
+        texts = [file.read_text() for file in folder.iterdir()] if folder.is_dir() else [f"commit {revision}"]
+        return [{"text": text} for text in texts]
+
+    hub, datasets = ModuleType("huggingface_hub"), ModuleType("datasets")
+    hub.HfApi = lambda: SimpleNamespace(dataset_info=lambda name, **_: SimpleNamespace(sha=commits[name]))
+    datasets.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return commits
+
+
+def texts_of(source: SourceConfig, cache: Path) -> list[bytes]:
+    return [bytes(ids) for ids in documents_of(build_corpus(source, ByteTokenizer(), cache=cache))]
+
+
+def test_a_local_data_set_is_known_by_its_files(tmp_path: Path, data_sets, monkeypatch) -> None:
+    """Two local data sets of the same relative name are not mixed up, and a rewritten file is read anew."""
+    source = SourceConfig(kind="huggingface", name="./data", split="train")
+    for project in ("one", "two"):
+        (tmp_path / project / "data").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / project)
+        Path("data", "train.txt").write_text(project)
+        assert texts_of(source, tmp_path / "cache") == [project.encode()]
+    Path("data", "train.txt").write_text("new")
+    assert texts_of(source, tmp_path / "cache") == [b"new"]
+    with pytest.raises(InputError, match=r"revision \('0{40}'\) is not read for ./data, which is a local folder"):
+        texts_of(dataclasses.replace(source, revision="0" * 40), tmp_path / "cache")
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_commit(tmp_path: Path, data_sets) -> None:
+    """A new version of a data set on the hub is noticed; a given commit is read without asking the hub."""
+    source = SourceConfig(kind="huggingface", name="some/data", split="train")
+    for commit in ("a" * 40, "b" * 40):
+        data_sets["some/data"] = commit
+        assert texts_of(source, tmp_path / "cache") == [f"commit {commit}".encode()]
+    data_sets.clear()
+    pinned = dataclasses.replace(source, revision="a" * 40)
+    assert texts_of(pinned, tmp_path / "cache") == [f"commit {'a' * 40}".encode()]
+    with pytest.raises(InputError, match="the newest version of data set 'some/data' cannot be asked of the hub"):
+        texts_of(source, tmp_path / "cache")
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(tmp_path: Path, source: SourceConfig) -> None:
+    """A file that is rewritten with as many bytes and the old modification time is read anew."""
+    path = Path(source.path)
+    before = path.stat()
+    build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
+    path.write_text(path.read_text(encoding="utf-8").replace("hello", "jelly"), encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert texts_of(source, tmp_path / "cache")[0] == b"jelly world"
+
+
+def test_fingerprints_are_equal_for_equal_documents_only(tmp_path: Path, source: SourceConfig) -> None:
+    """The fingerprint of a corpus covers its tokens and its documents, on disk and in memory."""
+    on_disk = build_corpus(source, ByteTokenizer(), cache=tmp_path)
+    documents = [np.array(document) for document in documents_of(on_disk)]
+    assert on_disk.fingerprint == corpus_from_arrays(documents, 256).fingerprint
+    changed = [documents[0] + 1, *documents[1:]]
+    joined = [np.concatenate(documents[:2]), *documents[2:]]
+    others = [corpus_from_arrays(other, 256) for other in (changed, joined)] + [on_disk.subset([1, 0, 2, 3])]
+    assert len({on_disk.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
 def test_failure_midway_leaves_nothing(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
     def failing(_: SourceConfig):
         yield Document("one", b"fine")
@@ -177,8 +251,8 @@ def test_other_format_version_is_refused(tmp_path: Path, source: SourceConfig) -
     build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()
     path = folder / "corpus.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match=r"corpus\.json is not a corpus of format version 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    with pytest.raises(CheckpointError, match=r"corpus\.json is not a corpus of format version 2"):
         Corpus.open(folder)
 
 

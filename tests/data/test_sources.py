@@ -34,20 +34,20 @@ def folder(tmp_path: Path) -> Path:
     (root / "empty.txt").write_bytes(b"")
     (root / ".secret").write_bytes(b"no")
     (root / ".hidden" / "x.txt").write_bytes(b"no")
-    (root / "sub" / "c.md").write_bytes(b"sea\xff")
+    (root / "sub" / "c.md").write_bytes("séa".encode())
     return root
 
 
 def test_folder_is_read_recursively_in_order_without_hidden_and_empty_files(folder: Path) -> None:
     documents = list(iterate_documents(SourceConfig(path=str(folder))))
     assert documents[0] == Document(str(folder / "a.txt"), b"ay")
-    assert [document.content for document in documents] == [b"ay", b"bee", b"sea\xff"]
+    assert [document.content for document in documents] == [b"ay", b"bee", "séa".encode()]
 
 
 def test_glob_and_list_keep_their_order(folder: Path) -> None:
     assert contents(SourceConfig(path=str(folder / "*.txt"))) == [b"ay", b"bee"]
-    assert contents(SourceConfig(path=str(folder / "**" / "*.md"))) == [b"sea\xff"]
-    assert contents(SourceConfig(path=[str(folder / "sub"), str(folder / "a.txt")])) == [b"sea\xff", b"ay"]
+    assert contents(SourceConfig(path=str(folder / "**" / "*.md"))) == ["séa".encode()]
+    assert contents(SourceConfig(path=[str(folder / "sub"), str(folder / "a.txt")])) == ["séa".encode(), b"ay"]
 
 
 def test_existing_file_is_not_treated_as_a_pattern(tmp_path: Path) -> None:
@@ -69,10 +69,9 @@ def test_compressed_text_and_json_lines(tmp_path: Path, suffix: str, compress) -
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
 def test_damaged_compression_is_refused(tmp_path: Path, suffix: str, compress) -> None:
     path = tmp_path / f"a{suffix}"
-    for damaged in (compress(b"hello" * 100)[:-12], b"not compressed at all"):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match=rf"a\{suffix} cannot be read"):
-            contents(SourceConfig(path=str(path)))
+    path.write_bytes(compress(b"hello" * 100)[:-12])
+    with pytest.raises(InputError, match=rf"a\{suffix} cannot be read"):
+        contents(SourceConfig(path=str(path)))
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_empty_compressed_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{broken", r"a\.jsonl:2 is not JSON"),
-        (b'{"text": "\xff"}', r"a\.jsonl:2 is not JSON"),
+        (b'{"text": "\xff"}', r"a\.jsonl is not UTF-8 text at byte offset 27 \(0xff\)"),
         (b"[" * 100_000, r"a\.jsonl:2 is not JSON"),
         (b"[1]", r"a\.jsonl:2 is a JSON list; every line must be an object"),
         (b'{"body": "x", "id": 1}', r"a\.jsonl:2 has no key text_key \('text'\); its keys are: body, id"),
@@ -154,6 +153,10 @@ def test_slice_of_a_source(tmp_path: Path) -> None:
         ({"path": "x", "levels": 2}, r"levels \(2\) is not read by kind 'text'"),
         ({"kind": "digits", "downsample": 2}, r"downsample \(2\) is not read by kind 'digits'"),
         ({"path": "x", "name": "y"}, r"name \('y'\) is not read"),
+        (
+            {"kind": "huggingface", "name": "x", "split": "train", "revision": "main"},
+            r"revision \('main'\) must be a commit, 40 hexadecimal digits",
+        ),
         ({"kind": "idx", "path": "x", "levels": 1}, r"levels \(1\) must be from 2 to 256"),
         ({"kind": "idx", "path": "x", "levels": 257}, r"levels \(257\) must be"),
         ({"kind": "idx", "path": "x", "downsample": 0}, r"downsample \(0\) must be at least 1"),
@@ -259,11 +262,45 @@ def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", module)
     source = SourceConfig(kind="huggingface", name="x/y", config_name="raw", split="train", text_key="body")
     assert list(iterate_documents(source)) == [("x/y:0", b"one"), ("x/y:1", b"two")]
-    assert calls == [(("x/y", "raw"), {"split": "train", "streaming": True})]
+    assert calls == [(("x/y", "raw"), {"split": "train", "revision": None, "streaming": True})]
     with pytest.raises(InputError, match="x/y:0 has no key text_key"):
         contents(SourceConfig(kind="huggingface", name="x/y", split="train"))
     with pytest.raises(InputError, match=r"data set 'missing' .* cannot be loaded: no such data set"):
         contents(SourceConfig(kind="huggingface", name="missing", split="train"))
+
+
+class Saved(list):
+    """Records as `datasets.load_from_disk` returns them."""
+
+    def __init__(self, texts: list[str], split: str | None) -> None:
+        super().__init__({"text": text} for text in texts)
+        self.split = split
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that `save_to_disk` wrote is read, of one split and of several."""
+    saved = {
+        tmp_path / "one" / "state.json": Saved(["a"], "train"),
+        tmp_path / "unnamed" / "state.json": Saved(["b"], None),
+        tmp_path / "two" / "dataset_dict.json": {"train": Saved(["c"], "train"), "test": Saved(["d"], "test")},
+    }
+    for file in saved:
+        file.parent.mkdir()
+        file.write_text("{}")
+    module = ModuleType("datasets")
+    module.load_from_disk = {str(file.parent): records for file, records in saved.items()}.__getitem__
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+    def read(name: str, split: str, **fields: str) -> list[bytes]:
+        return contents(SourceConfig(kind="huggingface", name=str(tmp_path / name), split=split, **fields))
+
+    assert (read("one", "train"), read("unnamed", "test"), read("two", "test")) == ([b"a"], [b"b"], [b"d"])
+    with pytest.raises(InputError, match=r"split \('test'\) must be one of train, the splits that .*one holds"):
+        read("one", "test")
+    with pytest.raises(InputError, match=r"split \('dev'\) must be one of train, test"):
+        read("two", "dev")
+    with pytest.raises(InputError, match=r"config_name \('raw'\) is not read from .*one, which save_to_disk wrote"):
+        read("one", "train", config_name="raw")
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

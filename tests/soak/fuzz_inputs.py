@@ -251,6 +251,7 @@ def compress(content: bytes) -> bytes:
 
 
 def uncompressed(file: Path) -> bytes:
-    """Return the content of a file, decompressed if its name ends with .gz or .xz."""
-    readers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
-    return readers.get(file.suffix, bytes)(file.read_bytes())
+    """Return the content of a file, decompressed if it is compressed."""
+    content = file.read_bytes()
+    readers: dict[bytes, Callable[[bytes], bytes]] = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\0": lzma.decompress}
+    return next((read for start, read in readers.items() if content.startswith(start)), bytes)(content)

@@ -1,6 +1,5 @@
 """The `memformer generate` command."""
 
-import contextlib
 import io
 import json
 import sys
@@ -18,6 +17,7 @@ from memformer.data import (
     PixelTokenizer,
     Tokenizer,
 )
+from memformer.data.content import open_text
 from memformer.data.tokenizers import encode_stream
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
@@ -175,23 +175,18 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.inte
     """Yield the prompt's token ids part by part, because a prompt may not fit in memory.
 
     Raises:
-        InputError: The prompt cannot be read, or both --prompt and --prompt_file are given.
+        InputError: The prompt cannot be read or is not UTF-8 text, or both --prompt and --prompt_file are given.
     """
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
-    with contextlib.ExitStack() as stack:
-        stream: Any  # io.BufferedIOBase; typeshed gives sys.stdin.buffer another type
-        if options.prompt_file == "-":
-            stream, name = sys.stdin.buffer, "stdin"
-        elif options.prompt_file is not None:
-            name = options.prompt_file
-            try:
-                stream = stack.enter_context(Path(name).open("rb"))
-            except OSError as error:
-                raise InputError(f"prompt file {name} cannot be read: {error.strerror or error}") from error
-        else:
-            # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
-            stream, name = io.BytesIO((options.prompt or "").encode("utf-8", "surrogateescape")), "prompt"
+    if options.prompt_file is None:
+        # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
+        prompt = (options.prompt or "").encode("utf-8", "surrogateescape")
+        yield from encode_stream(tokenizer, io.BytesIO(prompt), name="prompt")
+        return
+    name = "stdin" if options.prompt_file == "-" else options.prompt_file
+    given: Any = sys.stdin.buffer if options.prompt_file == "-" else None  # typeshed: another type than io's
+    with open_text(Path(name), stream=given) as stream:
         yield from encode_stream(tokenizer, stream, name=name)
 
 

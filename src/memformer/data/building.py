@@ -23,7 +23,14 @@ from memformer.data.corpus import (
     check_ids,
     serialize_manifest,
 )
-from memformer.data.sources import SourceConfig, describe_source, iterate_documents, locate_source_files
+from memformer.data.files import file_status
+from memformer.data.sources import (
+    SourceConfig,
+    describe_source,
+    iterate_documents,
+    locate_source_files,
+    pin_revision,
+)
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
@@ -40,9 +47,9 @@ def build_corpus(
 ) -> Corpus:
     """Return the corpus of a source's documents, built on the first call and read from `cache` afterwards.
 
-    The cache key covers the source, the size and modification time of its files, the tokenizer and
-    `max_document_tokens`; a change in any of them builds a new corpus. A change of a data set on the Hugging Face hub
-    is not detected. A corpus appears in `cache` complete or not at all, even if two processes build it at the same
+    The cache key covers the source, its files (resolved path, size, times of modification and change), the commit of a
+    data set on the Hugging Face hub, the tokenizer and `max_document_tokens`; a change in any of them builds a new
+    corpus. A corpus appears in `cache` complete or not at all, even if two processes build it at the same
     time. Documents without tokens are skipped.
 
     Args:
@@ -62,6 +69,7 @@ def build_corpus(
     """
     if max_document_tokens is not None:
         check_integer("max_document_tokens", max_document_tokens, 1)
+    source = pin_revision(source)
     folder = cache / _key(source, tokenizer, max_document_tokens)
     if not folder.exists():
         with saving(cache):
@@ -79,17 +87,10 @@ def build_corpus(
 
 
 def _key(source: SourceConfig, tokenizer: Tokenizer, max_document_tokens: int | None) -> str:
-    files = []
-    for path, _ in locate_source_files(source):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     identity = {
         "format_version": FORMAT_VERSION,
         "source": asdict(source),
-        "files": files,
+        "files": [file_status(path) for path, _ in locate_source_files(source)],
         "tokenizer": tokenizer.fingerprint,
         "max_document_tokens": max_document_tokens,
     }

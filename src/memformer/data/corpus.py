@@ -1,5 +1,7 @@
 """Corpora: the token ids of many documents in one array, on disk or in memory."""
 
+import functools
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -13,7 +15,8 @@ from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.utils.checks import check_number, check_seed
 
-FORMAT_VERSION = 1
+# Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
+FORMAT_VERSION = 2
 MANIFEST_FILE = "corpus.json"
 TOKENS_FILE = "tokens.bin"
 DOCUMENTS_FILE = "documents.bin"
@@ -35,6 +38,7 @@ class Corpus:
         ends: (num_documents,) index in `tokens` after each document's last token.
         document_bytes: (num_documents,) size in bytes of each document's original content.
         vocab_size: Number of different token ids.
+        tokens_crc32: CRC-32 of `tokens`.
     """
 
     def __init__(
@@ -46,14 +50,24 @@ class Corpus:
         ends: NDArray[np.int64],
         document_bytes: NDArray[np.int64],
         vocab_size: int,
+        tokens_crc32: int,
     ) -> None:
         self.name = name
         self.vocab_size = vocab_size
         self.document_lengths: NDArray[np.int64] = ends - starts
         self.document_bytes = document_bytes
         self._tokens = tokens
+        self._tokens_crc32 = tokens_crc32
         self._starts = starts
         self._ends = ends
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal digits: equal only if the documents have the same token ids in the same order."""
+        digest = hashlib.sha256(f"{self._tokens.dtype.str} {self._tokens_crc32}".encode())
+        for positions in (self._starts, self._ends):
+            digest.update(positions.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def num_documents(self) -> int:
@@ -99,6 +113,7 @@ class Corpus:
             ends=self._ends[chosen],
             document_bytes=self.document_bytes[chosen],
             vocab_size=self.vocab_size,
+            tokens_crc32=self._tokens_crc32,
         )
 
     def split(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
@@ -152,6 +167,7 @@ class Corpus:
             ends=ends,
             document_bytes=document_bytes,
             vocab_size=manifest["vocab_size"],
+            tokens_crc32=manifest["tokens_crc32"],
         )
 
 
@@ -184,13 +200,15 @@ def corpus_from_arrays(
         )
     ends = np.cumsum([array.size for array in arrays], dtype=np.int64)
     lengths = np.diff(ends, prepend=0)
+    tokens = np.concatenate([array.astype(dtype) for array in arrays])
     return Corpus(
         name="corpus in memory",
-        tokens=np.concatenate([array.astype(dtype) for array in arrays]),
+        tokens=tokens,
         starts=ends - lengths,
         ends=ends,
         document_bytes=lengths if document_bytes is None else np.asarray(document_bytes, dtype=np.int64),
         vocab_size=vocab_size,
+        tokens_crc32=zlib.crc32(tokens.tobytes()),
     )
 
 

@@ -1,14 +1,10 @@
-"""Locating and opening the files of a source."""
+"""Locating the files of a source, and their identity."""
 
 import glob
-import gzip
-import lzma
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedIOBase
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memformer.errors import InputError
 
@@ -29,26 +25,38 @@ class SourceFile(NamedTuple):
 def locate_files(path: str | list[str]) -> list[SourceFile]:
     """Return the files that `path` names; those of a folder or a pattern are sorted by name.
 
-    Empty files are skipped, except a file that is named itself.
+    Empty files are skipped, except a file that is named itself. Symbolic links are followed everywhere. A file that is
+    reached twice (through a link, or by two entries of a list) is returned once, where it is reached first.
 
     Args:
         path: A file, a folder (searched recursively, hidden files and folders skipped), a glob pattern (`**` is
             recursive), or a list of these in the order to read. `~` is the home folder.
 
     Raises:
-        InputError: A path does not exist, or a folder or pattern contains no file.
+        InputError: A path does not exist or cannot be read, or a folder or pattern contains no file.
     """
-    names = [path] if isinstance(path, str) else path
-    return [file for name in names for file in _locate(name)]
+    found: list[SourceFile] = []
+    for name in [path] if isinstance(path, str) else path:
+        try:
+            found += _locate(name)
+        except OSError as error:
+            raise InputError(f"path ({name}) cannot be read: {error.filename}: {error.strerror}") from error
+    return without_repetition(found)
+
+
+def without_repetition(files: Iterable[SourceFile]) -> list[SourceFile]:
+    """Return the files in order; of several paths to one file, the first is kept."""
+    once: dict[Path, SourceFile] = {}
+    for file in files:
+        once.setdefault(file.path.resolve(), file)
+    return list(once.values())
 
 
 def _locate(name: str) -> list[SourceFile]:
     path = Path(name).expanduser()
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
-        found = sorted(
-            file for file in path.rglob("*") if _has_content(file) and not _is_hidden(file.relative_to(path))
-        )
+        found = sorted(file for file in walk(path, skips=lambda name: name.startswith(".")) if has_content(file))
         if not found:
             raise InputError(f"path ({name}) is a folder without any file to read; hidden and empty files are skipped")
         return [SourceFile(file, False) for file in found]
@@ -58,46 +66,83 @@ def _locate(name: str) -> list[SourceFile]:
         raise InputError(f"path ({name}) does not exist")
     # Path.glob does not accept absolute patterns.
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    found = sorted(match for match in matches if _has_content(match))
+    found = sorted(match for match in matches if has_content(match))
     if not found:
         raise InputError(f"path ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]
 
 
-def _has_content(path: Path) -> bool:
+def walk(folder: Path, *, skips: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield the files below a folder; a folder that is reached twice through symbolic links is entered once.
+
+    Args:
+        folder: The folder.
+        skips: Whether a file or folder of this name is skipped.
+    """
+    yield from _walk(folder, skips, entered={folder.resolve()})
+
+
+def _walk(folder: Path, skips: Callable[[str], bool], *, entered: set[Path]) -> Iterator[Path]:
+    for path in sorted(path for path in folder.iterdir() if not skips(path.name)):
+        if not path.is_dir():
+            yield path
+        elif (target := path.resolve()) not in entered:
+            entered.add(target)
+            yield from _walk(path, skips, entered=entered)
+
+
+def has_content(path: Path) -> bool:
+    """Return whether a path is a file with at least one byte, possibly through symbolic links."""
     return path.is_file() and path.stat().st_size > 0
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def file_status(path: Path) -> dict[str, Any]:
+    """Return a file's resolved path, size in bytes, and times of modification and of change in nanoseconds.
 
-
-@contextmanager
-def open_source(path: Path) -> Iterator[BufferedIOBase]:
-    """Open a file for reading bytes; gzip or xz content is decompressed if its name ends in `.gz` or `.xz`.
-
-    Args:
-        path: The file.
-
-    Yields:
-        A binary stream of the decompressed content.
+    A file whose status is the same has the same content, unless someone took pains to hide the change.
 
     Raises:
-        InputError: The file cannot be read, or its compressed data is damaged or truncated.
+        InputError: The file cannot be read.
     """
     try:
-        with _open(path) as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputError(f"{path} cannot be read: {reason}") from error
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return {
+        "path": str(path.resolve()),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
-def _open(path: Path) -> BufferedIOBase:
-    match path.suffix:
-        case ".gz":
-            return gzip.GzipFile(path, "rb")
-        case ".xz":
-            return lzma.LZMAFile(path, "rb")
-        case _:
-            return path.open("rb")
+def file_identities(files: Iterable[SourceFile], known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Return the status of every file with the SHA-256 of its content, under `sha256`.
+
+    Args:
+        files: The files.
+        known: Earlier identities; a file whose status is among them is not read again.
+
+    Raises:
+        InputError: A file cannot be read, or is a pipe or a device.
+    """
+    checksums = {_status_key(identity): identity.get("sha256") for identity in known}
+    identities = []
+    for file in files:
+        status = file_status(file.path)
+        if not file.path.is_file():
+            raise InputError(f"{file.path} is a pipe or a device; a run needs files, which can be read again")
+        identities.append({**status, "sha256": checksums.get(_status_key(status)) or _sha256(file.path)})
+    return identities
+
+
+def _status_key(identity: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(str(identity.get(name)) for name in ("path", "bytes", "modified_ns", "changed_ns"))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from memformer.data.content import open_source
 from memformer.data.documents import Document
-from memformer.data.files import SourceFile, open_source
+from memformer.data.files import SourceFile
 from memformer.errors import InputError
 
 # Two zero bytes, type code 8 (unsigned bytes), 3 dimensions (image, row, column).

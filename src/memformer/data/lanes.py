@@ -21,6 +21,8 @@ PADDING_TOKEN_ID = 0
 
 # Cursor value of a lane without a document, and of the seed of a stream that does not shuffle.
 _NONE = -1
+# Missing in the cursors of version 0.1.
+_FINGERPRINT = "documents_fingerprint"
 
 
 class _Lane(NamedTuple):
@@ -166,6 +168,7 @@ class LaneStream(RolloutStream):
             "num_documents": self.corpus.num_documents,
             "num_tokens": self.corpus.num_tokens,
             "document_lengths_crc32": zlib.crc32(self.corpus.document_lengths.astype("<i8").tobytes()),
+            _FINGERPRINT: self.corpus.fingerprint,
         }
 
     def state(self) -> dict[str, Any]:
@@ -188,7 +191,7 @@ class LaneStream(RolloutStream):
             CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
         for name, expected in self._identity().items():
-            if state.get(name) != expected:
+            if state.get(name) != expected and (name != _FINGERPRINT or name in state):
                 raise CheckpointError(
                     f"the data cursor has {name} {_format_value(name, state.get(name))}; this stream has "
                     f"{_format_value(name, expected)}"

@@ -1,16 +1,17 @@
 """Sources of documents: one config, and one stream of documents for every kind."""
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from memformer.data.documents import Document, parse_slice, slice_documents
 from memformer.data.files import SourceFile, locate_files
+from memformer.data.hub import local_folder, newest_revision, read_data_set
 from memformer.data.images import DIGITS_LEVELS, DIGITS_SHAPE, idx_shape, read_digits, read_idx_files
 from memformer.data.text import (
     compile_document_start,
     locate_standard_library,
-    read_hub,
     read_json_lines,
     read_standard_library,
     read_text_files,
@@ -24,7 +25,7 @@ _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "idx": frozenset({"path", "levels", "downsample"}),
     "digits": frozenset(),
     "python": frozenset(),
-    "huggingface": frozenset({"name", "config_name", "split", "text_key", "document_start"}),
+    "huggingface": frozenset({"name", "config_name", "revision", "split", "text_key", "document_start"}),
 }
 _REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
     "text": ("path",),
@@ -41,12 +42,16 @@ class SourceConfig:
     Args:
         kind: Format of the source. text: every file is a document, or several with document_start. jsonl: every line is
             a document. idx: images in the format of MNIST. digits: the 8x8 digit images of scikit-learn. python: the
-            modules of this Python's standard library. huggingface: a data set of the Hugging Face hub, streamed.
+            modules of this Python's standard library. huggingface: a data set of the Hugging Face hub, streamed, or a
+            folder of data files or from `save_to_disk`.
         path: For text, jsonl and idx: a file, a folder (searched recursively, files sorted by name), a glob pattern, or
-            a list of these. Files ending in .gz or .xz are decompressed while reading.
+            a list of these; symbolic links are followed, and every file is read once. Compressed content (gzip, bzip2,
+            xz; zstd from Python 3.14 on) is decompressed while reading. Text must be UTF-8.
         text_key: For jsonl and huggingface: the key or column that contains the text.
-        name: For huggingface: the name of the data set.
+        name: For huggingface: the name of the data set, or the folder.
         config_name: For huggingface: the configuration of the data set, if it has several.
+        revision: For huggingface: the commit of the data set on the hub, 40 hexadecimal digits. null: the newest when
+            the run begins; it is then part of the run's config.
         split: For huggingface: the split to read, for example train.
         document_start: For text and huggingface: a regular expression; a line (for huggingface: a record) that matches
             it as a whole begins a new document. For example, ' = [^=].* = ' matches the article titles of WikiText.
@@ -66,6 +71,7 @@ class SourceConfig:
     text_key: str = "text"
     name: str | None = None
     config_name: str | None = None
+    revision: str | None = None
     split: str | None = None
     document_start: str | None = None
     documents: str | None = None
@@ -89,6 +95,10 @@ class SourceConfig:
             compile_document_start(self.document_start)
         check_integer("levels", self.levels, 2, 256)
         check_integer("downsample", self.downsample, 1)
+        if self.revision is not None and not re.fullmatch("[0-9a-f]{40}", self.revision):
+            raise InputError(
+                f"revision ({self.revision!r}) must be a commit, 40 hexadecimal digits; branches and tags can move"
+            )
         if self.documents is not None:
             parse_slice(self.documents)
 
@@ -101,14 +111,32 @@ def describe_source(source: SourceConfig) -> str:
 
 
 def locate_source_files(source: SourceConfig) -> list[SourceFile]:
-    """Return the local files of a source; an empty list for digits and huggingface.
+    """Return the local files of a source; an empty list for digits and for data sets of the hub.
 
     Raises:
         InputError: A path does not exist or contains no file.
     """
     if source.kind == "python":
         return locate_standard_library()
+    if source.name is not None:
+        folder = local_folder(source.name)
+        return [] if folder is None else locate_files(str(folder))
     return [] if source.path is None else locate_files(source.path)
+
+
+def pin_revision(source: SourceConfig) -> SourceConfig:
+    """Return the source with the newest commit of its data set as `revision`; any other source as it is.
+
+    Raises:
+        InputError: The hub cannot be reached or has no such data set, or a revision is given for a local folder.
+    """
+    if source.name is None:
+        return source
+    if local_folder(source.name) is None:
+        return source if source.revision is not None else replace(source, revision=newest_revision(source.name))
+    if source.revision is not None:
+        raise InputError(f"revision ({source.revision!r}) is not read for {source.name}, which is a local folder")
+    return source
 
 
 def iterate_documents(source: SourceConfig) -> Iterator[Document]:
@@ -156,9 +184,10 @@ def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
         case "huggingface":
             assert source.name is not None
             assert source.split is not None
-            return read_hub(
+            return read_data_set(
                 source.name,
                 config_name=source.config_name,
+                revision=source.revision,
                 split=source.split,
                 text_key=source.text_key,
                 document_start=source.document_start,

@@ -1,15 +1,15 @@
-"""Text documents: files, JSON lines, the Python standard library, and data sets of the Hugging Face hub."""
+"""Text documents: files, JSON lines, and the Python standard library."""
 
 import json
-import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from memformer.data.content import open_text
 from memformer.data.documents import Document
-from memformer.data.files import SourceFile, open_source
+from memformer.data.files import SourceFile, has_content, walk, without_repetition
 from memformer.errors import InputError
 
 # Installed packages differ between machines, and tests contain unusual encodings.
@@ -39,11 +39,11 @@ def read_text_files(files: Iterable[SourceFile], *, document_start: str | None =
             per file.
 
     Raises:
-        InputError: A file cannot be read, or a file that was named itself is empty.
+        InputError: A file cannot be read or is not UTF-8 text, or a file that was named itself is empty.
     """
     for path, is_explicit in files:
         is_empty = True
-        with open_source(path) as stream:
+        with open_text(path) as stream:
             if document_start is None:
                 documents = iter([Document(str(path), stream.read())])
             else:
@@ -84,18 +84,18 @@ def read_json_lines(files: Iterable[SourceFile], *, text_key: str) -> Iterator[D
     """Yield the text under `text_key` of every line, one line at a time; blank lines are skipped.
 
     Raises:
-        InputError: A file cannot be read, a file that was named itself is empty, or a line is not a JSON object with a
-            string under that key.
+        InputError: A file cannot be read or is not UTF-8 text, a file that was named itself is empty, or a line is not
+            a JSON object with a string under that key.
     """
     for path, is_explicit in files:
         is_empty = True
-        with open_source(path) as stream:
+        with open_text(path) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.isspace():
                     continue
                 is_empty = False
                 name = f"{path}:{number}"
-                yield Document(name, _text_of(_parse_line(line, name), text_key=text_key, name=name))
+                yield Document(name, text_of(_parse_line(line, name), text_key=text_key, name=name))
         if is_empty and is_explicit:
             raise InputError(f"{path} is empty; JSON lines need at least one line")
 
@@ -111,7 +111,12 @@ def _parse_line(line: bytes, name: str) -> Mapping[str, Any]:
     return record
 
 
-def _text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
+def text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
+    """Return the text under a key of a record, in UTF-8; `name` is the record's name in messages.
+
+    Raises:
+        InputError: The record has no such key, or no valid text under it.
+    """
     if text_key not in record:
         available = ", ".join(sorted(map(str, record))) or "none"
         raise InputError(f"{name} has no key text_key ({text_key!r}); its keys are: {available}")
@@ -127,13 +132,11 @@ def _text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
 def locate_standard_library() -> list[SourceFile]:
     """Return the modules of this Python's standard library without tests, sorted by relative path."""
     root = standard_library()
-    kept = []
-    for folder, subfolders, names in os.walk(root):
-        # Installed packages can be far larger than the library: their folders are not entered.
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        paths = [Path(folder, name) for name in names if name.endswith(".py")]
-        kept += [path.relative_to(root) for path in paths if path.stat().st_size > 0]
-    return [SourceFile(root / module, False) for module in sorted(kept, key=lambda module: module.as_posix())]
+    # Installed packages can be far larger than the library: their folders are not entered.
+    files = walk(root, skips=_SKIPPED_FOLDERS.__contains__)
+    kept = [path.relative_to(root) for path in files if path.suffix == ".py" and has_content(path)]
+    modules = sorted(kept, key=lambda module: module.as_posix())
+    return without_repetition(SourceFile(root / module, False) for module in modules)
 
 
 def standard_library() -> Path:
@@ -150,40 +153,3 @@ def read_standard_library(files: Iterable[SourceFile]) -> Iterator[Document]:
     root = standard_library()
     for name, content in read_text_files(files):
         yield Document(Path(name).relative_to(root).as_posix(), content)
-
-
-def read_hub(
-    name: str, *, config_name: str | None, split: str, text_key: str, document_start: str | None = None
-) -> Iterator[Document]:
-    """Stream a data set of the Hugging Face hub, one document per record or split where a record matches.
-
-    Args:
-        name: Name of the data set on the hub, or a folder in which it was saved.
-        config_name: Configuration of the data set, if it has several.
-        split: Split to read, for example `train`.
-        text_key: Column that contains the text.
-        document_start: A regular expression; a record that matches it as a whole begins a document. Records are then
-            treated as lines, and a missing line ending is added. None: one document per record.
-
-    Raises:
-        InputError: The `datasets` package is missing, it could not load the data set, or a record has no text under
-            `text_key`.
-    """
-    try:
-        import datasets  # optional, and slow to import
-    except ImportError as error:
-        raise InputError("kind 'huggingface' needs the extra: pip install 'memformer-lm[datasets]'") from error
-    try:
-        records = datasets.load_dataset(name, config_name, split=split, streaming=True)
-    # The package's own message best explains a failure (no network, no such data set, split or configuration).
-    except Exception as error:
-        raise InputError(
-            f"data set {name!r} (config_name {config_name!r}, split {split!r}) cannot be loaded: {error}"
-        ) from error
-    named = ((f"{name}:{index}", record) for index, record in enumerate(records))
-    texts = ((place, _text_of(record, text_key=text_key, name=place)) for place, record in named)
-    if document_start is None:
-        yield from (Document(place, text) for place, text in texts)
-    else:
-        lines = ((place, text if text.endswith(b"\n") else text + b"\n") for place, text in texts)
-        yield from split_documents(lines, document_start)

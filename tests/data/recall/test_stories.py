@@ -57,10 +57,8 @@ def test_malformed_stories_are_refused(tmp_path, text, message):
 
 
 def test_files_that_are_not_text_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"packed.gz cannot be read: Not a gzipped file"):
-        read_stories(write_stories(tmp_path, name="packed.gz"))
     (tmp_path / "latin.txt").write_bytes(b"1 Ren\xe9 left.")
-    with pytest.raises(InputError, match=r"latin.txt is not UTF-8 at byte offset 5"):
+    with pytest.raises(InputError, match=r"latin.txt is not UTF-8 text at byte offset 5"):
         read_stories(str(tmp_path / "latin.txt"))
     with pytest.raises(InputError, match=r"nowhere.txt\) does not exist"):
         read_stories(str(tmp_path / "nowhere.txt"))

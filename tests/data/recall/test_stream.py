@@ -216,6 +216,7 @@ def test_seeds_differ_and_repeat():
     ("change", "message"),
     [
         ({"seed": 9}, "seed 9; this stream has 3"),
+        ({"task_fingerprint": "0"}, "task_fingerprint '0'; this stream has"),
         ({"segment_length": 7}, "segment_length 7; this stream has 6"),
         ({"episode": -1}, "must be non-negative integers"),
         ({"level": True}, "must be non-negative integers"),

@@ -57,8 +57,8 @@ class RecallConfig:
         task: fact: one value to remember. associative: key-value pairs, every key once. rewrite: key-value pairs with
             repeated keys, whose last value counts. copy: all values in order. passkey: a number hidden in the documents
             of the run's data. babi: stories of bAbI, scattered in these documents.
-        path: For babi: the training stories; a file, a folder, a glob pattern, or a list of these. Files ending in .gz
-            or .xz are decompressed while reading.
+        path: For babi: the training stories; a file, a folder, a glob pattern, or a list of these. Compressed
+            files are decompressed while reading.
         validation_path: For babi: the evaluation stories.
         num_facts: Minimum and maximum number of facts of a training episode. For babi: the drawn number is rounded down
             to a number of facts for which the stories have a question.

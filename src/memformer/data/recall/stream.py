@@ -32,6 +32,8 @@ from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 
 _PADDING_TOKEN_ID = 0
+# Missing in the cursors of version 0.1.
+_FINGERPRINT = "task_fingerprint"
 
 
 def make_task(config: RecallConfig) -> RecallTask:
@@ -208,12 +210,18 @@ class RecallStream(RolloutStream):
             bos_token_id=self.bos_token_id,
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return the cursor and the state of the curriculum as JSON values."""
+    def _identity(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
             "num_lanes": self.num_lanes,
             "segment_length": self.segment_length,
+            _FINGERPRINT: self.task.fingerprint,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Return the cursor and the state of the curriculum as JSON values."""
+        return {
+            **self._identity(),
             "episode": self._episode,
             "timestep": self._timestep,
             "level": self.level,
@@ -226,11 +234,9 @@ class RecallStream(RolloutStream):
         Raises:
             CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
-        for name in ("seed", "num_lanes", "segment_length"):
-            if state.get(name) != getattr(self, name):
-                raise CheckpointError(
-                    f"the data cursor has {name} {state.get(name)!r}; this stream has {getattr(self, name)!r}"
-                )
+        for name, expected in self._identity().items():
+            if state.get(name) != expected and (name != _FINGERPRINT or name in state):
+                raise CheckpointError(f"the data cursor has {name} {state.get(name)!r}; this stream has {expected!r}")
         counts = [state.get(name) for name in ("episode", "timestep", "level")]
         losses = state.get("recent_losses")
         if not all(type(count) is int and count >= 0 for count in counts):

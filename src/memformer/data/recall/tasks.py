@@ -51,6 +51,11 @@ class RecallTask(ABC):
         self.tokenizer = tokenizer
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal digits of what the episodes are made from: here, the tokenizer."""
+        return self.tokenizer.fingerprint
+
+    @property
     @abstractmethod
     def fact_length(self) -> int:
         """Number of tokens of the longest fact."""

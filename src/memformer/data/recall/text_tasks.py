@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from memformer.data.content import open_text
 from memformer.data.corpus import Corpus
-from memformer.data.files import locate_files, open_source
+from memformer.data.files import locate_files
 from memformer.data.recall.tasks import Episode, Question, RecallTask, Tokens
-from memformer.data.tokenizers import TextTokenizer, Tokenizer
+from memformer.data.tokenizers import TextTokenizer, Tokenizer, fingerprint_of
 from memformer.errors import InputError
 
 _PASSKEY_DIGITS = 5
@@ -62,19 +63,15 @@ def read_stories(path: str | list[str]) -> list[Story]:
     ignored.
 
     Args:
-        path: A file, a folder, a glob pattern, or a list of these; files ending in .gz or .xz are decompressed.
+        path: A file, a folder, a glob pattern, or a list of these; compressed files are decompressed.
 
     Raises:
         InputError: A file is missing, cannot be read, has a malformed line, or contains no question.
     """
     stories: list[Story] = []
     for file, _ in locate_files(path):
-        with open_source(file) as stream:
-            content = stream.read()
-        try:
-            lines = content.decode("utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 at byte offset {error.start}; stories must be text") from error
+        with open_text(file) as stream:
+            lines = stream.read().decode("utf-8").split("\n")
         found = _parse_stories(lines, file)
         if not any(story.questions for story in found):
             raise InputError(f"{file} holds no question; stories need at least one")
@@ -139,6 +136,11 @@ class _TextTask(RecallTask):
         super().__init__(tokenizer)
         self._haystack = haystack
         self._ends = haystack.document_lengths.cumsum()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal digits of what the episodes are made from: tokenizer and documents."""
+        return fingerprint_of([self.tokenizer.fingerprint, self._haystack.fingerprint])
 
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
         """Return consecutive tokens from a random position in the documents; the next document follows each end."""
@@ -226,6 +228,8 @@ class BabiTask(_TextTask):
 
     def __init__(self, tokenizer: Tokenizer, haystack: Corpus, stories: Iterable[Story], *, fewest_facts: int) -> None:
         super().__init__(tokenizer, haystack)
+        stories = list(stories)
+        self._stories_fingerprint = fingerprint_of(repr(stories))
         # The stories repeat a small number of sentences.
         encode = functools.cache(self._encode)
         self._questions: dict[int, list[tuple[list[Tokens], Question]]] = {}
@@ -235,6 +239,11 @@ class BabiTask(_TextTask):
                 encoded = Question(encode(f" {question.text}"), encode(f" {question.answer}"))
                 self._questions.setdefault(question.num_statements, []).append((facts, encoded))
         self._most_available(fewest_facts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal digits of what the episodes are made from: tokenizer, documents and stories."""
+        return fingerprint_of([super().fingerprint, self._stories_fingerprint])
 
     @functools.cached_property
     def fact_length(self) -> int:
