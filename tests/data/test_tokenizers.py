@@ -1,11 +1,14 @@
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
 from memformer.data import (
     ByteTokenizer,
@@ -130,6 +133,57 @@ def test_blocks_of_lines_change_no_id(text: str, size: int) -> None:
         patch.setattr(tokenizers_module, "_BLOCK_CHARACTERS", size)
         assert "".join(tokenizers_module.blocks_of_lines(text)) == text
         assert whole == [tokenizer.encode(text.encode(), "x").tolist() for tokenizer in tokenizers]
+
+
+def outside(kind: str, change: Callable[[tokenizers.Tokenizer], object]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(ALL[kind].tokenizer.to_str())
+    change(tokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+@pytest.mark.parametrize(
+    ("change", "step"),
+    [
+        (lambda tokenizer: tokenizer.enable_truncation(3), "truncation {'direction"),
+        (lambda tokenizer: tokenizer.enable_padding(length=9), "padding {'direction"),
+        (lambda tokenizer: tokenizer.add_tokens(["the cat"]), r"added_tokens \[\{'content': 'the cat'"),
+        (
+            lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()),
+            "normalizer {'type': 'Lowercase'",
+        ),
+        (
+            lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+            "pre_tokenizer {'add_prefix_space': True",
+        ),
+    ],
+)
+def test_outside_tokenizers_that_change_the_text_are_refused(kind: str, change, step: str) -> None:
+    """A tokenizer that would cut or change documents, or cross the ends of lines, is refused with the reason."""
+    with pytest.raises(InputError, match=f"tokenizer has {step}.*; kind '{kind}' needs .*, because "):
+        TextTokenizer(kind, outside(kind, change))
+
+
+def test_outside_tokenizers_that_lose_characters_are_refused() -> None:
+    """A tokenizer of kind bpe needs all bytes and no randomness; a tokenizer of another model is refused."""
+    dropping, alphabet = json.loads(BPE.tokenizer.to_str()), json.loads(BPE.tokenizer.to_str())
+    dropping["model"]["dropout"] = 0.5
+    with pytest.raises(InputError, match="tokenizer has model .*; kind 'bpe' needs"):
+        TextTokenizer("bpe", tokenizers.Tokenizer.from_str(json.dumps(dropping)))
+    alphabet["model"]["vocab"]["long"] = alphabet["model"]["vocab"].pop("Ā")
+    with pytest.raises(InputError, match=r"lacks tokens: \['Ā'\]"):
+        TextTokenizer("bpe", tokenizers.Tokenizer.from_str(json.dumps(alphabet)))
+    with pytest.raises(InputError, match="tokenizer has model .*; kind 'word' needs"):
+        TextTokenizer("word", BPE.tokenizer)
+
+
+def test_a_tokenizer_is_not_changed_through_the_one_it_was_made_from() -> None:
+    """Switching on truncation after a tokenizer has been wrapped changes nothing."""
+    given = outside("bpe", lambda _: None)
+    wrapped = TextTokenizer("bpe", given)
+    given.enable_truncation(1)
+    assert wrapped.encode(TEXT.encode(), "x").tolist() == BPE.encode(TEXT.encode(), "x").tolist()
+    assert wrapped.fingerprint == BPE.fingerprint
 
 
 def test_words_follow_wikitext() -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 
 from memformer.data.documents import Document
+from memformer.data.tokenizer_pipelines import END_OF_LINE, UNKNOWN_WORD, bpe_pipeline, word_pipeline
 from memformer.data.tokenizers import (
-    END_OF_LINE,
-    UNKNOWN_WORD,
     ByteTokenizer,
     PixelTokenizer,
     TextTokenizer,
@@ -96,12 +95,7 @@ def _text_blocks(documents: Iterable[Document], kind: str) -> Iterator[str]:
 
 
 def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    # No piece crosses the end of a line, so that blocks of lines encode exactly as the whole text does.
-    end_lines = pre_tokenizers.Split("\n", "merged_with_previous")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([end_lines, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = bpe_pipeline()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         # All 256 bytes, so that every text can be encoded.
@@ -117,26 +111,18 @@ def _train_words(blocks: Iterator[str], kept_words: Sequence[str], *, vocab_size
     kept = list(dict.fromkeys([UNKNOWN_WORD, END_OF_LINE, *kept_words]))
     if vocab_size is not None and vocab_size < len(kept):
         raise InputError(f"vocab_size ({vocab_size}) must be at least {len(kept)} to keep all words of the recall task")
-    counter = _word_level([UNKNOWN_WORD])
+    counter = word_pipeline([UNKNOWN_WORD])
     # No limit here: <unk> and <eos> may occur among the words and must not displace two other words.
     trainer = trainers.WordLevelTrainer(vocab_size=2**31, special_tokens=[], show_progress=False)
     counter.train_from_iterator(blocks, trainer)
     ids = counter.get_vocab()
     commonest_first = sorted(ids.keys() - set(kept), key=ids.__getitem__)
-    return _word_level([*kept, *commonest_first][:vocab_size])
+    return word_pipeline([*kept, *commonest_first][:vocab_size])
 
 
 def word_tokenizer(words: Sequence[str]) -> TextTokenizer:
     """Return a tokenizer of kind "word" with the vocabulary <unk>, <eos> and `words`, in this order."""
-    return TextTokenizer("word", _word_level([UNKNOWN_WORD, END_OF_LINE, *words]))
-
-
-def _word_level(words: Sequence[str]) -> tokenizers.Tokenizer:
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_WORD))
-    tokenizer.normalizer = normalizers.Replace("\n", f" {END_OF_LINE} ")
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
+    return TextTokenizer("word", word_pipeline([UNKNOWN_WORD, END_OF_LINE, *words]))
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -12,11 +12,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from memformer.data.tokenizer_pipelines import END_OF_LINE, check_pipeline
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
-
-UNKNOWN_WORD = "<unk>"
-END_OF_LINE = "<eos>"
 
 # One thread encodes a block of text, and one call encodes a batch of blocks: enough to keep the threads busy, and few
 # enough that the package's bookkeeping (hundreds of bytes per token) stays small for documents of any length.
@@ -183,24 +181,23 @@ class TextTokenizer:
 
     Args:
         kind: Kind of `tokenizer`.
-        tokenizer: A tokenizer made by `train_tokenizer`.
+        tokenizer: A tokenizer with the steps of those that `train_tokenizer` makes; the vocabulary may differ. It is
+            copied.
 
     Raises:
-        InputError: The ids of `tokenizer` are not contiguous, or it is not of the given kind.
+        InputError: A step of `tokenizer` differs (for example truncation, a normalizer or added tokens), which would
+            cut or change the text, or its vocabulary lacks tokens.
     """
 
     def __init__(self, kind: Literal["bpe", "word"], tokenizer: tokenizers.Tokenizer) -> None:
         self.kind = kind
-        self.tokenizer = tokenizer
+        definition = tokenizer.to_str()
+        check_pipeline(kind, definition)
+        # A copy, because the caller could change the steps afterwards.
+        self.tokenizer = tokenizers.Tokenizer.from_str(definition)
         self.vocab_size = tokenizer.get_vocab_size()
-        self.fingerprint = fingerprint_of_text(kind, tokenizer.to_str())
-        names = [tokenizer.id_to_token(token) for token in range(self.vocab_size)]
-        missing = {UNKNOWN_WORD, END_OF_LINE} - set(names) if kind == "word" else set()
-        if None in names or missing:
-            raise InputError(
-                f"tokenizer of kind {kind!r} lacks tokens: {sorted(missing) or 'its ids are not contiguous'}"
-            )
-        self._words = [str(name) for name in names]
+        self.fingerprint = fingerprint_of_text(kind, definition)
+        self._words = [str(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
         self._pieces = [_piece_bytes(word) for word in self._words] if kind == "bpe" else []
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.integer[Any]]:
