@@ -1,5 +1,8 @@
 """`memformer evaluate` on a run's own documents and on other documents, and its error messages."""
 
+import gzip
+import shutil
+
 import pytest
 
 from memformer import Memformer
@@ -28,6 +31,31 @@ def test_evaluate_on_other_data_and_on_a_saved_model(run_folder, tmp_path, monke
     assert of_saved["with_memory"] == of_run["with_memory"]
     assert of_saved["weights"] == str(folder)
     assert "has no held-out documents of its own; give --data.kind and --data.path" in refused("evaluate", folder)
+
+
+def test_evaluate_decides_by_content(run_folder, tmp_path):
+    """Documents to evaluate on are decompressed whatever they are called, and refused if they are not text."""
+    other = tmp_path / "other.txt"
+    options = ["--data.kind", "text", "--data.path", other]
+    other.write_bytes(gzip.compress(make_text(99).encode()))
+    assert call_json("evaluate", run_folder, *options)["num_tokens"] == len(make_text(99))
+    other.write_text(make_text(99), encoding="utf-16")
+    assert f"{other} is not UTF-8 text at byte offset 0 (0xff): it is UTF-16" in refused(
+        "evaluate", run_folder, *options
+    )
+
+
+def test_evaluate_and_retention_warn_of_changed_documents(base, copied, tmp_path):
+    """Evaluating a run on its own documents warns if these have changed since the run began."""
+    shutil.copytree(base / "texts", tmp_path / "texts")
+    file = tmp_path / "texts" / "3.txt"
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.partition("\n")[2].replace(str(base / "texts"), str(tmp_path / "texts")))
+    assert call("evaluate", copied)[2] == ""
+    file.write_text(make_text(3)[::-1])
+    for command in (["evaluate", copied], ["retention", copied, "--output", tmp_path / "out"]):
+        error = call(*command)[2]
+        assert "memformer: warning: data.train has changed since the run began: " in error
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ def test_a_run_writes_all_files_of_its_folder(run_folder):
         "best",
         "checkpoints",
         "config.yaml",
+        "data.json",
         "evaluation.json",
         "log.jsonl",
         "samples",

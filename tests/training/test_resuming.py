@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from memformer import InputError, load_model
 from memformer.cli.main import main
-from memformer.data import NUM_TASK_TOKENS, MultitaskConfig
+from memformer.data import NUM_TASK_TOKENS, ByteTokenizer, MultitaskConfig, PixelTokenizer, SourceConfig
 from memformer.training import loop
+from memformer.training.config import DataConfig
 from memformer.training.logs import read_log
 from memformer.training.loop import check_same_run
 from memformer.training.optimizer import learning_rate_at
+from memformer.training.run_inputs import describe_inputs, find_changed_input, pin_revisions
 from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -227,15 +229,99 @@ def test_resuming_with_unknown_keys_is_refused(tmp_path):
         check_same_run(saved, config)
 
 
-def test_resuming_with_changed_documents_is_refused(base, copied, tmp_path, capsys):
-    shutil.copytree(base / "texts", tmp_path / "texts")
-    config = yaml.safe_load((copied / "config.yaml").read_text())
-    config["data"]["train"]["path"] = str(tmp_path / "texts")
-    config["folder"] = str(copied)
-    (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "texts" / "3.txt").write_text("another text altogether")
-    assert main(["train", str(copied), "--resume"]) == 2
-    assert "memformer: error: the data cursor has " in capsys.readouterr().err
+@pytest.fixture
+def texts(base, tmp_path):
+    """A copy of the documents, which a test may change."""
+    return shutil.copytree(base / "texts", tmp_path / "texts")
+
+
+def resume(folder, texts, *options):
+    return main(["train", str(folder), "--folder", str(folder), "--data.train.path", str(texts), "--resume", *options])
+
+
+def test_a_run_resumes_with_documents_that_have_moved(copied, unbroken, texts):
+    """Documents that were moved, with their content unchanged, are accepted, and may be moved again."""
+    drop_checkpoints_after(copied, 6)
+    (texts / "0.txt").touch()
+    assert resume(copied, texts) == 0
+    assert_same_run(copied, unbroken)
+    assert yaml.safe_load((copied / "config.yaml").read_text())["data"]["train"]["path"] == str(texts)
+    assert resume(copied, texts.rename(texts.with_name("again"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda texts: (texts / "3.txt").write_bytes((texts / "3.txt").read_bytes()[::-1]), "3.txt, which has other"),
+        (lambda texts: (texts / "3.txt").unlink(), "3.txt is no longer there"),
+        (lambda texts: (texts / "7.txt").write_text("new"), "7.txt has been added"),
+        (lambda texts: (texts / "0.txt").rename(texts / "9.txt"), "the same files are read in another order"),
+    ],
+    ids=["changed", "lost", "added", "renamed"],
+)
+def test_resuming_with_changed_documents_is_refused(copied, texts, capsys, change, message):
+    """A run whose documents have changed is not resumed, even if number and lengths of the documents are the same."""
+    before = fingerprint(copied)
+    change(texts)
+    assert resume(copied, texts) == 2
+    error = capsys.readouterr().err
+    assert "memformer: error: data.train has changed since the run began: " in error
+    assert message in error
+    assert fingerprint(copied) == before
+
+
+def test_a_file_that_changes_in_place_is_named_with_its_change(copied, texts, capsys):
+    """The message says whether the size or only the content of a file has changed."""
+    assert resume(copied, texts) == 0
+    content = (texts / "3.txt").read_bytes()
+    for other, message in (
+        (content[::-1], f"has as many bytes ({len(content)}) but other content"),
+        (content * 2, f"had {len(content)} bytes and now has {2 * len(content)}"),
+    ):
+        (texts / "3.txt").write_bytes(other)
+        assert resume(copied, texts) == 2
+        assert f"{texts / '3.txt'} {message}" in capsys.readouterr().err
+
+
+def test_a_changed_validation_file_is_refused(copied, texts):
+    """Every source and the tokenizer are part of what a run was made from, not only the training documents."""
+    data = DataConfig(train=SourceConfig(path=str(texts / "0.txt")), validation=SourceConfig(path=str(texts / "1.txt")))
+    before = describe_inputs(data, ByteTokenizer())
+    assert find_changed_input(before, describe_inputs(data, ByteTokenizer(), known=before)) is None
+    assert "tokenizer" in find_changed_input(before, describe_inputs(data, PixelTokenizer(2, 2, 2)))
+    (texts / "1.txt").write_text("other")
+    assert find_changed_input(before, describe_inputs(data, ByteTokenizer())).startswith("data.validation has changed")
+
+
+def test_a_run_without_a_record_of_its_files_resumes(copied, texts, unbroken, capsys):
+    """A run that has no record of its files resumes where they are, is refused elsewhere, and then has a record."""
+    drop_checkpoints_after(copied, 9)
+    (copied / "data.json").unlink()
+    assert resume(copied, texts) == 2
+    assert "the run began with data.train.path: " in capsys.readouterr().err
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 0
+    assert json.loads((copied / "data.json").read_text()) == json.loads((unbroken / "data.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", "{}", '{"format_version": 1, "tokenizer": "x", "files": {"data.train": [{"path": 1}]}}']
+)
+def test_a_damaged_record_of_files_is_refused(copied, capsys, damaged):
+    """A damaged data.json is refused by name, not ignored."""
+    (copied / "data.json").write_text(damaged)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) == 2
+    assert "data.json" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_commit_of_its_data_set(monkeypatch):
+    """A run on the hub keeps the commit that it began with; only a new run asks for the newest."""
+    monkeypatch.setattr("memformer.data.sources.newest_revision", lambda name: "b" * 40)
+    data = DataConfig(train=SourceConfig(kind="huggingface", name="some/data", split="train"))
+    new, old = pin_revisions(data), dataclasses.asdict(data)
+    assert new.train.revision == "b" * 40
+    old["train"]["revision"] = "a" * 40
+    assert pin_revisions(data, {"data": old}).train.revision == "a" * 40
+    assert pin_revisions(data, {"data": {"train": {}}}).train.revision is None
 
 
 def test_a_folder_with_a_run_is_not_overwritten(copied, capsys):

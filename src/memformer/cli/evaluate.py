@@ -6,7 +6,7 @@ import time
 
 from jsonargparse import ArgumentParser
 
-from memformer.cli.loading import load_run_of, run_config_of
+from memformer.cli.loading import load_run_of, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.data import (
     SourceConfig,
@@ -15,7 +15,6 @@ from memformer.evaluation.likelihood import Result, evaluate
 from memformer.training.config import DataConfig
 from memformer.training.run_data import (
     open_corpus,
-    prepare_data,
 )
 
 EVALUATE_HELP = """Evaluate a model on held-out documents: perplexity, bits per token and bits per byte.
@@ -60,7 +59,7 @@ def run_evaluate(argv: list[str]) -> None:
         run_config = run_config_of(run)
         if run_config.data.recall is not None:
             refuse_options(options, ("num_lanes",), kind="on a recall task")
-        data = prepare_data(run_config.data, tokenizer=run.tokenizer)
+        data = prepare_data_of(run, run_config.data)
         training = dataclasses.replace(run_config.training, num_lanes=num_lanes)
         started = time.monotonic()
         result = data.evaluate(run.model, training, is_final=True)

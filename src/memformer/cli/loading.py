@@ -7,11 +7,13 @@ import torch
 
 from memformer.cli.run_config import parse_run_config
 from memformer.errors import InputError
-from memformer.training.config import RunConfig
+from memformer.training.config import DataConfig, RunConfig
+from memformer.training.run_data import RunData, prepare_data
 from memformer.training.run_folder import (
     LoadedRun,
     load_run,
 )
+from memformer.training.run_inputs import describe_inputs, find_changed_input, read_inputs
 from memformer.utils.checks import check_threads
 from memformer.utils.machine import choose_device
 from memformer.utils.progress import print_warning
@@ -41,6 +43,16 @@ def run_config_of(run: LoadedRun) -> RunConfig:
     if run.run_config is None:
         raise InputError(f"{run.folder} has no held-out documents of its own; give --data.kind and --data.path")
     return parse_run_config([str(run.folder)], warn=lambda _: None)[0]
+
+
+def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
+    """Return the data of a run, with a warning if its files are not those that the run was trained on."""
+    inputs = read_inputs(run.folder)
+    if inputs is not None:
+        change = find_changed_input(inputs, describe_inputs(data, run.tokenizer, known=inputs))
+        if change is not None:
+            print_warning(f"{change}; the result is about other documents, some of which may have been trained on")
+    return prepare_data(data, tokenizer=run.tokenizer)
 
 
 def prepare_torch(device: str, threads: int | None) -> torch.device:

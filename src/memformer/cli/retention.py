@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from memformer.cli.loading import load_run_of, run_config_of
+from memformer.cli.loading import load_run_of, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.data import (
     RecallConfig,
@@ -22,7 +22,6 @@ from memformer.training.run_data import (
     RecallData,
     doubling_distances,
     first_documents,
-    prepare_data,
 )
 from memformer.training.run_folder import (
     RUN_CONFIG_FILE,
@@ -156,7 +155,7 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
     from memformer.evaluation.plots import draw_recall
 
     refuse_options(options, ("delays", "max_tokens", "num_lanes"), kind="on a recall task")
-    data = prepare_data(config.data, tokenizer=run.tokenizer)
+    data = prepare_data_of(run, config.data)
     assert isinstance(data, RecallData)
     if options.seed is not None:
         check_seed("seed", options.seed)
@@ -188,7 +187,7 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
     refuse_options(options, of_recall, kind="on documents")
     max_tokens = positive(options, "max_tokens", default=200_000)
     num_lanes = positive(options, "num_lanes", default=8)
-    data = prepare_data(config.data, tokenizer=run.tokenizer)
+    data = prepare_data_of(run, config.data)
     assert isinstance(data, DocumentData)
     corpus = first_documents(data.validation, max_tokens)
     num_segments = int((-(-corpus.document_lengths // run.model.segment_length)).sum())

@@ -17,7 +17,7 @@ from memformer.data import (
     load_tokenizer,
     save_tokenizer,
 )
-from memformer.errors import InputError
+from memformer.errors import CheckpointError, InputError
 from memformer.models import build_model
 from memformer.models.config import MemformerConfig
 from memformer.training.checkpoint import checkpoints_newest_first
@@ -31,6 +31,14 @@ from memformer.training.run_folder import (
     check_run_folder,
     read_run_config,
     write_run_config,
+)
+from memformer.training.run_inputs import (
+    LOCATION_KEYS,
+    describe_inputs,
+    find_changed_input,
+    pin_revisions,
+    read_inputs,
+    write_inputs,
 )
 
 
@@ -65,13 +73,18 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:
         raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
-    tokenizer = None
-    if resume:
-        saved = read_run_config(folder)
-        tokenizer = load_tokenizer(folder)
-        check_same_run(saved, dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer)))
+    saved = read_run_config(folder) if resume else None
+    tokenizer = load_tokenizer(folder) if resume else None
+    began_with = read_inputs(folder) if resume else None
+    config = dataclasses.replace(config, data=pin_revisions(config.data, saved))
+    if saved is not None and tokenizer is not None:
+        now = dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer))
+        # Files that were moved are found to be the same by their content, if the run has recorded it.
+        check_same_run(saved, now, may_change=() if began_with is None else LOCATION_KEYS)
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
+        if began_with is not None and tokenizer is not None:
+            _check_same_inputs(began_with, config, tokenizer)
         data = prepare_data(config.data, tokenizer=tokenizer)
     processes.wait_for_all()
     if not processes.is_first:
@@ -84,6 +97,7 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
         save_tokenizer(data.tokenizer, folder)
         write_run_config(folder, config.to_dict())
+        write_inputs(folder, describe_inputs(config.data, data.tokenizer, known=began_with))
     result = train(config, data, model, resume=resume, processes=processes)
     if result is None:
         return
@@ -93,6 +107,12 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
     else:
         print(result.to_table())
         print(f"run folder: {folder}; open {summary}")
+
+
+def _check_same_inputs(began_with: dict[str, Any], config: RunConfig, tokenizer: Tokenizer) -> None:
+    change = find_changed_input(began_with, describe_inputs(config.data, tokenizer, known=began_with))
+    if change is not None:
+        raise CheckpointError(f"{change}; a run cannot be resumed with this change")
 
 
 def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:

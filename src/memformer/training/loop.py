@@ -4,7 +4,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -357,8 +357,13 @@ class _Trainer:
         return result
 
 
-def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
+def check_same_run(saved: dict[str, Any], config: RunConfig, *, may_change: Collection[str] = ()) -> None:
     """Check that a run can be resumed with a config: model, data, seed and number of lanes must be unchanged.
+
+    Args:
+        saved: The config with which the run began, as plain values.
+        config: The config with which it is to resume.
+        may_change: Keys that are not compared, besides `data.cache`.
 
     Raises:
         CheckpointError: One of them has changed; the message names the first difference.
@@ -368,7 +373,7 @@ def check_same_run(saved: dict[str, Any], config: RunConfig) -> None:
     lanes = ("num_lanes",)
     for key, before, now in _differences(saved, current):
         top, _, rest = key.partition(".")
-        if (top in fixed and key != "data.cache") or (top == "training" and rest in lanes):
+        if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in lanes):
             raise CheckpointError(
                 f"the run began with {key}: {before}, now it is {now}; a run cannot be resumed with this change"
             )

@@ -1,0 +1,161 @@
+"""What a run is made from: its tokenizer and the files of its data, recorded in the run folder and compared later."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from memformer.data import SourceConfig, Tokenizer
+from memformer.data.files import SourceFile, file_identities, locate_files
+from memformer.data.sources import locate_source_files, pin_revision
+from memformer.errors import CheckpointError
+from memformer.training.config import DataConfig
+from memformer.utils.files import read_json, write_json
+
+INPUTS_FILE = "data.json"
+_FORMAT_VERSION = 1
+_SOURCES = ("train", "validation", "test")
+_STORIES = ("path", "validation_path")
+
+# Keys of the config that say where the files are. They may change when a run resumes: what the files hold may not.
+LOCATION_KEYS = frozenset(
+    [f"data.{source}.{key}" for source in _SOURCES for key in ("path", "name")]
+    + [f"data.recall.{key}" for key in _STORIES]
+)
+
+
+def describe_inputs(config: DataConfig, tokenizer: Tokenizer, *, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a run with this data is made from, as JSON values: all files with their SHA-256, and the tokenizer.
+
+    Args:
+        config: The data config.
+        tokenizer: The run's tokenizer.
+        known: An earlier description; a file that has not been touched since is not read again.
+
+    Raises:
+        InputError: A file is missing or cannot be read.
+    """
+    known_files = [] if known is None else [file for files in known["files"].values() for file in files]
+    return {
+        "format_version": _FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "files": {key: file_identities(files, known_files) for key, files in _files_of(config).items()},
+    }
+
+
+def _files_of(config: DataConfig) -> dict[str, list[SourceFile]]:
+    if _generates_all_text(config):
+        return {}
+    recall = config.recall
+    sources = {key: getattr(config, key) for key in _SOURCES}
+    found = {f"data.{key}": locate_source_files(source) for key, source in sources.items() if source is not None}
+    stories = {} if recall is None else {key: getattr(recall, key) for key in _STORIES}
+    return found | {f"data.recall.{key}": locate_files(path) for key, path in stories.items() if path is not None}
+
+
+def _generates_all_text(config: DataConfig) -> bool:
+    return config.recall is not None and not config.recall.is_in_text
+
+
+def write_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Write a description by `describe_inputs` into a run folder.
+
+    Raises:
+        SaveError: Writing failed.
+    """
+    write_json(folder / INPUTS_FILE, inputs)
+
+
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """Return what a run was made from, or None for a run of version 0.1, which did not record it.
+
+    Raises:
+        CheckpointError: The description is damaged or of another format version.
+    """
+    path = folder / INPUTS_FILE
+    if not path.exists():
+        return None
+    inputs = read_json(path)
+    if inputs.get("format_version") != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {inputs.get('format_version')!r}; this memformer reads {_FORMAT_VERSION}"
+        )
+    match inputs:
+        case {"tokenizer": str(), "files": dict(files)} if all(map(_are_identities, files.values())):
+            return inputs
+        case _:
+            raise CheckpointError(f"{path} is damaged: it does not list a run's tokenizer and files")
+
+
+def _are_identities(files: Any) -> bool:
+    return isinstance(files, list) and all(
+        isinstance(file, dict)
+        and isinstance(file.get("path"), str)
+        and isinstance(file.get("bytes"), int)
+        and isinstance(file.get("sha256"), str)
+        for file in files
+    )
+
+
+def find_changed_input(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return what has changed between two descriptions, naming the first difference, or None if nothing has.
+
+    Only contents and their order count: files may have been moved.
+    """
+    if before["tokenizer"] != now["tokenizer"]:
+        return "the tokenizer in the run folder is not the one that the run began with"
+    for key in sorted(before["files"].keys() | now["files"].keys()):
+        change = _changed_file(before["files"].get(key, []), now["files"].get(key, []))
+        if change is not None:
+            return f"{key} has changed since the run began: {change}"
+    return None
+
+
+def _changed_file(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str | None:
+    old, new = ([file["sha256"] for file in files] for files in (before, now))
+    if old == new:
+        return None
+    at_path = {file["path"]: file for file in now}
+    for file in before:
+        other = at_path.get(file["path"], file)
+        if other["bytes"] != file["bytes"]:
+            return f"{file['path']} had {file['bytes']:,} bytes and now has {other['bytes']:,}"
+        if other["sha256"] != file["sha256"]:
+            return f"{file['path']} has as many bytes ({file['bytes']:,}) but other content (its SHA-256 differs)"
+    lost = [file["path"] for file in before if file["sha256"] not in new]
+    added = [file["path"] for file in now if file["sha256"] not in old]
+    if lost and added:
+        return f"{lost[0]} has been replaced by {added[0]}, which has other content"
+    if lost or added:
+        return f"{lost[0]} is no longer there" if lost else f"{added[0]} has been added"
+    return f"the same files are read in another order or number, now beginning with {now[0]['path']}"
+
+
+def pin_revisions(config: DataConfig, saved: dict[str, Any] | None = None) -> DataConfig:
+    """Return the config with the commit of every data set of the Hugging Face hub that has none.
+
+    Args:
+        config: The data config.
+        saved: The run config with which the run began, as plain values: its commits are taken. None: the run begins, so
+            the newest commits are asked of the hub.
+
+    Raises:
+        InputError: The hub cannot be reached or has no such data set.
+    """
+    if _generates_all_text(config):
+        return config
+    sources: dict[str, Any] = {}
+    for key in _SOURCES:
+        source = getattr(config, key)
+        if source is not None:
+            sources[key] = pin_revision(source) if saved is None else _with_saved_revision(source, key, saved)
+    return dataclasses.replace(config, **sources)
+
+
+def _with_saved_revision(source: SourceConfig, key: str, saved: dict[str, Any]) -> SourceConfig:
+    match saved:
+        case {"data": {**sources}} if source.name is not None and source.revision is None:
+            saved_source = sources.get(key)
+            revision = saved_source.get("revision") if isinstance(saved_source, dict) else None
+            return dataclasses.replace(source, revision=revision)
+        case _:
+            return source
