@@ -1,6 +1,7 @@
 """Runs on recall tasks in text: training, evaluation, resuming, and refusal before training."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -55,15 +56,21 @@ def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys)
     trained = json.loads(capsys.readouterr().out)
     assert trained["num_facts"] == (4 if task == "babi" else 1)
     assert [point["distance"] for point in trained["points"]] == [1, 2, 4, 8, 16, 32]
-    # Resuming uses the run's own tokenizer; a newly trained one would contain another word.
+    # Resuming uses the run's own tokenizer.
     tokenizer = (tmp_path / "run" / "tokenizer_config.json").read_text()
-    (tmp_path / "texts" / "new.txt").write_text("xylophone " * 50)
+    monkeypatch.setattr("memformer.training.run_data.train_tokenizer", None)
     assert main(["train", file, "--json", "--resume", "--training.num_updates", "3"]) == 0
     assert (tmp_path / "run" / "tokenizer_config.json").read_text() == tokenizer
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert len(evaluated["points"]) == 6
+    # Documents and stories are part of what the run was made from.
+    changed = Path(held_out) if task == "babi" else tmp_path / "texts" / "new.txt"
+    changed.write_text(STORIES)
+    assert main(["train", file, "--resume", "--training.num_updates", "4"]) == 2
+    key = "data.recall.validation_path" if task == "babi" else "data.train"
+    assert f"{key} has changed since the run began: {changed} " in capsys.readouterr().err
 
 
 def test_a_run_whose_segments_are_too_short_is_refused_before_it_trains(tmp_path, capsys):
