@@ -230,6 +230,28 @@ def test_pruning_does_not_count_later_checkpoints(tmp_path):
     assert not (tmp_path / checkpoint_name(1)).exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["update-best", "update-000000004-good", "update-4", "update-0000000004", "copy of update-000000004"]
+)
+def test_a_copy_of_a_checkpoint_is_neither_resumed_from_nor_deleted(run_folder, newest, name):
+    """A copy of a checkpoint is neither resumed from nor deleted."""
+    copy = shutil.copytree(newest, newest.with_name(name))
+    assert newest_checkpoint(run_folder) == newest
+    prune_checkpoints(newest, keep=1)
+    assert sorted(path.name for path in newest.parent.iterdir()) == sorted([newest.name, name])
+    check_checkpoint(copy)
+
+
+def test_a_linked_checkpoint_is_not_deleted(run_folder, newest, tmp_path):
+    """A checkpoint that the user has moved elsewhere and linked stays."""
+    first = newest.with_name(checkpoint_name(1))
+    moved = first.rename(tmp_path / "moved")
+    first.symlink_to(moved)
+    prune_checkpoints(newest, keep=1)
+    assert first.is_symlink()
+    check_checkpoint(first)
+
+
 def test_names_sort_by_age(tmp_path):
     for update in (999, 1000, 20):
         (tmp_path / checkpoint_name(update)).mkdir()

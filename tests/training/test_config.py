@@ -12,6 +12,7 @@ from memformer.training.config import DataConfig, RunConfig, TrainingConfig
     ("field", "value"),
     [
         ("num_updates", 0),
+        ("num_updates", 10**9),
         ("num_lanes", 0),
         ("rollout_length", 0),
         ("rollouts_per_update", 0),

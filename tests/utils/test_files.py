@@ -1,10 +1,25 @@
+import errno
+import fcntl
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
 
 from memformer import CheckpointError, SaveError
-from memformer.utils.files import atomic_write, read_json, read_tensors, write_json, write_tensors, write_text
+from memformer.data import ByteTokenizer, SourceConfig, build_corpus
+from memformer.training.logs import JsonLinesSink
+from memformer.utils.files import (
+    atomic_write,
+    read_json,
+    read_tensors,
+    user_path,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def names(folder):
@@ -101,3 +116,55 @@ def test_json_is_indented(tmp_path):
     text = (tmp_path / "j.json").read_text()
     assert json.loads(text) == {"a": 1, "b": [2]}
     assert text.count("\n") > 1
+
+
+def refuse_read_only(handle):
+    if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+def refuse_everything(handle):
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def fail_on_files(handle):
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def write_all_kinds(folder):
+    """Write a file in each way that the library has."""
+    write_tensors(folder / "t.safetensors", {"a": torch.ones(3)})
+    log = JsonLinesSink(folder, num_updates=0)
+    try:
+        log.record("training", 1, {})
+        log.flush()
+    finally:
+        log.close()
+    (folder / "a.txt").write_text("abc")
+    build_corpus(SourceConfig(path=str(folder / "a.txt")), ByteTokenizer(), cache=folder / "cache")
+
+
+@pytest.mark.parametrize("fsync", [refuse_read_only, refuse_everything])
+def test_files_are_saved_where_a_mount_cannot_sync_them(tmp_path, monkeypatch, fsync):
+    """A mount that syncs only files open for writing, or none, is no reason not to save."""
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_all_kinds(tmp_path)
+    assert read_tensors(tmp_path / "t.safetensors")["a"].tolist() == [1, 1, 1]
+
+
+def test_a_disk_error_while_syncing_is_an_error(tmp_path, monkeypatch):
+    """An error of the disk is not mistaken for a mount that cannot sync."""
+    monkeypatch.setattr(os, "fsync", fail_on_files)
+    with pytest.raises(SaveError, match=r"t\.safetensors could not be written: Input/output error"):
+        write_all_kinds(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch):
+    """`~` is expanded at the start of a path only, and a name that is no user's is kept."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/run") == tmp_path / "run"
+    assert user_path(Path("~")) == tmp_path
+    assert user_path("runs/~/run") == Path("runs/~/run")
+    assert user_path("~no-such-user.txt") == Path("~no-such-user.txt")

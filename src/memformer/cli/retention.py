@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -28,7 +27,7 @@ from memformer.training.run_folder import (
     LoadedRun,
 )
 from memformer.utils.checks import check_seed
-from memformer.utils.files import check_can_write, write_json
+from memformer.utils.files import check_can_write, user_path, write_json
 from memformer.utils.progress import ProgressBar
 
 RETENTION_FILE = "retention.json"
@@ -112,13 +111,14 @@ def run_retention(argv: list[str]) -> None:
     from memformer.evaluation.plots import write_figure
 
     options = parse(retention_parser(), argv)
-    if options.output is not None:
-        check_can_write(Path(options.output) / RETENTION_FILE)
+    output = user_path(options.run if options.output is None else options.output)
     run = load_run_of(options)
     if run.run_config is None:
         raise InputError(
             f"{run.folder} has no {RUN_CONFIG_FILE}, which defines the data to measure on; give a run folder"
         )
+    for name in (RETENTION_FILE, RETENTION_FIGURE_FILE):
+        check_can_write(output / name)
     config = run_config_of(run)
     recall = config.data.recall
     if recall is not None:
@@ -137,7 +137,6 @@ def run_retention(argv: list[str]) -> None:
             "num_slots": run.model.config.num_slots,
         }
     figures |= result.to_dict()
-    output = Path(options.output or run.folder)
     write_json(output / RETENTION_FILE, figures)
     write_figure(output / RETENTION_FIGURE_FILE, figure)
     if options.json:

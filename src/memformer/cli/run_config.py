@@ -20,6 +20,7 @@ from memformer.training.run_folder import (
     read_run_config,
 )
 from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
 from memformer.utils.renames import old_names_sentence, update_options, update_run_config
 from memformer.utils.yaml_files import read_yaml
@@ -93,7 +94,7 @@ def parse_run_config(
         InputError: The file is missing or malformed, or a key or value is invalid.
         CheckpointError: The config of a run folder is missing or damaged.
     """
-    path, (rest, option_notes) = Path(argv[0]), update_options(argv[1:])
+    path, (rest, option_notes) = user_path(argv[0]), update_options(argv[1:])
     if option_notes:
         warn(old_names_sentence("the command", option_notes))
     given = read_config(path, warn=warn)
@@ -103,6 +104,9 @@ def parse_run_config(
     _check_keys(given, RunConfig, owner=str(path), kinds={"model": MODELS[model_type].config_class})
     model = given.get("model", {})
     derived = {name: model.pop(name) for name in _DERIVED if name in model}
+    if path.is_dir():
+        # Derived again, because a new run with this config may have another tokenizer.
+        derived.pop("vocab_size", None)
     parser = train_parser(model_type)
     options = parse(parser, ["--config", yaml.safe_dump(given, sort_keys=False), *folder_option, *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,14 +33,14 @@ from memformer.data.sources import (
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
-from memformer.utils.files import saving, sync_folder, temporary_sibling, write_bytes
+from memformer.utils.files import saving, sync_folder, sync_handle, temporary_sibling, user_path, write_bytes
 
 
 def build_corpus(
     source: SourceConfig,
     tokenizer: Tokenizer,
     *,
-    cache: Path,
+    cache: str | Path,
     max_document_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
@@ -70,6 +69,7 @@ def build_corpus(
     if max_document_tokens is not None:
         check_integer("max_document_tokens", max_document_tokens, 1)
     source = pin_revision(source)
+    cache = user_path(cache)
     folder = cache / _key(source, tokenizer, max_document_tokens)
     if not folder.exists():
         with saving(cache):
@@ -139,7 +139,7 @@ def _write(
                 progress(num_tokens)
         with saving(tokens_path):
             tokens_file.flush()
-            os.fsync(tokens_file.fileno())
+            sync_handle(tokens_file.fileno())
     if not num_tokens:
         raise InputError(f"source {describe_source(source)} holds no token: all its documents are empty")
     documents = np.stack([np.cumsum(piece_tokens), piece_bytes]).astype(DOCUMENTS_DTYPE).tobytes()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.utils.checks import check_number, check_seed
+from memformer.utils.files import user_path
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
 FORMAT_VERSION = 2
@@ -141,7 +142,7 @@ class Corpus:
         return self.subset(np.sort(order[num_held_out:])), self.subset(np.sort(order[:num_held_out]))
 
     @classmethod
-    def open(cls, folder: Path) -> "Corpus":
+    def open(cls, folder: str | Path) -> "Corpus":
         """Return the corpus that `build_corpus` wrote into `folder`, after verifying its checksums.
 
         Every byte is read once for the checksums; the tokens then stay on disk as a memory map.
@@ -149,6 +150,7 @@ class Corpus:
         Raises:
             CheckpointError: A file is missing, damaged or of another format version.
         """
+        folder = user_path(folder)
         manifest = _read_manifest(folder / MANIFEST_FILE)
         for name, size, checksum in (
             (TOKENS_FILE, manifest["num_tokens"] * np.dtype(manifest["dtype"]).itemsize, manifest["tokens_crc32"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memformer.errors import InputError
+from memformer.utils.files import user_path
 
 
 class SourceFile(NamedTuple):
@@ -53,7 +54,7 @@ def without_repetition(files: Iterable[SourceFile]) -> list[SourceFile]:
 
 
 def _locate(name: str) -> list[SourceFile]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
         found = sorted(file for file in walk(path, skips=lambda name: name.startswith(".")) if has_content(file))

@@ -7,6 +7,7 @@ from typing import Any
 from memformer.data.documents import Document
 from memformer.data.text import split_documents, text_of
 from memformer.errors import InputError
+from memformer.utils.files import user_path
 
 # The files by which `datasets.load_from_disk` knows a folder that `save_to_disk` wrote: of one split, or of several.
 _SAVED_SPLIT = "state.json"
@@ -15,7 +16,7 @@ _SAVED_SPLITS = "dataset_dict.json"
 
 def local_folder(name: str) -> Path | None:
     """Return the folder that the name of a data set means, or None for a data set of the hub."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return folder if folder.is_dir() else None
 
 

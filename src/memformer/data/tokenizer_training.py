@@ -22,7 +22,7 @@ from memformer.data.tokenizers import (
     fingerprint_of_text,
 )
 from memformer.errors import CheckpointError, InputError
-from memformer.utils.files import write_bytes
+from memformer.utils.files import user_path, write_bytes
 
 _FORMAT_VERSION = 1
 _CONFIG_FILE = "tokenizer_config.json"
@@ -125,7 +125,7 @@ def word_tokenizer(words: Sequence[str]) -> TextTokenizer:
     return TextTokenizer("word", word_pipeline([UNKNOWN_WORD, END_OF_LINE, *words]))
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write `tokenizer_config.json`, and for bpe and word also `tokenizer.json`, into `folder`.
 
     Args:
@@ -136,6 +136,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         InputError: The tokenizer belongs to a class that this package cannot load.
         SaveError: A file could not be written.
     """
+    folder = user_path(folder)
     config: dict[str, Any] = {
         "format_version": _FORMAT_VERSION,
         "kind": tokenizer.kind,
@@ -160,12 +161,13 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / _CONFIG_FILE).exists()
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Return the tokenizer that `save_tokenizer` wrote into `folder`.
 
     Raises:
         CheckpointError: A file is missing or damaged, or has a kind or version that this package does not support.
     """
+    folder = user_path(folder)
     path = folder / _CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())

@@ -16,7 +16,7 @@ from memformer.models import LanguageModel
 from memformer.models.recurrence import reading
 from memformer.shapes import AnyMemory
 from memformer.utils.checks import check_integer, check_seed
-from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
+from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, user_path, write_tensors
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
 
@@ -172,8 +172,12 @@ class Session:
         # A separate function, so that errors are raised by this call and not at the first token.
         return steps()
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the state and a fingerprint of the model's weights as one safetensors file, completely or not at all.
+
+        Args:
+            path: The file.
+            metadata: Additional metadata of the file, which `load` ignores.
 
         Raises:
             InputError: The state is not finite, because the model's weights are broken.
@@ -185,8 +189,8 @@ class Session:
                 raise InputError(
                     f"the session's {name} is not finite; the model's weights are probably not finite either"
                 )
-        metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
-        write_tensors(Path(path), state, metadata=metadata)
+        own = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
+        write_tensors(user_path(path), state, metadata={**(metadata or {}), **own})
 
     @classmethod
     def load(
@@ -204,7 +208,7 @@ class Session:
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
         """
-        path = Path(path)
+        path = user_path(path)
         state, metadata = read_tensors_and_metadata(path)
         _check_format(path, metadata)
         batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0

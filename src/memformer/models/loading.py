@@ -13,7 +13,7 @@ from memformer.models.memformer import Memformer
 from memformer.models.pretrained import CONFIG_FILE
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.models.transformer_xl import TransformerXL
-from memformer.utils.files import read_json
+from memformer.utils.files import read_json, user_path
 
 _CLASSES: tuple[type[LanguageModel], ...] = (
     Memformer,
@@ -46,7 +46,7 @@ def load_model(
         CheckpointError: A file is missing or damaged, or this library has no such model type.
         InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it.
     """
-    file = Path(folder) / CONFIG_FILE
+    file = user_path(folder) / CONFIG_FILE
     model_type = read_json(file).get("model_type")
     if model_type not in list(MODELS):  # a list, because a damaged file may hold an unhashable value
         raise CheckpointError(f"{file}: model_type ({model_type!r}) must be one of {', '.join(MODELS)}")

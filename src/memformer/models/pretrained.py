@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
-from memformer.utils.files import read_json, read_names, read_tensors, write_json, write_tensors
+from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
 from memformer.utils.renames import TENSORS, first_model_key, update_section
 
 CONFIG_FILE = "config.json"
@@ -41,7 +41,7 @@ class Pretrained(nn.Module):
         Raises:
             SaveError: Writing failed; earlier files are intact.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
 
@@ -80,7 +80,7 @@ class Pretrained(nn.Module):
         Raises:
             CheckpointError: The config is missing, damaged, or of another model.
         """
-        file = Path(folder) / CONFIG_FILE
+        file = user_path(folder) / CONFIG_FILE
         fields = read_json(file)
         found, expected = fields.pop("model_type", None), cls.config_class.model_type
         if found != expected:
@@ -98,7 +98,7 @@ class Pretrained(nn.Module):
         Raises:
             CheckpointError: The weights are missing, damaged, or of another model.
         """
-        file = Path(folder) / WEIGHTS_FILE
+        file = user_path(folder) / WEIGHTS_FILE
         names = [TENSORS.get(name, name) for name in read_names(file)]
         for stack, expected in cls._count_layers(config).items():
             start = f"{stack}."

@@ -17,7 +17,7 @@ from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
-from memformer.utils.files import read_json, read_tensors, sync_folder, write_json, write_tensors
+from memformer.utils.files import read_json, read_tensors, sync_file, sync_folder, write_json, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -30,6 +30,8 @@ OPTIMIZER_FOLDER = "optimizer_state"
 _OPTIMIZER_FOLDERS = (OPTIMIZER_FOLDER, "moments")
 
 _LISTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, PROGRESS_FILE}
+# The user may keep other files and folders, such as copies of checkpoints, beside those with these names.
+_UPDATE_NAME = re.compile("update-[0-9]{9}")
 _SHARD = re.compile(rf"({'|'.join(_OPTIMIZER_FOLDERS)})/[\w.-]{{1,100}}\.safetensors")
 
 
@@ -77,6 +79,8 @@ def save_checkpoint(
             write_tensors(partial / OPTIMIZER_FILE, _optimizer_tensors(state.optimizer))
         else:
             optimizer_state.rename(partial / OPTIMIZER_FOLDER)
+            for file in (partial / OPTIMIZER_FOLDER).iterdir():
+                sync_file(file)
             sync_folder(partial / OPTIMIZER_FOLDER)
         tensors = {"memory": state.memory}
         for rank, (cpu_state, cuda_state) in enumerate(randomness or [capture_randomness(state.memory.device)]):
@@ -177,8 +181,11 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
 
 
 def checkpoints_newest_first(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoint folders of a run, newest first, without checking for damage."""
-    found = [path for path in folder.glob("update-*") if path.is_dir()]
+    """Yield the checkpoint folders of a run, newest first, without checking for damage.
+
+    Folders with other names, for example a user's copies of checkpoints, are left out.
+    """
+    found = [path for path in folder.glob("*") if is_checkpoint_name(path.name) and path.is_dir()]
     yield from sorted(found, key=lambda path: path.name, reverse=True)
 
 
@@ -187,15 +194,21 @@ def checkpoint_name(num_updates: int) -> str:
     return f"update-{num_updates:09d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether `checkpoint_name` returns this name for some number of updates."""
+    return _UPDATE_NAME.fullmatch(name) is not None
+
+
 def prune_checkpoints(newest: Path, *, keep: int) -> None:
     """Delete old checkpoints, except the `keep` newest up to and including `newest`.
 
     Checkpoints later than `newest` must be damaged, because the run was resumed from an earlier one. They are ignored
-    here and will be overwritten.
+    here and will be overwritten. Links, which the run does not create, are not deleted.
     """
     not_later = [path for path in checkpoints_newest_first(newest.parent) if path.name <= newest.name]
     for path in not_later[keep:]:
-        shutil.rmtree(path)
+        if not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class TrainingConfig:
             number. null: all. The final evaluation always uses all.
         sample_tokens: Tokens of text to generate as a sample after each evaluation. 0: none. A run on images always
             samples whole images.
-        save_every: Updates between two checkpoints. The run always ends with one.
+        save_every: Updates between two checkpoints; none is saved after a skipped update. The run always ends with one.
         keep_checkpoints: Number of newest checkpoints to keep on disk.
     """
 
@@ -140,7 +140,6 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, minimum in (
-            ("num_updates", 1),
             ("num_lanes", 1),
             ("rollout_length", 1),
             ("rollouts_per_update", 1),
@@ -154,6 +153,8 @@ class TrainingConfig:
             ("keep_checkpoints", 1),
         ):
             check_integer(f"training.{name}", getattr(self, name), minimum)
+        # The names of checkpoints have nine digits, so that they sort by age.
+        check_integer("training.num_updates", self.num_updates, 1, 999_999_999)
         if self.evaluation_tokens is not None:
             check_integer("training.evaluation_tokens", self.evaluation_tokens, 1)
         for name in ("learning_rate", "weight_decay", "max_gradient_norm", "write_penalty"):

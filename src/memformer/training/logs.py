@@ -1,7 +1,6 @@
 """Logging of a run: to the terminal, to TensorBoard, and to a file with one JSON line per event."""
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from memformer.errors import CheckpointError
 from memformer.evaluation.likelihood import Result
-from memformer.utils.files import write_text
+from memformer.utils.files import sync_handle, write_text
 from memformer.utils.progress import ProgressBar
 
 # Values are numbers, strings, or lists with one number per timestep.
@@ -73,7 +72,7 @@ class JsonLinesSink(LogSink):
     def flush(self) -> None:
         """Flush the file and sync it to disk."""
         self._lines.flush()
-        os.fsync(self._lines.fileno())
+        sync_handle(self._lines.fileno())
 
     def close(self) -> None:
         """Close the file."""

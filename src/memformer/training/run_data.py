@@ -30,6 +30,7 @@ from memformer.evaluation.likelihood import Evaluation, Result, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
 from memformer.models.recurrence import RecurrentModel
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.utils.files import user_path
 
 _RECALL_EPISODES = 64
 _EVALUATION_TOKENS_AT_ONCE = 4096
@@ -225,7 +226,7 @@ def open_corpus(
         raise InputError(f"data of kind {source.kind!r} does not fit the run's tokenizer of kind {tokenizer.kind!r}")
     if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
         raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
-    cache = Path(config.cache) if config.cache is not None else default_cache()
+    cache = user_path(config.cache) if config.cache is not None else default_cache()
     return build_corpus(
         source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
     )
@@ -233,7 +234,7 @@ def open_corpus(
 
 def default_cache() -> Path:
     """Return the default folder of the token id cache, which is shared by all runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memformer"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "memformer"
 
 
 def _make_tokenizer(config: DataConfig) -> Tokenizer:

@@ -122,8 +122,10 @@ def save_optimizer_state(folder: Path, model: LanguageModel, optimizer: torch.op
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.sync_files = False  # torch fails where a mount cannot sync; `save_checkpoint` syncs the files
     try:
-        save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(state, storage_writer=writer)
     except CheckpointException as error:
         raise SaveError(f"cannot write the optimizer state to {folder}: {error}") from error
 

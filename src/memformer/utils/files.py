@@ -18,6 +18,13 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 
 CHECKSUM = "sha256"
+# Some network mounts cannot sync.
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path given by the user; as in a shell, `~` at its start is the home folder, `~name` that of a user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  pathlib raises an error if there is no such user
 
 
 @contextlib.contextmanager
@@ -53,8 +60,7 @@ def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
         with saving(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            sync_file(partial)
             partial.replace(file)
             sync_folder(file.parent)
     finally:
@@ -80,6 +86,30 @@ def check_can_write(file: Path) -> None:
         reason = errno.EACCES
     if reason is not None:
         raise SaveError(f"{file} could not be written: {os.strerror(reason)}")
+
+
+def sync_file(file: Path) -> None:
+    """Sync a file to disk, where its file system supports it.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    # Windows and some mounts sync only a file that is open for writing.
+    with file.open("r+b") as written:
+        sync_handle(written.fileno())
+
+
+def sync_handle(handle: int) -> None:
+    """Sync a file that is open for writing to disk, where its file system supports it.
+
+    Raises:
+        OSError: Writing failed.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def sync_folder(folder: Path) -> None:
