@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.run_folder import CHECKPOINTS
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe_machine
 
@@ -61,7 +64,7 @@ def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, A
 def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
     """Run `memformer train` to its end, resuming from the last checkpoint if there is one."""
     command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
-    if any(folder.glob("checkpoints/update-*")):
+    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
         command.append("--resume")
     subprocess.run([*command, *further], check=True, stdout=subprocess.DEVNULL)
 

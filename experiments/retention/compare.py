@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.run_folder import CHECKPOINTS
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from machine import describe_machine
 
@@ -121,7 +124,7 @@ def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
     if (folder / "evaluation.json").exists():
         return
     command = [*MEMFORMER, "train", str(config), "--folder", str(folder), "--seed", str(seed), *further]
-    if any(folder.glob("checkpoints/update-*")):
+    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
         command.append("--resume")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from memformer.reproduction import command
 from memformer.reproduction.results import collect, draw
 from memformer.reproduction.runs import plan_runs
 from memformer.reproduction.tables import read_table, table_names, tables_folder
+from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, make_text, refused
 
 TABLE = {
@@ -104,6 +106,17 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path):
     assert json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])["rows"][0][
         "row"
     ] == ("2-memory")
+
+
+def test_a_folder_in_use_is_refused(table, tmp_path):
+    """Two processes cannot reproduce into one folder; the results of finished runs can still be written."""
+    with owned_folder(tmp_path / "out", option="--folder"):
+        assert f"out is in use by process {os.getpid()} on " in refused("reproduce", *table)
+        assert "no run in" in refused("reproduce", *table, "--only_write")
+    # A run of an earlier `reproduce` that was killed may still train.
+    with owned_folder(tmp_path / "out" / "1-lstm-seed-0", option="--folder"):
+        assert "1 runs failed" in refused("reproduce", *table, "--rows", "1-lstm")
+    assert f"in use by process {os.getpid()} on " in (tmp_path / "out" / "1-lstm-seed-0" / "train.log").read_text()
 
 
 def test_invalid_input_is_refused(table, tmp_path):

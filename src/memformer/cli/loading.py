@@ -1,6 +1,5 @@
 """Helpers shared by the commands that use a trained run: load its model, read its config, choose the device."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def load_run_of(options: Any) -> LoadedRun:
     """
     device = prepare_torch(options.device, options.threads)
     run = load_run(
-        Path(options.run), which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
+        options.run, which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
     )
     trained_with = None if run.run_config is None else run_config_of(run).threads
     if options.threads is None and trained_with is not None:

@@ -1,7 +1,6 @@
 """The `memformer report` command."""
 
 import json
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -32,5 +31,5 @@ def run_report(argv: list[str]) -> None:
     from memformer.training.report import write_report
 
     options = parse(report_parser(), argv)
-    summary = write_report(Path(options.run))
+    summary = write_report(options.run)
     print(json.dumps({"summary": str(summary)}) if options.json else summary)

@@ -24,11 +24,12 @@ from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import RunConfig
 from memformer.training.processes import Processes, processes_started, were_restarted
 from memformer.training.run_data import (
+    RunData,
     prepare_data,
 )
 from memformer.training.run_folder import (
     CHECKPOINTS,
-    check_run_folder,
+    owned_run_folder,
     read_run_config,
     write_run_config,
 )
@@ -40,6 +41,7 @@ from memformer.training.run_inputs import (
     read_inputs,
     write_inputs,
 )
+from memformer.utils.files import user_path
 
 
 def run_train(argv: list[str]) -> None:
@@ -51,7 +53,7 @@ def run_train(argv: list[str]) -> None:
     helps = [option for option in argv if option in {"-h", "--help"} or option.endswith(".help")]
     if helps:
         # The help depends on the model type only, so the rest of the options and of the config is not checked.
-        given = {} if argv[0].startswith("-") else read_config(Path(argv[0]))
+        given = {} if argv[0].startswith("-") else read_config(user_path(argv[0]))
         parse(train_parser(find_model_type(given, argv, owner=argv[0])), helps)
     if not argv or argv[0].startswith("-"):
         raise InputError("memformer train needs a config first: memformer train CONFIG.yaml [--key value ...]")
@@ -62,14 +64,16 @@ def run_train(argv: list[str]) -> None:
 
 
 def _train(config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
+    folder = user_path(config.folder)
+    with owned_run_folder(folder, processes=processes):
+        _train_in(folder, config, options, device, processes)
+
+
+def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
     from memformer.training.loop import check_same_run, train
     from memformer.training.report import write_report
 
-    folder = Path(config.folder)
-    check_run_folder(folder)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
-    # No process writes before all processes have checked the folder.
-    processes.wait_for_all()
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:
         raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
@@ -83,20 +87,22 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
         check_same_run(saved, now, may_change=() if began_with is None else LOCATION_KEYS)
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
+
+    def prepare() -> RunData:
         if began_with is not None and tokenizer is not None:
             _check_same_inputs(began_with, config, tokenizer)
-        data = prepare_data(config.data, tokenizer=tokenizer)
-    processes.wait_for_all()
-    if not processes.is_first:
-        # The first process has built the token ids in the cache.
-        data = prepare_data(config.data, tokenizer=tokenizer)
+        return prepare_data(config.data, tokenizer=tokenizer)
+
+    # The other processes read the token ids that the first one has put into the cache.
+    data = processes.do_in_first(prepare) or prepare_data(config.data, tokenizer=tokenizer)
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device)
     if processes.is_first:
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
-        save_tokenizer(data.tokenizer, folder)
+        # The config first: it marks the folder as that of a run.
         write_run_config(folder, config.to_dict())
+        save_tokenizer(data.tokenizer, folder)
         write_inputs(folder, describe_inputs(config.data, data.tokenizer, known=began_with))
     result = train(config, data, model, resume=resume, processes=processes)
     if result is None:

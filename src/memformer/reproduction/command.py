@@ -12,10 +12,11 @@ from memformer.errors import InputError
 from memformer.evaluation.plots import write_figure
 from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
-from memformer.reproduction.runs import finish_runs, plan_runs
+from memformer.reproduction.runs import Run, finish_runs, plan_runs
 from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
-from memformer.utils.files import write_json, write_text
+from memformer.utils.files import user_path, write_json, write_text
+from memformer.utils.ownership import owned_folder
 
 
 def reproduce(options: Any, train_options: Sequence[str]) -> str:
@@ -28,22 +29,29 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     known = [*table_names(folder), *costs_names(folder)]
     if options.table not in known:
         raise InputError(f"unknown table {options.table!r}; the tables are {', '.join(sorted(known))}")
+    output = user_path(options.folder or f"runs/{options.table}-{options.scale}")
     if options.table in costs_names(folder):
-        return _write_costs(folder / options.table, options)
+        with owned_folder(output, option="--folder"):
+            return _write_costs(folder / options.table, output, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
         check_integer(name, value, 1)
     table = read_table(folder / options.table)
-    output = Path(options.folder or f"runs/{table.key}-{options.scale}")
     runs = plan_runs(
         table,
         _choose(table, options.rows, options.scale),
         scale=options.scale,
         seeds=range(options.seeds),
         folder=output,
-        data=options.data,
+        data=str(user_path(options.data)),
     )
-    if not options.only_write:
+    if options.only_write:  # also while another process trains
+        return _write_table(table, runs, output, options)
+    with owned_folder(output, option="--folder"):
         finish_runs(runs, jobs=options.jobs, options=train_options, say=_say)
+        return _write_table(table, runs, output, options)
+
+
+def _write_table(table: Table, runs: Sequence[Run], output: Path, options: Any) -> str:
     rows = collect(runs, table.scale(options.scale))
     if not rows:
         raise InputError(f"no run in {output} is finished; there is nothing to write")
@@ -51,8 +59,7 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     return _write(output, figures, markdown, draw(table, rows, options.scale), is_json=options.json)
 
 
-def _write_costs(folder: Path, options: Any) -> str:
-    output = Path(options.folder or f"runs/{options.table}-{options.scale}")
+def _write_costs(folder: Path, output: Path, options: Any) -> str:
     figures, markdown, figure = measure_costs(folder, options.scale, say=_say)
     return _write(output, figures, markdown, figure, is_json=options.json)
 

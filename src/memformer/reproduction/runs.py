@@ -15,7 +15,7 @@ from memformer.errors import InputError
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.logs import read_log
-from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
 
 
@@ -89,12 +89,12 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: 
         endings = list(pool.map(lambda run: _train(run, options, say), missing))
     if failed := [str(run.folder) for run, ending in zip(missing, endings, strict=True) if ending != 0]:
         raise InputError(
-            f"{len(failed)} runs failed, the first in {failed[0]}; the output of a run is in train.log in its folder"
+            f"{len(failed)} runs failed, the first in {failed[0]}; the output of a run is in {TRAIN_LOG} in its folder"
         )
 
 
 def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
-    config = run.folder.with_suffix(".yaml")
+    config = run.folder.with_name(f"{run.folder.name}.yaml")
     write_text(config, yaml.safe_dump(run.config, sort_keys=False))
     command = [sys.executable, "-m", "memformer", "train", str(config)]
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
@@ -103,7 +103,7 @@ def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
     say(f"{run.row.name}, seed {run.seed}: started")
     run.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with (run.folder / "train.log").open("a", encoding="utf-8") as log:
+    with (run.folder / TRAIN_LOG).open("a", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     minutes = (time.monotonic() - started) / 60
     say(f"{run.row.name}, seed {run.seed}: {'done' if status == 0 else f'failed ({status})'} in {minutes:.1f} min")

@@ -6,10 +6,10 @@ data, and up to rounding and dropout masks the updates, therefore do not depend 
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from memformer.errors import CheckpointError, InputError
 from memformer.training.randomness import RandomState, capture_randomness
+from memformer.utils.machine import choose_device
 
 # Long enough for an evaluation, during which the other processes wait. If a process dies, torchrun ends the job at
 # once.
 _TIMEOUT = timedelta(hours=12)
+
+Outcome = TypeVar("Outcome")
 
 
 class Processes:
@@ -120,6 +123,29 @@ class Processes:
         parts = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(parts, own.contiguous())
         return parts
+
+    def do_in_first(self, work: Callable[[], Outcome]) -> Outcome | None:
+        """Return the outcome of `work` in the first process, None in the others, which wait; all must call this.
+
+        Raises:
+            InputError: `work` raised it; only the first process raises this.
+            SystemExit: `work` raised an InputError in the first process, which alone reports it.
+        """
+        outcome, refusal = None, None
+        if self.is_first:
+            try:
+                outcome = work()
+            except InputError as error:
+                refusal = error
+        if self.count > 1:
+            device = choose_device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+            num_refusals = torch.tensor(0 if refusal is None else 1, device=device)
+            dist.all_reduce(num_refusals)
+            if num_refusals and not self.is_first:
+                raise SystemExit(2)
+        if refusal is not None:
+            raise refusal
+        return outcome
 
     def wait_for_all(self) -> None:
         """Wait until all processes have reached this call."""

@@ -11,14 +11,15 @@ import yaml
 from matplotlib.figure import Figure
 
 from memformer.errors import CheckpointError, InputError
+from memformer.training.checkpoint import is_checkpoint_name
 from memformer.training.logs import LOG_FILE, read_log
 from memformer.training.run_folder import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
-from memformer.utils.files import read_json, write_text
+from memformer.utils.files import read_json, user_path, write_text
 
 SUMMARY_FILE = "summary.html"
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: str | Path) -> Path:
     """Write summary.html into a run folder and return its path; the page is self-contained.
 
     Raises:
@@ -26,6 +27,7 @@ def write_report(folder: Path) -> Path:
         CheckpointError: A file of the run is damaged.
         SaveError: Writing failed.
     """
+    folder = user_path(folder)
     if not (folder / LOG_FILE).is_file():
         raise InputError(f"{folder} has no {LOG_FILE}; a report needs a trained run")
     lines = read_log(folder)
@@ -109,7 +111,9 @@ def _as_svg(figure: Figure) -> str:
 
 
 def _newest_sample(folder: Path) -> dict[str, str] | None:
-    files = sorted(file for file in folder.glob("update-*") if file.suffix in {".txt", ".png"})
+    # Samples have the names of checkpoints; the user may keep other files beside them.
+    samples = [file for file in folder.glob("*") if is_checkpoint_name(file.stem) and file.suffix in {".txt", ".png"}]
+    files = sorted(samples)
     if not files:
         return None
     if files[-1].suffix == ".png":

@@ -1,7 +1,8 @@
 """Run folders: writing the config, finding checkpoints, and loading a trained run."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from memformer.errors import CheckpointError, InputError
 from memformer.models import LanguageModel, load_model
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
-from memformer.utils.files import write_json, write_text
+from memformer.training.processes import Processes
+from memformer.utils.files import user_path, write_json, write_text
 from memformer.utils.machine import versions
+from memformer.utils.ownership import owned_folder
 from memformer.utils.renames import old_names_sentence, update_run_config
 from memformer.utils.yaml_files import parse_yaml
 
@@ -25,6 +28,7 @@ VERSIONS_FILE = "versions.json"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 SAMPLES = "samples"
+TRAIN_LOG = "train.log"
 RESULT_FILE = "evaluation.json"
 
 _CHECKSUM = "# sha256 of the lines below; to change them by hand, delete this line: "
@@ -50,7 +54,7 @@ class LoadedRun:
 
 
 def load_run(
-    folder: Path,
+    folder: str | Path,
     *,
     which: str = "best",
     device: torch.device | str = "cpu",
@@ -75,6 +79,7 @@ def load_run(
             tokenizer is missing and the vocabulary is not bytes.
         CheckpointError: A file in the folder is damaged or missing.
     """
+    folder = user_path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
     run_config = None
@@ -83,7 +88,9 @@ def load_run(
         run_config = read_run_config(folder, warn=warn)
         weights = folder / BEST if which == "best" else newest_checkpoint(folder, warn=warn)
         if not weights.is_dir():
-            raise CheckpointError(f"{folder} has no evaluated weights yet; try the last checkpoint instead of the best")
+            has_checkpoint = any(checkpoints_newest_first(folder / CHECKPOINTS))
+            now = "; try the last checkpoint instead of the best" if has_checkpoint else ", and no checkpoint"
+            raise CheckpointError(f"{folder} has no evaluated weights yet{now}")
     elif not (folder / CONFIG_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
             f"{folder} contains neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run folder or a saved model"
@@ -189,11 +196,42 @@ def check_run_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; a run needs a folder")
-    if not folder.exists() or (folder / RUN_CONFIG_FILE).exists():
+    if not folder.exists() or _holds_run(folder):
         return
-    # Hidden files, and the files of a run that stopped before it wrote its config, are allowed.
-    foreign = sorted(
-        file.name for file in folder.iterdir() if not file.name.startswith((".", "tokenizer", "train.log"))
-    )
+    # `memformer reproduce` writes train.log.
+    foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and file.name != TRAIN_LOG)
     if foreign:
         raise InputError(f"{folder} contains {foreign[0]!r} but no run; choose an empty or a new folder for the run")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether the folder's config was written by a run: a user's config may have the same name."""
+    file = folder / RUN_CONFIG_FILE
+    if any((folder / name).exists() for name in (VERSIONS_FILE, CHECKPOINTS)):
+        return file.exists()
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_CHECKSUM)) == _CHECKSUM.encode()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def owned_run_folder(folder: Path, *, processes: Processes) -> Iterator[None]:
+    """Own a run folder, which is created if missing; of several processes of a run, the first owns it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: The folder is not usable as a run folder, or another process owns it.
+        SaveError: The folder cannot be written.
+    """
+    with contextlib.ExitStack() as ownership:
+
+        def own() -> None:
+            check_run_folder(folder)
+            ownership.enter_context(owned_folder(folder, option="--folder"))
+
+        processes.do_in_first(own)
+        yield
