@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
+from memformer.cli.reading import Position, Reading, saved_position, skip_to
 from memformer.data import (
     PixelTokenizer,
     Tokenizer,
@@ -24,26 +25,34 @@ from memformer.generation.sampling import check_sampling
 from memformer.generation.session import Session
 from memformer.models import LanguageModel
 from memformer.training.samples import NUM_IMAGES
-from memformer.utils.checks import check_integer, check_seed
-from memformer.utils.files import check_can_write
+from memformer.utils.checks import check_integer, check_number, check_seed
+from memformer.utils.files import check_can_write, user_path
+from memformer.utils.ownership import owned_file
+from memformer.utils.progress import print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
 # Prompt tokens fed to the session per call. A signal takes effect only between two calls.
 _PIECE_TOKENS = 4096
 
 NEW_TOKENS = 500
+# Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
+# spent on saving.
+SAVE_EVERY_MINUTES = 5.0
 
 
 GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
 
 RUN is a run folder, or a folder from save_pretrained that also holds a tokenizer. The prompt may be arbitrarily long:
 it is read segment by segment into the memory, whose size is fixed. New text is streamed to stdout. --save_session
-writes the state after the last token (memory and current segment) to a file; --load_session continues from it.
+writes the state after the last token (memory and current segment) to a file; --load_session continues from it. The
+file is also written every few minutes while the prompt is read: if the reading was interrupted or killed, the same
+command with --resume goes on with the rest of the prompt.
 For a model trained on images, a grid of samples is written as a PNG file instead.
 
   memformer generate runs/demo --prompt "import os"
   cat chapters/*.txt | memformer generate runs/demo --prompt_file - --temperature 0.8
   memformer generate runs/demo --prompt_file diary.txt --save_session diary.session
+  memformer generate runs/demo --prompt_file diary.txt --save_session diary.session --resume
   memformer generate runs/demo --load_session diary.session --prompt " And then"
   memformer generate runs/digits --output digits.png --num_images 36
 """
@@ -84,7 +93,23 @@ def generate_parser() -> ArgumentParser:
         "afterwards, decoding is up to three times as fast.",
     )
     parser.add_argument("--load_session", type=str, default=None, help="Session file to continue from.")
-    parser.add_argument("--save_session", type=str, default=None, help="File to save the session to at the end.")
+    parser.add_argument(
+        "--save_session",
+        type=str,
+        default=None,
+        help="File to save the session to: at the end, on an interrupt, and at intervals while the prompt is read.",
+    )
+    parser.add_argument(
+        "--save_every_minutes",
+        type=float | None,
+        default=None,
+        help=f"Minutes between two saves to --save_session while the prompt is read. Default: {SAVE_EVERY_MINUTES:g}.",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Load the session in --save_session, which was saved while it read the same prompt, and read the rest.",
+    )
     parser.add_argument(
         "--num_images", type=int | None, default=None, help=f"Images only: number of samples. Default: {NUM_IMAGES}."
     )
@@ -101,45 +126,72 @@ def run_generate(argv: list[str]) -> None:
     """
     options = parse(generate_parser(), argv)
     sampling = _sampling_options(options)
+    _check_saving_options(options)
     run = load_run_of(options)
     if isinstance(run.tokenizer, PixelTokenizer):
-        if options.compiled:
-            raise InputError("--compiled does not apply to a run on images")
         _draw(run.model, run.tokenizer, options, sampling)
         return
     refuse_options(options, ("output", "num_images"), kind="on text")
-    if options.load_session is None:
-        session = Session(run.model, compiled=options.compiled)
-    else:
-        session = Session.load(options.load_session, model=run.model, compiled=options.compiled)
     if options.save_session is None:
-        done = _continue(session, run.tokenizer, options, sampling, Signals())
+        done = _continue(_start_reading(run.model, options, None), run.tokenizer, options, sampling, Signals())
     else:
-        file = Path(options.save_session)
+        file = user_path(options.save_session)
         check_can_write(file)
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
-        with signals_noted() as signals:
-            done = _continue(session, run.tokenizer, options, sampling, signals)
-            session.save(file)
+        with owned_file(file, option="--save_session"), signals_noted() as signals:
+            reading = _start_reading(run.model, options, file)
+            done = _continue(reading, run.tokenizer, options, sampling, signals)
+            reading.save()
         if signals.received:
             read, new = done["prompt_tokens"], len(done["token_ids"])
+            option = f"--load_session {file}" if reading.is_finished else "--resume"
             raise Interrupted(
-                signals.received[0], f"{read:,} tokens read and {new:,} generated; session saved to {file}"
+                signals.received[0],
+                f"{read:,} tokens read and {new:,} generated; session saved to {file}, continue with {option}",
             )
     print(json.dumps(done) if options.json else "")
 
 
+def _start_reading(model: LanguageModel, options: Any, file: Path | None) -> Reading:
+    """Return the session that reads the prompt: a new one, or a saved one.
+
+    Raises:
+        InputError: A session is to be resumed that was not reading a prompt.
+    """
+    minutes = SAVE_EVERY_MINUTES if options.save_every_minutes is None else options.save_every_minutes
+    source = file if options.resume else options.load_session
+    if source is None:
+        return Reading(Session(model, compiled=options.compiled), file, minutes=minutes, start=Position())
+    source = user_path(source)
+    session = Session.load(source, model=model, compiled=options.compiled)
+    position = saved_position(source)
+    if options.resume:
+        if position is None:
+            raise InputError(
+                f"{source} is not in the middle of a prompt, so there is no reading to resume; "
+                "continue the session with --load_session instead of --resume"
+            )
+        return Reading(session, file, minutes=minutes, start=position)
+    if position is not None:
+        print_warning(
+            f"{source} was saved after {position.num_tokens:,} tokens of a prompt, before its end; "
+            "--save_session with --resume would read the rest of that prompt"
+        )
+    return Reading(session, file, minutes=minutes, start=Position())
+
+
 def _continue(
-    session: Session, tokenizer: Tokenizer, options: Any, sampling: dict[str, Any], signals: Signals
+    reading: Reading, tokenizer: Tokenizer, options: Any, sampling: dict[str, Any], signals: Signals
 ) -> dict[str, Any]:
     """Read the prompt and generate until a signal arrives; return the result.
 
     Without --json the new text is printed as it is generated.
     """
-    prompt_tokens = 0
-    for part in signals.until_signalled(_split_parts(_read_prompt(options, tokenizer)), waits=True):
-        session.feed(part)
-        prompt_tokens += len(part)
+    session = reading.session
+    parts = skip_to(reading.position, _split_parts(_read_prompt(options, tokenizer)))
+    for part in signals.until_signalled(parts, waits=True):
+        reading.feed(part)
+    reading.is_finished = not signals.received
     ids: list[int] = []
     num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
     steps = signals.until_signalled(session.stream(num_tokens, **sampling))
@@ -148,7 +200,12 @@ def _continue(
         text += piece
         if not options.json:
             print(piece, end="", flush=True)
-    return {"prompt_tokens": prompt_tokens, "token_ids": ids, "text": text, "state_bytes": session.state_bytes}
+    return {
+        "prompt_tokens": reading.position.num_tokens,
+        "token_ids": ids,
+        "text": text,
+        "state_bytes": session.state_bytes,
+    }
 
 
 def _split_parts(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
@@ -171,6 +228,24 @@ def _sampling_options(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
 
 
+def _check_saving_options(options: Any) -> None:
+    """Check the options that --save_session needs or excludes.
+
+    Raises:
+        InputError: One of them is given without --save_session, is out of range, or contradicts another one.
+    """
+    if options.save_every_minutes is not None:
+        check_number("save_every_minutes", options.save_every_minutes, above=0)
+    for name, is_given in (("save_every_minutes", options.save_every_minutes is not None), ("resume", options.resume)):
+        if is_given and options.save_session is None:
+            raise InputError(f"--{name} is given without --save_session; give the session file with it")
+    if options.resume and options.load_session is not None:
+        raise InputError(
+            "--resume and --load_session are both given; --resume loads the session in --save_session, so leave out "
+            "--load_session"
+        )
+
+
 def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
     """Yield the prompt's token ids part by part, because a prompt may not fit in memory.
 
@@ -186,17 +261,20 @@ def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.inte
         return
     name = "stdin" if options.prompt_file == "-" else options.prompt_file
     given: Any = sys.stdin.buffer if options.prompt_file == "-" else None  # typeshed: another type than io's
-    with open_text(Path(name), stream=given) as stream:
+    with open_text(user_path(name), stream=given) as stream:
         yield from encode_stream(tokenizer, stream, name=name)
 
 
 def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
     from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
 
-    text_only = ("prompt", "prompt_file", "load_session", "save_session", "max_new_tokens")
+    for flag in ("compiled", "resume"):
+        if options[flag]:
+            raise InputError(f"--{flag} does not apply to a run on images")
+    text_only = ("prompt", "prompt_file", "load_session", "save_session", "save_every_minutes", "max_new_tokens")
     refuse_options(options, text_only, kind="on images")
     num_images = positive(options, "num_images", default=NUM_IMAGES)
-    output = Path(options.output or "images.png")
+    output = user_path(options.output or "images.png")
     check_can_write(output)
     images = sample_images(model, tokenizer, num_images, **sampling)
     write_image_grid(output, images, tokenizer=tokenizer)

@@ -1,0 +1,125 @@
+"""Reading of a long prompt into a session, which is saved at intervals, so that a kill costs minutes."""
+
+import time
+import zlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memformer.errors import CheckpointError, InputError
+from memformer.generation.session import Session
+from memformer.utils.files import read_tensors_and_metadata
+
+TokenIds = NDArray[np.integer[Any]]
+
+_NUM_TOKENS_KEY = "prompt_tokens"
+_CHECKSUM_KEY = "prompt_crc32"
+
+
+class Position(NamedTuple):
+    """A position in a prompt.
+
+    Attributes:
+        num_tokens: Number of tokens before it.
+        checksum: CRC-32 of these tokens, by which another prompt is recognized.
+    """
+
+    num_tokens: int = 0
+    checksum: int = 0
+
+    def after(self, part: TokenIds) -> "Position":
+        """Return the position after the next tokens."""
+        return Position(self.num_tokens + len(part), zlib.crc32(part.astype("<i8").tobytes(), self.checksum))
+
+
+class Reading:
+    """A session that reads a prompt and is saved while it reads.
+
+    Args:
+        session: The session, which has read the prompt up to `start`.
+        file: Session file to write. None: nothing is saved.
+        minutes: Minutes between two saves.
+        start: Position in the prompt at which the session goes on.
+
+    Attributes:
+        position: The position up to which the session has read.
+        is_finished: Whether the whole prompt was read.
+    """
+
+    def __init__(self, session: Session, file: Path | None, *, minutes: float, start: Position) -> None:
+        self.session = session
+        self.position = start
+        self.is_finished = False
+        self._file = file
+        self._seconds = 60 * minutes
+        self._last_save = time.monotonic()
+
+    def feed(self, part: TokenIds) -> None:
+        """Read the next tokens of the prompt, and save the session if the last save was `minutes` ago.
+
+        Raises:
+            InputError: A token id is outside the vocabulary, or the session's state is not finite.
+            SaveError: The file cannot be written.
+        """
+        self.session.feed(part)
+        self.position = self.position.after(part)
+        if time.monotonic() - self._last_save >= self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Save the session, if there is a file; until the prompt is finished, with the position in the prompt.
+
+        Raises:
+            InputError: The session's state is not finite.
+            SaveError: The file cannot be written.
+        """
+        if self._file is None:
+            return
+        position = {_NUM_TOKENS_KEY: str(self.position.num_tokens), _CHECKSUM_KEY: str(self.position.checksum)}
+        self.session.save(self._file, metadata={} if self.is_finished else position)
+        self._last_save = time.monotonic()
+
+
+def saved_position(file: Path) -> Position | None:
+    """Return the position in its prompt at which a session was saved; None if it was not reading a prompt.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    _, metadata = read_tensors_and_metadata(file)
+    if _NUM_TOKENS_KEY not in metadata:
+        return None
+    try:
+        return Position(int(metadata[_NUM_TOKENS_KEY]), int(metadata[_CHECKSUM_KEY]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: its position in the prompt is not a number") from error
+
+
+def skip_to(position: Position, parts: Iterator[TokenIds]) -> Iterator[TokenIds]:
+    """Yield the tokens of a prompt from a position on.
+
+    Raises:
+        InputError: The prompt is shorter, or begins with other tokens than those read before.
+    """
+    skipped = Position()
+    while skipped.num_tokens < position.num_tokens:
+        part = next(parts, None)
+        if part is None:
+            raise InputError(
+                f"the prompt has {skipped.num_tokens:,} tokens, but the saved session has read "
+                f"{position.num_tokens:,} of its prompt; give the same prompt"
+            )
+        end = position.num_tokens - skipped.num_tokens
+        skipped = skipped.after(part[:end])
+        if len(part) > end:
+            parts = chain([part[end:]], parts)
+    if skipped != position:
+        raise InputError(
+            f"the first {position.num_tokens:,} tokens of the prompt are not those that the saved session has read; "
+            "give the same prompt"
+        )
+    yield from parts
