@@ -219,7 +219,7 @@ def test_damaged_state_is_refused_and_changes_nothing(changed: dict) -> None:
 def test_too_few_documents_for_an_endless_stream() -> None:
     with pytest.raises(
         InputError,
-        match=r"has 1 document for 16 lanes; set data\.max_document_tokens to at most 6 to cut documents up, "
+        match=r"has 1 document for 16 lanes; set data\.max_document_tokens to at most 3 to cut documents up, "
         r"or training\.num_lanes to at most 1",
     ):
         stream_of(make_corpus(100), lanes=16)

@@ -57,7 +57,7 @@ def test_a_learning_rate_that_is_far_too_high_gives_one_error_line(base, tmp_pat
     assert main([*argv, "--training.max_skipped_in_a_row", "2"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("memformer: error:")] == lines[-1:]
-    assert "Try a lower training.learning_rate" in lines[-1]
+    assert "with a lower training.learning_rate" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,11 @@ class LaneStream(RolloutStream):
                 f"{corpus.name} holds {corpus.num_tokens} tokens; at least one segment of {segment_length} is needed"
             )
         if num_epochs is None and num_lanes > corpus.num_documents:
+            # Half of the tokens of a lane: there are then enough pieces even if up to half of them are held out.
+            max_document_tokens = max(1, corpus.num_tokens // (2 * num_lanes))
             raise InputError(
                 f"{corpus.name} has {_count(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
-                f"data.max_document_tokens to at most {max(1, corpus.num_tokens // num_lanes)} to cut documents up, "
+                f"data.max_document_tokens to at most {max_document_tokens} to cut documents up, "
                 f"or training.num_lanes to at most {corpus.num_documents}"
             )
         self.corpus = corpus

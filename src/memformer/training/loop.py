@@ -42,7 +42,7 @@ from memformer.training.sharding import (
     shard,
     sum_gradients_in_next_backward,
 )
-from memformer.utils.files import write_json
+from memformer.utils.files import user_path, write_json
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.progress import print_warning
 from memformer.utils.signals import Interrupted, signals_noted
@@ -87,7 +87,7 @@ class _Trainer:
         self.processes = processes
         self.lanes = processes.lanes_of(config.training.num_lanes)
         self.all_stop = False
-        self.folder = Path(config.folder)
+        self.folder = user_path(config.folder)
         self.data = data
         self.model = model
         self.stream = data.make_stream(model, config)
@@ -112,6 +112,8 @@ class _Trainer:
             # All processes start from the same weights, but draw different dropout masks.
             torch.manual_seed(config.seed + processes.rank)
         self.resumed_from = self._resume() if resume else None
+        self.newest_checkpoint = self.resumed_from
+        self.made_update_since_checkpoint = False
         self.state.memory = self.state.memory[self.lanes]
         if config.training.compiled:
             assert isinstance(model, Memformer)
@@ -186,7 +188,9 @@ class _Trainer:
                         self.processes.wait_for_all()
                     # All ranks stop together, using the signal count summed over processes in this update.
                     stops = bool(signals.received) if self.processes.count == 1 else self.all_stop
-                    if is_last or stops or self.num_updates % training.save_every == 0:
+                    # After a skipped update the weights may be broken; they must not replace a good checkpoint.
+                    is_due = self.num_updates % training.save_every == 0 and not progress["num_skipped_in_a_row"]
+                    if is_last or stops or is_due:
                         # Flush the log first: a run resumed from this checkpoint does not repeat the earlier log lines.
                         log.flush()
                         checkpoint = self._save()
@@ -267,6 +271,7 @@ class _Trainer:
         progress, number = self.state.progress, self.num_updates + 1
         if reason is None:
             progress["num_skipped_in_a_row"] = 0
+            self.made_update_since_checkpoint = True
             return
         progress["num_skipped"] += 1
         progress["num_skipped_in_a_row"] += 1
@@ -274,9 +279,19 @@ class _Trainer:
             raise InputError(
                 f"update {number}: {reason}. {progress['num_skipped_in_a_row']} updates in a row were skipped "
                 f"and changed no weights (training.max_skipped_in_a_row is "
-                f"{self.config.training.max_skipped_in_a_row}). Try a lower training.learning_rate, then --resume"
+                f"{self.config.training.max_skipped_in_a_row}). {self._advice_on_broken_weights()}"
             )
         log.skipped(number, reason, num_skipped=progress["num_skipped"])
+
+    def _advice_on_broken_weights(self) -> str:
+        if self.newest_checkpoint is None:
+            return "No checkpoint was saved; run the command again with a lower training.learning_rate"
+        if self.made_update_since_checkpoint:
+            return f"Continue from {self.newest_checkpoint} with --resume and a lower training.learning_rate"
+        return (
+            f"No update was made after {self.newest_checkpoint} either; start a new run with another --folder and a "
+            "lower training.learning_rate"
+        )
 
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float, is_last: bool) -> RolloutResult:
         """Add the gradients of a rollout and carry the memory on."""
@@ -318,6 +333,7 @@ class _Trainer:
             save_checkpoint(checkpoint, whole, randomness=randomness, optimizer_state=optimizer_state)
             prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
         processes.wait_for_all()
+        self.newest_checkpoint, self.made_update_since_checkpoint = checkpoint, False
         return checkpoint
 
     def _whole_model(self) -> LanguageModel | None:
@@ -327,8 +343,15 @@ class _Trainer:
         return self.model if self.processes.is_first else None
 
     def _evaluate(self, model: LanguageModel, log: RunLog) -> None:
-        """Evaluate on a part of the held-out data, save the weights if they are the best so far, write a sample."""
-        result = self.data.evaluate(model, self.config.training, is_final=False)
+        """Evaluate on a part of the held-out data, save the weights if they are the best so far, write a sample.
+
+        Raises:
+            InputError: The weights are broken.
+        """
+        try:
+            result = self.data.evaluate(model, self.config.training, is_final=False)
+        except InputError as error:
+            raise InputError(f"update {self.num_updates}: {error}. {self._advice_on_broken_weights()}") from error
         log.evaluation(self.num_updates, result)
         best = self.state.progress["best_score"]
         # Of equal scores keep the later: when all recall answers are right, the weights can still improve.
