@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import check_vocabulary
-from memformer.models.recurrence import RecurrentModel, reading
+from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
@@ -184,9 +184,8 @@ class DocumentRetention:
         )
 
 
-@torch.no_grad()
 def measure_documents(
-    model: RecurrentModel,
+    model: nn.Module,
     corpus: Corpus,
     *,
     delays: Sequence[int] | None = None,
@@ -212,6 +211,7 @@ def measure_documents(
         InputError: A number is out of range, the corpus has another vocabulary size, no document is longer than the
             longest delay, or the model's likelihood is not finite.
     """
+    model = unwrapped(model)
     check_vocabulary(model, corpus)
     num_segments = -(-corpus.document_lengths // model.segment_length)
     longest_document = int(num_segments.max())
@@ -235,8 +235,8 @@ def measure_documents(
         num_epochs=1,
     )
     firsts = [0, *(1 << power for power in range((longest_document - 1).bit_length()))]
-    totals = _Totals(firsts, longest_delay=delays[-1], num_memories=1 + len(delays), num_lanes=stream.num_lanes)
     with reading(model):
+        totals = _Totals(firsts, longest_delay=delays[-1], num_memories=1 + len(delays), num_lanes=stream.num_lanes)
         reader = _DelayedReader(model, delays, num_lanes=stream.num_lanes)
         for rollout in stream:
             totals.add(rollout, reader.read(rollout))

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from memformer.models.recurrence import RecurrentModel, reading
+from memformer.models.recurrence import reading, unwrapped
 from memformer.rollout import Rollout
 
 
-@torch.no_grad()
-def flops_per_token(model: RecurrentModel) -> float:
+def flops_per_token(model: nn.Module) -> float:
     """Return the floating-point operations needed to read and predict one token, without training.
 
     Counted while one full segment is read and the next full segment is predicted. As in `FlopCounterMode`, each
@@ -21,6 +21,7 @@ def flops_per_token(model: RecurrentModel) -> float:
     other operations count as none. The model's mode is left unchanged. For models whose segment is the whole document,
     this is the mean over the document's tokens.
     """
+    model = unwrapped(model)
     length = model.segment_length
     zeros = torch.zeros(1, 1, length, dtype=torch.int64, device=model.device)
     rollout = model.align_inputs(Rollout(inputs=zeros, targets=zeros))

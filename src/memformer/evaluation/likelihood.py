@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
-from memformer.models.recurrence import RecurrentModel, reading
+from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.tables import format_table
 
@@ -137,9 +137,8 @@ class Evaluation(Result):
         }
 
 
-@torch.no_grad()
 def evaluate(
-    model: RecurrentModel,
+    model: nn.Module,
     corpus: Corpus,
     *,
     num_lanes: int = 8,
@@ -161,6 +160,7 @@ def evaluate(
     Raises:
         InputError: The corpus has another vocabulary size, or the model's likelihood is not finite.
     """
+    model = unwrapped(model)
     check_vocabulary(model, corpus)
     stream = LaneStream(
         corpus,
@@ -170,9 +170,9 @@ def evaluate(
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
-    totals = torch.zeros(2, dtype=torch.float64)
     memory: Tensor | None = None
     with reading(model):
+        totals = torch.zeros(2, dtype=torch.float64, device="cpu")
         for cpu_rollout in stream:
             rollout = model.align_inputs(cpu_rollout.to(model.device))
             if memory is None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer.data.recall.config import RecallConfig
 from memformer.data.recall.stream import append_question, check_segment_length, draw_fact_timesteps, insert_facts
 from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
-from memformer.models.recurrence import RecurrentModel, reading
+from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.utils.checks import check_integer
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
@@ -130,9 +130,8 @@ class Recall(Result):
         )
 
 
-@torch.no_grad()
 def measure_recall(
-    model: RecurrentModel,
+    model: nn.Module,
     task: RecallTask,
     config: RecallConfig,
     *,
@@ -166,6 +165,7 @@ def measure_recall(
     Raises:
         InputError: A number is out of range, or the task or a segment cannot hold `num_facts` facts.
     """
+    model = unwrapped(model)
     check_integer("num_episodes", num_episodes, 1)
     check_integer("questions", questions_per_episode, 1)
     if not distances or min(distances) < 1:

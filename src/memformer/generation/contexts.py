@@ -92,6 +92,7 @@ class SegmentContext:
         """Set the tensors to those of a saved session, which must have this context's shapes and dtypes."""
         self.hidden = state["hidden"].to(self.model.device)
         self.hidden_padding = state["hidden_padding"].to(self.model.device)
+        self._decoding = None
 
     def is_possible(self) -> bool:
         """Return whether the tensors, as read from a file, are valid for this model."""

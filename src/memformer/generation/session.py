@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.generation.contexts import make_context
 from memformer.generation.sampling import check_sampling, sample
 from memformer.models import LanguageModel
-from memformer.models.recurrence import reading
+from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import AnyMemory
 from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, user_path, write_tensors
@@ -42,18 +42,18 @@ class Session:
             of rows, and again if the weights have changed when a segment starts. Needs a C++ compiler.
     """
 
-    def __init__(self, model: LanguageModel, *, batch_size: int = 1, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, batch_size: int = 1, compiled: bool = False) -> None:
         check_integer("batch_size", batch_size, 1)
-        self.model = model
+        self.model = model = _language_model(model)
         self.compiled = compiled
         self.batch_size = batch_size
-        # On the CPU, because tokens are accessed one by one.
-        self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
         self._num_pending = [0] * batch_size
         self._num_fed = [0] * batch_size
         with reading(model):
+            # On the CPU, because tokens are accessed one by one.
+            self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
             self._context = make_context(model, batch_size, compiled=compiled)
-        self._memory = self._context.first_memory.clone()
+            self._memory = self._context.first_memory.detach().clone()
 
     @property
     def memory(self) -> AnyMemory:
@@ -172,6 +172,14 @@ class Session:
         # A separate function, so that errors are raised by this call and not at the first token.
         return steps()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Session":
+        """Return a session with the same state, which continues on its own; both use the same model."""
+        session = Session(self.model, batch_size=self.batch_size, compiled=self.compiled)
+        with reading(self.model):
+            session._set_state({name: tensor.clone() for name, tensor in self._state().items()})
+        memo[id(self)] = session
+        return session
+
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the state and a fingerprint of the model's weights as one safetensors file, completely or not at all.
 
@@ -194,7 +202,7 @@ class Session:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: LanguageModel, compiled: bool = False, any_weights: bool = False
+        cls, path: str | Path, *, model: nn.Module, compiled: bool = False, any_weights: bool = False
     ) -> "Session":
         """Return the session saved by `save`.
 
@@ -208,13 +216,14 @@ class Session:
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
         """
-        path = user_path(path)
-        state, metadata = read_tensors_and_metadata(path)
+        path, inner = user_path(path), _language_model(model)
+        with reading(inner):
+            state, metadata = read_tensors_and_metadata(path)
         _check_format(path, metadata)
         batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
         if batch_size < 1:
             raise CheckpointError(f"{path} holds no memory; it is not a session")
-        session = cls(model, batch_size=batch_size, compiled=compiled)
+        session = cls(inner, batch_size=batch_size, compiled=compiled)
         for name, expected in session._state().items():
             found = state.get(name)
             if found is None:
@@ -226,24 +235,29 @@ class Session:
                 )
             if not _is_finite(found):
                 raise CheckpointError(f"{path}: {name} holds values that are not finite")
-        if not any_weights and metadata.get(WEIGHTS) != model.fingerprint():
+        if not any_weights and metadata.get(WEIGHTS) != inner.fingerprint():
             raise CheckpointError(
                 f"{path} was saved with other weights than this model's, so its memory is meaningless to this model"
             )
         pending, fed = state["counts"].unbind()
-        if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
+        if not ((pending >= 0) & (pending < inner.segment_length) & (pending <= fed)).all():
             raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
-        if state["tokens"].min() < 0 or state["tokens"].max() >= model.vocab_size:
-            raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
-        session._memory = state["memory"].to(model.device)
-        session._context.load(state)
+        if state["tokens"].min() < 0 or state["tokens"].max() >= inner.vocab_size:
+            raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {inner.vocab_size}")
+        with reading(inner):
+            session._set_state(state)
         if not session._context.is_possible():
             raise CheckpointError(
-                f"{path}: the token before the pending tokens is outside the vocabulary of {model.vocab_size}"
+                f"{path}: the token before the pending tokens is outside the vocabulary of {inner.vocab_size}"
             )
-        session._tokens = state["tokens"]
-        session._num_pending, session._num_fed = pending.tolist(), fed.tolist()
         return session
+
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        self._memory = state["memory"].to(self.model.device)
+        self._context.load(state)
+        self._tokens = state["tokens"]
+        pending, fed = state["counts"].unbind()
+        self._num_pending, self._num_fed = pending.tolist(), fed.tolist()
 
     def _state(self) -> dict[str, Tensor]:
         return {
@@ -312,6 +326,14 @@ class Session:
         for row in rows:
             self._tokens[row] = 0  # so that the state depends only on the tokens after the last segment
             self._num_pending[row] = 0
+
+
+def _language_model(model: nn.Module) -> LanguageModel:
+    inner = unwrapped(model)
+    if not isinstance(inner, LanguageModel):
+        # A RecurrentModel of the user's own may lack what a session needs.
+        raise InputTypeError(f"model is a {type(inner).__name__}; a session needs a LanguageModel")
+    return inner
 
 
 def _until_stop(ids: list[int], stop_token_ids: Collection[int]) -> list[int]:

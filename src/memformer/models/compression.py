@@ -1,12 +1,12 @@
 """Compression functions of the Compressive Transformer, and their reconstruction loss."""
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from memformer.models.layers import CausalLayer
 from memformer.nn.attention import keep_mask_of, split_heads
-from memformer.nn.linear import Linear, linear
+from memformer.nn.linear import Linear, part_of_output
 from memformer.nn.positions import Frame
 
 Blocks = Float[Tensor, "B blocks rate D"]
@@ -69,13 +69,16 @@ def _read_by_content(
     layer: CausalLayer, x: Float[Tensor, "B S D"], source: Float[Tensor, "B J D"], is_present: Bool[Tensor, "B J"]
 ) -> Float[Tensor, "B H S E"]:
     """Return the attention output of each token over `source`, before the heads are merged."""
-    norm, attention, width = layer.self_attention_norm, layer.self_attention, x.shape[-1]
-    weight = attention.query_key_value.weight.detach()
+    attention, width = layer.self_attention, x.shape[-1]
+    projection = attention.query_key_value
+    norm_parameters = {name: parameter.detach() for name, parameter in layer.self_attention_norm.named_parameters()}
 
     def normalize(states: Tensor) -> Tensor:
-        return F.layer_norm(states, (width,), norm.weight.detach(), norm.bias.detach(), norm.eps)
+        normalized: Tensor = functional_call(layer.self_attention_norm, norm_parameters, (states,))
+        return normalized
 
-    query = linear(normalize(x), weight[:width])
-    key, value = linear(normalize(source), weight[width:]).chunk(2, dim=-1)
+    query = part_of_output(projection, normalize(x), slice(width), detached=True)
+    key_value = part_of_output(projection, normalize(source), slice(width, None), detached=True)
+    key, value = key_value.chunk(2, dim=-1)
     query, key, value = (split_heads(part, attention.num_heads) for part in (query, key, value))
     return Frame().attend(query, key, value, keep_mask=keep_mask_of(~is_present))

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         frame = self.positions(positions, key_positions=positions).prepare(x)
         keep_mask = keep_mask_of(padding_mask)
         # The memory may have a wider dtype than the parameters (float32 with bfloat16); reading does not need it.
-        slots = None if self.memory_norm is None else self.memory_norm(memory.to(self.memory_norm.weight.dtype))
+        slots = None if self.memory_norm is None else self.memory_norm(memory.to(x.dtype))
         for layer in self.layers:
             x = layer(x, slots=slots, frame=frame, keep_mask=keep_mask, record=record)
         return self.norm(x)

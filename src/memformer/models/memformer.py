@@ -272,7 +272,7 @@ class Memformer(LanguageModel):
                 num_heads=self.config.num_heads,
                 length=self.segment_length,
                 head_width=self.config.head_width,
-                like=self.encoder.norm.weight.detach(),
+                like=next(self.parameters()).detach(),
             )
             for _ in range(self.config.num_decoder_layers)
         ]

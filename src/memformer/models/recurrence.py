@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memformer.errors import InputError, InputTypeError
 from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.linear import is_transformed
 from memformer.rollout import Rollout
 from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
 
@@ -186,15 +187,22 @@ class RecurrentModel(nn.Module, ABC):
             raise InputTypeError(f"memory has dtype {memory.dtype}; this model's is {self.memory_dtype}")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile`, `DataParallel` or `DistributedDataParallel`; else the model itself."""
-    while True:
-        inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+def unwrapped(model: nn.Module) -> RecurrentModel:
+    """Return the model inside `torch.compile`, `DataParallel` or `DistributedDataParallel`; else the model itself.
+
+    Raises:
+        InputTypeError: It is not a recurrent model.
+    """
+    inner: object = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, RecurrentModel):
+        is_parallel = isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        inner = inner.module if is_parallel else inner._modules.get("_orig_mod")
+    if not isinstance(inner, RecurrentModel):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}; it must be a memformer model (Memformer, TransformerXL, ...) or one "
+            "wrapped by torch.compile, DataParallel or DistributedDataParallel"
+        )
+    return inner
 
 
 @dataclass
@@ -261,7 +269,8 @@ def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
         raise InputTypeError(f"{name} has dtype {tokens.dtype}; token ids must be torch.int64")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise InputError(f"{name} has shape {tuple(tokens.shape)}; it must be (rows, tokens) with at least one token")
-    if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+    # Values are not checked where tensors stand for something else: while a graph is traced, or under torch.func.
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed() and tokens.numel():
         low, high = (int(value) for value in tokens.aminmax())
         if low < 0 or high > largest:
             hint = (

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memformer.nn.linear import Linear, linear
+from memformer.nn.linear import Linear, part_of_output
 from memformer.nn.positions import Frame
 
 HeadTokens = Float[Tensor, "B H J E"]
@@ -131,9 +131,8 @@ class SelfAttention(nn.Module):
 
     def _project_past(self, past: Float[Tensor, "B P D"]) -> tuple[HeadTokens, HeadTokens]:
         """Return keys and values of past tokens."""
-        width, projection = past.shape[-1], self.query_key_value
-        bias = None if projection.bias is None else projection.bias[width:]
-        key, value = linear(past, projection.weight[width:], bias).chunk(2, dim=-1)
+        width = past.shape[-1]
+        key, value = part_of_output(self.query_key_value, past, slice(width, None)).chunk(2, dim=-1)
         return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 
 # Operator that torch.compile emits for a linear layer on a CPU; PyTorch builds without oneDNN lack it.
 _HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -26,6 +27,42 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached: bool = False) -> Tensor:
+    """Return some of the outputs of a linear layer; only they are computed if the layer is a plain `Linear`.
+
+    Any other module (an adapter around a layer, a layer with hooks, a parametrized or quantized layer) is called.
+
+    Args:
+        projection: The layer.
+        x: Its input.
+        outputs: The outputs to return.
+        detached: Whether the layer's parameters get no gradient.
+    """
+    if type(projection) is not Linear or projection._forward_hooks or projection._forward_pre_hooks:
+        if not detached:
+            result: Tensor = projection(x)[..., outputs]
+            return result
+        parameters = {name: parameter.detach() for name, parameter in projection.named_parameters()}
+        called: Tensor = functional_call(projection, parameters, (x,))[..., outputs]
+        return called
+    weight = projection.weight[outputs]
+    bias = None if projection.bias is None else projection.bias[outputs]
+    if detached:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return linear(x, weight, bias)
+
+
+def called_in_dtype(projection: nn.Module, x: Tensor) -> Tensor:
+    """Return the module's output for x, with its parameters converted to the dtype of x where they have another."""
+    first = next(projection.parameters(), None)
+    if first is None or first.dtype == x.dtype:
+        result: Tensor = projection(x)
+        return result
+    parameters = {name: parameter.to(x.dtype) for name, parameter in projection.named_parameters()}
+    converted: Tensor = functional_call(projection, parameters, (x,))
+    return converted
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b, like `torch.nn.functional.linear`; `torch.backends.mkldnn.enabled = False` disables oneDNN."""
     if not _suits_onednn(x, weight):
@@ -38,19 +75,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
+        x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
-        and x.device.type == "cpu"
+        # torch.compile chooses the library itself, and rejects this operator if weights may change. A compared size
+        # would also become a condition on it.
+        and not torch.compiler.is_compiling()
+        and x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and _HAS_ONEDNN_LINEAR
-        # torch.compile chooses the library itself, and rejects this operator if weights may change.
-        and not torch.compiler.is_compiling()
-        and not _is_transformed()
+        and not is_transformed()
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Return whether torch.func or forward-mode differentiation is active: they support only PyTorch's own operator."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 

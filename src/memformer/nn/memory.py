@@ -11,7 +11,7 @@ from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.entmax import SUPPORT_WIDTH, Normalizer, normalize_scores
-from memformer.nn.linear import Linear, linear
+from memformer.nn.linear import Linear, called_in_dtype
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory
@@ -171,8 +171,8 @@ class MemoryWriter(nn.Module):
                 "a write penalty needs a sparse normalizer (entmax15 or sparsemax)"
             )
 
-    def _project(self, x: Tensor, projection: Linear) -> Tensor:
-        return split_heads(linear(x, projection.weight.to(x.dtype)), self.num_heads)
+    def _project(self, x: Tensor, projection: nn.Module) -> Tensor:
+        return split_heads(called_in_dtype(projection, x), self.num_heads)
 
 
 class MemoryNormalization(nn.Module):

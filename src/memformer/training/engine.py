@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
-from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, prepare
+from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, prepare, trainable
 from memformer.training.recorded_replay import Gradients, RecordedReplay
 from memformer.training.replay import backpropagate
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, Work
@@ -34,12 +33,15 @@ class ReplayEngine:
         model: The model.
         records: Whether to record the pieces as CUDA graphs. None: if the model is on a CUDA device.
         say: Called with a sentence when a piece or a shape is not recorded.
+
+    Raises:
+        InputTypeError: As `backpropagate`.
     """
 
     def __init__(
-        self, model: RecurrentModel, *, records: bool | None = None, say: Callable[[str], object] | None = None
+        self, model: nn.Module, *, records: bool | None = None, say: Callable[[str], object] | None = None
     ) -> None:
-        self.model = model
+        self.model = model = trainable(model)
         self.records = model.device.type == "cuda" if records is None else records
         self._say = say or (lambda sentence: None)
         self._said: set[str] = set()

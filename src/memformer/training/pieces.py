@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memformer.models.recurrence import RecurrentModel
+from memformer.errors import InputTypeError
+from memformer.models.recurrence import RecurrentModel, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
 from memformer.utils.checks import check_integer
@@ -79,6 +80,20 @@ def prepare(
     model.check_memory(memory, batch_size=rollout.batch_size)
     # The only place where the gradient is cut. A clone, because requires_grad must not be set on the caller's tensor.
     return rollout, memory.detach().clone()
+
+
+def trainable(model: nn.Module) -> RecurrentModel:
+    """Return the model inside `torch.compile`; else the model itself.
+
+    Raises:
+        InputTypeError: It is not a recurrent model, or one whose gradients must be summed over processes or devices.
+    """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}, which sums gradients only in its own forward and backward pass; give "
+            "model.module, and sum the gradients of all processes afterwards (docs/distributed.md)"
+        )
+    return unwrapped(model)
 
 
 def current_autocast(device_type: str, *, cache_enabled: bool = True) -> NewAutocast:

@@ -7,6 +7,7 @@ first encoded.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class RecordedReplay:
         # The hidden states of the timestep encoded again, to check that dropout is repeated.
         self.hidden_again: Tensor | None = None
         self.timestep, self.chunk_start = zeros(1), zeros(1)
-        self.total_nll = torch.zeros_like(memory.new_zeros(()))
+        self.total_nll = memory.new_zeros(())
         self.nll_scale, self.auxiliary_scale = memory.new_zeros(()), memory.new_zeros(())
         # A graph must cast the weights itself: a cached cast is of the weights at the time of recording.
         self.autocast: NewAutocast = current_autocast(device.type, cache_enabled=False)
@@ -152,10 +153,10 @@ class RecordedReplay:
         encodings = _encodings(rollout)
         readings = [_reading(rollout, part) for part in parts]
         # All pieces are recorded before the first one runs: recording overwrites the static tensors.
-        forward = [self._piece("encode", encoding, lambda e=encoding: self._encode(e)) for encoding in encodings]
-        read_out = [self._piece("read", reading, lambda r=reading: self._read_out(r)) for reading in readings]
+        forward = [self._piece("encode", encoding, partial(self._encode, encoding)) for encoding in encodings]
+        read_out = [self._piece("read", reading, partial(self._read_out, reading)) for reading in readings]
         again = [
-            self._piece("again", (encoding, with_auxiliary), lambda e=encoding: self._encode_again(e, with_auxiliary))
+            self._piece("again", (encoding, with_auxiliary), partial(self._encode_again, encoding, with_auxiliary))
             for encoding in encodings
         ]
         for encoding, first, second in zip(encodings, forward, again, strict=True):
@@ -353,7 +354,7 @@ class RecordedReplay:
 def _is_same_point(left: Tensor | int, right: Tensor | int) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return torch.equal(left, right)
-    return left == right
+    return bool(left == right)
 
 
 _NAMES = {

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memformer.models.recurrence import RecurrentModel
@@ -41,6 +41,7 @@ from memformer.training.pieces import (
     encode_timestep,
     has_auxiliary_loss,
     prepare,
+    trainable,
 )
 from memformer.training.randomness import capture_randomness, restore_randomness
 from memformer.utils.checks import check_choice
@@ -51,7 +52,7 @@ Method = Literal["replay", "bptt", "checkpoint"]
 
 
 def backpropagate(
-    model: RecurrentModel,
+    model: nn.Module,
     rollout: Rollout,
     *,
     memory: Tensor | None = None,
@@ -83,6 +84,7 @@ def backpropagate(
         InputTypeError: The memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
+    model = trainable(model)
     rollout, memory = prepare(model, rollout, memory, readout_timesteps=readout_timesteps, hooks=hooks)
     num_tokens = rollout.count_target_tokens()
     device_type = rollout.inputs.device.type

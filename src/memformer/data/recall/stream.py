@@ -323,7 +323,7 @@ def with_first_timestep(
     rollout_inputs, input_padding = prepend(_PADDING_TOKEN_ID, inputs), prepend(True, bos)
     rollout_inputs[0, :, 0] = bos_token_id
     input_padding[0, :, 0] = False
-    reset = torch.zeros(rollout_inputs.shape[:2], dtype=torch.bool)
+    reset = torch.zeros(rollout_inputs.shape[:2], dtype=torch.bool, device="cpu")
     reset[0] = True
     return Rollout(
         inputs=rollout_inputs,
