@@ -5,11 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import memformer.nn.linear as module
 from memformer.nn.linear import Linear, linear
+from memformer.utils import machine
 
 onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"
 )
+
+
+@pytest.fixture(autouse=True)
+def _as_if_not_made_by_intel(monkeypatch):
+    monkeypatch.setattr(module, "_USES_ONEDNN", True)
 
 
 class Operators(TorchDispatchMode):
@@ -136,3 +143,17 @@ def test_torch_func_transformations_and_forward_mode_differentiation():
         tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, weight, bias)).tangent
         torch.testing.assert_close(tangent, F.linear(tangents[0], weight))
     assert uses_onednn(lambda: linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("vendor", "is_intel"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_the_library_is_chosen_by_the_processor_not_by_habit(vendor, is_intel, monkeypatch):
+    """On Intel's processors MKL is faster than oneDNN, on others it is the other way round."""
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.Path, "read_text", lambda *_, **__: f"processor : 0\nvendor_id : {vendor}\n")
+    assert machine.has_intel_processor.__wrapped__() is is_intel
+
+
+def test_without_onednn_torchs_own_operator_is_used(monkeypatch):
+    monkeypatch.setattr(module, "_USES_ONEDNN", False)
+    x, weight, bias = data(512)
+    assert not uses_onednn(lambda: linear(x, weight, bias))

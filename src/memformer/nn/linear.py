@@ -2,7 +2,9 @@
 
 PyTorch computes float32 matrix products on x86 with MKL, which uses older instructions on processors not made by Intel.
 There oneDNN, which is also part of PyTorch and is used by `torch.compile`, is up to twice as fast for products of about
-a million multiplications or more (benchmarks/linear.py). Results agree up to rounding.
+a million multiplications or more; on Intel's processors MKL is faster (benchmarks/linear.py). The choice is by vendor,
+not by a measurement at run time, so that the same run on the same machine gives the same bits. Results agree up to
+rounding.
 """
 
 from typing import Any
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from memformer.utils.machine import has_intel_processor
+
 # Operator that torch.compile emits for a linear layer on a CPU; PyTorch builds without oneDNN lack it.
 _HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_USES_ONEDNN = _HAS_ONEDNN_LINEAR and not has_intel_processor()
 # Smallest number of multiplications for which oneDNN is faster: each call has an overhead of 10 microseconds.
 _LEAST_PRODUCTS = 1 << 20
 
@@ -75,7 +80,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        _USES_ONEDNN
+        and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
         # torch.compile chooses the library itself, and rejects this operator if weights may change. A compared size
         # would also become a condition on it.
@@ -83,7 +89,6 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= _LEAST_PRODUCTS
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
-        and _HAS_ONEDNN_LINEAR
         and not is_transformed()
     )
 

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import sys
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -48,6 +50,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@lru_cache(maxsize=1)
+def has_intel_processor() -> bool:
+    """Return whether this machine's processor is made by Intel."""
+    if sys.platform == "darwin":
+        return platform.machine() == "x86_64"
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = platform.processor()  # names the vendor on Windows
+    return "GenuineIntel" in text
 
 
 def versions() -> dict[str, str]:
