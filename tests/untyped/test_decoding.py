@@ -66,6 +66,19 @@ def decoded_by(model, rows, num_tokens):
 
 
 @needs_compiler
+@pytest.mark.parametrize("changes", [{}, {"write_competition": True}])
+def test_compiled_reading_gives_the_same_state_in_any_split(changes):
+    eager, compiled = make_pair(batch_size=2, **changes)
+    rows = random_rows(9 * SEGMENT_LENGTH + 1, 4 * SEGMENT_LENGTH)
+    eager.feed(rows)
+    for start in range(0, len(rows[0]), 8):
+        compiled.feed([row[start : start + 8] for row in rows])
+    assert compiled.num_tokens == eager.num_tokens
+    assert_close(compiled.memory, eager.memory, relative=1e-5)
+    assert_close(compiled.next_token_logits(), eager.next_token_logits(), relative=1e-5)
+
+
+@needs_compiler
 def test_a_deleted_model_leaves_no_compiled_step():
     eager, compiled = make_pair()
     compiled.feed(random_rows(SEGMENT_LENGTH)[0])

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
-from memformer.generation.compiling import compiled_function
+from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
@@ -34,7 +34,12 @@ class Reader:
         self.batch_size = batch_size
         self.compiled = compiled
         self._num_read = 0
+        self._compiled: CompiledFunction | None = None
         self._recorded: RecordedReading | None = None
+
+    def begin(self) -> None:
+        """Prepare for the segments of one call of `Session.feed`, during which the weights do not change."""
+        self._compiled = None
 
     def read(self, segment: Int64[Tensor, "R S"], memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
         """Return the hidden states and the next memory, valid until the next call."""
@@ -42,8 +47,9 @@ class Reader:
         if segment.shape[0] != self.batch_size:
             return model.encode(segment, memory=memory)
         if self.compiled:
-            read = compiled_function(encode, model, (segment, memory), key=("encode", self.batch_size))
-            hidden, next_memory = read(model, segment, memory)
+            if self._compiled is None:
+                self._compiled = compiled_function(encode, model, (segment, memory), key=("encode", self.batch_size))
+            hidden, next_memory = self._compiled(model, segment, memory)
             return hidden, next_memory
         self._num_read += 1
         if model.device.type != "cuda" or self._num_read <= self._READ_BEFORE_RECORDING:
@@ -81,7 +87,7 @@ class SegmentContext:
         self.hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=model.device)
         self.hidden_padding[:, 0] = False
         self._decoding: Decoding | None = None
-        self._reader = Reader(model, batch_size, compiled=compiled)
+        self.reader = Reader(model, batch_size, compiled=compiled)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -100,7 +106,7 @@ class SegmentContext:
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
         """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
-        hidden, memory = self._reader.read(segment, memory)
+        hidden, memory = self.reader.read(segment, memory)
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
         if self._decoding is not None:
@@ -129,7 +135,7 @@ class TokenContext:
 
     def __init__(self, model: NextTokenModel, batch_size: int) -> None:
         self.model = model
-        self._reader = Reader(model, batch_size, compiled=False)
+        self.reader = Reader(model, batch_size, compiled=False)
         self.first_memory = model.initial_memory(batch_size)
         self.previous = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
 
@@ -148,7 +154,7 @@ class TokenContext:
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
         """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
-        _, memory = self._reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
+        _, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
         self.previous[rows] = segment[:, -1:]
         return memory
 

@@ -298,31 +298,41 @@ class Session:
         return ids
 
     def _feed(self, rows: list[Tensor]) -> None:
-        length = self.model.segment_length
-        taken = [0] * self.batch_size
-        while True:
-            for row, ids in enumerate(rows):
-                start = self._num_pending[row]
-                count = min(length - start, len(ids) - taken[row])
-                self._tokens[row, start : start + count] = ids[taken[row] : taken[row] + count]
-                self._num_pending[row] += count
-                self._num_fed[row] += count
-                taken[row] += count
-            full = [row for row, pending in enumerate(self._num_pending) if pending == length]
-            if not full:
-                return
-            self._read_segment(full)
+        rest = self._take(rows)
+        full = self._full_rows()
+        if not full:
+            return
+        self._context.reader.begin()
+        with reading(self.model):
+            while full:
+                self._read_segment(full)
+                rest = self._take(rest)
+                full = self._full_rows()
+
+    def _take(self, rows: list[Tensor]) -> list[Tensor]:
+        """Take tokens up to the end of each row's current segment; return the tokens after it."""
+        length, rest = self.model.segment_length, []
+        for row, ids in enumerate(rows):
+            start = self._num_pending[row]
+            count = min(length - start, len(ids))
+            self._tokens[row, start : start + count] = ids[:count]
+            self._num_pending[row] += count
+            self._num_fed[row] += count
+            rest.append(ids[count:])
+        return rest
+
+    def _full_rows(self) -> list[int]:
+        return [row for row, pending in enumerate(self._num_pending) if pending == self.model.segment_length]
 
     def _read_segment(self, rows: list[int]) -> None:
         """Read the full segments of these rows into their memory."""
-        with reading(self.model):
-            if len(rows) == self.batch_size:
-                chosen: slice | Tensor = slice(None)
-                segment = self._tokens.to(self.model.device, copy=True)
-            else:
-                chosen = torch.tensor(rows, device=self.model.device)
-                segment = self._tokens[rows].to(self.model.device)
-            self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
+        if len(rows) == self.batch_size:
+            chosen: slice | Tensor = slice(None)
+            segment = self._tokens.to(self.model.device, copy=True)
+        else:
+            chosen = torch.tensor(rows, device=self.model.device)
+            segment = self._tokens[rows].to(self.model.device)
+        self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
         for row in rows:
             self._tokens[row] = 0  # so that the state depends only on the tokens after the last segment
             self._num_pending[row] = 0
