@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/fact
 TEXT_DEMO := runs/demo
 
-.PHONY: setup demo demo-text test soak check packages format clean
+.PHONY: setup demo demo-text test test-oldest cuda soak check packages format clean
 
 setup: .venv/.complete
 
@@ -36,6 +36,22 @@ test: setup
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/untyped
 
+# The same tests with the oldest torch that is supported.
+test-oldest: .venv-oldest/.complete
+	.venv-oldest/bin/python -m pytest -n 2
+	.venv-oldest/bin/python -m pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/untyped
+
+.venv-oldest/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==2.11.0/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[dev]'
+	touch $@
+
+# Laws and measurements on a machine with one GPU, without a network: torch and the few packages that the library
+# imports must be there. Ends after nine minutes; run again, it goes on where it ended.
+cuda:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --minutes 9
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,4 +75,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-oldest dist build

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,8 @@ def decoding(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], di
     for batch_size in (1, 32):
         for length in lengths:
             if length * batch_size <= max(lengths):
-                yield (
-                    f"memformer, {batch_size} rows after {length:,} tokens",
-                    lambda batch_size=batch_size, length=length: measure(config, batch_size, length),
-                )
+                name = f"memformer, {batch_size} rows after {length:,} tokens"
+                yield name, partial(measure, config, batch_size, length, num_tokens=8 if options.smoke else 256)
     if DEVICE.type == "cuda":
         yield (
             f"memformer compiled, 1 rows after {lengths[0]:,} tokens",

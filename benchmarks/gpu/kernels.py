@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,10 @@ KINDS = {
 
 def kernels(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield each measurement's name and function."""
-    for name, size in sizes(smoke=options.smoke).items():
+    for name, size in sizes(smoke=options.smoke).items() if DEVICE.type == "cuda" else ():
         for compiled in (False, True):
-            if DEVICE.type == "cpu" and compiled:
-                continue
             label = f"{name}, compiled" if compiled else name
-            yield label, lambda size=size, compiled=compiled: measure(size, compiled=compiled)
+            yield label, partial(measure, size, compiled=compiled)
 
 
 def measure(size: Size, *, compiled: bool) -> dict[str, Any]:
@@ -53,8 +52,7 @@ def measure(size: Size, *, compiled: bool) -> dict[str, Any]:
 
     update()
     update()
-    activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as recorded:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
         update()
     kinds: Counter[str] = Counter()
     kernels: Counter[str] = Counter()

@@ -107,5 +107,5 @@ def sizes(*, smoke: bool) -> dict[str, Size]:
     tiny |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
     return {
         name: replace(size, model={**size.model, **tiny}, batch_size=2, num_timesteps=3, readout_timesteps=2)
-        for name, size in list(SIZES.items())[:2]
+        for name, size in list(SIZES.items())[:1]
     }

@@ -1,4 +1,4 @@
-"""The digit model shipped with the experiments: it loads, samples, and has the documented bits per byte."""
+"""The digit models shipped with the experiments: they load, sample, and have the documented bits per byte."""
 
 from pathlib import Path
 
@@ -7,20 +7,27 @@ import pytest
 from tests.cli.calls import call, call_json
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "experiments" / "models" / "digits-14x14"
+MODELS = ROOT / "experiments" / "models"
 
 
-def test_it_samples_digits(tmp_path):
-    status, _, error = call("generate", MODEL, "--output", tmp_path / "digits.png", "--num_images", "2", "--seed", "0")
+@pytest.mark.parametrize("name", ["digits-14x14", "digits-28x28"])
+def test_it_samples_digits(name, tmp_path):
+    output = tmp_path / "digits.png"
+    status, _, error = call("generate", MODELS / name, "--output", output, "--num_images", "2", "--seed", "0")
     assert status == 0, error
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert output.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.data
-def test_it_predicts_digits():
+@pytest.mark.parametrize(
+    ("name", "scale", "num_images", "bits"),
+    [("digits-14x14", {"levels": "8", "downsample": "2"}, 50, 0.62), ("digits-28x28", {}, 12, 0.66)],
+)
+def test_it_predicts_digits(name, scale, num_images, bits):
     images = ROOT.parent / "shared" / "data" / "mnist" / "t10k-images-idx3-ubyte.gz"
     if not images.exists():
         pytest.skip("MNIST is not beside the checkout")
-    source = {"kind": "idx", "path": images, "levels": "8", "downsample": "2", "documents": ":50"}
-    options = [part for name, value in source.items() for part in (f"--data.{name}", value)]
-    assert call_json("evaluate", MODEL, *options)["with_memory"]["bits_per_byte"] == pytest.approx(0.62, abs=0.05)
+    source = {"kind": "idx", "path": images, "documents": f":{num_images}", **scale}
+    options = [part for key, value in source.items() for part in (f"--data.{key}", value)]
+    found = call_json("evaluate", MODELS / name, *options)["with_memory"]["bits_per_byte"]
+    assert found == pytest.approx(bits, abs=0.05)

@@ -21,12 +21,15 @@ from memformer.utils.progress import print_warning
 def load_run_of(options: Any) -> LoadedRun:
     """Load the run in `options.run` onto `options.device`.
 
-    Without --threads, the number of CPU threads of the training run is used.
+    Without --threads, the number of CPU threads of the training run is used. Weights saved in half precision are used
+    in float32 on a CPU, which computes in half precision many times as slowly.
     """
     device = prepare_torch(options.device, options.threads)
     run = load_run(
         options.run, which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
     )
+    if device.type == "cpu" and run.model.memory_dtype != next(run.model.parameters()).dtype:
+        run.model.float()
     trained_with = None if run.run_config is None else run_config_of(run).threads
     if options.threads is None and trained_with is not None:
         torch.set_num_threads(trained_with)

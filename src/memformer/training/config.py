@@ -101,8 +101,9 @@ class TrainingConfig:
             optimizer_state: weights and optimizer state are sharded between updates; an update gathers all weights
             once and holds whole gradients. weights: weights are gathered one layer at a time and freed after use.
             Needs method "replay" and no `compiled`; has no effect with one process.
-        compiled: Compile encoder and decoder with torch.compile, which takes up to one minute per new input shape. On a
-            CPU, compiled training is slower (benchmarks/README.md); on CUDA it has not been measured.
+        compiled: Compile layers, writer and loss with torch.compile, which takes up to a minute and a half. On CUDA,
+            inside the engine's graphs, training is then 1.4 to 1.6 times as fast; on a CPU it is slower
+            (benchmarks/README.md).
         log_every: Updates between two entries in the log.
         evaluate_every: Updates between two evaluations on the held-out data. The run always ends with one.
         evaluation_tokens: Held-out tokens used in a periodic evaluation: the first whole documents that reach this
