@@ -44,6 +44,8 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
             tokens: Tensor = getattr(self, name)
+            if not isinstance(tokens, Tensor):
+                raise InputTypeError(f"rollout {name} are a {type(tokens).__name__}; they must be a tensor")
             if tokens.dtype != torch.int64:
                 raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
             if tokens.ndim != 3 or 0 in tokens.shape:

@@ -113,8 +113,8 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
         ("recall", ["--delays", "1"], "--delays does not apply to a run on a recall task"),
         ("recall", ["--max_tokens", "1"], "--max_tokens does not apply to a run on a recall task"),
         ("recall", ["--num_lanes", "1"], "--num_lanes does not apply to a run on a recall task"),
-        ("recall", ["--distances", "0", "3"], "distances (0, 3) must be at least 1 segment each"),
-        ("recall", ["--distances", "-2"], "distances (-2) must be at least 1 segment each"),
+        ("recall", ["--distances", "0", "3"], "distances (0) must be at least 1"),
+        ("recall", ["--distances", "-2"], "distances (-2) must be at least 1"),
         ("recall", ["--num_facts", "6"], "num_facts (6) does not fit the task"),
         (
             "recall",

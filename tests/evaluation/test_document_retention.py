@@ -165,7 +165,7 @@ def test_documents_that_cannot_be_measured_are_refused():
     model = tiny_model()
     corpus = corpus_from_arrays(documents([4 * SEGMENT_LENGTH, 5]), VOCAB_SIZE)
     for delays, message in (
-        ([1, -1], r"delays \(1, -1\) must be at least 0"),
+        ([1, -1], r"delays \(-1\) must be at least 0"),
         (
             [4],
             r"the longest delay \(4 segments of 6 tokens\) must be less than the length of the longest document "

@@ -245,11 +245,11 @@ def test_measuring_recall_leaves_mode_and_randomness_alone():
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("fact", {"distances": [0, 4]}, r"distances \(0, 4\) must be at least 1 segment each"),
-        ("fact", {"distances": []}, r"distances \(\) must be"),
+        ("fact", {"distances": [0, 4]}, r"distances \(0\) must be at least 1"),
+        ("fact", {"distances": []}, r"distances are empty"),
         ("fact", {"num_episodes": 0}, r"num_episodes \(0\) must be at least 1"),
         ("fact", {"questions_per_episode": 0}, r"questions \(0\) must be at least 1"),
-        ("fact", {"num_facts": 0}, r"num_facts \(0\) does not fit the task: "),
+        ("fact", {"num_facts": 0}, r"num_facts \(0\) must be at least 1"),
         ("fact", {"num_facts": 2}, r"num_facts \(2\) does not fit the task: "),
         (
             "associative",

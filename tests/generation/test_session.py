@@ -293,5 +293,5 @@ def test_a_stopped_row_keeps_its_state_while_other_rows_continue():
         alone = fed([[*prompt, *row]])
         assert_close(together.memory[number], alone.memory[0])
         assert_close(together.next_token_logits()[number], alone.next_token_logits()[0])
-    with pytest.raises(InputError, match=f"stop token id {VOCAB_SIZE} is outside the vocabulary"):
+    with pytest.raises(InputError, match=rf"stop token id \({VOCAB_SIZE}\) must be from 0 to {VOCAB_SIZE - 1}"):
         together.stream(1, stop_token_ids=[VOCAB_SIZE])

@@ -3,14 +3,17 @@
 import dataclasses
 import difflib
 import importlib.metadata
+import json
+import re
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
+from memformer.utils.fields import convert_text, is_text
 
 _DERIVED_OPTIONS = ("--model.vocab_size", "--model.num_special_tokens")
 
@@ -39,9 +42,58 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         InputError: An argument is unknown (the nearest valid one is named) or has the wrong type.
     """
     try:
-        return parser.instantiate(parser.parse_args(list(argv)))
+        return parser.instantiate(parser.parse_args(_convert_options(parser, argv)))
+    except InputError:
+        raise
     except (ArgumentError, ValueError) as error:
         raise InputError(_explain(error, parser, argv)) from error
+
+
+def _convert_options(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Return the options with all numbers and truth values as the parser reads them ("1e3" becomes "1000").
+
+    Raises:
+        InputError: A value has the wrong type. The parser's own message would describe Python's types.
+    """
+    converted: list[str] = []
+    hint: Any = None
+    takes_several = False
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            hint, takes_several = _type_of(parser, name)
+            converted.append(f"{name}={_convert_word(name, value, hint)}" if equals else word)
+            hint = None if equals else hint
+        else:
+            converted.append(_convert_word(name, word, hint))
+            hint = hint if takes_several else None
+    return converted
+
+
+def _convert_word(option: str, word: str, hint: Any) -> str:
+    """Return the value of an option, checked if its type is not a text; None as the type: unchanged."""
+    is_choice = get_origin(hint) is Literal
+    if hint is None or (is_text(hint) and not is_choice):
+        return word
+    value = convert_text(option.removeprefix("--"), word, hint)
+    return word if is_choice else json.dumps(value)
+
+
+def _type_of(parser: ArgumentParser, option: str) -> tuple[Any, bool]:
+    """Return the type of an option (None: it is not known here) and whether it takes several values."""
+    actions = {name: action for action in parser._actions for name in action.option_strings}
+    action, keys = actions.get(option), list[str]()
+    while action is None and "." in option:
+        # The fields of an optional section (data.validation) have no actions of their own.
+        option, _, key = option.rpartition(".")
+        action, keys = actions.get(option), [key, *keys]
+    hint = getattr(action, "_typehint", None)
+    for key in keys:
+        sections = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        hint = next((field.type for kind in sections for field in dataclasses.fields(kind) if field.name == key), None)
+    has_section = any(dataclasses.is_dataclass(kind) for kind in (hint, *get_args(hint)))
+    return (None if has_section else hint), action is not None and action.nargs == "+"
 
 
 def _explain(error: Exception, parser: ArgumentParser, argv: Sequence[str]) -> str:
@@ -58,7 +110,11 @@ def _explain(error: Exception, parser: ArgumentParser, argv: Sequence[str]) -> s
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__ or cause.__context__
-    return " ".join(str(cause or error).split())
+    message = " ".join(str(cause or error).split())
+    if cause is None and (section := re.match(r'Parser key "([^"]+)": ', message)):
+        # A whole section as one value, for example --model "{num_slots: many}".
+        return f"{section[1]} must be a mapping of its keys to valid values; --{section[1]}.KEY sets a single key"
+    return message
 
 
 def _options(action: Action) -> list[str]:

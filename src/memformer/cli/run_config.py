@@ -20,6 +20,7 @@ from memformer.training.run_folder import (
     read_run_config,
 )
 from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
 from memformer.utils.renames import old_names_sentence, update_options, update_run_config
@@ -187,7 +188,21 @@ def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: 
     return str(model_type)
 
 
-def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapping[str, type] | None = None) -> None:
+def _check_keys(
+    given: dict[str, Any], kind: type, *, owner: str, kinds: Mapping[str, type] | None = None, prefix: str = ""
+) -> None:
+    """Check the keys and types of a section of a config, and convert its values in place ("1e-3" becomes 0.001).
+
+    Args:
+        given: The section as plain values.
+        kind: The dataclass of the section.
+        owner: Name of the section in messages.
+        kinds: Dataclasses of subsections, if the annotations name only their base class.
+        prefix: Prefix of the keys' full names, for example "training.".
+
+    Raises:
+        InputError: A key is unknown, or a value has the wrong type or is not valid.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     refuse_unknown_keys(given, valid=fields, owner=owner)
     for name, value in given.items():
@@ -199,6 +214,8 @@ def _check_keys(given: Mapping[str, Any], kind: type, *, owner: str, kinds: Mapp
             if not isinstance(value, dict):
                 raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)
-            _check_keys(value, nested[0], owner=f"{owner}, {name}")
+            _check_keys(value, nested[0], owner=f"{owner}, {name}", prefix=f"{prefix}{name}.")
         elif value is None:  # the parser accepts null for any type
             raise InputError(f"{name} (null) in {owner} must have a value; leave it out for the default")
+        else:
+            given[name] = convert_text(f"{prefix}{name}", value, fields[name].type)

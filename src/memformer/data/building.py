@@ -32,7 +32,7 @@ from memformer.data.sources import (
 )
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import Integer, check_integer
 from memformer.utils.files import saving, sync_folder, sync_handle, temporary_sibling, user_path, write_bytes
 
 
@@ -41,7 +41,7 @@ def build_corpus(
     tokenizer: Tokenizer,
     *,
     cache: str | Path,
-    max_document_tokens: int | None = None,
+    max_document_tokens: Integer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
     """Return the corpus of a source's documents, built on the first call and read from `cache` afterwards.
@@ -67,7 +67,7 @@ def build_corpus(
         SaveError: The corpus could not be written.
     """
     if max_document_tokens is not None:
-        check_integer("max_document_tokens", max_document_tokens, 1)
+        max_document_tokens = check_integer("max_document_tokens", max_document_tokens, 1)
     source = pin_revision(source)
     cache = user_path(cache)
     folder = cache / _key(source, tokenizer, max_document_tokens)

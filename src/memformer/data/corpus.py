@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
-from memformer.utils.checks import check_number, check_seed
+from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_number, check_seed
 from memformer.utils.files import user_path
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
@@ -85,25 +85,29 @@ class Corpus:
         """Total size in bytes of all documents' original content."""
         return int(self.document_bytes.sum())
 
-    def document(self, index: int) -> NDArray[Any]:
+    def document(self, index: Integer) -> NDArray[Any]:
         """Return a document's token ids as a view, which must not be modified.
 
         Raises:
             InputError: `index` is out of range.
         """
-        if not 0 <= index < self.num_documents:
-            raise InputError(f"document index ({index}) must be from 0 to {self.num_documents - 1} in {self.name}")
+        index = check_integer("document index", index, 0, self.num_documents - 1)
         return self._tokens[self._starts[index] : self._ends[index]]
 
-    def subset(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> "Corpus":
+    def subset(self, indices: Integers) -> "Corpus":
         """Return a corpus of the chosen documents in the given order; it shares this corpus's token array.
 
         Raises:
             InputError: `indices` is empty or contains an index out of range.
+            InputTypeError: An index is not an integer.
         """
-        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if not isinstance(indices, np.ndarray):
+            indices = np.array(check_integers("document index", indices, 0, self.num_documents - 1), dtype=np.int64)
+        chosen = indices.reshape(-1)
         if not chosen.size:
             raise InputError(f"a subset of {self.name} needs at least one document")
+        if chosen.dtype.kind not in "iu":
+            raise InputTypeError(f"document indices have dtype {chosen.dtype}; they must be integers")
         if chosen.min() < 0 or chosen.max() >= self.num_documents:
             wrong = chosen[(chosen < 0) | (chosen >= self.num_documents)][0]
             raise InputError(f"document index ({wrong}) must be from 0 to {self.num_documents - 1} in {self.name}")
@@ -117,7 +121,7 @@ class Corpus:
             tokens_crc32=self._tokens_crc32,
         )
 
-    def split(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
+    def split(self, fraction: Number, seed: Integer) -> tuple["Corpus", "Corpus"]:
         """Return the training documents and the held-out documents, each in this corpus's order.
 
         Pieces cut by `max_document_tokens` count as documents, so adjacent pieces may end up on different sides.
@@ -130,8 +134,8 @@ class Corpus:
         Raises:
             InputError: There are fewer than 2 documents, or an argument is out of range.
         """
-        check_number("held-out fraction", fraction, above=0, below=1)
-        check_seed("held-out seed", seed)
+        fraction = check_number("held-out fraction", fraction, above=0, below=1)
+        seed = check_seed("held-out seed", seed)
         if self.num_documents < 2:
             raise InputError(
                 f"{self.name} has {self.num_documents} document; holding some out needs at least 2 "
@@ -174,12 +178,12 @@ class Corpus:
 
 
 def corpus_from_arrays(
-    arrays: Sequence[NDArray[Any]], vocab_size: int, document_bytes: Sequence[int] | None = None
+    arrays: Iterable[Sequence[int] | NDArray[Any]], vocab_size: Integer, document_bytes: Integers | None = None
 ) -> Corpus:
     """Return an in-memory corpus of the given documents.
 
     Args:
-        arrays: Token ids of each document, 1-D integers.
+        arrays: Token ids of each document: lists or 1-D arrays of integers.
         vocab_size: Number of different token ids.
         document_bytes: Size in bytes of each document's original content. None: one byte per token.
 
@@ -188,27 +192,28 @@ def corpus_from_arrays(
             does not hold one positive count for each document.
         InputTypeError: An array does not hold integers.
     """
+    vocab_size = check_integer("vocab_size", vocab_size, 1)
     dtype = smallest_dtype(vocab_size)
-    if not arrays:
+    documents = [np.asarray(array) for array in arrays]
+    if not documents:
         raise InputError("a corpus needs at least one document")
-    for index, array in enumerate(arrays):
+    for index, array in enumerate(documents):
         if array.ndim != 1 or not array.size:
             raise InputError(f"document {index} has shape {array.shape}; it must be 1-D with at least one token")
         check_ids(array, vocab_size=vocab_size, name=str(index))
-    if document_bytes is not None and (len(document_bytes) != len(arrays) or min(document_bytes) < 1):
-        raise InputError(
-            f"document_bytes ({len(document_bytes)} counts) must hold one count of at least 1 for each of the "
-            f"{len(arrays)} documents"
-        )
-    ends = np.cumsum([array.size for array in arrays], dtype=np.int64)
+    sizes = None if document_bytes is None else check_integers("document_bytes", document_bytes, 1)
+    count = len(documents)
+    if sizes is not None and len(sizes) != count:
+        raise InputError(f"document_bytes ({len(sizes)} counts) must hold one for each of the {count} documents")
+    ends = np.cumsum([array.size for array in documents], dtype=np.int64)
     lengths = np.diff(ends, prepend=0)
-    tokens = np.concatenate([array.astype(dtype) for array in arrays])
+    tokens = np.concatenate([array.astype(dtype) for array in documents])
     return Corpus(
         name="corpus in memory",
         tokens=tokens,
         starts=ends - lengths,
         ends=ends,
-        document_bytes=lengths if document_bytes is None else np.asarray(document_bytes, dtype=np.int64),
+        document_bytes=lengths if sizes is None else np.asarray(sizes, dtype=np.int64),
         vocab_size=vocab_size,
         tokens_crc32=zlib.crc32(tokens.tobytes()),
     )

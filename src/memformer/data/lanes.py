@@ -15,7 +15,7 @@ from memformer.data.corpus import Corpus
 from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
-from memformer.utils.checks import check_integer, check_seed
+from memformer.utils.checks import Integer, check_integer, check_seed
 
 PADDING_TOKEN_ID = 0
 
@@ -64,21 +64,19 @@ class LaneStream(RolloutStream):
         self,
         corpus: Corpus,
         *,
-        num_lanes: int,
-        segment_length: int,
-        rollout_length: int,
-        bos_token_id: int,
-        seed: int | None = None,
-        num_epochs: int | None = None,
+        num_lanes: Integer,
+        segment_length: Integer,
+        rollout_length: Integer,
+        bos_token_id: Integer,
+        seed: Integer | None = None,
+        num_epochs: Integer | None = None,
     ) -> None:
-        positive = {"num_lanes": num_lanes, "segment_length": segment_length, "rollout_length": rollout_length}
-        if num_epochs is not None:
-            positive["num_epochs"] = num_epochs
-        for name, value in positive.items():
-            check_integer(name, value, 1)
-        check_integer("bos_token_id", bos_token_id, 0)
-        if seed is not None:
-            check_seed("seed", seed)
+        num_lanes = check_integer("num_lanes", num_lanes, 1)
+        segment_length = check_integer("segment_length", segment_length, 1)
+        rollout_length = check_integer("rollout_length", rollout_length, 1)
+        num_epochs = None if num_epochs is None else check_integer("num_epochs", num_epochs, 1)
+        bos_token_id = check_integer("bos_token_id", bos_token_id, 0)
+        seed = None if seed is None else check_seed("seed", seed)
         if num_epochs is None and corpus.num_tokens < segment_length:
             raise InputError(
                 f"{corpus.name} holds {corpus.num_tokens} tokens; at least one segment of {segment_length} is needed"

@@ -16,6 +16,7 @@ from memformer.data.corpus import Corpus
 from memformer.data.lanes import LaneStream, RolloutBuffer
 from memformer.errors import InputError
 from memformer.utils.checks import check_number
+from memformer.utils.fields import convert_fields
 
 # Offsets of the task tokens from [BOS]; the model must have these ids (`MemformerConfig.num_special_tokens`).
 MASK, INFILLING, RECALL = 1, 2, 3
@@ -47,6 +48,7 @@ class MultitaskConfig:
     mean_span: float = 3.5
 
     def __post_init__(self) -> None:
+        convert_fields(self, prefix="data.multitask.")
         probabilities = self.probabilities
         if not all(probability >= 0 for probability in probabilities) or abs(sum(probabilities) - 1) > 1e-6:
             raise InputError(

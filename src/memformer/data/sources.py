@@ -17,7 +17,8 @@ from memformer.data.text import (
     read_text_files,
 )
 from memformer.errors import InputError
-from memformer.utils.checks import check_choice, check_integer
+from memformer.utils.checks import check_integer
+from memformer.utils.fields import convert_fields
 
 _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "text": frozenset({"path", "document_start"}),
@@ -79,7 +80,7 @@ class SourceConfig:
     downsample: int = 1
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, _FIELDS_OF_KIND)
+        convert_fields(self)
         for required in _REQUIRED_OF_KIND.get(self.kind, ()):
             if not getattr(self, required):
                 raise InputError(f"{required} ({getattr(self, required)!r}) must be given for kind {self.kind!r}")

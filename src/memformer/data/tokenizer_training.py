@@ -22,6 +22,7 @@ from memformer.data.tokenizers import (
     fingerprint_of_text,
 )
 from memformer.errors import CheckpointError, InputError
+from memformer.utils.fields import convert_fields
 from memformer.utils.files import user_path, write_bytes
 
 _FORMAT_VERSION = 1
@@ -48,6 +49,7 @@ class TokenizerConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         match self.kind:
             case "bytes":
                 if self.vocab_size not in {None, 256}:
@@ -61,8 +63,6 @@ class TokenizerConfig:
                         f"vocab_size ({self.vocab_size}) must be at least 3 for kind 'word': "
                         f"{UNKNOWN_WORD}, {END_OF_LINE} and a word"
                     )
-            case _:
-                raise InputError(f"kind ({self.kind!r}) must be one of bytes, bpe, word")
 
 
 def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, text: str = "") -> Tokenizer:

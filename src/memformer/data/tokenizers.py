@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from memformer.data.tokenizer_pipelines import END_OF_LINE, check_pipeline
 from memformer.errors import InputError
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import Integer, check_integer
 
 # One thread encodes a block of text, and one call encodes a batch of blocks: enough to keep the threads busy, and few
 # enough that the package's bookkeeping (hundreds of bytes per token) stays small for documents of any length.
@@ -123,13 +123,10 @@ class PixelTokenizer:
     # From dark to light on a dark terminal.
     _SHADES = " .:-=+*#%@"
 
-    def __init__(self, levels: int, height: int, width: int) -> None:
-        check_integer("levels", levels, 2, 256)
-        check_integer("image height", height, 1)
-        check_integer("image width", width, 1)
-        self.levels = self.vocab_size = levels
-        self.height = height
-        self.width = width
+    def __init__(self, levels: Integer, height: Integer, width: Integer) -> None:
+        self.levels = self.vocab_size = check_integer("levels", levels, 2, 256)
+        self.height = check_integer("image height", height, 1)
+        self.width = check_integer("image width", width, 1)
 
     @property
     def fingerprint(self) -> str:

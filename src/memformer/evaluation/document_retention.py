@@ -15,6 +15,7 @@ from memformer.errors import InputError
 from memformer.evaluation.likelihood import check_vocabulary
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
+from memformer.utils.checks import Integer, Integers, check_integer, check_integers
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
 
@@ -188,8 +189,8 @@ def measure_documents(
     model: nn.Module,
     corpus: Corpus,
     *,
-    delays: Sequence[int] | None = None,
-    num_lanes: int = 8,
+    delays: Integers | None = None,
+    num_lanes: Integer = 8,
     progress: Callable[[int], None] | None = None,
 ) -> DocumentRetention:
     """Return the memory gain by position and by the age of the memory, from one pass over the documents.
@@ -217,15 +218,13 @@ def measure_documents(
     longest_document = int(num_segments.max())
     if delays is None:
         delays = [delay for delay in DEFAULT_DELAYS if delay < longest_document]
-    if any(delay < 0 for delay in delays):
-        raise InputError(f"delays ({', '.join(map(str, delays))}) must be at least 0 segments each")
-    delays = sorted({0, *delays})
+    delays = sorted({0, *check_integers("delays", delays, 0)})
     if delays[-1] >= longest_document:
         raise InputError(
             f"the longest delay ({delays[-1]} segments of {model.segment_length} tokens) must be less than the length "
             f"of the longest document ({longest_document} segments)"
         )
-    num_lanes = min(num_lanes, corpus.num_documents)
+    num_lanes = min(check_integer("num_lanes", num_lanes, 1), corpus.num_documents)
     stream = LaneStream(
         corpus,
         num_lanes=num_lanes,

@@ -13,6 +13,7 @@ from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
+from memformer.utils.checks import Integer, check_integer
 from memformer.utils.tables import format_table
 
 
@@ -141,8 +142,8 @@ def evaluate(
     model: nn.Module,
     corpus: Corpus,
     *,
-    num_lanes: int = 8,
-    rollout_length: int = 8,
+    num_lanes: Integer = 8,
+    rollout_length: Integer = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Return the likelihood of the documents, with the memory intact and with the memory erased.
@@ -164,7 +165,7 @@ def evaluate(
     check_vocabulary(model, corpus)
     stream = LaneStream(
         corpus,
-        num_lanes=min(num_lanes, corpus.num_documents),
+        num_lanes=min(check_integer("num_lanes", num_lanes, 1), corpus.num_documents),
         segment_length=model.segment_length,
         rollout_length=rollout_length,
         bos_token_id=model.bos_token_id,

@@ -1,7 +1,7 @@
 """Measurement of recall: accuracy on a recall task against the distance to the facts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_seed
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
 
@@ -135,11 +135,11 @@ def measure_recall(
     task: RecallTask,
     config: RecallConfig,
     *,
-    distances: Sequence[int],
-    num_facts: int,
-    num_episodes: int = 64,
-    questions_per_episode: int = 4,
-    seed: int = 0,
+    distances: Integers,
+    num_facts: Integer,
+    num_episodes: Integer = 64,
+    questions_per_episode: Integer = 4,
+    seed: Integer = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Recall:
     """Return the accuracy at each distance, from one pass through the filler with constant memory use.
@@ -166,13 +166,12 @@ def measure_recall(
         InputError: A number is out of range, or the task or a segment cannot hold `num_facts` facts.
     """
     model = unwrapped(model)
-    check_integer("num_episodes", num_episodes, 1)
-    check_integer("questions", questions_per_episode, 1)
-    if not distances or min(distances) < 1:
-        raise InputError(
-            f"distances ({', '.join(map(str, distances))}) must be at least 1 segment each, and there must be at least "
-            "one distance"
-        )
+    num_episodes = check_integer("num_episodes", num_episodes, 1)
+    questions_per_episode = check_integer("questions", questions_per_episode, 1)
+    num_facts, seed = check_integer("num_facts", num_facts, 1), check_seed("seed", seed)
+    distances = check_integers("distances", distances, 1)
+    if not distances:
+        raise InputError("distances are empty; at least one is needed")
     _check_num_facts(task, config, num_facts, segment_length=model.segment_length)
     with reading(model):
         reader = _EpisodeReader(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)

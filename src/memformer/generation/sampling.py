@@ -1,33 +1,43 @@
 """Sampling of the next token from logits."""
 
+from typing import TypedDict
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
-from memformer.utils.checks import check_integer, check_number
+from memformer.utils.checks import Integer, Number, check_integer, check_number
 
 
-def check_sampling(*, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
-    """Check the sampling options before any computation.
+class SamplingOptions(TypedDict):
+    """Keyword arguments of `sample`, as plain numbers."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+
+def check_sampling(*, temperature: Number, top_k: Integer | None, top_p: Number | None) -> SamplingOptions:
+    """Return the sampling options as plain numbers, after checking them.
 
     Raises:
         InputError: An option is out of its range.
         InputTypeError: An option has the wrong type.
     """
-    check_number("temperature", temperature, minimum=0)
-    if top_k is not None:
-        check_integer("top_k", top_k, 1)
-    if top_p is not None:
-        check_number("top_p", top_p, above=0, maximum=1)
+    return {
+        "temperature": float(check_number("temperature", temperature, minimum=0)),
+        "top_k": None if top_k is None else check_integer("top_k", top_k, 1),
+        "top_p": None if top_p is None else float(check_number("top_p", top_p, above=0, maximum=1)),
+    }
 
 
 def sample(
     logits: Float[Tensor, "B V"],
     *,
-    temperature: float | int,
+    temperature: float,
     top_k: int | None,
-    top_p: float | int | None,
+    top_p: float | None,
     generator: torch.Generator | None,
 ) -> Int64[Tensor, " B"]:
     """Return one sampled token id for each row, on the CPU.

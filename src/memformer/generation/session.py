@@ -15,7 +15,7 @@ from memformer.generation.sampling import check_sampling, sample
 from memformer.models import LanguageModel
 from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import AnyMemory
-from memformer.utils.checks import check_integer, check_seed
+from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, user_path, write_tensors
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
@@ -43,8 +43,8 @@ class Session:
             Needs a C++ compiler. On CUDA, sessions launch CUDA graphs, compiled or not.
     """
 
-    def __init__(self, model: nn.Module, *, batch_size: int = 1, compiled: bool = False) -> None:
-        check_integer("batch_size", batch_size, 1)
+    def __init__(self, model: nn.Module, *, batch_size: Integer = 1, compiled: bool = False) -> None:
+        batch_size = check_integer("batch_size", batch_size, 1)
         self.model = model = _language_model(model)
         self.compiled = compiled
         self.batch_size = batch_size
@@ -92,13 +92,13 @@ class Session:
 
     def generate(
         self,
-        max_new_tokens: int,
+        max_new_tokens: Integer,
         *,
-        temperature: float | int = 1.0,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        seed: int | None = None,
-        stop_token_ids: Collection[int] = (),
+        temperature: Number = 1.0,
+        top_k: Integer | None = None,
+        top_p: Number | None = None,
+        seed: Integer | None = None,
+        stop_token_ids: Integers | None = None,
     ) -> list[int] | list[list[int]]:
         """Generate tokens; return their ids (a list for each row if there are several) and add them to the stream.
 
@@ -109,13 +109,14 @@ class Session:
             top_k: Sample only from the k most likely tokens. None: from all.
             top_p: Sample only from the most likely tokens whose total probability reaches this value. None: from all.
             seed: Random seed, which makes the result reproducible. None: use PyTorch's global generator.
-            stop_token_ids: A row ends with the first of these tokens that it generates; its state does not change while
-                other rows continue.
+            stop_token_ids: One token id or several. A row ends with the first of them that it generates; its state
+                does not change while other rows continue.
 
         Raises:
             InputError: An option is out of range.
             InputTypeError: `max_new_tokens` is not an integer.
         """
+        stop = self._check_stop(stop_token_ids)
         steps = list(
             self.stream(
                 max_new_tokens,
@@ -123,21 +124,21 @@ class Session:
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
-                stop_token_ids=stop_token_ids,
+                stop_token_ids=stop,
             )
         )
-        rows = [_until_stop([step[row] for step in steps], stop_token_ids) for row in range(self.batch_size)]
+        rows = [_until_stop([step[row] for step in steps], stop) for row in range(self.batch_size)]
         return rows[0] if self.batch_size == 1 else rows
 
     def stream(
         self,
-        max_new_tokens: int,
+        max_new_tokens: Integer,
         *,
-        temperature: float | int = 1.0,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        seed: int | None = None,
-        stop_token_ids: Collection[int] = (),
+        temperature: Number = 1.0,
+        top_k: Integer | None = None,
+        top_p: Number | None = None,
+        seed: Integer | None = None,
+        stop_token_ids: Integers | None = None,
     ) -> Iterator[list[int]]:
         """Generate tokens one step at a time and yield one token id for each row; arguments as in `generate`.
 
@@ -147,31 +148,36 @@ class Session:
             InputError: An option is out of range.
             InputTypeError: `max_new_tokens` is not an integer.
         """
-        check_integer("max_new_tokens", max_new_tokens, 0)
-        check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        num_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
+        sampling = check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        stop = self._check_stop(stop_token_ids)
+        generator = None
         if seed is not None:
-            check_seed("seed", seed)
-        for token in stop_token_ids:
-            if not 0 <= token < self.model.vocab_size:
-                raise InputError(
-                    f"stop token id {token} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
-                )
-        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+            generator = torch.Generator(self.model.device).manual_seed(check_seed("seed", seed))
 
         def steps() -> Iterator[list[int]]:
             stopped: dict[int, int] = {}  # row to its stop token
-            for _ in range(max_new_tokens):
-                logits = self.next_token_logits()
-                drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            for _ in range(num_tokens):
+                drawn = sample(self.next_token_logits(), **sampling, generator=generator)
                 self._feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
                 tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
                 yield tokens
-                stopped = {row: token for row, token in enumerate(tokens) if token in stop_token_ids}
+                stopped = {row: token for row, token in enumerate(tokens) if token in stop}
                 if len(stopped) == self.batch_size:
                     return
 
         # A separate function, so that errors are raised by this call and not at the first token.
         return steps()
+
+    def _check_stop(self, token_ids: Integers | None) -> frozenset[int]:
+        """Return the stop token ids as a set.
+
+        Raises:
+            InputError: A token id is outside the vocabulary.
+            InputTypeError: A token id is not an integer.
+        """
+        given = () if token_ids is None else token_ids
+        return frozenset(check_integers("stop token id", given, 0, self.model.vocab_size - 1))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Session":
         """Return a session with the same state, which continues on its own; both use the same model."""
@@ -347,8 +353,8 @@ def _language_model(model: nn.Module) -> LanguageModel:
     return inner
 
 
-def _until_stop(ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
-    end = next((position for position, token in enumerate(ids, start=1) if token in stop_token_ids), len(ids))
+def _until_stop(ids: list[int], stop: Collection[int]) -> list[int]:
+    end = next((position for position, token in enumerate(ids, start=1) if token in stop), len(ids))
     return ids[:end]
 
 

@@ -1,11 +1,11 @@
 """Configs of the models that the Memformer is compared with."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from memformer.errors import InputError
 from memformer.models.config import ModelConfig, TransformerConfig
-from memformer.utils.checks import LARGEST, check_choice, check_number
+from memformer.utils.checks import LARGEST, check_number
 
 Compression = Literal["convolution", "mean"]
 
@@ -91,7 +91,6 @@ class CompressiveTransformerConfig(TransformerXLConfig):
             raise InputError(
                 f"compression_rate ({self.compression_rate}) times d_model ({self.d_model}) must be at most {LARGEST}"
             )
-        check_choice("compression", self.compression, get_args(Compression))
         check_number("reconstruction_weight", self.reconstruction_weight, minimum=0)
 
 

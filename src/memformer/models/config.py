@@ -4,12 +4,13 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
-from memformer.errors import InputError, InputTypeError
+from memformer.errors import InputError
 from memformer.models.presets import preset_fields
 from memformer.nn.entmax import Normalizer
-from memformer.utils.checks import check_choice, check_number, check_size, refuse_unknown_keys
+from memformer.utils.checks import check_number, check_size, refuse_unknown_keys
+from memformer.utils.fields import convert, convert_fields
 from memformer.utils.renames import old_names_sentence, update_section
 
 PositionScheme = Literal["rotary", "relative"]
@@ -45,11 +46,8 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         self._check_integers(vocab_size=2, d_model=1, segment_length=1)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise InputTypeError(f"{field.name} ({value!r}) must be true or false")
         for cutoff in self.adaptive_cutoffs:
             check_size("adaptive_cutoffs", cutoff, 1)
         if list(self.adaptive_cutoffs) != sorted(set(self.adaptive_cutoffs)):
@@ -79,14 +77,9 @@ class ModelConfig:
         fields, notes = update_section("model", fields)
         if notes:
             warnings.warn(old_names_sentence("the model config", notes), FutureWarning, stacklevel=2)
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        refuse_unknown_keys(fields, valid=known, owner="model config")
-        for name, value in fields.items():
-            if isinstance(known[name].default, tuple):
-                if not isinstance(value, list | tuple):
-                    raise InputTypeError(f"{name} ({value!r}) must be a list of numbers")
-                fields[name] = tuple(value)
-        return cls(**fields)
+        hints = {field.name: field.type for field in dataclasses.fields(cls)}
+        refuse_unknown_keys(fields, valid=hints, owner="model config")
+        return cls(**{name: convert(name, value, hints[name]) for name, value in fields.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +224,6 @@ class MemformerConfig(TransformerConfig):
         if self.num_writer_heads is not None:
             self._check_integers(num_writer_heads=1)
             self._check_heads("num_writer_heads")
-        check_choice("positions", self.positions, get_args(PositionScheme))
-        check_choice("write_normalizer", self.write_normalizer, get_args(Normalizer))
         if self.positions == "rotary":
             self._check_rotary()
         if self.convolution_kernel and self.convolution_kernel % 2 == 0:
@@ -250,8 +241,6 @@ class MemformerConfig(TransformerConfig):
             )
         check_number("write_temperature", self.write_temperature, above=0)
         check_number("free_slot_bias", self.free_slot_bias, minimum=0)
-        if len(self.forgetting_speeds) != 2:
-            raise InputError(f"forgetting_speeds ({self.forgetting_speeds}) must be two numbers: first and last slot")
         for speed in self.forgetting_speeds:
             check_number("forgetting_speeds", speed, above=0)
         if self.exchangeable_slots and len(set(self.forgetting_speeds)) > 1:

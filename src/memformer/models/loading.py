@@ -13,6 +13,7 @@ from memformer.models.memformer import Memformer
 from memformer.models.pretrained import CONFIG_FILE
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.models.transformer_xl import TransformerXL
+from memformer.utils.checks import Integer
 from memformer.utils.files import read_json, user_path
 
 _CLASSES: tuple[type[LanguageModel], ...] = (
@@ -32,7 +33,7 @@ def build_model(config: ModelConfig) -> LanguageModel:
 
 
 def load_model(
-    folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
+    folder: str | Path, *, device: torch.device | str = "cpu", num_slots: Integer | None = None
 ) -> LanguageModel:
     """Return the model saved by `save_pretrained`, of any model type, in evaluation mode.
 

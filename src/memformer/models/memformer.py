@@ -20,7 +20,7 @@ from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 from memformer.rollout import check_mask, last_token_indices
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, Targets
-from memformer.utils.checks import check_size
+from memformer.utils.checks import Integer, check_size
 
 
 class Memformer(LanguageModel):
@@ -286,8 +286,8 @@ def _last_of(embedded: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"]
     return embedded.gather(1, last.expand(-1, 1, embedded.shape[2]))
 
 
-def _with_slots(config: MemformerConfig, num_slots: int) -> MemformerConfig:
-    check_size("num_slots", num_slots, 1)
+def _with_slots(config: MemformerConfig, num_slots: Integer) -> MemformerConfig:
+    num_slots = check_size("num_slots", num_slots, 1)
     if num_slots != config.num_slots and not config.exchangeable_slots:
         raise InputError(
             f"num_slots ({num_slots}) must be {config.num_slots}, as in training; "

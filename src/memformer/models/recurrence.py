@@ -258,13 +258,15 @@ def _modules_in_training(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def check_tokens(tokens: Tensor, *, largest: int, name: str) -> None:
-    """Check the dtype and, on a CPU only, the range of token ids: elsewhere it would synchronize the device.
+def check_tokens(tokens: object, *, largest: int, name: str) -> None:
+    """Check the type and, on a CPU only, the range of token ids: elsewhere it would synchronize the device.
 
     Raises:
         InputError: There is no token, or a token id is outside 0 .. `largest`.
-        InputTypeError: The dtype is not int64.
+        InputTypeError: The tokens are not a tensor of dtype int64.
     """
+    if not isinstance(tokens, Tensor):
+        raise InputTypeError(f"{name} is a {type(tokens).__name__}; it must be a tensor of token ids, (rows, tokens)")
     if tokens.dtype != torch.int64:
         raise InputTypeError(f"{name} has dtype {tokens.dtype}; token ids must be torch.int64")
     if tokens.ndim != 2 or tokens.shape[1] == 0:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig, ModelConfig
 from memformer.training.replay import Method
-from memformer.utils.checks import check_choice, check_integer, check_number, check_seed, check_threads
+from memformer.utils.checks import check_integer, check_number, check_seed, check_threads
+from memformer.utils.fields import convert_fields
 
 Sharding = Literal["none", "optimizer_state", "weights"]
 Precision = Literal["float32", "bfloat16"]
@@ -51,6 +52,7 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        convert_fields(self, prefix="data.")
         check_number("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_seed("data.seed", self.seed)
         if self.recall is not None and self.test is not None:
@@ -140,6 +142,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        convert_fields(self, prefix="training.")
         for name, minimum in (
             ("num_lanes", 1),
             ("rollout_length", 1),
@@ -163,8 +166,6 @@ class TrainingConfig:
         check_number("training.final_learning_rate", self.final_learning_rate, minimum=0, maximum=1)
         for beta in self.betas:
             check_number("training.betas", beta, minimum=0, below=1)
-        for name, kind in (("method", Method), ("engine", Engine), ("precision", Precision), ("sharding", Sharding)):
-            check_choice(f"training.{name}", getattr(self, name), get_args(kind))
         if self.engine == "graphs" and (self.method != "replay" or self.sharding != "none"):
             raise InputError(
                 f"training.engine ('graphs') needs training.method 'replay' and training.sharding 'none'; "
@@ -203,6 +204,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         check_threads(self.threads)
         if self.model.model_type != self.model_type:
             raise InputError(f"model_type ({self.model_type!r}) must be {self.model.model_type!r}, the model's type")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from memformer.rollout import Rollout
-from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, prepare, trainable
+from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, check_arguments, prepare, trainable
 from memformer.training.recorded_replay import Gradients, RecordedReplay
 from memformer.training.replay import backpropagate
+from memformer.utils.checks import Integer, Number
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, Work
 
 # Each needs memory for its static tensors and graphs; the shapes of a run's rollouts are few.
@@ -56,8 +57,8 @@ class ReplayEngine:
         rollout: Rollout,
         *,
         memory: Tensor | None = None,
-        readout_timesteps: int = 1,
-        gradient_scale: float = 1.0,
+        readout_timesteps: Integer = 1,
+        gradient_scale: Number = 1.0,
         hooks: RolloutHooks = NO_HOOKS,
     ) -> RolloutResult:
         """Add the gradient of a rollout's loss to the `.grad` of every parameter; see `training.replay.backpropagate`.
@@ -71,6 +72,9 @@ class ReplayEngine:
             InputTypeError: As `backpropagate`.
         """
         model = self.model
+        readout_timesteps, gradient_scale = check_arguments(
+            rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
+        )
         if self._has_changed():
             self._forget()
         key = _Key(
@@ -91,7 +95,7 @@ class ReplayEngine:
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
         if self._gradients is None:
             self._gradients = Gradients(model)
-        aligned, entering = prepare(model, rollout, memory, readout_timesteps=readout_timesteps, hooks=hooks)
+        aligned, entering = prepare(model, rollout, memory, hooks=hooks)
         replay = self._shapes.get(key)
         if replay is None or replay.capacity < aligned.num_timesteps:
             replay = self._shapes[key] = RecordedReplay(model, aligned, entering, self._gradients, record=self._record)

@@ -14,7 +14,7 @@ from memformer.errors import InputTypeError
 from memformer.models.recurrence import RecurrentModel, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import Integer, Number, check_integer, check_number
 
 NewAutocast = Callable[[], AbstractContextManager[Any]]
 
@@ -58,16 +58,30 @@ class RolloutHooks:
 NO_HOOKS = RolloutHooks()
 
 
-def prepare(
-    model: RecurrentModel, rollout: Rollout, memory: Tensor | None, *, readout_timesteps: int, hooks: RolloutHooks
-) -> tuple[Rollout, Tensor]:
-    """Check the arguments of `backpropagate`; return the rollout in the model's format and a copy of the memory.
+def check_arguments(rollout: object, *, readout_timesteps: Integer, gradient_scale: Number) -> tuple[int, float]:
+    """Return `readout_timesteps` and `gradient_scale` as plain numbers, after checking them and the rollout's type.
 
     Raises:
         InputError: As `backpropagate`.
         InputTypeError: As `backpropagate`.
     """
-    check_integer("readout_timesteps", readout_timesteps, 1)
+    if not isinstance(rollout, Rollout):
+        raise InputTypeError(f"rollout is a {type(rollout).__name__}; it must be a memformer.Rollout")
+    return (
+        check_integer("readout_timesteps", readout_timesteps, 1),
+        float(check_number("gradient_scale", gradient_scale)),
+    )
+
+
+def prepare(
+    model: RecurrentModel, rollout: Rollout, memory: Tensor | None, *, hooks: RolloutHooks
+) -> tuple[Rollout, Tensor]:
+    """Return the rollout in the model's format and a copy of the memory, after checking them.
+
+    Raises:
+        InputError: As `backpropagate`.
+        InputTypeError: As `backpropagate`.
+    """
     if hooks.auxiliary_weight is not None:
         model.check_auxiliary_loss()
     if memory is None:

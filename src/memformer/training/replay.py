@@ -36,6 +36,7 @@ from memformer.training.pieces import (
     RolloutHooks,
     RolloutResult,
     auxiliary_scale,
+    check_arguments,
     chunks,
     current_autocast,
     encode_timestep,
@@ -44,7 +45,7 @@ from memformer.training.pieces import (
     trainable,
 )
 from memformer.training.randomness import capture_randomness, restore_randomness
-from memformer.utils.checks import check_choice
+from memformer.utils.checks import Integer, Number, check_choice
 
 __all__ = ["Method", "RolloutHooks", "RolloutResult", "backpropagate"]
 
@@ -57,8 +58,8 @@ def backpropagate(
     *,
     memory: Tensor | None = None,
     method: str = "replay",
-    readout_timesteps: int = 1,
-    gradient_scale: float = 1.0,
+    readout_timesteps: Integer = 1,
+    gradient_scale: Number = 1.0,
     hooks: RolloutHooks = NO_HOOKS,
 ) -> RolloutResult:
     """Add the gradient of a rollout's loss to the `.grad` of every parameter; return the loss and the new memory.
@@ -81,11 +82,14 @@ def backpropagate(
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, or an
             auxiliary weight is given for a model without an auxiliary loss.
-        InputTypeError: The memory has the wrong dtype.
+        InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
     model = trainable(model)
-    rollout, memory = prepare(model, rollout, memory, readout_timesteps=readout_timesteps, hooks=hooks)
+    readout_timesteps, gradient_scale = check_arguments(
+        rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
+    )
+    rollout, memory = prepare(model, rollout, memory, hooks=hooks)
     num_tokens = rollout.count_target_tokens()
     device_type = rollout.inputs.device.type
     # The backward pass must not run under autocast, and a cast cached without gradient must not be reused with

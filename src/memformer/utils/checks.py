@@ -1,13 +1,55 @@
-"""Checks of user input, with one error message per rule."""
+"""Checks of user input, with one error message per rule.
+
+A number may have any type: `int`, `float`, a numpy number, or an array or tensor with one element and no dimension.
+The functions return it as a plain `int` or `float`, which can be written as JSON and YAML.
+"""
 
 import difflib
 import math
+import operator
 from collections.abc import Iterable
+from typing import SupportsFloat, SupportsIndex
+
+import numpy as np
 
 from memformer.errors import InputError, InputTypeError
 
 # Larger values can only be typos or damage. The product of two values up to this limit still fits into int64.
 LARGEST = 1 << 24
+
+# Types of arguments: integers (4, numpy.int64(4), 4.0), numbers, and one integer or several of them.
+Integer = SupportsIndex | SupportsFloat
+Number = SupportsFloat
+Integers = Integer | Iterable[Integer]
+
+
+def to_integer(value: object) -> int | None:
+    """Return a value as an int; None if it is not an integer (a float with an integer value is one)."""
+    if not _may_be_number(value):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = to_number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else None
+
+
+def to_number(value: object) -> float | int | None:
+    """Return a value as an int or float; None if it is not a number."""
+    if not _may_be_number(value):
+        return None
+    if type(value) is int or type(value) is float:
+        return value
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _may_be_number(value: object) -> bool:
+    if isinstance(value, bool | str | bytes | bytearray):
+        return False
+    return getattr(value, "ndim", 0) == 0 and "bool" not in str(getattr(value, "dtype", ""))
 
 
 def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
@@ -24,8 +66,8 @@ def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: st
             raise InputError(f"unknown key {key!r} in {owner}; {hint}")
 
 
-def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Check that a value is an integer from `minimum` to `maximum`.
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Return a value as an int, after checking that it is an integer from `minimum` to `maximum`.
 
     Args:
         name: The value's name in the error message.
@@ -37,24 +79,41 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
         InputError: The value is below `minimum` or above `maximum`.
         InputTypeError: The value is not an integer.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    integer = to_integer(value)
+    if integer is None:
         raise InputTypeError(f"{name} ({value!r}) must be an integer")
-    if maximum is not None and not minimum <= value <= maximum:
-        raise InputError(f"{name} ({value}) must be from {minimum} to {maximum}")
-    if value < minimum:
-        raise InputError(f"{name} ({value}) must be at least {minimum}")
+    if maximum is not None and not minimum <= integer <= maximum:
+        raise InputError(f"{name} ({integer}) must be from {minimum} to {maximum}")
+    if integer < minimum:
+        raise InputError(f"{name} ({integer}) must be at least {minimum}")
+    return integer
 
 
-def check_size(name: str, value: object, minimum: int) -> None:
-    """Check that a size of a model is an integer from `minimum` to `LARGEST`.
+def check_integers(name: str, values: object, minimum: int, maximum: int | None = None) -> list[int]:
+    """Return one integer or several (a list, an array, an iterator) as a list, after checking each of them.
+
+    Raises:
+        InputError: A value is below `minimum` or above `maximum`.
+        InputTypeError: A value is not an integer.
+    """
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        return [check_integer(name, values, minimum, maximum)]
+    if isinstance(values, str | bytes):
+        raise InputTypeError(f"{name} ({values!r}) must be integers")
+    return [check_integer(name, value, minimum, maximum) for value in values]
+
+
+def check_size(name: str, value: object, minimum: int) -> int:
+    """Return a size of a model, after checking that it is an integer from `minimum` to `LARGEST`.
 
     Raises:
         InputError: The value is below `minimum` or above `LARGEST`.
         InputTypeError: The value is not an integer.
     """
-    check_integer(name, value, minimum)
-    if isinstance(value, int) and value > LARGEST:
-        raise InputError(f"{name} ({value}) must be at most {LARGEST}")
+    integer = check_integer(name, value, minimum)
+    if integer > LARGEST:
+        raise InputError(f"{name} ({integer}) must be at most {LARGEST}")
+    return integer
 
 
 def check_number(
@@ -65,8 +124,8 @@ def check_number(
     above: float | int | None = None,
     maximum: float | int | None = None,
     below: float | int | None = None,
-) -> None:
-    """Check that a value is a number within bounds; without an upper bound it must be finite.
+) -> float | int:
+    """Return a number, after checking that it is within bounds; without an upper bound it must be finite.
 
     Args:
         name: The value's name in the error message.
@@ -80,17 +139,18 @@ def check_number(
         InputError: The value is out of bounds, infinite or NaN.
         InputTypeError: The value is not a number.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    number = to_number(value)
+    if number is None:
         raise InputTypeError(f"{name} ({value!r}) must be a number")
-    is_high_enough = (minimum is None or value >= minimum) and (above is None or value > above)
-    is_low_enough = (maximum is None or value <= maximum) and (below is None or value < below)
-    if is_high_enough and is_low_enough and math.isfinite(value):
-        return
+    is_high_enough = (minimum is None or number >= minimum) and (above is None or number > above)
+    is_low_enough = (maximum is None or number <= maximum) and (below is None or number < below)
+    if is_high_enough and is_low_enough and math.isfinite(number):
+        return number
     if minimum is not None and maximum is not None:
-        raise InputError(f"{name} ({value}) must be from {minimum} to {maximum}")
+        raise InputError(f"{name} ({number}) must be from {minimum} to {maximum}")
     rules = [f"at least {minimum}"] if minimum is not None else [f"above {above}"] if above is not None else []
     rules += [f"at most {maximum}"] if maximum is not None else [f"below {below}"] if below is not None else ["finite"]
-    raise InputError(f"{name} ({value}) must be {' and '.join(rules)}")
+    raise InputError(f"{name} ({number}) must be {' and '.join(rules)}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -100,31 +160,42 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         InputError: The value is none of them.
     """
     choices = list(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
 
 
-def check_seed(name: str, seed: object) -> None:
-    """Check that every random generator accepts a seed.
+def check_flag(name: str, value: object) -> bool:
+    """Return a truth value as a bool.
+
+    Raises:
+        InputTypeError: The value is neither true nor false.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputTypeError(f"{name} ({value!r}) must be true or false")
+    return bool(value)
+
+
+def check_seed(name: str, seed: object) -> int:
+    """Return a seed as an int, after checking that every random generator accepts it.
 
     Raises:
         InputError: The seed is negative or does not fit into 63 bits.
         InputTypeError: The seed is not an integer.
     """
-    if isinstance(seed, int) and not 0 <= seed < 2**63:
-        raise InputError(f"{name} ({seed}) must be from 0 to 2**63 - 1")
-    check_integer(name, seed, 0)
+    integer = to_integer(seed)
+    if integer is not None and not 0 <= integer < 2**63:
+        raise InputError(f"{name} ({integer}) must be from 0 to 2**63 - 1")
+    return check_integer(name, seed, 0)
 
 
 _MOST_THREADS = 1 << 16
 
 
-def check_threads(threads: int | None) -> None:
-    """Check a number of CPU threads; None leaves the choice to torch.
+def check_threads(threads: object) -> int | None:
+    """Return a number of CPU threads, after checking it; None leaves the choice to torch.
 
     Raises:
         InputError: The number is below 1 or above 65536.
         InputTypeError: It is not an integer.
     """
-    if threads is not None:
-        check_integer("threads", threads, 1, _MOST_THREADS)
+    return None if threads is None else check_integer("threads", threads, 1, _MOST_THREADS)

@@ -1,10 +1,11 @@
 """Configs of recall tasks and of their curriculum."""
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 from memformer.errors import InputError
-from memformer.utils.checks import check_choice, check_integer, check_number
+from memformer.utils.checks import check_integer, check_number
+from memformer.utils.fields import convert_fields
 
 TaskName = Literal["fact", "associative", "rewrite", "copy", "passkey", "babi"]
 
@@ -44,6 +45,7 @@ class CurriculumConfig:
     window: int = 20
 
     def __post_init__(self) -> None:
+        convert_fields(self, prefix="curriculum.")
         for name in ("start_distance", "start_facts", "window"):
             check_integer(f"curriculum.{name}", getattr(self, name), 1)
         check_number("curriculum.advance_below", self.advance_below, above=0)
@@ -93,7 +95,7 @@ class RecallConfig:
     curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
-        check_choice("recall.task", self.task, get_args(TaskName))
+        convert_fields(self, prefix="recall.")
         if self.task == "babi":
             for name in ("path", "validation_path"):
                 if not getattr(self, name):

@@ -30,6 +30,7 @@ from memformer.data.stream import RolloutStream
 from memformer.data.tokenizers import Tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
+from memformer.utils.checks import Integer, check_integer, check_seed
 
 _PADDING_TOKEN_ID = 0
 # Missing in the cursors of version 0.1.
@@ -108,19 +109,19 @@ class RecallStream(RolloutStream):
         task: RecallTask,
         config: RecallConfig,
         *,
-        num_lanes: int,
-        segment_length: int,
-        rollout_length: int,
-        bos_token_id: int,
-        seed: int,
+        num_lanes: Integer,
+        segment_length: Integer,
+        rollout_length: Integer,
+        bos_token_id: Integer,
+        seed: Integer,
     ) -> None:
         self.task = task
         self.config = config
-        self.num_lanes = num_lanes
-        self.segment_length = segment_length
-        self.rollout_length = rollout_length
-        self.bos_token_id = bos_token_id
-        self.seed = seed
+        self.num_lanes = check_integer("num_lanes", num_lanes, 1)
+        self.segment_length = check_integer("segment_length", segment_length, 1)
+        self.rollout_length = check_integer("rollout_length", rollout_length, 1)
+        self.bos_token_id = check_integer("bos_token_id", bos_token_id, 0)
+        self.seed = check_seed("seed", seed)
         self.level = 0
         self._recent_losses: list[float] = []
         self._episode = 0
