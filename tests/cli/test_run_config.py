@@ -8,6 +8,8 @@ import yaml
 from memformer.cli import run_config
 from memformer.cli.run_config import parse_run_config
 from memformer.errors import InputError
+from memformer.models.loading import MODELS
+from tests.test_readme import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,3 +66,68 @@ def test_a_wrong_type_gives_one_clear_sentence(read, text, options, message):
     with pytest.raises(InputError) as caught:
         read(text, *options)
     assert str(caught.value).startswith(message)
+
+
+def test_a_config_of_a_memformer_trains_a_baseline(read):
+    """With --model_type, the keys of the other model are left out with one warning."""
+    text = (ROOT / "experiments" / "text.yaml").read_text()
+    config, warnings = read(text, "--model_type", "transformer_xl", "--model.memory_length=64")
+    assert (config.model_type, config.model.d_model, config.model.dropout) == ("transformer_xl", 192, 0.1)
+    assert (config.model.num_layers, config.model.memory_length) == (8, 64)
+    (warning,) = warnings
+    assert warning.endswith(
+        "config.yaml: model_type transformer_xl does not read model.num_encoder_layers, model.num_slots, "
+        "model.convolution_kernel; its defaults are num_layers 8"
+    )
+    for model_type in MODELS:
+        assert read(text, f"--model_type={model_type}")[0].model_type == model_type
+    assert read(text, "--model_type", "memformer")[1] == read(text)[1] == []
+
+
+def test_settings_that_need_a_memformer_and_presets_are_left_out_too(read):
+    given = {
+        "model": {"preset": "recall", "d_model": 32},
+        "training": {"write_penalty": 0.1, "compiled": True, "num_updates": 3},
+    }
+    config, warnings = read(given, "--model_type", "lstm")
+    assert (config.model.d_model, config.training.num_updates, config.training.write_penalty) == (32, 3, 0)
+    assert "does not read model.preset, training.write_penalty, training.compiled; its" in warnings[0]
+    back = {"model_type": "lstm", "model": {"num_layers": 2, "d_model": 64}}
+    config, warnings = read(back, "--model_type", "memformer", "--model.num_slots", "3")
+    assert (config.model.num_slots, config.model.d_model, len(warnings)) == (3, 64, 1)
+
+
+def test_only_keys_of_the_other_model_are_left_out(read):
+    with pytest.raises(InputError, match="unknown key 'num_slotz'"):
+        read({"model": {"num_slotz": 3, "num_slots": 3}}, "--model_type", "lstm")
+    with pytest.raises(InputError, match="unknown option --model.num_slots"):
+        read({"model": {"num_slots": 3}}, "--model_type", "lstm", "--model.num_slots", "4")
+    with pytest.raises(InputError, match="unknown key 'num_slots'"):
+        read({"model_type": "lstm", "model": {"num_slots": 3}})
+    with pytest.raises(InputError, match=r"training.write_penalty \(0.5\) needs model_type 'memformer'"):
+        read({"training": {"write_penalty": 0.1}}, "--model_type", "lstm", "--training.write_penalty", "0.5")
+
+
+def test_another_kind_of_data_leaves_out_the_keys_that_it_does_not_read(read):
+    """`data.train.path` of a config need not be nulled for a data set of the hub."""
+    text = (ROOT / "experiments" / "text.yaml").read_text()
+    hub = ["--data.train.kind", "huggingface", "--data.train.name", "some/set", "--data.train.split", "train"]
+    config, (warning,) = read(text, *hub)
+    assert (config.data.train.name, config.data.train.path) == ("some/set", None)
+    assert warning.endswith("config.yaml: data.train.kind huggingface does not read data.train.path")
+    given = {
+        "data": {
+            "tokenizer": {"kind": "bpe", "vocab_size": 300},
+            "validation": {"kind": "jsonl", "path": "x", "text_key": "body"},
+            "recall": {"task": "associative", "num_keys": 8, "num_values": 9},
+        }
+    }
+    options = ["--data.tokenizer.kind=bytes", "--data.validation.kind", "text", "--data.recall.task", "fact"]
+    config, (warning,) = read(given, *options)
+    assert (config.data.tokenizer.kind, config.data.validation.path, config.data.recall.num_values) == ("bytes", "x", 9)
+    assert warning.endswith(
+        "data.validation.kind text does not read data.validation.text_key; data.tokenizer.kind bytes does not read "
+        "data.tokenizer.vocab_size; data.recall.task fact does not read data.recall.num_keys"
+    )
+    with pytest.raises(InputError, match=r"path \('x'\) is not read by kind 'digits'"):
+        read(text, "--data.train.kind", "digits", "--data.train.path", "x")

@@ -3,7 +3,6 @@
 import dataclasses
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from memformer.cli.parsing import new_parser, parse
+from memformer.cli.unread_keys import drop_unread_keys, option_value
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
@@ -89,7 +89,8 @@ def parse_run_config(
 
     Args:
         argv: The YAML file or run folder, followed by options.
-        warn: Called with a message if names from version 0.1 are used.
+        warn: Called with a message if names from version 0.1 are used, or if the options choose another model or kind of
+            data, which does not read some keys of the file.
 
     Raises:
         InputError: The file is missing or malformed, or a key or value is invalid.
@@ -99,6 +100,8 @@ def parse_run_config(
     if option_notes:
         warn(old_names_sentence("the command", option_notes))
     given = read_config(path, warn=warn)
+    if unread := drop_unread_keys(given, rest, owner=str(path)):
+        warn(unread)
     folder_option = ["--folder", str(path)] if path.is_dir() else []
     model_type = find_model_type(given, rest, owner=str(path))
     rest = _apply_presets(given, rest, model_type, owner=str(path))
@@ -179,10 +182,8 @@ def find_model_type(given: Mapping[str, Any], options: Sequence[str], *, owner: 
         InputError: The model type is unknown.
     """
     model_type = given.get("model_type", MemformerConfig.model_type)
-    for option, following in zip_longest(options, options[1:]):
-        name, _, value = option.partition("=")
-        if name == "--model_type":
-            model_type, owner = value or following, "--model_type"
+    if (chosen := option_value(options, "--model_type")) is not None:
+        model_type, owner = chosen, "--model_type"
     if model_type not in list(MODELS):  # a list, because a value from a file may be unhashable
         raise InputError(f"model_type ({model_type!r}) in {owner} must be one of {', '.join(MODELS)}")
     return str(model_type)

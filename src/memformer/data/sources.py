@@ -28,6 +28,7 @@ _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "python": frozenset(),
     "huggingface": frozenset({"name", "config_name", "revision", "split", "text_key", "document_start"}),
 }
+_FIELDS_OF_ALL = frozenset({"kind", "documents"})
 _REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
     "text": ("path",),
     "jsonl": ("path",),
@@ -84,7 +85,7 @@ class SourceConfig:
         for required in _REQUIRED_OF_KIND.get(self.kind, ()):
             if not getattr(self, required):
                 raise InputError(f"{required} ({getattr(self, required)!r}) must be given for kind {self.kind!r}")
-        readable = _FIELDS_OF_KIND[self.kind] | {"kind", "documents"}
+        readable = keys_of_kind(self.kind)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in readable and value != field.default:
@@ -102,6 +103,12 @@ class SourceConfig:
             )
         if self.documents is not None:
             parse_slice(self.documents)
+
+
+def keys_of_kind(kind: str) -> frozenset[str]:
+    """Return the keys that a source of this kind reads; all keys for an unknown kind, which is refused elsewhere."""
+    own = _FIELDS_OF_KIND.get(kind)
+    return frozenset(field.name for field in fields(SourceConfig)) if own is None else own | _FIELDS_OF_ALL
 
 
 def describe_source(source: SourceConfig) -> str:

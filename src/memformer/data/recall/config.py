@@ -101,9 +101,9 @@ class RecallConfig:
                 if not getattr(self, name):
                     raise InputError(f"recall.{name} ({getattr(self, name)!r}) must be given for the task 'babi'")
         for field in fields(self):
-            readers = [task for task, names in _FIELDS_OF_TASK.items() if field.name in names]
             value = getattr(self, field.name)
-            if readers and self.task not in readers and value != field.default:
+            if field.name not in keys_of_task(self.task) and value != field.default:
+                readers = [task for task, names in _FIELDS_OF_TASK.items() if field.name in names]
                 raise InputError(
                     f"recall.{field.name} ({value!r}) is not read by the task {self.task!r}, only by "
                     f"{', '.join(readers)}"
@@ -133,3 +133,9 @@ class RecallConfig:
     def is_in_text(self) -> bool:
         """Whether the facts are hidden in documents; the other tasks use a vocabulary of their own."""
         return self.task in {"passkey", "babi"}
+
+
+def keys_of_task(task: str) -> frozenset[str]:
+    """Return the keys that a recall task reads; all keys for an unknown task, which is refused elsewhere."""
+    special = frozenset[str]().union(*_FIELDS_OF_TASK.values())
+    return frozenset(field.name for field in fields(RecallConfig)) - (special - _FIELDS_OF_TASK.get(task, special))
