@@ -10,7 +10,7 @@ import time
 import pytest
 
 from memformer import Memformer, Session
-from memformer.cli import generate as generate_command
+from memformer.cli import prompts
 from tests.cli.calls import call, call_json, refused
 
 
@@ -85,7 +85,7 @@ def test_a_signal_while_reading_the_prompt_saves_the_session(run_folder, tmp_pat
         if session.num_tokens == [8]:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(generate_command, "_PIECE_TOKENS", 4)
+    monkeypatch.setattr(prompts, "_PIECE_TOKENS", 4)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "feed", feed_and_signal)
         status, out, err = call("generate", run_folder, "--prompt", prompt, "--save_session", state, "--json")

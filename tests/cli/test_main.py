@@ -1,11 +1,19 @@
-"""The `memformer` entry point: help, unknown commands, and a closed stdout."""
+"""The `memformer` entry point: help, unknown commands, and streams with any encoding, closed, full or narrow."""
 
 import contextlib
+import errno
+import io
+import json
 import os
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from memformer.cli.main import main
+from memformer.cli.main import main, prepare_streams
+from memformer.utils import progress
+from memformer.utils.progress import ProgressBar, format_seconds
 from tests.cli.calls import call, refused
 
 
@@ -49,3 +57,104 @@ def test_a_closed_stdout_gives_no_traceback(run_folder, tmp_path):
         out.close()
     assert (tmp_path / "errors").read_text() == ""
     assert errors.closed  # otherwise the interpreter would print an error at exit
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "shift_jis"])
+def test_output_fits_the_encoding_of_the_terminal(run_folder, encoding, tmp_path):
+    """What an encoding lacks is printed as a question mark; the exit status stays 0."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    options = ["--max_new_tokens", "40", "--seed", "1", "--top_k", "256", "--temperature", "3"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(["generate", str(run_folder), *options]) == 0
+        assert main(["report", str(tmp_path / "日本 \udcff")]) == 2
+    err.flush()
+    printed = out.buffer.getvalue()
+    expected = json.loads(call("generate", run_folder, *options, "--json")[1])["text"]
+    assert "\ufffd" in expected
+    assert printed == (expected + "\n").encode(encoding, errors="replace")
+    assert "日本 ?".encode(encoding, errors="replace") in err.buffer.getvalue()
+
+
+def test_closed_streams(run_folder, monkeypatch, capfd):
+    """A closed stdin is named; closed stdout and stderr do not end the command."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused("generate", run_folder, "--prompt_file", "-") == "--prompt_file - reads stdin, but stdin is closed"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["generate", str(run_folder), "--max_new_tokens", "3"]) == 0
+    assert main(["evaluate", "/no/such"]) == 2
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        prepare_streams()
+        assert os.path.samestat(os.fstat(0), os.stat(os.devnull))  # noqa: PTH116
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def test_a_full_disk_under_stdout_gives_one_line(run_folder):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(_Full()), contextlib.redirect_stderr(errors):
+        assert main(["evaluate", str(run_folder), "--json"]) == 2
+    assert errors.getvalue() == "memformer: error: [Errno 28] No space left on device\n"
+
+
+class _Full(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def draw_bar(monkeypatch, stream, *, columns="80", term="xterm", seconds=(0.5, 10, 30), **variables):
+    """Return what a bar prints to a stream if its updates come after these seconds."""
+    for name, value in {"COLUMNS": columns, "TERM": term, **variables}.items():
+        monkeypatch.setenv(name, value)
+    clock = iter([0.0, *seconds])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with contextlib.redirect_stderr(stream), ProgressBar("reading", 1000, unit="token") as bar:
+        for number, _ in enumerate(seconds, start=1):
+            bar.advance_to(100 * number)
+    return stream.getvalue()
+
+
+def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
+    """Plain lines if stderr is no terminal or a dumb one, whatever the variables say."""
+    lines = (
+        "reading: token 200/1,000  20 tokens/s  about 40 s left\n"
+        "reading: token 300/1,000  10 tokens/s  about 70 s left\n"
+    )
+    assert draw_bar(monkeypatch, io.StringIO()) == lines
+    assert draw_bar(monkeypatch, io.StringIO(), FORCE_COLOR="1", TTY_COMPATIBLE="1") == lines
+    assert draw_bar(monkeypatch, _Terminal(), term="dumb") == lines
+    assert draw_bar(monkeypatch, io.StringIO(), columns="10") == lines
+    assert draw_bar(monkeypatch, io.StringIO(), seconds=(0.1, 0.9)) == ""
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_a_bar_fits_the_window(monkeypatch, columns):
+    """A bar stays on one line of a narrow window, and has no colour with NO_COLOR."""
+    drawn = draw_bar(monkeypatch, _Terminal(), columns=str(columns), NO_COLOR="1")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn).splitlines()
+    assert any(line.startswith("r") for line in shown)
+    assert max(len(line) for line in shown) <= columns
+    assert "\x1b[3" not in drawn  # a colour
+    assert draw_bar(monkeypatch, _Terminal(), seconds=(0.1, 0.9)).count("read") == 0
+
+
+def test_durations():
+    assert [format_seconds(seconds) for seconds in (0.0, 119.0, 150.0, 7260.0)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "2 h 1 min",
+    ]

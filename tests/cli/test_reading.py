@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memformer import Memformer, Session
-from memformer.cli import generate as generate_command
+from memformer.cli import prompts
 from memformer.utils.files import read_tensors_and_metadata
 from memformer.utils.ownership import owned_file
 from tests.cli.calls import call, call_json, refused
@@ -19,7 +19,7 @@ PROMPT = "the cat sat on a mat while dogs ran on the cat; "
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(generate_command, "_PIECE_TOKENS", 5)
+    monkeypatch.setattr(prompts, "_PIECE_TOKENS", 5)
 
 
 def arguments(run_folder, *options):

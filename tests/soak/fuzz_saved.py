@@ -27,9 +27,9 @@ from memformer.data import (
 )
 from memformer.training.checkpoint import TrainingState, canonical, load_checkpoint, save_checkpoint
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
-from memformer.training.loop import check_same_run
 from memformer.training.optimizer import make_optimizer
 from memformer.training.run_folder import RUN_CONFIG_FILE, read_run_config, write_run_config
+from memformer.training.run_inputs import check_same_run
 from memformer.utils.files import read_json
 from tests.helpers import tiny_config
 

@@ -108,8 +108,8 @@ def test_of_equal_scores_the_later_weights_are_the_best(base, tmp_path, monkeypa
     results = iter([*scores, 0.0])
     evaluate = DocumentData.evaluate
 
-    def scored(self, model, training, *, is_final):
-        result = evaluate(self, model, training, is_final=is_final)
+    def scored(self, model, training, **options):
+        result = evaluate(self, model, training, **options)
         score = next(results)
         monkeypatch.setattr(type(result), "score", property(lambda self: score))
         return result

@@ -22,9 +22,8 @@ from memformer.data import NUM_TASK_TOKENS, ByteTokenizer, MultitaskConfig, Pixe
 from memformer.training import loop
 from memformer.training.config import DataConfig
 from memformer.training.logs import read_log
-from memformer.training.loop import check_same_run
 from memformer.training.optimizer import learning_rate_at
-from memformer.training.run_inputs import describe_inputs, find_changed_input, pin_revisions
+from memformer.training.run_inputs import check_same_run, describe_inputs, find_changed_input, pin_revisions
 from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("without_report")

@@ -11,11 +11,12 @@ from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive
 from memformer.data import (
     SourceConfig,
 )
-from memformer.evaluation.likelihood import Result, evaluate
+from memformer.evaluation.likelihood import Result, content_unit, evaluate
 from memformer.training.config import DataConfig
 from memformer.training.run_data import (
     open_corpus,
 )
+from memformer.utils.progress import ProgressBar
 
 EVALUATE_HELP = """Evaluate a model on held-out documents: perplexity, bits per token and bits per byte.
 
@@ -62,14 +63,26 @@ def run_evaluate(argv: list[str]) -> None:
         data = prepare_data_of(run, run_config.data)
         training = dataclasses.replace(run_config.training, num_lanes=num_lanes)
         started = time.monotonic()
-        result = data.evaluate(run.model, training, is_final=True)
+        num_tokens = data.evaluation_tokens(run.model, training, is_final=True)
+        with ProgressBar("evaluating", num_tokens, unit="token") as progress:
+            result = data.evaluate(run.model, training, is_final=True, progress=progress.advance_to)
     else:
         data_config = DataConfig() if run.run_config is None else run_config_of(run).data
         corpus = open_corpus(
-            dataclasses.replace(data_config, max_document_tokens=None), options.data, tokenizer=run.tokenizer
+            dataclasses.replace(data_config, max_document_tokens=None),
+            options.data,
+            tokenizer=run.tokenizer,
+            shows_progress=True,
         )
         started = time.monotonic()
-        result = evaluate(run.model, corpus, num_lanes=num_lanes)
+        with ProgressBar("evaluating", corpus.num_tokens, unit="token") as progress:
+            result = evaluate(
+                run.model,
+                corpus,
+                num_lanes=num_lanes,
+                unit=content_unit(run.tokenizer),
+                progress=progress.advance_to,
+            )
     seconds = time.monotonic() - started
     if options.json:
         print(json.dumps({"weights": str(run.weights), "seconds": seconds, **result.to_dict()}))

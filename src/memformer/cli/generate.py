@@ -1,25 +1,20 @@
 """The `memformer generate` command."""
 
-import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jsonargparse import ArgumentParser
-from numpy.typing import NDArray
 
 from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
+from memformer.cli.prompts import open_prompt
 from memformer.cli.reading import Position, Reading, saved_position, skip_to
 from memformer.data import (
     PixelTokenizer,
     Tokenizer,
 )
-from memformer.data.content import open_text
-from memformer.data.tokenizers import encode_stream
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
 from memformer.generation.session import Session
@@ -28,11 +23,8 @@ from memformer.training.samples import NUM_IMAGES
 from memformer.utils.checks import check_integer, check_number, check_seed
 from memformer.utils.files import check_can_write, user_path
 from memformer.utils.ownership import owned_file
-from memformer.utils.progress import print_warning
+from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
-
-# Prompt tokens fed to the session per call. A signal takes effect only between two calls.
-_PIECE_TOKENS = 4096
 
 NEW_TOKENS = 500
 # Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
@@ -188,30 +180,36 @@ def _continue(
     Without --json the new text is printed as it is generated.
     """
     session = reading.session
-    parts = skip_to(reading.position, _split_parts(_read_prompt(options, tokenizer)))
-    for part in signals.until_signalled(parts, waits=True):
-        reading.feed(part)
+    with (
+        open_prompt(options.prompt, options.prompt_file) as prompt,
+        ProgressBar("reading", prompt.size, unit="byte") as progress,
+    ):
+        parts = skip_to(reading.position, prompt.pieces(tokenizer))
+        for number, part in enumerate(signals.until_signalled(parts, waits=True)):
+            if options.resume and not number:
+                progress.begin_at(prompt.num_bytes)
+            reading.feed(part)
+            progress.advance_to(prompt.num_bytes)
     reading.is_finished = not signals.received
     ids: list[int] = []
     num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
     steps = signals.until_signalled(session.stream(num_tokens, **sampling))
     text = ""
-    for piece in tokenizer.decode_stream(_append_each((step[0] for step in steps), ids)):
-        text += piece
-        if not options.json:
-            print(piece, end="", flush=True)
+    # Text that is printed on a terminal shows the progress itself.
+    is_shown = options.json or not sys.stdout.isatty()
+    with ProgressBar("generating", num_tokens, unit="token") as progress:
+        for piece in tokenizer.decode_stream(_append_each((step[0] for step in steps), ids)):
+            text += piece
+            if not options.json:
+                print(piece, end="", flush=True)
+            if is_shown:
+                progress.advance_to(len(ids))
     return {
         "prompt_tokens": reading.position.num_tokens,
         "token_ids": ids,
         "text": text,
         "state_bytes": session.state_bytes,
     }
-
-
-def _split_parts(parts: Iterator[NDArray[np.integer[Any]]]) -> Iterator[NDArray[np.integer[Any]]]:
-    """Split parts into pieces of at most `_PIECE_TOKENS` tokens."""
-    for part in parts:
-        yield from (part[start : start + _PIECE_TOKENS] for start in range(0, len(part), _PIECE_TOKENS))
 
 
 def _sampling_options(options: Any) -> dict[str, Any]:
@@ -246,25 +244,6 @@ def _check_saving_options(options: Any) -> None:
         )
 
 
-def _read_prompt(options: Any, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the prompt's token ids part by part, because a prompt may not fit in memory.
-
-    Raises:
-        InputError: The prompt cannot be read or is not UTF-8 text, or both --prompt and --prompt_file are given.
-    """
-    if options.prompt is not None and options.prompt_file is not None:
-        raise InputError("--prompt and --prompt_file are both given; give only one of them")
-    if options.prompt_file is None:
-        # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
-        prompt = (options.prompt or "").encode("utf-8", "surrogateescape")
-        yield from encode_stream(tokenizer, io.BytesIO(prompt), name="prompt")
-        return
-    name = "stdin" if options.prompt_file == "-" else options.prompt_file
-    given: Any = sys.stdin.buffer if options.prompt_file == "-" else None  # typeshed: another type than io's
-    with open_text(user_path(name), stream=given) as stream:
-        yield from encode_stream(tokenizer, stream, name=name)
-
-
 def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
     from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
 
@@ -276,7 +255,8 @@ def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, samplin
     num_images = positive(options, "num_images", default=NUM_IMAGES)
     output = user_path(options.output or "images.png")
     check_can_write(output)
-    images = sample_images(model, tokenizer, num_images, **sampling)
+    with ProgressBar("sampling", tokenizer.height * tokenizer.width, unit="pixel") as progress:
+        images = sample_images(model, tokenizer, num_images, **sampling, progress=progress.advance_to)
     write_image_grid(output, images, tokenizer=tokenizer)
     print(json.dumps({"output": str(output), "images": images.tolist()}) if options.json else f"wrote {output}")
 

@@ -54,7 +54,7 @@ def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
         change = find_changed_input(inputs, describe_inputs(data, run.tokenizer, known=inputs))
         if change is not None:
             print_warning(f"{change}; the result is about other documents, some of which may have been trained on")
-    return prepare_data(data, tokenizer=run.tokenizer)
+    return prepare_data(data, tokenizer=run.tokenizer, shows_progress=True)
 
 
 def prepare_torch(device: str, threads: int | None) -> torch.device:

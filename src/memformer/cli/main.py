@@ -7,8 +7,11 @@ A module that is slow to import (sharding and plots take 1.5 seconds) and needed
 that command. The other commands, the help and the error messages then start sooner.
 """
 
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from memformer.cli.evaluate import run_evaluate
 from memformer.cli.generate import run_generate
@@ -43,6 +46,7 @@ def entry_point() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
+    prepare_streams()
     if not argv or argv[0] in {"-h", "--help"}:
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -51,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         _handler(argv[0])(list(argv[1:]))
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported as such
     except InputError as error:
         return _refuse(str(error))
     except Interrupted as interrupted:
@@ -68,6 +73,25 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr accept every text: what their encoding lacks is printed as a question mark.
+
+    Streams that were closed before the start are opened on the null device. Otherwise the next file that is opened
+    would take their place, and output of libraries would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _handler(command: str) -> Callable[[list[str]], None]:

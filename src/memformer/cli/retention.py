@@ -14,6 +14,7 @@ from memformer.data import (
 )
 from memformer.errors import InputError
 from memformer.evaluation.document_retention import DocumentRetention, measure_documents
+from memformer.evaluation.likelihood import content_unit
 from memformer.evaluation.recall import Recall, measure_recall
 from memformer.training.config import RunConfig
 from memformer.training.run_data import (
@@ -192,7 +193,12 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
     num_segments = int((-(-corpus.document_lengths // run.model.segment_length)).sum())
     with ProgressBar("reading", num_segments, unit="segment") as progress:
         result = measure_documents(
-            run.model, corpus, delays=options.delays, num_lanes=num_lanes, progress=progress.advance_to
+            run.model,
+            corpus,
+            delays=options.delays,
+            num_lanes=num_lanes,
+            unit=content_unit(run.tokenizer),
+            progress=progress.advance_to,
         )
     return result, draw_documents(result)
 

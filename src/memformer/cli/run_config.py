@@ -89,8 +89,8 @@ def parse_run_config(
 
     Args:
         argv: The YAML file or run folder, followed by options.
-        warn: Called with a message if names from version 0.1 are used, or if the options choose another model or kind of
-            data, which does not read some keys of the file.
+        warn: Called with a message if names from version 0.1 are used, or if the options choose another model or kind
+            of data, which does not read some keys of the file.
 
     Raises:
         InputError: The file is missing or malformed, or a key or value is invalid.

@@ -35,6 +35,7 @@ from memformer.training.run_folder import (
 )
 from memformer.training.run_inputs import (
     LOCATION_KEYS,
+    check_same_run,
     describe_inputs,
     find_changed_input,
     pin_revisions,
@@ -70,7 +71,7 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
 
 
 def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
-    from memformer.training.loop import check_same_run, train
+    from memformer.training.loop import train
     from memformer.training.report import write_report
 
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
@@ -91,7 +92,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     def prepare() -> RunData:
         if began_with is not None and tokenizer is not None:
             _check_same_inputs(began_with, config, tokenizer)
-        return prepare_data(config.data, tokenizer=tokenizer)
+        return prepare_data(config.data, tokenizer=tokenizer, shows_progress=True)
 
     # The other processes read the token ids that the first one has put into the cache.
     data = processes.do_in_first(prepare) or prepare_data(config.data, tokenizer=tokenizer)

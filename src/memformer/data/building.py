@@ -1,6 +1,7 @@
 """Building of corpora: token ids on disk, cached by source and tokenizer."""
 
 import hashlib
+import io
 import json
 import shutil
 import zlib
@@ -22,6 +23,7 @@ from memformer.data.corpus import (
     check_ids,
     serialize_manifest,
 )
+from memformer.data.documents import Document
 from memformer.data.files import file_status
 from memformer.data.sources import (
     SourceConfig,
@@ -30,7 +32,7 @@ from memformer.data.sources import (
     locate_source_files,
     pin_revision,
 )
-from memformer.data.tokenizers import Tokenizer, smallest_dtype
+from memformer.data.tokenizers import STREAM_BLOCK_BYTES, Tokenizer, encode_stream, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_integer
 from memformer.utils.files import saving, sync_folder, sync_handle, temporary_sibling, user_path, write_bytes
@@ -58,7 +60,7 @@ def build_corpus(
         max_document_tokens: Longer documents are cut into pieces of this many tokens; the last piece may be shorter.
             The document's bytes are divided among the pieces in proportion to their tokens and rounded so that the sum
             is exact; for bytes and pixels that is one byte per token. None: documents stay whole.
-        progress: Called after every document with the number of tokens so far.
+        progress: Called with the number of bytes (pixels, for images) of the documents encoded so far.
 
     Raises:
         InputError: The source cannot be read, no document has tokens, a token id is outside the tokenizer's
@@ -126,7 +128,7 @@ def _write(
     with saving(tokens_path):
         tokens_file = tokens_path.open("wb")
     with tokens_file:
-        for ids, num_bytes in _encoded(source, tokenizer):
+        for ids, num_bytes in _encoded(source, tokenizer, progress):
             content = ids.astype(dtype).tobytes()
             checksum = zlib.crc32(content, checksum)
             with saving(tokens_path):
@@ -135,8 +137,6 @@ def _write(
                 piece_tokens.append(length)
                 piece_bytes.append(size)
             num_tokens += ids.size
-            if progress is not None:
-                progress(num_tokens)
         with saving(tokens_path):
             tokens_file.flush()
             sync_handle(tokens_file.fileno())
@@ -161,12 +161,36 @@ def _write(
     write_bytes(folder / MANIFEST_FILE, serialize_manifest(manifest))
 
 
-def _encoded(source: SourceConfig, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
+def _encoded(
+    source: SourceConfig, tokenizer: Tokenizer, progress: Callable[[int], None] | None
+) -> Iterator[tuple[NDArray[Any], int]]:
+    num_bytes = 0
     for document in iterate_documents(source):
-        ids = tokenizer.encode(document.content, document.name) if len(document.content) else np.empty(0, np.uint8)
+        parts = []
+        for ids, size in _encoded_parts(document, tokenizer):
+            parts.append(ids)
+            num_bytes += size
+            if progress is not None and size:
+                progress(num_bytes)
+        ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if ids.size:
             check_ids(ids, vocab_size=tokenizer.vocab_size, name=document.name)
             yield ids, len(document.content)
+
+
+def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield the token ids of a document, in parts if it is long, and the number of bytes of each part."""
+    content = document.content
+    if isinstance(content, bytes) and len(content) > STREAM_BLOCK_BYTES and tokenizer.kind != "bytes":
+        start = 0
+        stream = io.BytesIO(content)
+        for ids in encode_stream(tokenizer, stream, name=document.name):
+            yield ids, stream.tell() - start
+            start = stream.tell()
+    elif len(content):
+        yield tokenizer.encode(content, document.name), len(content)
+    else:
+        yield np.empty(0, np.uint8), 0
 
 
 def _cut(num_tokens: int, num_bytes: int, *, max_document_tokens: int | None) -> Iterator[tuple[int, int]]:

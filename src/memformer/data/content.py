@@ -102,6 +102,22 @@ def open_text(path: Path, *, stream: io.BufferedIOBase | None = None) -> Iterato
         yield io.BufferedReader(_TextReader(opened, path), _BUFFER_BYTES)
 
 
+def is_compressed(path: Path) -> bool:
+    """Return whether `open_source` would decompress a file; False for a pipe, which is not read.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return any(beginning.match(head) for beginning, _ in _COMPRESSED)
+
+
 def _buffered(stream: Any) -> io.BufferedReader:
     return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from memformer.data.content import is_compressed
 from memformer.data.documents import Document, parse_slice, slice_documents
 from memformer.data.files import SourceFile, locate_files
 from memformer.data.hub import local_folder, newest_revision, read_data_set
@@ -145,6 +146,24 @@ def pin_revision(source: SourceConfig) -> SourceConfig:
     if source.revision is not None:
         raise InputError(f"revision ({source.revision!r}) is not read for {source.name}, which is a local folder")
     return source
+
+
+def source_bytes(source: SourceConfig) -> int | None:
+    """Return the size of a source's files in bytes, an estimate of its documents' size; None if it is unknown.
+
+    It is unknown for compressed files, data sets of the Hugging Face hub, slices of documents, and sources without
+    local files.
+
+    Raises:
+        InputError: A path does not exist or contains no file, or a file cannot be read.
+    """
+    paths = [file.path for file in locate_source_files(source)]
+    if not paths or source.documents is not None or source.name is not None:
+        return None
+    # One file of each kind of name, because there may be very many.
+    if any(is_compressed(path) for path in {path.suffix: path for path in paths}.values()):
+        return None
+    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def iterate_documents(source: SourceConfig) -> Iterator[Document]:

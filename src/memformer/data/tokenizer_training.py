@@ -1,7 +1,7 @@
 """Training, saving and loading of tokenizers."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -65,7 +65,13 @@ class TokenizerConfig:
                     )
 
 
-def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, text: str = "") -> Tokenizer:
+def train_tokenizer(
+    config: TokenizerConfig,
+    documents: Iterable[Document],
+    *,
+    text: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> Tokenizer:
     """Return a tokenizer of the configured kind, trained on `documents`; kind bytes reads none of them.
 
     The same documents in the same order give the same tokenizer.
@@ -74,24 +80,30 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[Document], *, t
         config: Kind and vocabulary size of the tokenizer.
         documents: The training documents, read once.
         text: Additional training text; kind word keeps all of its words, however rare they are.
+        progress: Called with the number of bytes of the documents read so far.
 
     Raises:
         InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`.
     """
     if config.kind == "bytes":
         return ByteTokenizer()
-    blocks = chain(blocks_of_lines(text), _text_blocks(documents, config.kind))
+    blocks = chain(blocks_of_lines(text), _text_blocks(documents, config.kind, progress))
     if config.kind == "bpe":
         assert config.vocab_size is not None
         return TextTokenizer("bpe", _train_bpe(blocks, vocab_size=config.vocab_size))
     return TextTokenizer("word", _train_words(blocks, text.split(), vocab_size=config.vocab_size))
 
 
-def _text_blocks(documents: Iterable[Document], kind: str) -> Iterator[str]:
+def _text_blocks(documents: Iterable[Document], kind: str, progress: Callable[[int], None] | None) -> Iterator[str]:
+    num_bytes = 0
     for name, content in documents:
         if not isinstance(content, bytes):
             raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads text")
-        yield from blocks_of_lines(decode_utf8(content, name=name))
+        for block in blocks_of_lines(decode_utf8(content, name=name)):
+            yield block
+            num_bytes += len(block.encode())
+            if progress is not None:
+                progress(num_bytes)
 
 
 def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenizer:

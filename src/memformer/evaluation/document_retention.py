@@ -86,6 +86,7 @@ class DocumentRetention:
             memory that entered the segment d positions earlier, so nothing written since then is in it.
         delayed_nll_memory_erased: The same with the memory erased before every segment.
         peak_memory_bytes: Peak memory: of the device for CUDA, otherwise of this process.
+        unit: Unit of the documents' size in texts: "byte", or "pixel" for images.
     """
 
     num_documents: int
@@ -97,6 +98,7 @@ class DocumentRetention:
     delayed_nll: dict[int, float]
     delayed_nll_memory_erased: float
     peak_memory_bytes: int
+    unit: str = "byte"
 
     def bits_per_byte(self, delay: int | None) -> float:
         """Return the bits per byte with the memory of `delay` segments earlier; None: with the memory erased.
@@ -120,6 +122,7 @@ class DocumentRetention:
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
+            "unit": self.unit,
             "segment_length": self.segment_length,
             "peak_memory_bytes": self.peak_memory_bytes,
             "positions": [bucket.to_dict() for bucket in self.buckets],
@@ -156,7 +159,7 @@ class DocumentRetention:
         )
         erased = self.bits_per_byte(None)
         by_delay = format_table(
-            ("delay", "bits/byte", "gain of newer memory", "gain of older memory"),
+            ("delay", f"bits/{self.unit}", "gain of newer memory", "gain of older memory"),
             [
                 *(
                     (
@@ -175,7 +178,7 @@ class DocumentRetention:
                 "bits per token by position in the document (in segments)",
                 by_position,
                 "",
-                "bits per byte with the memory of an earlier segment (delay in segments)",
+                f"bits per {self.unit} with the memory of an earlier segment (delay in segments)",
                 by_delay,
                 f"computed over the same {self.num_delayed_tokens:,} tokens, which have at least "
                 f"{max(self.delayed_nll)} segments of {self.segment_length} tokens before them",
@@ -191,6 +194,7 @@ def measure_documents(
     *,
     delays: Integers | None = None,
     num_lanes: Integer = 8,
+    unit: str = "byte",
     progress: Callable[[int], None] | None = None,
 ) -> DocumentRetention:
     """Return the memory gain by position and by the age of the memory, from one pass over the documents.
@@ -206,6 +210,7 @@ def measure_documents(
         delays: Delays in segments; 0, the current memory, is always added. None: 0 and the powers of 2 up to 32 that
             are less than the number of segments of the longest document.
         num_lanes: Number of documents read side by side; it does not change the result.
+        unit: Unit of the documents' size: "byte", or "pixel" for images (`content_unit`).
         progress: Called with the number of segments read so far.
 
     Raises:
@@ -262,6 +267,7 @@ def measure_documents(
         delayed_nll=dict(zip(delays, delayed, strict=True)),
         delayed_nll_memory_erased=erased,
         peak_memory_bytes=peak_memory_bytes(model.device),
+        unit=unit,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memformer.data import Corpus, LaneStream
+from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
@@ -87,10 +87,12 @@ class Evaluation(Result):
     Attributes:
         with_memory: Likelihood with the memory carried from segment to segment.
         memory_erased: Likelihood with the initial memory at every segment; the previous segment is still read.
+        unit: Unit of the documents' size in texts: "byte", or "pixel" for images.
     """
 
     with_memory: Likelihood
     memory_erased: Likelihood
+    unit: str = "byte"
 
     @property
     def memory_gain(self) -> float:
@@ -109,21 +111,21 @@ class Evaluation(Result):
     def to_line(self) -> str:
         """Return the metrics as one line of text."""
         return (
-            f"held out {self.with_memory.bits_per_byte:.4f} bits/byte, "
+            f"held out {self.with_memory.bits_per_byte:.4f} bits/{self.unit}, "
             f"memory erased {self.memory_erased.bits_per_byte:.4f}"
         )
 
     def to_table(self) -> str:
         """Return the metrics as a table for a terminal."""
         table = format_table(
-            ("", "bits/byte", "bits/token", "perplexity"),
+            ("", f"bits/{self.unit}", "bits/token", "perplexity"),
             [
                 (label, f"{result.bits_per_byte:.4f}", f"{result.bits_per_token:.4f}", f"{result.perplexity:.4f}")
                 for label, result in (("with memory", self.with_memory), ("memory erased", self.memory_erased))
             ],
         )
         return (
-            f"{table}\nmemory gain: {self.memory_gain:.4f} bits/byte (erased minus intact) "
+            f"{table}\nmemory gain: {self.memory_gain:.4f} bits/{self.unit} (erased minus intact) "
             f"over {self.with_memory.num_tokens:,} held-out tokens"
         )
 
@@ -132,6 +134,7 @@ class Evaluation(Result):
         return {
             "num_tokens": self.with_memory.num_tokens,
             "num_bytes": self.with_memory.num_bytes,
+            "unit": self.unit,
             "with_memory": self.with_memory.to_dict(),
             "memory_erased": self.memory_erased.to_dict(),
             "memory_gain_bits_per_byte": self.memory_gain,
@@ -144,6 +147,7 @@ def evaluate(
     *,
     num_lanes: Integer = 8,
     rollout_length: Integer = 8,
+    unit: str = "byte",
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Return the likelihood of the documents, with the memory intact and with the memory erased.
@@ -156,7 +160,8 @@ def evaluate(
         corpus: Documents; their token ids must be in the model's vocabulary.
         num_lanes: Number of documents read side by side.
         rollout_length: Number of timesteps whose readout is computed together.
-        progress: Called after each rollout with its number of tokens.
+        unit: Unit of the documents' size: "byte", or "pixel" for images (`content_unit`).
+        progress: Called after each rollout with the number of tokens so far.
 
     Raises:
         InputError: The corpus has another vocabulary size, or the model's likelihood is not finite.
@@ -171,6 +176,7 @@ def evaluate(
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
+    num_tokens = 0
     memory: Tensor | None = None
     with reading(model):
         totals = torch.zeros(2, dtype=torch.float64, device="cpu")
@@ -182,8 +188,9 @@ def evaluate(
             intact, memory = encode_rollout(model, rollout, memory)
             for index, hidden in enumerate((intact, erased)):
                 totals[index] += rollout_nll(model, rollout, hidden).double().sum().cpu()
+            num_tokens += cpu_rollout.count_target_tokens()
             if progress is not None:
-                progress(cpu_rollout.count_target_tokens())
+                progress(num_tokens)
     if not totals.isfinite().all():
         raise InputError(
             f"the model's negative log-likelihood is {totals.tolist()} nats; it must be finite: the model's weights "
@@ -192,7 +199,12 @@ def evaluate(
     with_memory, memory_erased = (
         Likelihood(nll=nll, num_tokens=corpus.num_tokens, num_bytes=corpus.num_bytes) for nll in totals.tolist()
     )
-    return Evaluation(with_memory=with_memory, memory_erased=memory_erased)
+    return Evaluation(with_memory=with_memory, memory_erased=memory_erased, unit=unit)
+
+
+def content_unit(tokenizer: Tokenizer) -> str:
+    """Return the unit in which the size of a tokenizer's documents is counted: "pixel" for images, else "byte"."""
+    return "pixel" if isinstance(tokenizer, PixelTokenizer) else "byte"
 
 
 def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:

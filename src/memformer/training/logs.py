@@ -123,10 +123,9 @@ class RunLog:
     def __init__(self, sinks: Sequence[LogSink] = (), *, progress: ProgressBar | None = None) -> None:
         self._sinks = sinks
         self._progress = progress
+        self._status = "first updates"
 
     def __enter__(self) -> "RunLog":
-        if self._progress is not None:
-            self._progress.start()
         return self
 
     def __exit__(
@@ -137,20 +136,23 @@ class RunLog:
         for sink in self._sinks:
             sink.close()
 
-    def advance(self, num_updates: int) -> None:
-        """Move the progress bar."""
+    def advance(self, num_updates: int, *, seconds_left: float) -> None:
+        """Move the progress bar, and set the remaining time in seconds."""
         if self._progress is not None:
-            self._progress.move_to(num_updates)
+            self._progress.advance_to(num_updates, self._status, seconds_left=seconds_left)
+
+    def end_updates(self) -> None:
+        """Remove the progress bar of the updates; messages are still printed."""
+        if self._progress is not None:
+            self._progress.stop()
 
     def update(self, num_updates: int, values: LoggedValues) -> None:
         """Log a training update."""
         self._record("training", num_updates, values)
-        if self._progress is not None:
-            self._progress.advance_to(
-                num_updates,
-                f"{values['bits_per_token']:.3f} bits/token  {values['tokens_per_second']:,.0f} tokens/s  "
-                f"{values['peak_memory_bytes'] / 2**20:,.0f} MiB",
-            )
+        self._status = (
+            f"{values['bits_per_token']:.3f} bits/token  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"{values['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        )
 
     def evaluation(self, num_updates: int, result: Result) -> None:
         """Log an evaluation on held-out documents or episodes."""

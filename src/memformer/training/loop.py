@@ -4,7 +4,6 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 
 from memformer.data import save_tokenizer
-from memformer.errors import CheckpointError, InputError
+from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.models import LanguageModel, Memformer, load_model
 from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
     TrainingState,
-    canonical,
     checkpoint_name,
     load_checkpoint,
     prune_checkpoints,
@@ -42,9 +40,10 @@ from memformer.training.sharding import (
     shard,
     sum_gradients_in_next_backward,
 )
+from memformer.training.time_left import TimeLeft
 from memformer.utils.files import user_path, write_json
 from memformer.utils.machine import peak_memory_bytes
-from memformer.utils.progress import print_warning
+from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, signals_noted
 
 _NOTHING_SKIPPED = {"num_skipped": 0, "num_skipped_in_a_row": 0}
@@ -91,6 +90,11 @@ class _Trainer:
         self.data = data
         self.model = model
         self.stream = data.make_stream(model, config)
+        self.time_left = TimeLeft(
+            config.training,
+            periodic_tokens=data.evaluation_tokens(model, config.training, is_final=False),
+            final_tokens=data.evaluation_tokens(model, config.training, is_final=True),
+        )
         memory = model.initial_memory(config.training.num_lanes).detach().clone()
         if processes.count > 1 and config.training.sharding != "none":
             assert isinstance(model, Memformer)  # checked by RunConfig
@@ -169,11 +173,12 @@ class _Trainer:
                 )
             with signals_noted() as signals:
                 while self.num_updates < training.num_updates:
-                    started = time.monotonic()
+                    started, tokens_before = time.monotonic(), progress["num_tokens"]
                     values = self._update(log, signals.received)
                     progress["num_updates"] += 1
-                    progress["seconds"] += time.monotonic() - started
-                    log.advance(self.num_updates)
+                    seconds = time.monotonic() - started
+                    progress["seconds"] += seconds
+                    self.time_left.add_update(seconds, num_tokens=progress["num_tokens"] - tokens_before)
                     is_last = self.num_updates == training.num_updates
                     if values is not None and (is_last or self.num_updates % training.log_every == 0):
                         values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
@@ -181,10 +186,12 @@ class _Trainer:
                         values["num_tokens"] = progress["num_tokens"]
                         values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
                         log.update(self.num_updates, values)
+                    log.advance(self.num_updates, seconds_left=self.time_left.seconds(self.num_updates))
                     if is_last or self.num_updates % training.evaluate_every == 0:
-                        whole = self._whole_model()
+                        whole, started = self._whole_model(), time.monotonic()
                         if whole is not None:
                             self._evaluate(whole, log)
+                            self.time_left.add_evaluation(time.monotonic() - started)
                         self.processes.wait_for_all()
                     # All ranks stop together, using the signal count summed over processes in this update.
                     stops = bool(signals.received) if self.processes.count == 1 else self.all_stop
@@ -374,38 +381,10 @@ class _Trainer:
     def _conclude(self, log: RunLog) -> Result:
         """Evaluate the best weights on all held-out data."""
         log.say("evaluating the best weights on all held-out data")
+        log.end_updates()
         best = load_model(self.folder / BEST, device=self.model.device)
-        result = self.data.evaluate(best, self.config.training, is_final=True)
+        total = self.data.evaluation_tokens(best, self.config.training, is_final=True)
+        with ProgressBar("evaluating", total, unit="token") as progress:
+            result = self.data.evaluate(best, self.config.training, is_final=True, progress=progress.advance_to)
         write_json(self.folder / RESULT_FILE, result.to_dict())
         return result
-
-
-def check_same_run(saved: dict[str, Any], config: RunConfig, *, may_change: Collection[str] = ()) -> None:
-    """Check that a run can be resumed with a config: model, data, seed and number of lanes must be unchanged.
-
-    Args:
-        saved: The config with which the run began, as plain values.
-        config: The config with which it is to resume.
-        may_change: Keys that are not compared, besides `data.cache`.
-
-    Raises:
-        CheckpointError: One of them has changed; the message names the first difference.
-    """
-    current = canonical(config.to_dict())
-    fixed = ["seed", "model_type", "model", "data"]
-    lanes = ("num_lanes",)
-    for key, before, now in _differences(saved, current):
-        top, _, rest = key.partition(".")
-        if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in lanes):
-            raise CheckpointError(
-                f"the run began with {key}: {before}, now it is {now}; a run cannot be resumed with this change"
-            )
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(saved.keys() | current.keys(), key=str):  # a YAML key may be a number
-        before, now = saved.get(key), current.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            yield from _differences(before, now, prefix=f"{prefix}{key}.")
-        elif before != now:
-            yield f"{prefix}{key}", before, now

@@ -2,7 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from memformer.data import (
@@ -21,16 +22,18 @@ from memformer.data import (
     iterate_documents,
     make_task,
     make_text_task,
+    source_bytes,
     source_levels,
     train_tokenizer,
 )
 from memformer.data.recall.stream import check_segment_length, task_text
 from memformer.errors import InputError
-from memformer.evaluation.likelihood import Evaluation, Result, evaluate
+from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
 from memformer.models.recurrence import RecurrentModel
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.utils.files import user_path
+from memformer.utils.progress import ProgressBar
 
 _RECALL_EPISODES = 64
 _EVALUATION_TOKENS_AT_ONCE = 4096
@@ -50,8 +53,26 @@ class RunData(ABC):
         """Return an endless stream of training rollouts."""
 
     @abstractmethod
-    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Result:
-        """Return the evaluation of a model on held-out data; the final evaluation of a run uses more of it."""
+    def evaluate(
+        self,
+        model: RecurrentModel,
+        training: TrainingConfig,
+        *,
+        is_final: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> Result:
+        """Return the evaluation of a model on held-out data.
+
+        Args:
+            model: The model.
+            training: The run's training config.
+            is_final: Whether this is the final evaluation of a run, which uses more data.
+            progress: Called with the number of tokens read so far, of `evaluation_tokens` in total.
+        """
+
+    @abstractmethod
+    def evaluation_tokens(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> int:
+        """Return the number of tokens that `evaluate` reads."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -86,13 +107,34 @@ class DocumentData(RunData):
         tasks = config.data.multitask
         return LaneStream(self.train, **options) if tasks is None else MultitaskStream(self.train, tasks, **options)
 
-    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Evaluation:
+    def evaluate(
+        self,
+        model: RecurrentModel,
+        training: TrainingConfig,
+        *,
+        is_final: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
         """Evaluate a model on the first `evaluation_tokens` validation tokens, or finally on all test documents."""
-        corpus = self.test if is_final else first_documents(self.validation, training.evaluation_tokens)
+        corpus = self._evaluation_corpus(training, is_final=is_final)
         # Read out enough timesteps together for a few thousand tokens, because short segments on few lanes are slow.
         num_lanes = min(training.num_lanes, corpus.num_documents)
         rollout_length = max(1, _EVALUATION_TOKENS_AT_ONCE // (num_lanes * model.segment_length))
-        return evaluate(model, corpus, num_lanes=num_lanes, rollout_length=rollout_length)
+        return evaluate(
+            model,
+            corpus,
+            num_lanes=num_lanes,
+            rollout_length=rollout_length,
+            unit=content_unit(self.tokenizer),
+            progress=progress,
+        )
+
+    def evaluation_tokens(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> int:
+        """Return the number of tokens of the documents that `evaluate` reads."""
+        return self._evaluation_corpus(training, is_final=is_final).num_tokens
+
+    def _evaluation_corpus(self, training: TrainingConfig, *, is_final: bool) -> Corpus:
+        return self.test if is_final else first_documents(self.validation, training.evaluation_tokens)
 
     def describe(self) -> str:
         """Return a one-line description with the numbers of documents and tokens."""
@@ -136,9 +178,22 @@ class RecallData(RunData):
             seed=config.seed,
         )
 
-    def evaluate(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> Recall:
+    def evaluate(
+        self,
+        model: RecurrentModel,
+        training: TrainingConfig,
+        *,
+        is_final: bool,
+        progress: Callable[[int], None] | None = None,
+    ) -> Recall:
         """Return the accuracy at distances up to 4 times the longest in training, finally up to 32 times."""
-        farthest = self.config.max_distance * (32 if is_final else 4)
+        farthest = self._farthest(is_final=is_final)
+        tokens_per_segment = model.segment_length * _RECALL_EPISODES
+
+        def report(distance: int) -> None:
+            if progress is not None:
+                progress(distance * tokens_per_segment)
+
         return measure_recall(
             model,
             self.validation,
@@ -146,7 +201,15 @@ class RecallData(RunData):
             distances=[*doubling_distances(farthest)],
             num_facts=self.config.num_facts[1],
             num_episodes=_RECALL_EPISODES,
+            progress=report,
         )
+
+    def evaluation_tokens(self, model: RecurrentModel, training: TrainingConfig, *, is_final: bool) -> int:
+        """Return the number of tokens up to the longest distance, of all episodes."""
+        return self._farthest(is_final=is_final) * model.segment_length * _RECALL_EPISODES
+
+    def _farthest(self, *, is_final: bool) -> int:
+        return self.config.max_distance * (32 if is_final else 4)
 
     def describe(self) -> str:
         """Return a one-line description of the task and its size."""
@@ -162,16 +225,14 @@ def doubling_distances(farthest: int) -> list[int]:
     return sorted({*(1 << power for power in range(farthest.bit_length())), farthest})
 
 
-def prepare_data(
-    config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Callable[[int], None] | None = None
-) -> RunData:
+def prepare_data(config: DataConfig, *, tokenizer: Tokenizer | None = None, shows_progress: bool = False) -> RunData:
     """Return the data of a run. The token ids of documents are computed once and cached on disk.
 
     Args:
         config: The data config.
         tokenizer: Tokenizer to use. None: train one on the training documents. Recall tasks that are not in text have
             their own tokenizer and ignore this.
-        progress: Called with the number of token ids just written to the cache.
+        shows_progress: Show on stderr how many bytes of the documents are tokenized, if that takes long.
 
     Raises:
         InputError: A source is missing, empty, undecodable, or too small to hold out documents; or a recall task in
@@ -188,16 +249,16 @@ def prepare_data(
             f"data.train.kind ({config.train.kind!r}) holds images; recall.task {recall.task!r} needs text"
         )
     if tokenizer is None:
-        tokenizer = _make_tokenizer(config)
-    train = open_corpus(config, config.train, tokenizer=tokenizer, progress=progress)
+        tokenizer = _make_tokenizer(config, shows_progress=shows_progress)
+    train = open_corpus(config, config.train, tokenizer=tokenizer, shows_progress=shows_progress)
     if config.validation is None:
         train, validation = train.split(config.validation_fraction, config.seed)
     else:
-        validation = open_corpus(config, config.validation, tokenizer=tokenizer, progress=progress)
+        validation = open_corpus(config, config.validation, tokenizer=tokenizer, shows_progress=shows_progress)
     if recall is None:
         test = None
         if config.test is not None:
-            test = open_corpus(config, config.test, tokenizer=tokenizer, progress=progress)
+            test = open_corpus(config, config.test, tokenizer=tokenizer, shows_progress=shows_progress)
         return DocumentData(tokenizer, train, validation, test)
     return RecallData(
         recall,
@@ -211,7 +272,7 @@ def open_corpus(
     source: SourceConfig,
     *,
     tokenizer: Tokenizer,
-    progress: Callable[[int], None] | None = None,
+    shows_progress: bool = False,
 ) -> Corpus:
     """Return the documents of a source as token ids.
 
@@ -227,9 +288,19 @@ def open_corpus(
     if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
         raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
     cache = user_path(config.cache) if config.cache is not None else default_cache()
-    return build_corpus(
-        source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
-    )
+    with _reading("tokenizing", source, is_shown=shows_progress) as progress:
+        return build_corpus(
+            source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
+        )
+
+
+@contextmanager
+def _reading(label: str, source: SourceConfig, *, is_shown: bool) -> Iterator[Callable[[int], None] | None]:
+    if not is_shown:
+        yield None
+        return
+    with ProgressBar(label, source_bytes(source), unit="byte") as bar:
+        yield bar.advance_to
 
 
 def default_cache() -> Path:
@@ -237,13 +308,15 @@ def default_cache() -> Path:
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "memformer"
 
 
-def _make_tokenizer(config: DataConfig) -> Tokenizer:
+def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     shape, levels = image_shape(config.train), source_levels(config.train)
     if shape is not None and levels is not None:
         return PixelTokenizer(levels, *shape)
     documents = iterate_documents(config.train) if config.tokenizer.kind != "bytes" else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
-    return train_tokenizer(config.tokenizer, documents, text=text)
+    is_shown = shows_progress and config.tokenizer.kind != "bytes"
+    with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
+        return train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
 
 
 def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:

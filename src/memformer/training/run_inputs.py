@@ -1,6 +1,7 @@
 """What a run is made from: its tokenizer and the files of its data, recorded in the run folder and compared later."""
 
 import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from memformer.data import SourceConfig, Tokenizer
 from memformer.data.files import SourceFile, file_identities, locate_files
 from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError
-from memformer.training.config import DataConfig
+from memformer.training.checkpoint import canonical
+from memformer.training.config import DataConfig, RunConfig
 from memformer.utils.files import read_json, write_json
 
 INPUTS_FILE = "data.json"
@@ -159,3 +161,34 @@ def _with_saved_revision(source: SourceConfig, key: str, saved: dict[str, Any]) 
             return dataclasses.replace(source, revision=revision)
         case _:
             return source
+
+
+def check_same_run(saved: dict[str, Any], config: RunConfig, *, may_change: Collection[str] = ()) -> None:
+    """Check that a run can be resumed with a config: model, data, seed and number of lanes must be unchanged.
+
+    Args:
+        saved: The config with which the run began, as plain values.
+        config: The config with which it is to resume.
+        may_change: Keys that are not compared, besides `data.cache`.
+
+    Raises:
+        CheckpointError: One of them has changed; the message names the first difference.
+    """
+    current = canonical(config.to_dict())
+    fixed = ["seed", "model_type", "model", "data"]
+    lanes = ("num_lanes",)
+    for key, before, now in _differences(saved, current):
+        top, _, rest = key.partition(".")
+        if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in lanes):
+            raise CheckpointError(
+                f"the run began with {key}: {before}, now it is {now}; a run cannot be resumed with this change"
+            )
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(saved.keys() | current.keys(), key=str):  # a YAML key may be a number
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, prefix=f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}", before, now

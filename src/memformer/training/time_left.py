@@ -1,0 +1,55 @@
+"""Estimate of the remaining time of a run, which includes its evaluations."""
+
+from memformer.training.config import TrainingConfig
+
+
+class TimeLeft:
+    """Remaining time of a run: updates, periodic evaluations, and the final evaluation on all held-out data.
+
+    Until an evaluation has been timed, a held-out token is assumed to take as long as a training token.
+
+    Args:
+        training: The run's training config.
+        periodic_tokens: Tokens of a periodic evaluation.
+        final_tokens: Tokens of the final evaluation.
+    """
+
+    def __init__(self, training: TrainingConfig, *, periodic_tokens: int, final_tokens: int) -> None:
+        self._num_updates = training.num_updates
+        self._evaluate_every = training.evaluate_every
+        self._periodic_tokens = periodic_tokens
+        self._final_tokens = final_tokens
+        self._updates = self._tokens = self._evaluations = 0
+        self._update_seconds = self._evaluation_seconds = 0.0
+
+    def add_update(self, seconds: float, *, num_tokens: int) -> None:
+        """Record the time of an update on this number of target tokens."""
+        self._updates += 1
+        self._tokens += num_tokens
+        self._update_seconds += seconds
+
+    def add_evaluation(self, seconds: float) -> None:
+        """Record the time of a periodic evaluation."""
+        self._evaluations += 1
+        self._evaluation_seconds += seconds
+
+    def seconds(self, num_updates: int) -> float:
+        """Return the remaining time in seconds after this number of updates."""
+        if not self._updates:
+            return 0.0
+        per_update = self._update_seconds / self._updates
+        evaluation = self._update_seconds / max(self._tokens, 1) * self._periodic_tokens
+        if self._evaluations:
+            evaluation = self._evaluation_seconds / self._evaluations
+        final = evaluation * self._final_tokens / self._periodic_tokens
+        return (
+            (self._num_updates - num_updates) * per_update
+            + self._num_evaluations_after(num_updates) * evaluation
+            + final
+        )
+
+    def _num_evaluations_after(self, num_updates: int) -> int:
+        # There is one after every `evaluate_every` updates, and one after the last update.
+        if num_updates >= self._num_updates:
+            return 0
+        return -(-self._num_updates // self._evaluate_every) - num_updates // self._evaluate_every

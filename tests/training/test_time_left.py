@@ -1,0 +1,32 @@
+"""The remaining time of a run: updates, periodic evaluations and the final evaluation."""
+
+import pytest
+
+from memformer.cli.main import main
+from memformer.training.config import TrainingConfig
+from memformer.training.logs import RunLog
+from memformer.training.time_left import TimeLeft
+from tests.training.runs import config_file, run_config
+
+
+def test_the_time_left_counts_the_evaluations():
+    """At the last update the final evaluation is still left, in proportion to its tokens."""
+    left = TimeLeft(TrainingConfig(num_updates=10, evaluate_every=4), periodic_tokens=100, final_tokens=1000)
+    assert left.seconds(0) == 0
+    left.add_update(2.0, num_tokens=50)
+    # No evaluation is timed yet: 100 tokens take as long as in training, 4 s. There are 3 (after 4, 8 and 10 updates).
+    assert left.seconds(1) == pytest.approx(9 * 2 + 3 * 4 + 40)
+    left.add_update(2.0, num_tokens=50)
+    left.add_evaluation(1.0)
+    assert left.seconds(4) == pytest.approx(6 * 2 + 2 * 1 + 10)
+    assert left.seconds(8) == pytest.approx(2 * 2 + 1 + 10)
+    assert left.seconds(10) == pytest.approx(10)
+
+
+def test_a_run_shows_the_time_of_the_final_evaluation(base, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(RunLog, "advance", lambda log, update, *, seconds_left: shown.update({update: seconds_left}))
+    monkeypatch.setattr(TimeLeft, "add_evaluation", lambda left, seconds: setattr(left, "_evaluation_seconds", 0.0))
+    config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
+    assert main(["train", config_file(config), "--folder", str(tmp_path / "run")]) == 0
+    assert shown[1] > shown[2] > 0
