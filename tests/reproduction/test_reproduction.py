@@ -3,23 +3,28 @@
 import functools
 import json
 import os
+import re
 import shutil
+import time
 
 import pytest
 import yaml
 
 from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_model
 from memformer.cli import run_config
+from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
-from memformer.reproduction import command
+from memformer.reproduction import command, runs
 from memformer.reproduction.results import collect, draw
-from memformer.reproduction.runs import plan_runs
+from memformer.reproduction.runs import check_data, plan_runs
 from memformer.reproduction.tables import read_table, table_names, tables_folder
+from memformer.utils import progress
 from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, make_text, refused
 
 TABLE = {
     "title": "A small table",
+    "data_sets": {"texts": "some texts, from the library"},
     "scales": {
         "small": {
             "metric": "bits_per_byte",
@@ -81,8 +86,8 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path):
     assert (config["seed"], config["model"]["num_slots"], config["training"]["learning_rate"]) == (1, 2, 0.01)
 
     tiny = read_table(tmp_path / "experiments" / "tiny")
-    runs = plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], folder=out, data=str(tmp_path))
-    costs, slots = draw(tiny, collect(runs, tiny.scale("small")), "small").axes
+    planned = plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], folder=out, data=str(tmp_path))
+    costs, slots = draw(tiny, collect(planned, tiny.scale("small")), "small").axes
     assert costs.get_xlabel() == "GFLOPs for 100 tokens"
     ((places, means),) = (line.get_data() for line in slots.lines[:1])
     assert (slots.get_xlabel(), list(places)) == ("slots", [2])
@@ -115,8 +120,56 @@ def test_a_folder_in_use_is_refused(table, tmp_path):
         assert "no run in" in refused("reproduce", *table, "--only_write")
     # A run of an earlier `reproduce` that was killed may still train.
     with owned_folder(tmp_path / "out" / "1-lstm-seed-0", option="--folder"):
-        assert "1 runs failed" in refused("reproduce", *table, "--rows", "1-lstm")
+        assert "1 of 1 runs failed" in refused("reproduce", *table, "--rows", "1-lstm")
     assert f"in use by process {os.getpid()} on " in (tmp_path / "out" / "1-lstm-seed-0" / "train.log").read_text()
+
+
+def test_missing_data_is_named_before_anything_is_trained(table, tmp_path):
+    """The files, where to get them and where to put them are named at once."""
+    empty = tmp_path / "empty"
+    message = refused("reproduce", *table, "--data", f"{empty}//")
+    assert message == (
+        f"tiny needs a file that does not exist: {empty}/texts. Where to get them: texts: some texts, from the "
+        "library. Put the files there, or name the folder that holds texts/ with --data FOLDER"
+    )
+    assert not (tmp_path / "out").exists()
+    tiny = read_table(tmp_path / "experiments" / "tiny")
+    planned = plan_runs(tiny, tiny.rows, scale="small", seeds=[0], folder=tmp_path / "out", data=str(empty))
+    check_data(planned, tiny, data=str(empty), options=["--data.train.kind=digits"])  # reads other data
+
+
+def test_every_table_says_where_to_get_its_data(tmp_path):
+    for name in table_names(tables_folder()):
+        table = read_table(tables_folder() / name)
+        for scale in table.scales:
+            planned = plan_runs(table, table.rows_at(scale), scale=scale, seeds=[0], folder=tmp_path, data="none")
+            local = [run for run in planned if "huggingface" not in str(run.config["data"])]
+            if local:
+                with pytest.raises(InputError, match=r"none/.* Where to get them: .*\. Put the files there"):
+                    check_data(local, table, data="none", options=[])
+
+
+def test_the_progress_of_all_runs_is_shown(table, tmp_path, monkeypatch):
+    """`reproduce` shows the updates of its runs and the time left."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_PLAIN_LINES", 0.0)
+    monkeypatch.setattr(progress, "FIRST_PLAIN_LINE_AFTER", 0.0)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+    def train(run, options, say):
+        run.folder.mkdir(parents=True)
+        for update in (1, 2):
+            with (run.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"kind": "training", "update": update}) + "\n")
+            time.sleep(0.1)
+        return 1
+
+    monkeypatch.setattr(runs, "_train", train)
+    err = call("reproduce", *table, "--", "--training.num_updates=2e0")[2]
+    lines = [line for line in err.splitlines() if line.startswith("training: update ")]
+    shown = [re.match(r"training: update ([0-4])/4  ([01]) of 2 runs done", line).groups() for line in lines]
+    assert shown == sorted(shown)
+    assert {"1", "3"} <= {updates for updates, _ in shown}
+    assert re.search(r"about \d+ s left$", lines[-1])
 
 
 def test_invalid_input_is_refused(table, tmp_path):
@@ -126,8 +179,8 @@ def test_invalid_input_is_refused(table, tmp_path):
     assert "seeds (0) must be at least 1" in refused("reproduce", *table, "--seeds", "0")
     assert "there is nothing to write" in refused("reproduce", *table, "--only_write")
     message = refused("reproduce", *table, "--rows", "1-lstm", "--", "--training.num_lanes", "0")
-    assert "1 runs failed" in message
-    assert "num_lanes (0) must be at least 1" in (tmp_path / "out" / "1-lstm-seed-0" / "train.log").read_text()
+    assert "1 of 1 runs failed; " in message
+    assert "train.log ends with: memformer: error: training.num_lanes (0) must be at least 1" in message
     row = tmp_path / "experiments" / "tiny" / "1-lstm.yaml"
     row.write_text(row.read_text().replace("paper:", "papre:"))
     assert "unknown key 'papre'" in refused("reproduce", *table)

@@ -12,7 +12,7 @@ from memformer.errors import InputError
 from memformer.evaluation.plots import write_figure
 from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
-from memformer.reproduction.runs import Run, finish_runs, plan_runs
+from memformer.reproduction.runs import Run, check_data, finish_runs, plan_runs
 from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
 from memformer.utils.files import user_path, write_json, write_text
@@ -36,18 +36,20 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
         check_integer(name, value, 1)
     table = read_table(folder / options.table)
+    data = str(user_path(options.data))
     runs = plan_runs(
         table,
         _choose(table, options.rows, options.scale),
         scale=options.scale,
         seeds=range(options.seeds),
         folder=output,
-        data=str(user_path(options.data)),
+        data=data,
     )
     if options.only_write:  # also while another process trains
         return _write_table(table, runs, output, options)
+    check_data(runs, table, data=data, options=train_options)
     with owned_folder(output, option="--folder"):
-        finish_runs(runs, jobs=options.jobs, options=train_options, say=_say)
+        finish_runs(runs, jobs=options.jobs, options=train_options)
         return _write_table(table, runs, output, options)
 
 

@@ -1,22 +1,30 @@
 """The runs of a table: missing runs are trained, interrupted runs are resumed, finished runs are reused."""
 
+import contextlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from memformer.errors import InputError
+from memformer.data.files import locate_files
+from memformer.errors import CheckpointError, InputError
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.config import TrainingConfig
 from memformer.training.logs import read_log
 from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
+from memformer.utils.progress import ProgressBar
+
+SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +78,99 @@ def plan_runs(
     ]
 
 
-def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str], say: Callable[[str], None]) -> None:
-    """Train or resume all unfinished runs.
+def check_data(runs: Sequence[Run], table: Table, *, data: str, options: Sequence[str]) -> None:
+    """Check, before anything is trained, that the files that the unfinished runs read exist.
+
+    Args:
+        runs: The runs.
+        table: Their table.
+        data: The folder with the data sets.
+        options: Additional options of `memformer train`; sections of the data that they change are not checked.
+
+    Raises:
+        InputError: Files are missing; the message says where to get them and where to put them.
+    """
+    sources = [
+        source
+        for run in runs
+        if not run.is_finished
+        for name, source in run.config.get("data", {}).items()
+        if isinstance(source, dict) and not any(option.startswith(f"--data.{name}.") for option in options)
+    ]
+    if any(source.get("kind") == "huggingface" for source in sources) and find_spec("datasets") is None:
+        raise InputError(f"{table.key} reads data sets of the Hugging Face hub: pip install 'memformer-lm[datasets]'")
+    paths = dict.fromkeys(source["path"] for source in sources if source.get("path"))
+    missing = [path for path in paths if not _exists(path)]
+    if missing:
+        folders = dict.fromkeys(Path(path).relative_to(data).parts[0] for path in missing if _is_below(path, data))
+        origins = [f"{folder}: {table.data_sets[folder]}" for folder in folders if folder in table.data_sets]
+        where = f" Where to get them: {'; '.join(origins)}." if origins else ""
+        raise InputError(
+            f"{table.key} needs {'files that do' if len(missing) > 1 else 'a file that does'} not exist: "
+            f"{', '.join(missing)}.{where} Put the files there, or name the folder that holds "
+            f"{' and '.join(f'{folder}/' for folder in folders) or 'them'} with --data FOLDER"
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(locate_files(path))
+    except InputError:
+        return False
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
+
+
+def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> None:
+    """Train or resume all unfinished runs, and show the progress of all of them on stderr.
 
     Args:
         runs: The runs, in training order.
         jobs: Number of runs to train in parallel, each in its own process.
         options: Additional options of `memformer train`, for every run.
-        say: Called with a message when a run starts and when it ends.
 
     Raises:
         InputError: Some runs failed; the others are finished.
         SaveError: A config cannot be written.
     """
     missing = [run for run in runs if not run.is_finished]
-    say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished")
-    with ThreadPoolExecutor(jobs) as pool:
-        endings = list(pool.map(lambda run: _train(run, options, say), missing))
-    if failed := [str(run.folder) for run, ending in zip(missing, endings, strict=True) if ending != 0]:
-        raise InputError(
-            f"{len(failed)} runs failed, the first in {failed[0]}; the output of a run is in {TRAIN_LOG} in its folder"
-        )
+    total = sum(_total_updates(run, options) for run in missing)
+    completed = sum(_num_updates(run) for run in missing)
+    with (
+        ProgressBar("training", total, unit="update", completed=completed) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        progress.say(f"memformer: {len(runs) - len(missing)} of {len(runs)} runs are finished")
+        endings = [pool.submit(_train, run, options, progress.say) for run in missing]
+        while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
+            num_done = sum(ending.done() for ending in endings)
+            progress.advance_to(sum(map(_num_updates, missing)), f"{num_done} of {len(missing)} runs done")
+    failed = [run for run, ending in zip(missing, endings, strict=True) if ending.result() != 0]
+    if failed:
+        log = failed[0].folder / TRAIN_LOG
+        last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
+        raise InputError(f"{len(failed)} of {len(missing)} runs failed; {log} ends with: {last}")
+
+
+def _total_updates(run: Run, options: Sequence[str]) -> int:
+    """Return the number of updates of a run, which an option may change."""
+    total = run.config.get("training", {}).get("num_updates", TrainingConfig.num_updates)
+    for option, following in zip_longest(options, options[1:], fillvalue=""):
+        name, equals, value = option.partition("=")
+        if name == "--training.num_updates":
+            with contextlib.suppress(ValueError):  # the run itself refuses it
+                total = float(value if equals else following)
+    return int(total)
+
+
+def _num_updates(run: Run) -> int:
+    """Return the number of updates in the log of a run, which may be in progress."""
+    try:
+        return max((int(line["update"]) for line in read_log(run.folder)), default=0)
+    except CheckpointError:
+        return 0
 
 
 def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
@@ -100,11 +180,12 @@ def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
         command.append("--resume")
-    say(f"{run.row.name}, seed {run.seed}: started")
+    name = f"memformer: {run.row.name}, seed {run.seed}"
+    say(f"{name}: started")
     run.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (run.folder / TRAIN_LOG).open("a", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     minutes = (time.monotonic() - started) / 60
-    say(f"{run.row.name}, seed {run.seed}: {'done' if status == 0 else f'failed ({status})'} in {minutes:.1f} min")
+    say(f"{name}: {'done' if status == 0 else f'failed ({status})'} in {minutes:.1f} min")
     return status

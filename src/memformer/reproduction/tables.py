@@ -69,12 +69,14 @@ class Table:
         title: Title of the table.
         scales: Settings by scale.
         rows: The rows, in order.
+        data_sets: For each subfolder of the data folder, where to get its files.
     """
 
     key: str
     title: str
     scales: dict[str, ScaleConfig]
     rows: list[Row]
+    data_sets: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def config_of(self, row: Row, scale: str, *, data: str) -> dict[str, Any]:
         """Return the config of a row's run; `data` is the folder with the data sets.
@@ -144,7 +146,7 @@ def read_table(folder: Path) -> Table:
             rows.append(Row(key=row_file.stem, **_checked(row_file, Row, without={"key"})))
     if not rows:
         raise InputError(f"{folder} has no rows; each is a YAML file beside {TABLE_FILE}")
-    return Table(key=folder.name, title=fields["title"], scales=scales, rows=rows)
+    return Table(**{**fields, "key": folder.name, "scales": scales, "rows": rows})
 
 
 def _checked(file: Path, kind: type, *, without: set[str]) -> dict[str, Any]:

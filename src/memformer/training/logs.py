@@ -65,6 +65,7 @@ class JsonLinesSink(LogSink):
     def record(self, kind: str, num_updates: int, values: LoggedValues) -> None:
         """Append a line."""
         self._lines.write(json.dumps({"kind": kind, "update": num_updates, **values}) + "\n")
+        self._lines.flush()  # so that others can follow the run
 
     def sample(self, num_updates: int, text: str) -> None:
         """Do nothing; samples are saved in separate files."""
