@@ -148,6 +148,11 @@ def pin_revision(source: SourceConfig) -> SourceConfig:
     return source
 
 
+def is_image_kind(kind: str) -> bool:
+    """Return whether a source of this kind holds images, whose size is counted in pixels."""
+    return kind in {"idx", "digits"}
+
+
 def source_bytes(source: SourceConfig) -> int | None:
     """Return the size of a source's files in bytes, an estimate of its documents' size; None if it is unknown.
 

@@ -1,9 +1,11 @@
-"""Plots of recall and retention."""
+"""Plots of recall and retention, and helpers for all plots: legends beside the data, axes with plain numbers."""
 
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from memformer.evaluation.document_retention import DocumentRetention
 from memformer.evaluation.recall import Recall
@@ -34,14 +36,15 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
     axes.set_ylabel("accuracy")
     axes.set_title(f"recall of {recall.num_facts} fact{'s' if recall.num_facts > 1 else ''}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left")
+    put_legend_below(figure)
     return figure
 
 
 def draw_documents(result: DocumentRetention) -> Figure:
     """Return two plots: bits per token by position, and bits per byte by the age of the memory."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    by_position, by_delay = figure.subplots(1, 2)
+    left, right = figure.subfigures(1, 2)
+    by_position, by_delay = left.subplots(), right.subplots()
 
     # Bucket edges double, so equally spaced buckets form a logarithmic axis that includes position 0.
     labels = [bucket.label for bucket in result.buckets]
@@ -64,13 +67,45 @@ def draw_documents(result: DocumentRetention) -> Figure:
     by_delay.set_xticks(delays, [f"{delay:,}" for delay in delays])
     by_delay.set_xticks([], minor=True)
     by_delay.set_xlabel(f"age of the memory (segments of {result.segment_length:,} tokens)")
-    by_delay.set_ylabel("bits per byte")
+    by_delay.set_ylabel(f"bits per {result.unit}")
     by_delay.set_title(f"{result.num_delayed_tokens:,} tokens from position {delays[-1]} on")
 
-    for axes in (by_position, by_delay):
+    for part, axes in ((left, by_position), (right, by_delay)):
         axes.grid(alpha=0.3)
-        axes.legend()
+        put_legend_below(part)
     return figure
+
+
+def put_legend_below(figure: Figure | SubFigure, *, columns: int = 3) -> None:
+    """Add a legend of all axes below them, where it covers no data; the figure needs the constrained layout."""
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+
+
+def make_logarithmic(axis: Axis) -> None:
+    """Give an axis a logarithmic scale with plain numbers (3.4 instead of 3.4 x 10^0); call it after plotting."""
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log")
+    low, high = axis.get_view_interval()
+    if high / low < 10:
+        axis.set_major_locator(MaxNLocator(6))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def make_doubling(axes: Axes, xs: list[int]) -> None:
+    """Give the x axis a logarithmic scale whose ticks are the measured numbers, which double."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, [f"{x:,}" for x in xs])
+    axes.set_xticks([], minor=True)
+
+
+def use_whole_numbers(axis: Axis) -> None:
+    """Put ticks at whole numbers only."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def write_figure(file: Path, figure: Figure) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
+from memformer.evaluation.plots import make_doubling, make_logarithmic, put_legend_below
 from memformer.models import build_model
 from memformer.models.loading import MODELS
 from memformer.reproduction.measure import MethodSpec, Setting, measure_growth, measure_seconds
@@ -68,7 +69,8 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
     figures: dict[str, Any] = {"title": given["title"], "scale": scale, "note": costs.note, "versions": versions()}
     parts = [f"## {given['title']}, scale {scale}", costs.note.strip()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = figure.subfigures(1, 2)
+    left, right = (panel.subplots() for panel in panels)
     if costs.horizons:
         figures["methods"] = _measure_methods(costs, say)
         parts.append(_methods_table(figures["methods"], given["paper"]))
@@ -81,7 +83,9 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
         parts.append(f"The paper: {given['paper'].strip()}")
         _draw(left, figures["operations"], costs.lengths, unit=1e9, x="tokens", y="GFLOPs")
         _draw(right, figures["memory"], costs.memory_sizes, unit=2.0**20, x="slots, or cached tokens", y="MiB")
-        left.set_yscale("log")
+        make_logarithmic(left.yaxis)
+    for panel in panels:
+        put_legend_below(panel)
     figure.suptitle(f"{given['title']}, scale {scale} (ours)")
     return figures, "\n\n".join(parts) + "\n", figure
 
@@ -176,10 +180,9 @@ def _table(first: str, unit_name: str, figures: dict[str, list[float]], xs: list
 def _draw(axes: Axes, figures: dict[str, list[float]], xs: list[int], *, unit: float, x: str, y: str) -> None:
     for name, values in figures.items():
         axes.plot(xs, [value / unit for value in values], marker="o", label=name)
-    axes.set_xscale("log", base=2)
+    make_doubling(axes, xs)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend()
     axes.grid(alpha=0.3)
 
 
@@ -190,9 +193,8 @@ def _draw_methods(rows: list[dict[str, Any]], speed: Axes, memory: Axes) -> None
         speed.plot(horizons, [row["speed_ratio"]["median"] for row in own], marker="o", label=method)
         memory.plot(horizons, [row["memory_growth_bytes"] / 2**20 for row in own], marker="o", label=method)
     for axes, label in ((speed, "speed relative to BPTT"), (memory, "memory growth, MiB")):
-        axes.set_xscale("log", base=2)
+        make_doubling(axes, sorted({row["horizon"] for row in rows}))
         axes.set_xlabel("timesteps per update")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-        axes.legend()
         axes.grid(alpha=0.3)

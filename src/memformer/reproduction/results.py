@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memformer.evaluation.flops import flops_per_token
+from memformer.evaluation.plots import make_doubling, make_logarithmic
 from memformer.models import load_model
 from memformer.reproduction.runs import Run
 from memformer.reproduction.tables import Row, ScaleConfig, Table
@@ -138,7 +139,7 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
         _draw_points(axes, [point], shared.metric, style="o", color=colors[row.row.model_type], label=label)
         position = point[0], statistics.mean(row.values(shared.metric))
         axes.annotate(f"{number}", position, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
+    make_logarithmic(axes.xaxis)
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
     figure.legend(loc="outside right center", fontsize=8)
     for name, own_axes in zip(curves, others, strict=True):
@@ -146,7 +147,7 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
             ((float(row.row.curves[name]), row) for row in rows if name in row.row.curves), key=lambda pair: pair[0]
         )
         _draw_points(own_axes, points, shared.metric, style="o-", color="C0")
-        own_axes.set_xscale("log", base=2)
+        make_doubling(own_axes, [int(x) for x, _ in points])
         own_axes.set_xlabel(name)
     for each in (axes, *others):
         each.set_ylabel(LABELS[shared.metric])

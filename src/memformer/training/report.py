@@ -11,7 +11,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from memformer.errors import CheckpointError, InputError
+from memformer.evaluation.plots import put_legend_below, use_whole_numbers
 from memformer.training.checkpoint import is_checkpoint_name
+from memformer.training.curves import draw_run, metric_of
 from memformer.training.logs import LOG_FILE, read_log
 from memformer.training.run_folder import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
 from memformer.utils.files import read_json, user_path, write_text
@@ -36,50 +38,25 @@ def write_report(folder: str | Path) -> Path:
     )
     result = read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else None
     training = [line for line in lines if line["kind"] == "training"]
+    config = read_run_config(folder)
+    metric = metric_of(config)
     try:
         page = environment.get_template("summary.html.jinja").render(
             name=folder.resolve().name,
             folder=str(folder),
-            curve=draw_curve(lines),
+            curve=_as_svg(draw_run(lines, metric)),
+            unit=metric.label,
             gradients=draw_gradients(training),
             result=result,
             last=training[-1] if training else None,
             sample=_newest_sample(folder / SAMPLES),
-            config=yaml.safe_dump(read_run_config(folder), sort_keys=False),
+            config=yaml.safe_dump(config, sort_keys=False),
             versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
         )
     except (KeyError, jinja2.UndefinedError) as error:
         raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}") from error
     write_text(folder / SUMMARY_FILE, page)
     return folder / SUMMARY_FILE
-
-
-def draw_curve(lines: list[dict[str, Any]]) -> str:
-    """Return a plot of a run's training loss and evaluation results as SVG."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    training = [line for line in lines if line["kind"] == "training"]
-    evaluation = [line for line in lines if line["kind"] == "evaluation"]
-    axes.plot(
-        [line["update"] for line in training],
-        [line["bits_per_token"] for line in training],
-        color="0.75",
-        label="training (bits per token)",
-    )
-    for key, label, style in (
-        ("bits_per_byte", "held out, memory intact (bits per byte)", "o-"),
-        ("bits_per_byte_memory_erased", "held out, memory erased (bits per byte)", "s--"),
-        ("accuracy", "recall accuracy (mean over distances)", "o-"),
-        ("accuracy_memory_erased", "recall accuracy, memory erased", "s--"),
-    ):
-        measured = [line for line in evaluation if key in line]
-        if measured:
-            axes.plot([line["update"] for line in measured], [line[key] for line in measured], style, label=label, ms=4)
-    axes.set_xlabel("update")
-    axes.set_ylabel("bits")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _as_svg(figure)
 
 
 def draw_gradients(training: list[dict[str, Any]]) -> str | None:
@@ -95,11 +72,12 @@ def draw_gradients(training: list[dict[str, Any]]) -> str | None:
         segments_before_end = range(len(norms), 0, -1)
         axes.plot(segments_before_end, norms, "o-", color=grey, ms=4, label=f"update {lines[index]['update']:,}")
     axes.invert_xaxis()
+    use_whole_numbers(axes.xaxis)
     axes.set_yscale("log")
     axes.set_xlabel("segments before the end of the rollout")
     axes.set_ylabel("gradient norm")
     axes.grid(alpha=0.3)
-    axes.legend()
+    put_legend_below(figure)
     return _as_svg(figure)
 
 

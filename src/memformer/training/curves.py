@@ -1,0 +1,108 @@
+"""Curves of runs over their updates: the training loss and the result on held-out data."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from memformer.data.sources import is_image_kind
+from memformer.evaluation.plots import put_legend_below, use_whole_numbers
+
+LogLines = Sequence[Mapping[str, Any]]
+
+
+class Metric(NamedTuple):
+    """A result on held-out data.
+
+    Attributes:
+        key: Key in the evaluation lines of a run's log.
+        key_erased: Key of the same result with the memory erased.
+        label: Name with its unit.
+        is_better_if_higher: Whether the highest value is the best.
+    """
+
+    key: str
+    key_erased: str
+    label: str
+    is_better_if_higher: bool
+
+
+def metric_of(config: Mapping[str, Any]) -> Metric:
+    """Return the held-out metric of a run: accuracy for a recall task, else bits per byte, or per pixel for images.
+
+    Args:
+        config: The run's config as plain values.
+    """
+    data = config.get("data") or {}
+    if data.get("recall") is not None:
+        return Metric("accuracy", "accuracy_memory_erased", "accuracy (mean over distances)", True)
+    unit = "pixel" if is_image_kind((data.get("train") or {}).get("kind")) else "byte"
+    return Metric("bits_per_byte", "bits_per_byte_memory_erased", f"bits per {unit}", False)
+
+
+def draw_run(lines: LogLines, metric: Metric) -> Figure:
+    """Return a plot of one run: training loss, and the held-out metric with the memory and with it erased.
+
+    Both are drawn into one panel if they have the same unit: tokens are bytes, or pixels.
+    """
+    evaluations = [line for line in lines if metric.key in line]
+    is_same_unit = all(line.get("bits_per_token", line[metric.key]) == line[metric.key] for line in evaluations)
+    is_same_unit &= not metric.is_better_if_higher
+    figure = Figure(figsize=(8, 4.2) if is_same_unit else (8, 7), layout="constrained")
+    axes = figure.subplots(1 if is_same_unit else 2, 1, sharex=True, squeeze=False)[:, 0]
+    plot_training(axes[0], lines, label="training", color="0.75")
+    plot_held_out(axes[-1], lines, metric, metric.key, "o-", color="C0", label="held out, with memory")
+    plot_held_out(axes[-1], lines, metric, metric.key_erased, "s--", color="C1", label="held out, memory erased")
+    axes[0].set_ylabel(metric.label if is_same_unit and evaluations else "bits per token")
+    finish(figure)
+    return figure
+
+
+def draw_comparison(runs: Sequence[tuple[str, LogLines, Metric]]) -> Figure:
+    """Return a plot of several runs: the training loss, and one panel for each held-out metric.
+
+    Args:
+        runs: Name, log lines and metric of each run.
+    """
+    metrics = list(dict.fromkeys(metric for _, _, metric in runs))
+    figure = Figure(figsize=(9, 3.4 * (1 + len(metrics))), layout="constrained")
+    axes = figure.subplots(1 + len(metrics), 1, sharex=True)
+    for number, (name, lines, metric) in enumerate(runs):
+        color = f"C{number % 10}"
+        plot_training(axes[0], lines, label=name, color=color)
+        plot_held_out(axes[1 + metrics.index(metric)], lines, metric, metric.key, "o-", color=color, label=None)
+    axes[0].set_ylabel("training, bits per token")
+    for metric, own in zip(metrics, axes[1:], strict=True):
+        own.set_ylabel(f"held out, {metric.label}")
+    finish(figure)
+    return figure
+
+
+def plot_training(axes: Axes, lines: LogLines, *, label: str, color: str) -> None:
+    """Plot the training loss in bits per token."""
+    training = [line for line in lines if line["kind"] == "training"]
+    values = [line["bits_per_token"] for line in training]
+    axes.plot([line["update"] for line in training], values, color=color, label=label)
+
+
+def plot_held_out(
+    axes: Axes, lines: LogLines, metric: Metric, key: str, style: str, *, color: str, label: str | None
+) -> None:
+    """Plot a held-out metric, if there are evaluations; an accuracy gets an axis from 0 to 1."""
+    measured = [line for line in lines if key in line]
+    if measured:
+        updates = [line["update"] for line in measured]
+        axes.plot(updates, [line[key] for line in measured], style, color=color, label=label, ms=4)
+        axes.set_ylabel(metric.label)
+    if metric.is_better_if_higher:
+        axes.set_ylim(-0.03, 1.03)
+
+
+def finish(figure: Figure) -> None:
+    """Label the x axis with updates, and add grids and the legend."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    figure.axes[-1].set_xlabel("update")
+    use_whole_numbers(figure.axes[-1].xaxis)
+    put_legend_below(figure)

@@ -1,0 +1,129 @@
+"""Plots: every axis has its own quantity and plain ticks, and no legend covers the data."""
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from memformer.evaluation.document_retention import DocumentRetention, PositionBucket
+from memformer.evaluation.plots import draw_documents, draw_recall, make_doubling, make_logarithmic
+from memformer.evaluation.recall import Recall, RecallPoint
+from memformer.training.curves import draw_comparison, draw_run, metric_of
+
+TEXT = {"data": {"train": {"kind": "text"}}}
+WORDS = metric_of(TEXT)
+PIXELS = metric_of({"data": {"train": {"kind": "digits"}, "recall": None}})
+RECALL = metric_of({"data": {"train": {"kind": "text"}, "recall": {"task": "fact"}}})
+
+
+def log(key, *, bits_per_token=None):
+    lines = [{"kind": "training", "update": update, "bits_per_token": 9.0 / update} for update in range(1, 5)]
+    for update in (2, 4):
+        line = {"kind": "evaluation", "update": update, key: 1 / update, f"{key}_memory_erased": 0.9}
+        lines.append(line if bits_per_token is None else {**line, "bits_per_token": bits_per_token / update})
+    return lines
+
+
+def retention(unit="byte"):
+    buckets = [
+        PositionBucket(first_segment=first, last_segment=last, num_tokens=9, nll=9.0, nll_memory_erased=10.0)
+        for first, last in ((0, 0), (1, 1), (2, 3))
+    ]
+    return DocumentRetention(
+        num_documents=1,
+        num_tokens=27,
+        num_bytes=27,
+        segment_length=8,
+        buckets=buckets,
+        num_delayed_tokens=9,
+        delayed_nll={0: 8.0, 1: 9.0},
+        delayed_nll_memory_erased=10.0,
+        peak_memory_bytes=1,
+        unit=unit,
+    )
+
+
+def recall(accuracy):
+    points = [
+        RecallPoint(
+            distance=distance,
+            num_tokens=9,
+            num_questions=10,
+            num_right=accuracy,
+            num_right_memory_erased=10 - accuracy,
+            peak_memory_bytes=1,
+        )
+        for distance in (1, 2, 4)
+    ]
+    return draw_recall(Recall(num_facts=1, points=points), trained_distance=2, segment_length=8)
+
+
+FIGURES = {
+    "a run on bytes": lambda: draw_run(log("bits_per_byte", bits_per_token=1.0), WORDS),
+    "a run on words": lambda: draw_run(log("bits_per_byte", bits_per_token=5.0), WORDS),
+    "a recall run": lambda: draw_run(log("accuracy"), RECALL),
+    "a run without evaluation": lambda: draw_run(log("accuracy")[:4], WORDS),
+    "two runs": lambda: draw_comparison([("a", log("bits_per_byte"), WORDS), ("b", log("accuracy"), RECALL)]),
+    "documents": lambda: draw_documents(retention()),
+    **{f"recall {accuracy}": lambda accuracy=accuracy: recall(accuracy) for accuracy in (0, 5, 10)},
+}
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())
+def test_a_legend_covers_no_axes(make):
+    """The legend is beside the data, whatever the data is."""
+    figure = make()
+    FigureCanvasAgg(figure).draw()
+    parts = [figure, *figure.subfigs]
+    legends = [legend.get_window_extent() for part in parts for legend in part.legends]
+    assert legends
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    for legend in legends:
+        assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+def labels(figure):
+    return [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_every_axis_has_its_own_quantity():
+    """An accuracy is not drawn on an axis of bits, and pixels are not called bytes."""
+    assert labels(FIGURES["a run on bytes"]()) == ["bits per byte"]
+    assert labels(FIGURES["a run on words"]()) == ["bits per token", "bits per byte"]
+    assert labels(draw_run(log("bits_per_byte", bits_per_token=1.0), PIXELS)) == ["bits per pixel"]
+    figure = FIGURES["a recall run"]()
+    assert labels(figure) == ["bits per token", "accuracy (mean over distances)"]
+    assert figure.axes[1].get_ylim() == (-0.03, 1.03)
+    assert [len(axes.lines) for axes in figure.axes] == [1, 2]
+    assert labels(FIGURES["two runs"]()) == [
+        "training, bits per token",
+        "held out, bits per byte",
+        "held out, accuracy (mean over distances)",
+    ]
+    assert labels(draw_documents(retention("pixel")))[1] == "bits per pixel"
+
+
+def tick_labels(axis):
+    FigureCanvasAgg(axis.figure).draw()
+    low, high = axis.get_view_interval()
+    labels = [label.get_text() for label, tick in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)]
+    return [label for label, tick in zip(labels, axis.get_ticklocs(), strict=True) if low <= tick <= high]
+
+
+def test_ticks_are_plain_numbers():
+    """Logarithmic axes have plain numbers, and updates and segments whole ones."""
+    for values, shown in (([3.1, 3.4, 3.9], "3.3"), ([2, 90], "20"), ([1, 5e4], "1,000")):
+        axes = Figure().subplots()
+        axes.plot(values, values)
+        make_logarithmic(axes.xaxis)
+        found = tick_labels(axes.xaxis)
+        assert shown in found
+        assert not any("mathdefault" in label or "times" in label for label in found)
+    axes = Figure().subplots()
+    axes.plot([1, 2, 1024], [1, 2, 3])
+    make_doubling(axes, [1, 2, 1024])
+    assert tick_labels(axes.xaxis) == ["1", "2", "1,024"]
+    for name in ("a run on bytes", "two runs"):
+        found = tick_labels(FIGURES[name]().axes[-1].xaxis)
+        assert found == [str(round(float(label))) for label in found]
+    assert np.all(np.array([float(label) for label in found]) >= 0)
