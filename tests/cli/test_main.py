@@ -25,6 +25,7 @@ from tests.cli.calls import call, refused
         (["evaluate", "--help"], "memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json"),
         (["generate", "--help"], "cat chapters/*.txt | memformer generate runs/demo --prompt_file -"),
         (["report", "--help"], "memformer report runs/demo"),
+        (["compare", "--help"], "memformer compare runs/book runs/transformer-xl"),
         (["--version"], "memformer 0."),
     ],
 )
@@ -41,7 +42,7 @@ def test_no_command_at_all():
 
 
 def test_an_unknown_command():
-    known = "train, evaluate, retention, generate, report, reproduce"
+    known = "train, evaluate, retention, generate, report, compare, reproduce"
     assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 

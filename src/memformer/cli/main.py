@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from memformer.cli.compare import run_compare
 from memformer.cli.evaluate import run_evaluate
 from memformer.cli.generate import run_generate
 from memformer.cli.parsing import version
@@ -33,6 +34,7 @@ Train and use sequence models that read arbitrarily long input with a memory of 
   memformer retention RUN                         accuracy or memory gain against the age of the information
   memformer generate RUN                          continue a prompt of any length, or sample images
   memformer report RUN                            write an HTML summary of a run
+  memformer compare RUN RUN ...                   a table and a plot of several runs
   memformer reproduce TABLE                       train and write one of the paper's tables
 
 RUN is a run folder, written by `memformer train`. `memformer COMMAND --help` explains a command, with examples.
@@ -101,6 +103,7 @@ def _handler(command: str) -> Callable[[list[str]], None]:
         "retention": run_retention,
         "generate": run_generate,
         "report": run_report,
+        "compare": run_compare,
         "reproduce": run_reproduce,
     }
     if command not in handlers:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Wider than any table of this package. The width is fixed, because a table may be written to a file.
-_WIDTH = 200
+_WIDTH = 10_000
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

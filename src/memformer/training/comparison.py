@@ -1,0 +1,226 @@
+"""Comparison of runs: what differs in their configs, their results on held-out data, sizes and speed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memformer.errors import CheckpointError, InputError
+from memformer.generation.session import Session
+from memformer.models import load_model
+from memformer.models.loading import MODELS
+from memformer.training.curves import Metric, metric_of
+from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.run_folder import BEST, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
+from memformer.utils.files import read_json
+from memformer.utils.tables import format_table
+
+# Keys that change neither the results nor the speed of a run.
+_IGNORED = ("folder", "data.cache")
+# Keys that choose the held-out data.
+_DATA = ("train", "validation", "validation_fraction", "test", "max_document_tokens", "seed", "recall")
+_NONE = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The figures of one run; None where the run has not got so far.
+
+    Attributes:
+        folder: The run folder.
+        config: The config as plain values.
+        lines: The entries of the log.
+        metric: The held-out metric.
+        best: Best value of the metric in training, and its update.
+        last: Last value of the metric in training, and its update.
+        final: Value of the metric on all held-out data at the end of the run, with the best weights.
+        final_memory_erased: The same with the memory erased.
+        num_bytes: Size of this held-out data in bytes (pixels, for images); None for a recall task.
+        num_parameters: Number of parameters.
+        state_bytes: Size in bytes of the state of one stream (`Session.state_bytes`).
+        num_tokens: Number of training tokens.
+        tokens_per_second: Training tokens per second.
+    """
+
+    folder: str
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    metric: Metric
+    best: tuple[float, int] | None
+    last: tuple[float, int] | None
+    final: float | None
+    final_memory_erased: float | None
+    num_bytes: int | None
+    num_parameters: int | None
+    state_bytes: int | None
+    num_tokens: int | None
+    tokens_per_second: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        return {
+            "run": self.folder,
+            "model_type": self.config.get("model_type"),
+            "metric": self.metric.label,
+            "best": self.best and {"value": self.best[0], "update": self.best[1]},
+            "last": self.last and {"value": self.last[0], "update": self.last[1]},
+            "final": self.final,
+            "final_memory_erased": self.final_memory_erased,
+            "parameters": self.num_parameters,
+            "state_bytes": self.state_bytes,
+            "tokens_trained": self.num_tokens,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def summarize_run(folder: Path, *, warn: Callable[[str], None] | None = None) -> RunSummary:
+    """Return the figures of a run, which may still be in progress.
+
+    Args:
+        folder: The run folder.
+        warn: Called with a message if the config uses names from version 0.1.
+
+    Raises:
+        InputError: The folder does not contain a trained run.
+        CheckpointError: A file of the run is damaged.
+    """
+    for name in (RUN_CONFIG_FILE, LOG_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not the folder of a trained run: it has no {name}")
+    config, lines = read_run_config(folder, warn=warn), read_log(folder)
+    result = read_json(folder / RESULT_FILE) if (folder / RESULT_FILE).is_file() else {}
+    num_parameters, state_bytes = _sizes(folder / BEST)
+    try:
+        return _summarize(folder, config, lines, result, num_parameters=num_parameters, state_bytes=state_bytes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}") from error
+
+
+def _summarize(
+    folder: Path,
+    config: dict[str, Any],
+    lines: list[dict[str, Any]],
+    result: dict[str, Any],
+    *,
+    num_parameters: int | None,
+    state_bytes: int | None,
+) -> RunSummary:
+    metric = metric_of(config)
+    evaluations = [(float(line[metric.key]), int(line["update"])) for line in lines if metric.key in line]
+    training = [line for line in lines if line["kind"] == "training"]
+    newest = {"num_tokens": None, "tokens_per_second": None, **(training[-1] if training else {})}
+    for line in training:
+        float(line["bits_per_token"])  # the plot needs it
+    final, erased = _final_values(result, metric)
+    choose = max if metric.is_better_if_higher else min
+    return RunSummary(
+        folder=str(folder),
+        config=config,
+        lines=lines,
+        metric=metric,
+        # Of equal values the latest, as in training.
+        best=choose(reversed(evaluations), key=lambda pair: pair[0]) if evaluations else None,
+        last=evaluations[-1] if evaluations else None,
+        final=final,
+        final_memory_erased=erased,
+        num_bytes=result.get("num_bytes"),
+        num_parameters=num_parameters,
+        state_bytes=state_bytes,
+        num_tokens=newest["num_tokens"],
+        tokens_per_second=newest["tokens_per_second"],
+    )
+
+
+def _final_values(result: Mapping[str, Any], metric: Metric) -> tuple[float | None, float | None]:
+    if not result:
+        return None, None
+    if metric.key == "accuracy":
+        return result["mean_accuracy"], result["mean_accuracy_memory_erased"]
+    return result["with_memory"][metric.key], result["memory_erased"][metric.key]
+
+
+def _sizes(weights: Path) -> tuple[int | None, int | None]:
+    """Return the number of parameters and the size of a stream's state; None before the first evaluation."""
+    if not weights.is_dir():
+        return None, None
+    model = load_model(weights)
+    return model.num_parameters, Session(model).state_bytes
+
+
+def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the config keys whose values differ, with the value in each config; None where a config lacks the key.
+
+    A key that not all models have is listed if it is a size or has another value than its default.
+    """
+    flat = [dict(_flatten(config)) for config in configs]
+    keys = dict.fromkeys(key for each in flat for key in each if key not in _IGNORED)
+    found = {}
+    for key in keys:
+        own = [each[key] for each in flat if key in each]
+        differs = any(value != own[0] for value in own)
+        if len(own) < len(flat):
+            differs |= any(_matters(each, key) for each in flat if key in each)
+        if differs:
+            found[key] = [each.get(key) for each in flat]
+    return found
+
+
+def _matters(config: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key that other models lack is a size or has another value than the model's default."""
+    value, model = config[key], MODELS.get(str(config.get("model_type")))
+    default = None if model is None else getattr(model.config_class, key.removeprefix("model."), None)
+    default = list(default) if isinstance(default, tuple) else default
+    return value != default or (type(value) is int and value > 0)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def same_data(runs: Sequence[RunSummary]) -> bool:
+    """Return whether the runs were evaluated on the same held-out data, so that their results can be compared."""
+    chosen = [[(run.config.get("data") or {}).get(key) for key in _DATA] for run in runs]
+    sizes = {run.num_bytes for run in runs if run.num_bytes is not None}
+    return all(each == chosen[0] for each in chosen) and len(sizes) <= 1
+
+
+def to_table(runs: Sequence[RunSummary]) -> str:
+    """Return the comparison as a table for a terminal, one column for each run."""
+    rows: list[tuple[str, ...]] = []
+    for metric in dict.fromkeys(run.metric for run in runs):
+        own = [run if run.metric == metric else None for run in runs]
+        label = metric.label
+        rows += [
+            (f"held out, best: {label}", *(_at_update(run and run.best) for run in own)),
+            (f"held out, last: {label}", *(_at_update(run and run.last) for run in own)),
+            (f"all held-out data: {label}", *(_number(run and run.final, ".4f") for run in own)),
+            (f"  memory erased: {label}", *(_number(run and run.final_memory_erased, ".4f") for run in own)),
+        ]
+    rows += [
+        ("parameters", *(_number(run.num_parameters, ",") for run in runs)),
+        ("state of a stream, bytes", *(_number(run.state_bytes, ",") for run in runs)),
+        ("tokens trained", *(_number(run.num_tokens, ",") for run in runs)),
+        ("tokens/s in training", *(_number(run.tokens_per_second, ",.0f") for run in runs)),
+    ]
+    differences = find_differences([run.config for run in runs])
+    rows += [(key, *map(_shown, values)) for key, values in differences.items()]
+    table = format_table(("", *(run.folder for run in runs)), rows)
+    if same_data(runs):
+        return table
+    return f"{table}\nthe held-out data of the runs differs, so their held-out results cannot be compared"
+
+
+def _at_update(pair: tuple[float, int] | None) -> str:
+    return _NONE if pair is None else f"{pair[0]:.4f} (update {pair[1]:,})"
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _shown(value: Any) -> str:
+    return _NONE if value is None else str(value)
