@@ -44,8 +44,7 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
             tokens: Tensor = getattr(self, name)
-            if not isinstance(tokens, Tensor):
-                raise InputTypeError(f"rollout {name} are a {type(tokens).__name__}; they must be a tensor")
+            _check_tensor(f"rollout {name}", tokens)
             if tokens.dtype != torch.int64:
                 raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
             if tokens.ndim != 3 or 0 in tokens.shape:
@@ -151,14 +150,20 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
 
     Raises:
         InputError: The shape is not `shape`.
-        InputTypeError: The dtype is not bool.
+        InputTypeError: It is not a tensor, or its dtype is not bool.
     """
     if mask is None:
         return
+    _check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
     if mask.shape != shape:
         raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a Tensor")
 
 
 def last_token_indices(padding_mask: Tensor) -> Tensor:

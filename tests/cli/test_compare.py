@@ -32,7 +32,7 @@ def rows_of(out, num_runs=2):
     columns = [lines[0].index(part) + len(part) for part in lines[0].split()]
     rows = {}
     for line in lines[1:]:
-        cells, start = [], None
+        cells = []
         for end in reversed(columns):
             cells.append(line[:end].rstrip().rsplit("   ", 1)[-1].strip())
             line = line[: line[:end].rstrip().rfind(cells[-1])]

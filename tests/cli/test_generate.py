@@ -177,3 +177,13 @@ def test_sessions_of_another_model_and_damaged_sessions_are_refused(run_folder, 
     assert "belongs to another model" in refused("generate", run_folder, "--load_session", tmp_path / "other")
     (tmp_path / "damaged").write_bytes((tmp_path / "other").read_bytes()[:-20])
     assert "damaged is damaged" in refused("generate", run_folder, "--load_session", tmp_path / "damaged")
+
+
+def test_image_options_for_a_folder_without_a_tokenizer(run_folder, tmp_path):
+    """The message says that a folder has no tokenizer, and what its token ids are taken for."""
+    Memformer.from_pretrained(run_folder / "best").half().save_pretrained(tmp_path)
+    message = refused("generate", tmp_path, "--output", tmp_path / "x.png")
+    assert message == (
+        f"--output does not apply to a run on text: {tmp_path} has no tokenizer, so its token ids are read as bytes"
+    )
+    assert refused("generate", run_folder, "--num_images", "3") == "--num_images does not apply to a run on text"

@@ -115,7 +115,7 @@ def test_ticks_are_plain_numbers():
     for values, shown in (([3.1, 3.4, 3.9], "3.3"), ([2, 90], "20"), ([1, 5e4], "1,000")):
         axes = Figure().subplots()
         axes.plot(values, values)
-        make_logarithmic(axes.xaxis)
+        make_logarithmic(axes, "x")
         found = tick_labels(axes.xaxis)
         assert shown in found
         assert not any("mathdefault" in label or "times" in label for label in found)

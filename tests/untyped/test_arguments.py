@@ -141,13 +141,27 @@ def test_functions_on_documents_take_numbers_of_any_type():
 def test_tokens_and_rollouts_of_another_type_are_refused_in_one_sentence():
     """`encode([1, 2, 3])` and `backpropagate(model, tensor)` name the argument and its type."""
     model = tiny_model()
-    with pytest.raises(InputTypeError, match=r"^segment is a list; it must be a tensor of token ids, \(rows, "):
+    with pytest.raises(InputTypeError, match=r"^segment is of class list; it must be a Tensor of token ids, \(rows, "):
         model.encode([1, 2, 3])
-    with pytest.raises(InputTypeError, match=r"^targets is a ndarray; it must be a tensor"):
+    with pytest.raises(InputTypeError, match=r"^targets is of class ndarray; it must be a Tensor"):
         model.decode(np.zeros((1, 3), np.int64), hidden=model.encode(torch.ones(1, 3, dtype=torch.int64))[0])
-    with pytest.raises(InputTypeError, match=r"^rollout is a Tensor; it must be a memformer\.Rollout$"):
+    with pytest.raises(InputTypeError, match=r"^rollout is of class Tensor; it must be a Rollout$"):
         backpropagate(model, torch.ones(2, 2, 3, dtype=torch.int64))
-    with pytest.raises(InputTypeError, match=r"^rollout inputs are a list; they must be a tensor$"):
+    with pytest.raises(InputTypeError, match=r"^rollout inputs is of class list; it must be a Tensor$"):
         Rollout(inputs=[[[1]]], targets=torch.ones(1, 1, 1, dtype=torch.int64))
     rollout = random_rollout(2, 2)
     assert backpropagate(model, rollout, readout_timesteps=np.int64(2), gradient_scale=np.float32(1)).num_tokens == 24
+    segment = rollout.inputs[0]
+    hidden, memory = model.encode(segment)
+    wrong = [
+        ("memory", lambda: model.encode(segment, memory=memory.tolist())),
+        ("padding_mask", lambda: model.encode(segment, padding_mask=segment.numpy() == 0)),
+        ("hidden", lambda: model.decode(segment.clamp(max=VOCAB_SIZE - 1), hidden=hidden.tolist())),
+        ("config", lambda: type(model)({"d_model": 64})),
+        ("config", lambda: type(model)(TransformerXLConfig())),
+        ("corpus", lambda: evaluate(model, [np.arange(9)])),
+        ("corpus", lambda: LaneStream([[1]], num_lanes=1, segment_length=1, rollout_length=1, bos_token_id=1)),
+    ]
+    for name, call in wrong:
+        with pytest.raises(InputTypeError, match=rf"^{name} is of class \w+; it must be a "):
+            call()

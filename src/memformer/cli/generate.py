@@ -15,6 +15,7 @@ from memformer.data import (
     PixelTokenizer,
     Tokenizer,
 )
+from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
 from memformer.generation.session import Session
@@ -123,7 +124,9 @@ def run_generate(argv: list[str]) -> None:
     if isinstance(run.tokenizer, PixelTokenizer):
         _draw(run.model, run.tokenizer, options, sampling)
         return
-    refuse_options(options, ("output", "num_images"), kind="on text")
+    is_bare = not has_tokenizer(run.folder)
+    advice = f": {run.folder} has no tokenizer, so its token ids are read as bytes" if is_bare else ""
+    refuse_options(options, ("output", "num_images"), kind=f"on text{advice}")
     if options.save_session is None:
         done = _continue(_start_reading(run.model, options, None), run.tokenizer, options, sampling, Signals())
     else:

@@ -15,7 +15,7 @@ from memformer.data.corpus import Corpus
 from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, check_integer, check_seed
+from memformer.utils.checks import Integer, check_integer, check_seed, check_type
 
 PADDING_TOKEN_ID = 0
 
@@ -71,6 +71,7 @@ class LaneStream(RolloutStream):
         seed: Integer | None = None,
         num_epochs: Integer | None = None,
     ) -> None:
+        check_type("corpus", corpus, Corpus, hint="; corpus_from_arrays makes one of token ids")
         num_lanes = check_integer("num_lanes", num_lanes, 1)
         segment_length = check_integer("segment_length", segment_length, 1)
         rollout_length = check_integer("rollout_length", rollout_length, 1)

@@ -13,7 +13,7 @@ from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.errors import InputError
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, check_integer
+from memformer.utils.checks import Integer, check_integer, check_type
 from memformer.utils.tables import format_table
 
 
@@ -212,7 +212,9 @@ def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
 
     Raises:
         InputError: The sizes differ.
+        InputTypeError: It is not a `Corpus`.
     """
+    check_type("corpus", corpus, Corpus, hint="; corpus_from_arrays makes one of token ids")
     if corpus.vocab_size != model.vocab_size:
         raise InputError(
             f"the corpus has a vocabulary of {corpus.vocab_size} tokens, the model one of {model.vocab_size}"

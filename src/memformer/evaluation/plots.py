@@ -1,6 +1,7 @@
 """Plots of recall and retention, and helpers for all plots: legends beside the data, axes with plain numbers."""
 
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -43,8 +44,7 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
 def draw_documents(result: DocumentRetention) -> Figure:
     """Return two plots: bits per token by position, and bits per byte by the age of the memory."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    by_position, by_delay = left.subplots(), right.subplots()
+    (left, by_position), (right, by_delay) = make_panels(figure, 2)
 
     # Bucket edges double, so equally spaced buckets form a logarithmic axis that includes position 0.
     labels = [bucket.label for bucket in result.buckets]
@@ -76,15 +76,22 @@ def draw_documents(result: DocumentRetention) -> Figure:
     return figure
 
 
+def make_panels(figure: Figure, count: int) -> list[tuple[SubFigure, Axes]]:
+    """Return panels side by side, each with axes and room for a legend of its own."""
+    grid = figure.add_gridspec(1, count)
+    parts = [figure.add_subfigure(grid[0, column]) for column in range(count)]
+    return [(part, part.subplots()) for part in parts]
+
+
 def put_legend_below(figure: Figure | SubFigure, *, columns: int = 3) -> None:
     """Add a legend of all axes below them, where it covers no data; the figure needs the constrained layout."""
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
 
 
-def make_logarithmic(axis: Axis) -> None:
-    """Give an axis a logarithmic scale with plain numbers (3.4 instead of 3.4 x 10^0); call it after plotting."""
-    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
-    set_scale("log")
+def make_logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
+    """Give the x or y axis a logarithmic scale with plain numbers (3.4, not 3.4 x 10^0); call it after plotting."""
+    axes.set(**{f"{name}scale": "log"})
+    axis: Axis = axes.xaxis if name == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     if high / low < 10:
         axis.set_major_locator(MaxNLocator(6))

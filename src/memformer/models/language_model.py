@@ -13,6 +13,7 @@ from memformer.models.recurrence import RecurrentModel
 from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
 from memformer.rollout import check_mask
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.utils.checks import check_type
 
 
 class LanguageModel(Pretrained, RecurrentModel):
@@ -103,7 +104,9 @@ class LanguageModel(Pretrained, RecurrentModel):
 
         Raises:
             InputError: The number of rows is not that of the targets, or the width is not the model's.
+            InputTypeError: They are not a tensor.
         """
+        check_type("hidden", hidden, Tensor)
         rows, width = batch_size, self.config.d_model
         if hidden.ndim != 3 or (hidden.shape[0], hidden.shape[2]) != (rows, width):
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; it must be ({rows}, states, {width})")

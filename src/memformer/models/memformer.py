@@ -20,7 +20,7 @@ from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 from memformer.rollout import check_mask, last_token_indices
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, Targets
-from memformer.utils.checks import Integer, check_size
+from memformer.utils.checks import Integer, check_size, check_type
 
 
 class Memformer(LanguageModel):
@@ -38,6 +38,7 @@ class Memformer(LanguageModel):
     config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
 
     def __init__(self, config: MemformerConfig) -> None:
+        check_type("config", config, MemformerConfig)
         super().__init__(config, num_special_tokens=config.num_special_tokens)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -64,7 +65,7 @@ class Memformer(LanguageModel):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", num_slots: int | None = None
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", num_slots: Integer | None = None
     ) -> "Memformer":
         """Return the model saved by `save_pretrained`, in evaluation mode.
 

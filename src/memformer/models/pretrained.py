@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
+from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
 from memformer.utils.renames import TENSORS, first_model_key, update_section
 
@@ -32,6 +33,7 @@ class Pretrained(nn.Module):
     config_class: ClassVar[type[ModelConfig]]
 
     def __init__(self, config: Any) -> None:
+        check_type("config", config, self.config_class)
         super().__init__()
         self.config = config
 

@@ -23,6 +23,7 @@ from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.linear import is_transformed
 from memformer.rollout import Rollout
 from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.utils.checks import check_type
 
 # Target id that PyTorch's losses ignore by default; here a mask marks the targets that are not counted.
 IGNORED = -100
@@ -175,8 +176,9 @@ class RecurrentModel(nn.Module, ABC):
 
         Raises:
             InputError: The shape is not (batch_size, slots, width) of this model.
-            InputTypeError: The dtype is not that of this model's memory.
+            InputTypeError: It is not a tensor, or the dtype is not that of this model's memory.
         """
+        check_type("memory", memory, Tensor)
         expected = (batch_size, *self.memory_shape)
         if memory.shape != expected:
             raise InputError(
@@ -265,8 +267,8 @@ def check_tokens(tokens: object, *, largest: int, name: str) -> None:
         InputError: There is no token, or a token id is outside 0 .. `largest`.
         InputTypeError: The tokens are not a tensor of dtype int64.
     """
-    if not isinstance(tokens, Tensor):
-        raise InputTypeError(f"{name} is a {type(tokens).__name__}; it must be a tensor of token ids, (rows, tokens)")
+    check_type(name, tokens, Tensor, hint=" of token ids, (rows, tokens)")
+    assert isinstance(tokens, Tensor)
     if tokens.dtype != torch.int64:
         raise InputTypeError(f"{name} has dtype {tokens.dtype}; token ids must be torch.int64")
     if tokens.ndim != 2 or tokens.shape[1] == 0:

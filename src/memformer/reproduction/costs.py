@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
-from memformer.evaluation.plots import make_doubling, make_logarithmic, put_legend_below
+from memformer.evaluation.plots import make_doubling, make_logarithmic, make_panels, put_legend_below
 from memformer.models import build_model
 from memformer.models.loading import MODELS
 from memformer.reproduction.measure import MethodSpec, Setting, measure_growth, measure_seconds
@@ -69,8 +69,8 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
     figures: dict[str, Any] = {"title": given["title"], "scale": scale, "note": costs.note, "versions": versions()}
     parts = [f"## {given['title']}, scale {scale}", costs.note.strip()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subfigures(1, 2)
-    left, right = (panel.subplots() for panel in panels)
+    panels = make_panels(figure, 2)
+    left, right = (axes for _, axes in panels)
     if costs.horizons:
         figures["methods"] = _measure_methods(costs, say)
         parts.append(_methods_table(figures["methods"], given["paper"]))
@@ -83,8 +83,8 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
         parts.append(f"The paper: {given['paper'].strip()}")
         _draw(left, figures["operations"], costs.lengths, unit=1e9, x="tokens", y="GFLOPs")
         _draw(right, figures["memory"], costs.memory_sizes, unit=2.0**20, x="slots, or cached tokens", y="MiB")
-        make_logarithmic(left.yaxis)
-    for panel in panels:
+        make_logarithmic(left, "y")
+    for panel, _ in panels:
         put_legend_below(panel)
     figure.suptitle(f"{given['title']}, scale {scale} (ours)")
     return figures, "\n\n".join(parts) + "\n", figure

@@ -139,7 +139,7 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
         _draw_points(axes, [point], shared.metric, style="o", color=colors[row.row.model_type], label=label)
         position = point[0], statistics.mean(row.values(shared.metric))
         axes.annotate(f"{number}", position, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    make_logarithmic(axes.xaxis)
+    make_logarithmic(axes, "x")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
     figure.legend(loc="outside right center", fontsize=8)
     for name, own_axes in zip(curves, others, strict=True):

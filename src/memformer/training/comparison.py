@@ -1,6 +1,6 @@
 """Comparison of runs: what differs in their configs, their results on held-out data, sizes and speed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,13 +192,17 @@ def to_table(runs: Sequence[RunSummary]) -> str:
     """Return the comparison as a table for a terminal, one column for each run."""
     rows: list[tuple[str, ...]] = []
     for metric in dict.fromkeys(run.metric for run in runs):
-        own = [run if run.metric == metric else None for run in runs]
+        has = [run.metric == metric for run in runs]
+
+        def cells(texts: Iterable[str], has: Sequence[bool] = has) -> list[str]:
+            return [text if own else _NONE for text, own in zip(texts, has, strict=True)]
+
         label = metric.label
         rows += [
-            (f"held out, best: {label}", *(_at_update(run and run.best) for run in own)),
-            (f"held out, last: {label}", *(_at_update(run and run.last) for run in own)),
-            (f"all held-out data: {label}", *(_number(run and run.final, ".4f") for run in own)),
-            (f"  memory erased: {label}", *(_number(run and run.final_memory_erased, ".4f") for run in own)),
+            (f"held out, best: {label}", *cells(_at_update(run.best) for run in runs)),
+            (f"held out, last: {label}", *cells(_at_update(run.last) for run in runs)),
+            (f"all held-out data: {label}", *cells(_number(run.final, ".4f") for run in runs)),
+            (f"  memory erased: {label}", *cells(_number(run.final_memory_erased, ".4f") for run in runs)),
         ]
     rows += [
         ("parameters", *(_number(run.num_parameters, ",") for run in runs)),

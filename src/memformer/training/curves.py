@@ -37,7 +37,7 @@ def metric_of(config: Mapping[str, Any]) -> Metric:
     data = config.get("data") or {}
     if data.get("recall") is not None:
         return Metric("accuracy", "accuracy_memory_erased", "accuracy (mean over distances)", True)
-    unit = "pixel" if is_image_kind((data.get("train") or {}).get("kind")) else "byte"
+    unit = "pixel" if is_image_kind(str((data.get("train") or {}).get("kind"))) else "byte"
     return Metric("bits_per_byte", "bits_per_byte_memory_erased", f"bits per {unit}", False)
 
 

@@ -14,7 +14,7 @@ from memformer.errors import InputTypeError
 from memformer.models.recurrence import RecurrentModel, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, Number, check_integer, check_number
+from memformer.utils.checks import Integer, Number, check_integer, check_number, check_type
 
 NewAutocast = Callable[[], AbstractContextManager[Any]]
 
@@ -65,8 +65,7 @@ def check_arguments(rollout: object, *, readout_timesteps: Integer, gradient_sca
         InputError: As `backpropagate`.
         InputTypeError: As `backpropagate`.
     """
-    if not isinstance(rollout, Rollout):
-        raise InputTypeError(f"rollout is a {type(rollout).__name__}; it must be a memformer.Rollout")
+    check_type("rollout", rollout, Rollout)
     return (
         check_integer("readout_timesteps", readout_timesteps, 1),
         float(check_number("gradient_scale", gradient_scale)),

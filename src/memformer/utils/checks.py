@@ -66,6 +66,22 @@ def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: st
             raise InputError(f"unknown key {key!r} in {owner}; {hint}")
 
 
+def check_type(name: str, value: object, kind: type, *, hint: str = "") -> None:
+    """Check the class of an argument, before its attributes are read.
+
+    Args:
+        name: The argument's name in the error message.
+        value: The argument.
+        kind: The class that it must have.
+        hint: Advice at the end of the message.
+
+    Raises:
+        InputTypeError: The argument is of another class.
+    """
+    if not isinstance(value, kind):
+        raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a {kind.__name__}{hint}")
+
+
 def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """Return a value as an int, after checking that it is an integer from `minimum` to `maximum`.
 

@@ -127,7 +127,7 @@ class RecallStream(RolloutStream):
         self._episode = 0
         self._timestep = 0
         self._whole: Rollout | None = None
-        check_segment_length(task, config, segment_length)
+        check_segment_length(task, config, self.segment_length)
 
     def __iter__(self) -> "RecallStream":
         return self
