@@ -8,7 +8,7 @@ from memformer.data.multitask import NUM_TASK_TOKENS, MultitaskConfig, Multitask
 from memformer.data.recall.config import CurriculumConfig, RecallConfig
 from memformer.data.recall.stream import RecallStream, make_task, make_text_task
 from memformer.data.recall.tasks import RecallTask
-from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_bytes, source_levels
+from memformer.data.sources import SourceConfig, image_shape, iterate_documents, source_levels
 from memformer.data.stream import RolloutStream
 from memformer.data.tokenizer_training import TokenizerConfig, load_tokenizer, save_tokenizer, train_tokenizer
 from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokenizer, Tokenizer
@@ -39,7 +39,6 @@ __all__ = [
     "make_task",
     "make_text_task",
     "save_tokenizer",
-    "source_bytes",
     "source_levels",
     "train_tokenizer",
 ]

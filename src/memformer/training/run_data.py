@@ -22,11 +22,11 @@ from memformer.data import (
     iterate_documents,
     make_task,
     make_text_task,
-    source_bytes,
     source_levels,
     train_tokenizer,
 )
 from memformer.data.recall.stream import check_segment_length, task_text
+from memformer.data.sources import source_bytes
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
