@@ -131,3 +131,12 @@ def test_another_kind_of_data_leaves_out_the_keys_that_it_does_not_read(read):
     )
     with pytest.raises(InputError, match=r"path \('x'\) is not read by kind 'digits'"):
         read(text, "--data.train.kind", "digits", "--data.train.path", "x")
+
+
+def test_a_deeply_nested_value_is_refused(read):
+    """A message shows only the outer levels of a value."""
+    nested = "[" * 200 + "]" * 200
+    with pytest.raises(InputError, match=r"^model\.num_slots \(\[{4}\.\.\.\]{4}\) must be an integer$"):
+        read(f"model: {{num_slots: {nested}}}")
+    with pytest.raises(InputError, match=r"^training\.betas \(\[{4}\.\.\.\]{4}\) must be a number$"):
+        read(f"training: {{betas: [{nested}, 1]}}")

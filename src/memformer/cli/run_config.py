@@ -19,7 +19,7 @@ from memformer.training.config import RunConfig
 from memformer.training.run_folder import (
     read_run_config,
 )
-from memformer.utils.checks import refuse_unknown_keys
+from memformer.utils.checks import refuse_unknown_keys, shown
 from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
@@ -213,7 +213,7 @@ def _check_keys(
             continue
         if nested:
             if not isinstance(value, dict):
-                raise InputError(f"{name} ({value!r}) in {owner} must be a mapping of keys to values")
+                raise InputError(f"{name} ({shown(value)}) in {owner} must be a mapping of keys to values")
             assert isinstance(nested[0], type)
             _check_keys(value, nested[0], owner=f"{owner}, {name}", prefix=f"{prefix}{name}.")
         elif value is None:  # the parser accepts null for any type

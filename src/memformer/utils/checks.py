@@ -7,6 +7,7 @@ The functions return it as a plain `int` or `float`, which can be written as JSO
 import difflib
 import math
 import operator
+import reprlib
 from collections.abc import Iterable
 from typing import SupportsFloat, SupportsIndex
 
@@ -50,6 +51,17 @@ def _may_be_number(value: object) -> bool:
     if isinstance(value, bool | str | bytes | bytearray):
         return False
     return getattr(value, "ndim", 0) == 0 and "bool" not in str(getattr(value, "dtype", ""))
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 20
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def shown(value: object) -> str:
+    """Return a value as text for a message: its `repr`, shortened if it is long or deeply nested."""
+    return _REPR.repr(value)
 
 
 def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
@@ -97,7 +109,7 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
     """
     integer = to_integer(value)
     if integer is None:
-        raise InputTypeError(f"{name} ({value!r}) must be an integer")
+        raise InputTypeError(f"{name} ({shown(value)}) must be an integer")
     if maximum is not None and not minimum <= integer <= maximum:
         raise InputError(f"{name} ({integer}) must be from {minimum} to {maximum}")
     if integer < minimum:
@@ -157,7 +169,7 @@ def check_number(
     """
     number = to_number(value)
     if number is None:
-        raise InputTypeError(f"{name} ({value!r}) must be a number")
+        raise InputTypeError(f"{name} ({shown(value)}) must be a number")
     is_high_enough = (minimum is None or number >= minimum) and (above is None or number > above)
     is_low_enough = (maximum is None or number <= maximum) and (below is None or number < below)
     if is_high_enough and is_low_enough and math.isfinite(number):
@@ -177,7 +189,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} ({value!r}) must be one of {', '.join(choices)}")
+        raise InputError(f"{name} ({shown(value)}) must be one of {', '.join(choices)}")
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -187,7 +199,7 @@ def check_flag(name: str, value: object) -> bool:
         InputTypeError: The value is neither true nor false.
     """
     if not isinstance(value, bool | np.bool_):
-        raise InputTypeError(f"{name} ({value!r}) must be true or false")
+        raise InputTypeError(f"{name} ({shown(value)}) must be true or false")
     return bool(value)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 from memformer.errors import InputTypeError
-from memformer.utils.checks import check_choice, check_flag, to_integer, to_number
+from memformer.utils.checks import check_choice, check_flag, shown, to_integer, to_number
 from memformer.utils.yaml_files import parse_yaml
 
 
@@ -62,7 +62,7 @@ def convert(name: str, value: object, hint: Any) -> Any:
     else:
         converted = value if isinstance(value, hint) else None
     if converted is None:
-        raise InputTypeError(f"{name} ({value!r}) must be {_KINDS.get(hint, f'of class {hint.__name__}')}")
+        raise InputTypeError(f"{name} ({shown(value)}) must be {_KINDS.get(hint, f'of class {hint.__name__}')}")
     return converted
 
 
@@ -80,12 +80,12 @@ def _convert_several(name: str, value: object, hint: Any) -> Any:
     kinds = get_args(hint)
     what = {int: "integers", float: "numbers", str: "texts"}[kinds[0]]
     if not isinstance(value, Iterable) or isinstance(value, str | bytes) or getattr(value, "ndim", 1) != 1:
-        raise InputTypeError(f"{name} ({value!r}) must be a list of {what}")
+        raise InputTypeError(f"{name} ({shown(value)}) must be a list of {what}")
     values = [convert(name, each, kinds[0]) for each in value]
     if get_origin(hint) is list:
         return values
     if kinds[-1] is not Ellipsis and len(values) != len(kinds):
-        raise InputTypeError(f"{name} ({values}) must be {len(kinds)} {what}")
+        raise InputTypeError(f"{name} ({shown(values)}) must be {len(kinds)} {what}")
     return tuple(values)
 
 
@@ -96,7 +96,7 @@ def _to_text(name: str, value: object) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputTypeError(f"{name} ({text!r}) must be UTF-8; it holds other bytes") from error
+        raise InputTypeError(f"{name} ({shown(text)}) must be UTF-8; it holds other bytes") from error
     return str(text)
 
 
@@ -120,7 +120,7 @@ def is_text(hint: Any) -> bool:
 
 def _parse(value: object) -> object:
     if isinstance(value, list):
-        return [_parse(each) for each in value]
+        return [each if isinstance(each, list) else _parse(each) for each in value]
     if not isinstance(value, str):
         return value
     with contextlib.suppress(ValueError):
