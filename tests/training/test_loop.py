@@ -52,6 +52,24 @@ def test_losses_that_are_not_finite_end_the_run_and_do_not_change_the_weights(ba
     assert [line["update"] for line in read_log(tmp_path) if line["kind"] == "skipped"] == [1, 2, 3]
 
 
+def test_too_little_device_memory_is_one_sentence_with_advice(base, tmp_path, monkeypatch):
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.\nfurther lines")
+
+    monkeypatch.setattr("memformer.training.loop.backpropagate", out_of_memory)
+    config = dataclasses.replace(run_config(base), folder=str(tmp_path))
+    with pytest.raises(InputError, match=r"Tried to allocate 12.00 GiB\. Lower training.readout_timesteps"):
+        train(config, prepare_data(config.data), Memformer(config.model))
+
+
+def test_graphs_are_refused_without_cuda(base, tmp_path):
+    config = dataclasses.replace(run_config(base, engine="graphs"), folder=str(tmp_path))
+    with pytest.raises(InputError, match=r"training.engine \('graphs'\) needs a CUDA device; .* is 'cpu'"):
+        train(config, prepare_data(config.data), Memformer(config.model))
+    with pytest.raises(InputError, match=r"training.engine \('graphs'\) needs training.method 'replay'"):
+        run_config(base, engine="graphs", method="bptt")
+
+
 def test_a_learning_rate_that_is_far_too_high_gives_one_error_line(base, tmp_path, capsys):
     argv = ["train", config_file(run_config(base)), "--folder", str(tmp_path), "--training.learning_rate", "1e30"]
     assert main([*argv, "--training.max_skipped_in_a_row", "2"]) == 2

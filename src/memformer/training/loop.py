@@ -42,10 +42,14 @@ from memformer.training.sharding import (
 )
 from memformer.training.time_left import TimeLeft
 from memformer.utils.files import user_path, write_json
-from memformer.utils.machine import peak_memory_bytes
+from memformer.utils.machine import device_memory_explained, peak_memory_bytes
 from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, signals_noted
 
+_MEMORY_EXPLAINED = partial(
+    device_memory_explained,
+    "Lower training.readout_timesteps first, then training.num_lanes or training.rollout_length",
+)
 _NOTHING_SKIPPED = {"num_skipped": 0, "num_skipped_in_a_row": 0}
 
 
@@ -304,7 +308,8 @@ class _Trainer:
         """Add the gradients of a rollout and carry the memory on."""
         training = self.config.training
         penalizes = training.write_penalty > 0
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16"):
+        is_mixed = training.precision == "bfloat16"
+        with _MEMORY_EXPLAINED(), torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=is_mixed):
             options: dict[str, Any] = {
                 "memory": self.state.memory,
                 "readout_timesteps": training.readout_timesteps,

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +37,22 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device ({name!r}) is not available: torch finds {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+@contextmanager
+def device_memory_explained(advice: str) -> Iterator[None]:
+    """Say what to do if the device has too little memory for the work in the `with` block.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: There is too little memory; the message has torch's figures and the advice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the device has too little memory: {str(error).splitlines()[0]} {advice}") from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:
