@@ -1,11 +1,13 @@
 """The README: its Python runs as it stands, its commands run on a small text, and it names only what exists."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from memformer import Session
 from memformer.cli.run_config import parse_run_config
 from tests.cli.calls import call, make_text
 
@@ -27,10 +29,16 @@ def test_it_is_short():
         assert in_code or line.startswith(("    ", "|", "```")) or len(line) <= 100, line
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_python_example_trains_what_a_session_is_asked_for(tmp_path, monkeypatch, capsys):
+    """The example trains the first token of a document too, which a new session predicts from [BOS]."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(README)
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    log_probabilities = Session(names["model"]).next_token_logits().log_softmax(dim=-1)[0]
+    first = [-float(log_probabilities[document[0]]) for document in names["documents"]]
+    assert sum(first) / len(first) < math.log(256) - 1
     assert (tmp_path / "my-model" / "config.json").is_file()
     assert (tmp_path / "stream.safetensors").is_file()
     assert len(capsys.readouterr().out.splitlines()) == 2
