@@ -21,8 +21,7 @@ def by_engine(model, rollout, memory, *, engine=None, readout_timesteps=1, **opt
     return result, grads, torch.rand(1)
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2, 5])
-@pytest.mark.parametrize("readout_timesteps", [1, 3])
+@pytest.mark.parametrize(("num_timesteps", "readout_timesteps"), [(1, 1), (5, 1), (5, 3)])
 def test_the_engine_equals_bptt(variant, num_timesteps, readout_timesteps):
     model = tiny_model(dropout=0.2, **variant)
     memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
