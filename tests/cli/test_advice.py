@@ -169,15 +169,17 @@ def test_a_single_document_can_be_cut_into_pieces(train, tmp_path):
     assert call(*argv, "--data.max_document_tokens", "50")[0] == 0
 
 
-def test_content_that_is_not_text_can_be_read_as_bytes(train, tmp_path):
-    """A tokenizer of kind bytes reads any content."""
+def test_text_in_another_encoding_can_be_converted(train, tmp_path):
+    """Text that is not UTF-8 is refused, and read when it was converted."""
     (tmp_path / "texts").mkdir()
-    for name in "abcdef":
-        (tmp_path / "texts" / name).write_bytes("né pas".encode("latin-1") * 30)
+    files = [tmp_path / "texts" / name for name in "abcdef"]
     argv = [*train, "--data.train.path", tmp_path / "texts", "--training.num_updates", "1"]
-    message = refused(*argv, "--data.tokenizer.kind", "word")
-    assert "a tokenizer of kind 'bytes' reads any content" in message
-    assert call(*argv, "--data.tokenizer.kind", "bytes")[0] == 0
+    for file in files:
+        file.write_bytes("né pas".encode("latin-1") * 30)
+    assert refused(*argv).endswith("it is binary or in another encoding; convert it to UTF-8 first")
+    for file in files:
+        file.write_text(file.read_text("latin-1"), "utf-8")
+    assert call(*argv)[0] == 0
 
 
 def test_a_damaged_cache_can_be_deleted(train, tmp_path):

@@ -70,6 +70,9 @@ def test_the_commands_expand_paths(home, run_folder, digits):
     call_json("generate", "~/run", *prompt, "--save_session", "~/state")
     call_json("generate", "~/run", "--load_session", "~/state", "--max_new_tokens", "0")
     assert (home / "state").is_file()
+    compared = call_json("compare", "~/run", "~/run", "--output", "~/compared.png")
+    assert compared["runs"][0]["run"] == str(home / "run")
+    assert (home / "compared.png").is_file()
     drawn = call_json("generate", "~/digits", "--num_images", "1", "--output", "~/grid.png")
     assert drawn["output"] == str(home / "grid.png")
     assert (home / "grid.png").is_file()
@@ -81,7 +84,10 @@ def test_reproduce_expands_paths(home, monkeypatch):
     """`~` is expanded in the folders of reproduce."""
     planned = []
     monkeypatch.setattr(command, "finish_runs", lambda runs, **options: planned.extend(runs))
-    message = refused("reproduce", "table1", "--rows", "01-lstm", "--folder", "~/out", "--data", "~/data")
+    arguments = ["reproduce", "table1", "--rows", "01-lstm", "--folder", "~/out", "--data", "~/data"]
+    assert f"not exist: {home / 'data'}/" in refused(*arguments)
+    monkeypatch.setattr(command, "check_data", lambda *_, **__: None)
+    message = refused(*arguments)
     assert f"no run in {home / 'out'} is finished" in message
     assert planned[0].folder == home / "out" / "01-lstm-seed-0"
     assert planned[0].config["data"]["train"]["path"].startswith(f"{home / 'data'}/")
@@ -108,6 +114,8 @@ def test_the_functions_of_the_library_expand_paths(home):
 
 def test_a_local_data_set_of_hugging_face_can_be_in_the_home_folder(home, monkeypatch):
     """`~` is expanded in the name of a data set, which may be a folder; other names do not change."""
+    (home / "data").mkdir()
+    (home / "data" / "a.parquet").write_bytes(b"PAR1")
     module, names = ModuleType("datasets"), []
     module.load_dataset = lambda name, *_, **__: names.append(name) or [{"text": "a"}]
     monkeypatch.setitem(sys.modules, "datasets", module)

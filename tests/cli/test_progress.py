@@ -1,6 +1,7 @@
 """Long work shows itself: progress with the time left on stderr, for every command that can take long."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,18 @@ def test_a_prompt_of_unknown_size_shows_what_is_read(run_folder, document, monke
     lines = [line for line in err.splitlines() if line.startswith("reading: byte 40  ")]
     assert len(lines) == 1
     assert "left" not in lines[0]
+
+
+def test_what_a_resumed_reading_skips_does_not_count_towards_its_speed(monkeypatch, capsys):
+    """The time left of a resumed reading is estimated from what it reads, not from what it skips."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr(progress, "time", clock)
+    with progress.ProgressBar("reading", 100, unit="byte") as bar:
+        clock.now = 10.0
+        bar.begin_at(60)
+        clock.now = 15.0
+        bar.advance_to(70)
+    assert capsys.readouterr().err == "reading: byte 70/100  2 bytes/s  about 15 s left\n"
 
 
 def test_sampling_images(digits, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from memformer.data import Document, SourceConfig, iterate_documents
 from memformer.data.documents import parse_slice, slice_documents
+from memformer.data.sources import source_bytes
 from memformer.data.tokenizer_training import TokenizerConfig, train_tokenizer
 from memformer.errors import InputError
 
@@ -310,3 +311,14 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         contents(SourceConfig(kind="huggingface", name="x", split="train"))
     with pytest.raises(InputError, match=r"memformer-lm\[digits\]"):
         contents(SourceConfig(kind="digits"))
+
+
+def test_the_size_of_compressed_documents_is_unknown(tmp_path: Path) -> None:
+    """The size of a source is that of its text; compressed files are known by what they hold."""
+    (tmp_path / "a.txt").write_bytes(b"abc\n" * 100)
+    assert source_bytes(SourceConfig(path=str(tmp_path))) == 400
+    assert source_bytes(SourceConfig(path=str(tmp_path), documents="1:")) is None
+    (tmp_path / "b").write_bytes(gzip.compress(b"abc\n" * 100))
+    assert source_bytes(SourceConfig(path=str(tmp_path))) is None
+    assert source_bytes(SourceConfig(kind="huggingface", name=str(tmp_path), split="train")) is None
+    assert source_bytes(SourceConfig(kind="python")) > 0

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from memformer.data.corpus import corpus_from_arrays
 from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.evaluation.document_retention import measure_documents
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.engine import ReplayEngine
 from memformer.utils.checks import check_integer, check_integers, check_number
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, random_rollout, tiny_config, tiny_model
 
@@ -147,10 +149,14 @@ def test_tokens_and_rollouts_of_another_type_are_refused_in_one_sentence():
         model.decode(np.zeros((1, 3), np.int64), hidden=model.encode(torch.ones(1, 3, dtype=torch.int64))[0])
     with pytest.raises(InputTypeError, match=r"^rollout is of class Tensor; it must be a Rollout$"):
         backpropagate(model, torch.ones(2, 2, 3, dtype=torch.int64))
+    engine = ReplayEngine(model)
+    with pytest.raises(InputTypeError, match=r"^rollout is of class Tensor; it must be a Rollout$"):
+        engine.backpropagate(torch.ones(2, 2, 3, dtype=torch.int64))
     with pytest.raises(InputTypeError, match=r"^rollout inputs is of class list; it must be a Tensor$"):
         Rollout(inputs=[[[1]]], targets=torch.ones(1, 1, 1, dtype=torch.int64))
     rollout = random_rollout(2, 2)
-    assert backpropagate(model, rollout, readout_timesteps=np.int64(2), gradient_scale=np.float32(1)).num_tokens == 24
+    for function in (partial(backpropagate, model), engine.backpropagate):
+        assert function(rollout, readout_timesteps=np.int64(2), gradient_scale=np.float32(1)).num_tokens == 24
     segment = rollout.inputs[0]
     hidden, memory = model.encode(segment)
     wrong = [

@@ -1,13 +1,12 @@
 """The `memformer compare` command."""
 
 import json
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from memformer.cli.parsing import new_parser, parse
 from memformer.errors import InputError
-from memformer.utils.files import check_can_write
+from memformer.utils.files import check_can_write, user_path
 from memformer.utils.progress import print_warning
 
 COMPARE_HELP = """Compare runs: one table and one plot of their curves over the updates.
@@ -44,9 +43,9 @@ def run_compare(argv: list[str]) -> None:
     options = parse(compare_parser(), argv)
     if len(options.runs) < 2:
         raise InputError(f"memformer compare needs at least two runs, not only {options.runs[0]}")
-    output = Path(options.output)
+    output = user_path(options.output)
     check_can_write(output)
-    runs = [summarize_run(Path(run), warn=print_warning) for run in options.runs]
+    runs = [summarize_run(user_path(run), warn=print_warning) for run in options.runs]
     write_figure(output, draw_comparison([(run.folder, run.lines, run.metric) for run in runs]))
     if options.json:
         result = {
