@@ -10,10 +10,9 @@ ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "experiments" / "models"
 
 
-@pytest.mark.parametrize("name", ["digits-14x14", "digits-28x28"])
-def test_it_samples_digits(name, tmp_path):
-    output = tmp_path / "digits.png"
-    status, _, error = call("generate", MODELS / name, "--output", output, "--num_images", "2", "--seed", "0")
+def test_it_samples_digits(tmp_path):
+    output, model = tmp_path / "digits.png", MODELS / "digits-14x14"
+    status, _, error = call("generate", model, "--output", output, "--num_images", "2", "--seed", "0")
     assert status == 0, error
     assert output.read_bytes().startswith(b"\x89PNG")
 
