@@ -43,7 +43,7 @@ def measure(size: Size, *, compiled: bool) -> dict[str, Any]:
     memory = model.initial_memory(size.batch_size).detach()
     if compiled:
         torch._dynamo.reset()
-        model.compile()  # type: ignore[no-untyped-call]
+        model.compile()  # type: ignore[no-untyped-call]  # torch does not annotate it
     engine = ReplayEngine(model)
 
     def update() -> None:

@@ -49,7 +49,7 @@ def measure(size: Size, method: str) -> dict[str, Any]:
     started = time.perf_counter()
     if "compiled" in method:
         torch._dynamo.reset()
-        model.compile()  # type: ignore[no-untyped-call]
+        model.compile()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def update() -> None:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

@@ -40,6 +40,8 @@ class Reader:
     def begin(self) -> None:
         """Prepare for the segments of one call of `Session.feed`, during which the weights do not change."""
         self._compiled = None
+        if self._recorded is not None and self._recorded.weights != identify(self.model):
+            self._recorded = None
 
     def read(self, segment: Int64[Tensor, "R S"], memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
         """Return the hidden states and the next memory, valid until the next call."""
@@ -54,7 +56,7 @@ class Reader:
         self._num_read += 1
         if model.device.type != "cuda" or self._num_read <= self._READ_BEFORE_RECORDING:
             return model.encode(segment, memory=memory)
-        if self._recorded is None or self._recorded.weights != identify(model):
+        if self._recorded is None:
             self._recorded = RecordedReading(model, segment, memory)
         return self._recorded(segment, memory)
 

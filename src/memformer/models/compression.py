@@ -2,11 +2,10 @@
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from memformer.models.layers import CausalLayer
 from memformer.nn.attention import keep_mask_of, split_heads
-from memformer.nn.linear import Linear, part_of_output
+from memformer.nn.linear import Linear, called_detached, part_of_output
 from memformer.nn.positions import Frame
 
 Blocks = Float[Tensor, "B blocks rate D"]
@@ -69,16 +68,10 @@ def _read_by_content(
     layer: CausalLayer, x: Float[Tensor, "B S D"], source: Float[Tensor, "B J D"], is_present: Bool[Tensor, "B J"]
 ) -> Float[Tensor, "B H S E"]:
     """Return the attention output of each token over `source`, before the heads are merged."""
-    attention, width = layer.self_attention, x.shape[-1]
+    norm, attention, width = layer.self_attention_norm, layer.self_attention, x.shape[-1]
     projection = attention.query_key_value
-    norm_parameters = {name: parameter.detach() for name, parameter in layer.self_attention_norm.named_parameters()}
-
-    def normalize(states: Tensor) -> Tensor:
-        normalized: Tensor = functional_call(layer.self_attention_norm, norm_parameters, (states,))
-        return normalized
-
-    query = part_of_output(projection, normalize(x), slice(width), detached=True)
-    key_value = part_of_output(projection, normalize(source), slice(width, None), detached=True)
+    query = part_of_output(projection, called_detached(norm, x), slice(width), detached=True)
+    key_value = part_of_output(projection, called_detached(norm, source), slice(width, None), detached=True)
     key, value = key_value.chunk(2, dim=-1)
     query, key, value = (split_heads(part, attention.num_heads) for part in (query, key, value))
     return Frame().attend(query, key, value, keep_mask=keep_mask_of(~is_present))

@@ -47,14 +47,19 @@ def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached
         if not detached:
             result: Tensor = projection(x)[..., outputs]
             return result
-        parameters = {name: parameter.detach() for name, parameter in projection.named_parameters()}
-        called: Tensor = functional_call(projection, parameters, (x,))[..., outputs]
-        return called
+        return called_detached(projection, x)[..., outputs]
     weight = projection.weight[outputs]
     bias = None if projection.bias is None else projection.bias[outputs]
     if detached:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     return linear(x, weight, bias)
+
+
+def called_detached(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the module's output for x; its parameters get no gradient."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    result: Tensor = functional_call(module, parameters, (x,))
+    return result
 
 
 def called_in_dtype(projection: nn.Module, x: Tensor) -> Tensor:

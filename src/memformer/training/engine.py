@@ -150,7 +150,7 @@ class ReplayEngine:
 
 
 class _Key(NamedTuple):
-    """What a set of static tensors and graphs is made for."""
+    """Shapes and modes for which one set of static tensors and graphs is used."""
 
     batch_size: int
     input_length: int

@@ -1,4 +1,4 @@
-"""What every method of back-propagation shares: the pieces of forward computation, hooks and the result."""
+"""Parts that all methods of back-propagation share: pieces of forward computation, hooks and the result."""
 
 import dataclasses
 from collections.abc import Callable
