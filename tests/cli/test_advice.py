@@ -4,7 +4,6 @@ Advice that other tests follow: `--checkpoint last` and the first line of config
 `--load_session` instead of `--resume`, and the same prompt (`test_reading.py`).
 """
 
-import functools
 import importlib.metadata
 import os
 import re
@@ -16,20 +15,15 @@ import yaml
 from packaging.requirements import Requirement
 
 from memformer import Memformer, Session
-from memformer.cli import run_config
 from memformer.data import ByteTokenizer, save_tokenizer
 from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, refused
 from tests.helpers import tiny_model
 
-# Building the parser takes a second.
-cached_train_parser = functools.cache(run_config.train_parser)
-
 
 @pytest.fixture(autouse=True)
 def fast_training(monkeypatch):
     monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
-    monkeypatch.setattr(run_config, "train_parser", cached_train_parser)
 
 
 @pytest.fixture

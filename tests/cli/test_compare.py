@@ -100,6 +100,34 @@ def test_files_of_another_content_are_other_data(copies, tmp_path):
     assert call_json("compare", *copies, "--output", tmp_path / "x.png")["same_data"] is False
 
 
+def test_the_content_of_files_decides_and_not_their_place(copies, tmp_path):
+    """Runs on moved files are comparable; runs on other files at the same place are not."""
+    output = ("--output", tmp_path / "x.png")
+    config = yaml.safe_load((copies[0] / "config.yaml").read_text())
+    config["data"]["train"]["path"] = "/moved"
+    (copies[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call_json("compare", *copies, *output)["same_data"] is True
+    file = copies[0] / "data.json"
+    inputs = json.loads(file.read_text())
+    inputs["files"]["data.train"][0]["sha256"] = "0" * 64
+    file.write_text(json.dumps(inputs))
+    assert call_json("compare", *copies, *output)["same_data"] is False
+    file.unlink()
+    assert call_json("compare", *copies, *output)["same_data"] is False  # of a run of version 0.1, the path decides
+
+
+def test_other_training_documents_beside_the_same_validation_documents(copies, tmp_path):
+    for number, run in enumerate(copies):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["data"]["validation"] = config["data"]["train"]
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        inputs = json.loads((run / "data.json").read_text())
+        inputs["files"]["data.validation"] = inputs["files"]["data.train"]
+        inputs["files"]["data.train"] = [{"path": "t.txt", "bytes": 1, "sha256": str(number) * 64}]
+        (run / "data.json").write_text(json.dumps(inputs))
+    assert call_json("compare", *copies, "--output", tmp_path / "x.png")["same_data"] is True
+
+
 def test_folders_that_are_no_runs_are_refused_in_one_sentence(copies, tmp_path):
     run, other = copies
     end = "is not the folder of a trained run: it has no config.yaml"

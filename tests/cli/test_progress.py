@@ -1,11 +1,15 @@
 """Long work shows itself: progress with the time left on stderr, for every command that can take long."""
 
+import io
 import re
+from contextlib import redirect_stderr
+from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
 
 from memformer.cli import prompts
+from memformer.data import files
 from memformer.utils import progress
 from tests.cli.calls import call, call_json, make_text
 
@@ -45,6 +49,19 @@ def test_evaluating_one_long_document(run_folder, document):
     assert shown(err, "tokenizing: byte")[-1] == (size, size)
     assert "evaluating" not in out
     assert shown(call("evaluate", run_folder)[2], "evaluating: token")
+
+
+def test_checking_files_that_are_not_the_ones_the_run_knows(tmp_path, monkeypatch):
+    """The checksums of a corpus are computed in pieces, each of which is shown; known files are not read again."""
+    monkeypatch.setattr(files, "_BYTES_READ_AT_ONCE", 100)
+    with redirect_stderr(io.StringIO()) as err:
+        for name, size in (("a", 250), ("b", 100)):
+            (tmp_path / name).write_bytes(bytes(size))
+        identities = files.file_identities(files.locate_files(str(tmp_path)))
+    assert shown(err.getvalue(), "checking the files: byte") == [(each, 350) for each in (100, 200, 250, 350)]
+    assert [each["sha256"] for each in identities] == [sha256(bytes(size)).hexdigest() for size in (250, 100)]
+    monkeypatch.setattr(files, "_sha256", None)
+    assert files.file_identities(files.locate_files(str(tmp_path)), identities) == identities
 
 
 def test_reading_a_prompt_and_generating(run_folder, document, monkeypatch):

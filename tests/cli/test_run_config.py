@@ -1,23 +1,12 @@
 """How `memformer train` reads its config and options: types of values, and sections of another model or source."""
 
-import functools
-
 import pytest
 import yaml
 
-from memformer.cli import run_config
 from memformer.cli.run_config import parse_run_config
 from memformer.errors import InputError
 from memformer.models.loading import MODELS
 from tests.test_readme import ROOT
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_parser():
-    """Build each parser once, because that takes a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_config, "train_parser", functools.cache(run_config.train_parser))
-        yield
 
 
 @pytest.fixture

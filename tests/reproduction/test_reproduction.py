@@ -1,6 +1,5 @@
 """`memformer reproduce`: missing runs are trained, finished runs are reused, and the results are written."""
 
-import functools
 import json
 import os
 import re
@@ -108,9 +107,36 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path):
     assert memory.endswith("|  |")
     assert "Ours is small." in printed
 
-    assert json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])["rows"][0][
-        "row"
-    ] == ("2-memory")
+    result = json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])
+    assert result["rows"][0]["row"] == "2-memory"
+    check_what_is_reused(table, tmp_path, run=out / "2-memory-seed-0")
+
+
+def check_what_is_reused(table, tmp_path, *, run):
+    """A finished run is reused only if options, table and data are those that it was trained with."""
+    one = [*table, "--rows", "2-memory"]
+    advice = "; train it again in another --folder, or delete it"
+    speed_only = ("--", "--training.method", "bptt", "--training.save_every=1", "--device", "cpu")
+    assert "1 of 1 runs are finished" in call("reproduce", *one, *speed_only)[2]
+    for options, change in {
+        ("--training.num_updates", "3"): "training.num_updates: 2, now it is 3",
+        ("--training.weight_decay=0",): "training.weight_decay: 0.1, now it is 0.0",
+        ("--model.num_slots", "4"): "model.num_slots: 2, now it is 4",
+        ("--data.train.kind=jsonl",): "data.train.kind: text, now it is jsonl",
+    }.items():
+        found = refused("reproduce", *one, "--", *options)
+        assert found == f"{run} cannot be reused: the run began with {change}{advice}"
+    data = shutil.copytree(table[2], tmp_path / "data")
+    elsewhere = [*one[:2], data, *one[3:]]
+    assert "1 of 1 runs are finished" in call("reproduce", *elsewhere)[2]
+    (data / "texts" / "3.txt").write_text(make_text(99))
+    found = refused("reproduce", *elsewhere)
+    assert found.startswith(f"{run} cannot be reused: data.train has changed since the run began: ")
+    shutil.rmtree(data)
+    assert "1 of 1 runs are finished" in call("reproduce", *elsewhere)[2]  # it needs no data any more
+    row = tmp_path / "experiments" / "tiny" / "2-memory.yaml"
+    row.write_text(row.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    assert "training.learning_rate: 0.01, now it is 0.02" in refused("reproduce", *one)
 
 
 def test_a_folder_in_use_is_refused(table, tmp_path):
@@ -192,9 +218,7 @@ def test_invalid_input_is_refused(table, tmp_path):
 
 
 @pytest.mark.parametrize("name", table_names(tables_folder()))
-def test_every_row_at_every_scale_is_a_run(name, tmp_path, monkeypatch):
-    # Building the parser takes a second.
-    monkeypatch.setattr(run_config, "train_parser", functools.cache(run_config.train_parser))
+def test_every_row_at_every_scale_is_a_run(name, tmp_path):
     table = read_table(tables_folder() / name)
     for scale in table.scales:
         assert table.rows_at(scale) == table.rows

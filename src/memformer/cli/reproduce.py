@@ -11,6 +11,7 @@ tasks, positions, memory slots, time horizons). table3 (training methods) and fi
 in one or two minutes, without training.
 
 Finished runs are reused and interrupted runs are resumed, so the command can be repeated until all runs are finished.
+A finished run that was trained with other settings or on other data is refused.
 The output folder contains a run folder per row and seed, and the results as table.md, table.json and table.png.
 Options after -- are passed to every `memformer train`.
 
@@ -45,8 +46,10 @@ def run_reproduce(argv: list[str]) -> None:
     Raises:
         InputError: The table is unknown, or runs failed.
     """
+    from memformer.cli.run_config import parse_run_config
     from memformer.reproduction.command import reproduce
 
     own = argv[: argv.index("--")] if "--" in argv else argv
     options = parse(reproduce_parser(), own)
-    print(reproduce(options, argv[len(own) + 1 :]))
+    train_options = argv[len(own) + 1 :]
+    print(reproduce(options, train_options, parse=lambda arguments: parse_run_config(arguments)[0]))

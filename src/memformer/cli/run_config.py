@@ -1,6 +1,7 @@
 """Builds the config of a run from a YAML file and the options of `memformer train`."""
 
 import dataclasses
+import functools
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,7 @@ from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
 from memformer.models.presets import Preset, preset_fields
 from memformer.training.config import RunConfig
-from memformer.training.run_folder import (
-    read_run_config,
-)
+from memformer.training.run_folder import read_run_config
 from memformer.utils.checks import refuse_unknown_keys, shown
 from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
@@ -59,6 +58,7 @@ _UNLISTED = ("config", "print_config", "data", "data.train", "data.tokenizer", "
 _UNLISTED_HELP = ("data.validation.help", "data.test.help", "data.recall.help", "data.multitask.help")
 
 
+@functools.cache
 def train_parser(model_type: str = MemformerConfig.model_type) -> ArgumentParser:
     """Return the parser of `memformer train` for a model type; the config file is passed as `--config`."""
     parser = new_parser("train", TRAIN_HELP, "CONFIG [--key value ...] [--resume] [--json]")

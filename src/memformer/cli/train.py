@@ -35,9 +35,9 @@ from memformer.training.run_folder import (
 )
 from memformer.training.run_inputs import (
     LOCATION_KEYS,
-    check_same_run,
     describe_inputs,
     find_changed_input,
+    find_changed_key,
     pin_revisions,
     read_inputs,
     write_inputs,
@@ -85,13 +85,13 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     if saved is not None and tokenizer is not None:
         now = dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer))
         # Files that were moved are found to be the same by their content, if the run has recorded it.
-        check_same_run(saved, now, may_change=() if began_with is None else LOCATION_KEYS)
+        _refuse(find_changed_key(saved, now, may_change=() if began_with is None else LOCATION_KEYS))
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
 
     def prepare() -> RunData:
         if began_with is not None and tokenizer is not None:
-            _check_same_inputs(began_with, config, tokenizer)
+            _refuse(find_changed_input(began_with, describe_inputs(config.data, tokenizer, known=began_with)))
         return prepare_data(config.data, tokenizer=tokenizer, shows_progress=True)
 
     # The other processes read the token ids that the first one has put into the cache.
@@ -116,8 +116,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
         print(f"run folder: {folder}; open {summary}")
 
 
-def _check_same_inputs(began_with: dict[str, Any], config: RunConfig, tokenizer: Tokenizer) -> None:
-    change = find_changed_input(began_with, describe_inputs(config.data, tokenizer, known=began_with))
+def _refuse(change: str | None) -> None:
     if change is not None:
         raise CheckpointError(f"{change}; a run cannot be resumed with this change")
 

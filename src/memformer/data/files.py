@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from memformer.errors import InputError
 from memformer.utils.files import user_path
+from memformer.utils.progress import ProgressBar
+
+_BYTES_READ_AT_ONCE = 1 << 22
 
 
 class SourceFile(NamedTuple):
@@ -120,6 +123,8 @@ def file_status(path: Path) -> dict[str, Any]:
 def file_identities(files: Iterable[SourceFile], known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """Return the status of every file with the SHA-256 of its content, under `sha256`.
 
+    Reading large files shows its progress on stderr.
+
     Args:
         files: The files.
         known: Earlier identities; a file whose status is among them is not read again.
@@ -127,23 +132,31 @@ def file_identities(files: Iterable[SourceFile], known: Iterable[dict[str, Any]]
     Raises:
         InputError: A file cannot be read, or is a pipe or a device.
     """
-    checksums = {_status_key(identity): identity.get("sha256") for identity in known}
-    identities = []
+    checksums = {_status_key(identity): identity["sha256"] for identity in known}
+    states = []
     for file in files:
-        status = file_status(file.path)
+        states.append(file_status(file.path))
         if not file.path.is_file():
             raise InputError(f"{file.path} is a pipe or a device; a run needs files, which can be read again")
-        identities.append({**status, "sha256": checksums.get(_status_key(status)) or _sha256(file.path)})
-    return identities
+    num_bytes = sum(status["bytes"] for status in states if _status_key(status) not in checksums)
+    with ProgressBar("checking the files", num_bytes, unit="byte") as progress:
+        return [
+            {**status, "sha256": checksums.get(_status_key(status)) or _sha256(Path(status["path"]), progress)}
+            for status in states
+        ]
 
 
 def _status_key(identity: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(str(identity.get(name)) for name in ("path", "bytes", "modified_ns", "changed_ns"))
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, progress: ProgressBar) -> str:
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(_BYTES_READ_AT_ONCE):
+                digest.update(piece)
+                progress.advance(len(piece))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from memformer.errors import InputError
 from memformer.evaluation.plots import write_figure
 from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
+from memformer.reproduction.reuse import ParseConfig, check_finished
 from memformer.reproduction.runs import Run, check_data, finish_runs, plan_runs
 from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
@@ -19,11 +20,16 @@ from memformer.utils.files import user_path, write_json, write_text
 from memformer.utils.ownership import owned_folder
 
 
-def reproduce(options: Any, train_options: Sequence[str]) -> str:
+def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig) -> str:
     """Train the missing runs of a table, write table.md, table.json and table.png, and return the text to print.
 
+    Args:
+        options: The options of the command.
+        train_options: Additional options of `memformer train`, for every run.
+        parse: Returns the config of `memformer train` for its arguments.
+
     Raises:
-        InputError: The table, scale or row is unknown, or runs failed.
+        InputError: The table, scale or row is unknown, a finished run was trained otherwise, or runs failed.
     """
     folder = tables_folder()
     known = [*table_names(folder), *costs_names(folder)]
@@ -49,6 +55,7 @@ def reproduce(options: Any, train_options: Sequence[str]) -> str:
         return _write_table(table, runs, output, options)
     check_data(runs, table, data=data, options=train_options)
     with owned_folder(output, option="--folder"):
+        check_finished(runs, options=train_options, parse=parse)
         finish_runs(runs, jobs=options.jobs, options=train_options)
         return _write_table(table, runs, output, options)
 

@@ -12,13 +12,12 @@ from memformer.models.loading import MODELS
 from memformer.training.curves import Metric, metric_of
 from memformer.training.logs import LOG_FILE, read_log
 from memformer.training.run_folder import BEST, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
+from memformer.training.run_inputs import LOCATION_KEYS, file_contents, read_inputs
 from memformer.utils.files import read_json
 from memformer.utils.tables import format_table
 
 # Keys that change neither the results nor the speed of a run.
 _IGNORED = ("folder", "data.cache")
-# Keys that choose the held-out data.
-_DATA = ("train", "validation", "validation_fraction", "test", "max_document_tokens", "seed", "recall")
 _NONE = "-"
 
 
@@ -29,6 +28,7 @@ class RunSummary:
     Attributes:
         folder: The run folder.
         config: The config as plain values.
+        inputs: What the run was made from (`run_inputs`); None for a run of version 0.1.
         lines: The entries of the log.
         metric: The held-out metric.
         best: Best value of the metric in training, and its update.
@@ -44,6 +44,7 @@ class RunSummary:
 
     folder: str
     config: dict[str, Any]
+    inputs: dict[str, Any] | None
     lines: list[dict[str, Any]]
     metric: Metric
     best: tuple[float, int] | None
@@ -116,6 +117,7 @@ def _summarize(
     return RunSummary(
         folder=str(folder),
         config=config,
+        inputs=read_inputs(folder),
         lines=lines,
         metric=metric,
         # Of equal values the latest, as in training.
@@ -182,10 +184,28 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def same_data(runs: Sequence[RunSummary]) -> bool:
-    """Return whether the runs were evaluated on the same held-out data, so that their results can be compared."""
-    chosen = [[(run.config.get("data") or {}).get(key) for key in _DATA] for run in runs]
+    """Return whether the runs were evaluated on the same held-out data, so that their results can be compared.
+
+    The content of the files decides, not where they are; of runs of version 0.1, which did not record it, the paths.
+    """
+    by_content = all(run.inputs is not None for run in runs)
+    chosen = [_held_out_data(run, by_content=by_content) for run in runs]
     sizes = {run.num_bytes for run in runs if run.num_bytes is not None}
     return all(each == chosen[0] for each in chosen) and len(sizes) <= 1
+
+
+def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
+    """Return what decides which data a run was evaluated on."""
+    data = run.config.get("data") or {}
+    split = ("train", "validation_fraction", "seed") if data.get("validation") is None else ("validation",)
+    names = (*split, "test", "max_document_tokens", "recall")
+    chosen = dict(_flatten({"data": {name: data.get(name) for name in names}}))
+    if not by_content:
+        return chosen
+    assert run.inputs is not None
+    sections = tuple(f"data.{name}" for name in names)
+    contents = {key: value for key, value in file_contents(run.inputs).items() if key.startswith(sections)}
+    return {key: value for key, value in chosen.items() if key not in LOCATION_KEYS} | contents
 
 
 def to_table(runs: Sequence[RunSummary]) -> str:

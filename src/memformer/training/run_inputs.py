@@ -98,6 +98,11 @@ def _are_identities(files: Any) -> bool:
     )
 
 
+def file_contents(inputs: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the SHA-256 of every file of a description, in order, for each section of the config that has files."""
+    return {key: [file["sha256"] for file in files] for key, files in inputs["files"].items()}
+
+
 def find_changed_input(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Return what has changed between two descriptions, naming the first difference, or None if nothing has.
 
@@ -163,26 +168,27 @@ def _with_saved_revision(source: SourceConfig, key: str, saved: dict[str, Any]) 
             return source
 
 
-def check_same_run(saved: dict[str, Any], config: RunConfig, *, may_change: Collection[str] = ()) -> None:
-    """Check that a run can be resumed with a config: model, data, seed and number of lanes must be unchanged.
+def find_changed_key(
+    saved: dict[str, Any],
+    config: RunConfig,
+    *,
+    may_change: Collection[str] = (),
+    training: Collection[str] = ("num_lanes",),
+) -> str | None:
+    """Return what has changed of a run's seed, model, data and training, or None: the first key with both values.
 
     Args:
         saved: The config with which the run began, as plain values.
-        config: The config with which it is to resume.
+        config: The config that is to be the same.
         may_change: Keys that are not compared, besides `data.cache`.
-
-    Raises:
-        CheckpointError: One of them has changed; the message names the first difference.
+        training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
-    current = canonical(config.to_dict())
-    fixed = ["seed", "model_type", "model", "data"]
-    lanes = ("num_lanes",)
-    for key, before, now in _differences(saved, current):
+    fixed = ("seed", "model_type", "model", "data")
+    for key, before, now in _differences(saved, canonical(config.to_dict())):
         top, _, rest = key.partition(".")
-        if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in lanes):
-            raise CheckpointError(
-                f"the run began with {key}: {before}, now it is {now}; a run cannot be resumed with this change"
-            )
+        if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in training):
+            return f"the run began with {key}: {before}, now it is {now}"
+    return None
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

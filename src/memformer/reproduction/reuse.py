@@ -1,0 +1,92 @@
+"""Reuse of finished runs: only if they were trained as the table, the options and the data now say."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from memformer.data import load_tokenizer
+from memformer.errors import InputError
+from memformer.reproduction.runs import Run
+from memformer.training.config import RunConfig, TrainingConfig
+from memformer.training.run_folder import read_run_config
+from memformer.training.run_inputs import (
+    LOCATION_KEYS,
+    describe_inputs,
+    find_changed_input,
+    find_changed_key,
+    pin_revisions,
+    read_inputs,
+)
+from memformer.utils.files import write_text
+
+ParseConfig = Callable[[Sequence[str]], RunConfig]
+
+# Settings that change the speed or the output of training, not its results.
+_SAME_RESULTS = frozenset(
+    {
+        "method",
+        "engine",
+        "readout_timesteps",
+        "sharding",
+        "compiled",
+        "log_every",
+        "sample_tokens",
+        "save_every",
+        "keep_checkpoints",
+    }
+)
+_COMPARED = {field.name for field in dataclasses.fields(TrainingConfig)} - _SAME_RESULTS
+_ADVICE = "train it again in another --folder, or delete it"
+
+
+def check_finished(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfig) -> None:
+    """Check that all finished runs can be reused.
+
+    The data is compared by content. If its files are not there, it is not compared: finished runs do not need them.
+
+    Args:
+        runs: The runs of a table.
+        options: Additional options of `memformer train`, for every run.
+        parse: Returns the config of `memformer train` for its arguments.
+
+    Raises:
+        InputError: A finished run was trained with another config or other data; or an option is invalid.
+        CheckpointError: A file of a run is damaged.
+    """
+    finished = [run for run in runs if run.is_finished]
+    # The runs of a row differ in the seed alone.
+    planned = {run.row.key: _parse(run, options, parse) for run in {run.row.key: run for run in finished}.values()}
+    for run in finished:
+        _check(run, planned[run.row.key])
+
+
+def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{run.folder.name}.yaml"
+        write_text(file, yaml.safe_dump(run.config, sort_keys=False))
+        return parse([str(file), *options])
+
+
+def _check(run: Run, planned: RunConfig) -> None:
+    saved, began_with = read_run_config(run.folder), read_inputs(run.folder)
+    tokenizer = load_tokenizer(run.folder)
+    # `memformer train` derives these from the tokenizer and the tasks.
+    derived = {name: saved["model"][name] for name in ("vocab_size", "num_special_tokens") if name in saved["model"]}
+    now = dataclasses.replace(
+        planned,
+        seed=run.seed,
+        model=dataclasses.replace(planned.model, **derived),
+        data=pin_revisions(planned.data, saved),
+    )
+    may_change = () if began_with is None else LOCATION_KEYS
+    change = find_changed_key(saved, now, may_change=may_change, training=_COMPARED)
+    if change is None and began_with is not None:
+        # The files may be gone: finished runs do not need them.
+        with contextlib.suppress(InputError):
+            change = find_changed_input(began_with, describe_inputs(now.data, tokenizer, known=began_with))
+    if change is not None:
+        raise InputError(f"{run.folder} cannot be reused: {change}; {_ADVICE}")
