@@ -62,7 +62,7 @@ def test_a_closed_stdout_gives_no_traceback(run_folder, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "shift_jis"])
 def test_output_fits_the_encoding_of_the_terminal(run_folder, encoding, tmp_path):
-    """What an encoding lacks is printed as a question mark; the exit status stays 0."""
+    """Characters that the encoding lacks are printed as question marks; the exit status stays 0."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
     options = ["--max_new_tokens", "40", "--seed", "1", "--top_k", "256", "--temperature", "3"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,7 +93,7 @@ def test_no_file_takes_the_place_of_a_closed_stream():
     try:
         os.close(0)
         prepare_streams()
-        assert os.path.samestat(os.fstat(0), os.stat(os.devnull))  # noqa: PTH116
+        assert os.path.samestat(os.fstat(0), os.stat(os.devnull))  # noqa: PTH116  0 is a file descriptor
     finally:
         os.dup2(kept, 0)
         os.close(kept)

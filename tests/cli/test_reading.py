@@ -145,7 +145,7 @@ def test_resuming_is_refused_without_an_interrupted_reading_of_the_same_prompt(r
 
 
 def test_a_session_in_the_middle_of_a_prompt_is_loaded_with_a_warning(run_folder, tmp_path):
-    """Whoever loads a session that has read a part of its prompt is told so."""
+    """Loading a session that has read a part of its prompt prints a warning."""
     state = tmp_path / "state"
     generate_and_die(arguments(run_folder, "--save_session", state, "--save_every_minutes", "1e-9"), 30)
     argv = ["generate", run_folder, "--load_session", state, "--max_new_tokens", "1"]

@@ -1,4 +1,4 @@
-"""What a session or an evaluation computes does not depend on the caller's modes, and it leaves them as they were."""
+"""Sessions and evaluations compute the same under all modes of the caller, and leave these modes unchanged."""
 
 import contextlib
 import copy

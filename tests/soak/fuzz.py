@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from memformer.errors import InputError
+from memformer.utils.progress import ProgressBar
 from tests.soak.fuzz_inputs import Images, JsonLines, RunConfigFile, Stories, TextFiles
 from tests.soak.fuzz_saved import (
     CheckpointFolder,
@@ -71,12 +72,13 @@ def fuzz(base: Path, *, num_cases: int, seed: int) -> tuple[Counter[str], list[s
     torch.manual_seed(seed)
     chooser, counts, failures = random.Random(seed), Counter[str](), []
     # Some of the files contain their own paths. Relative to the working directory, these do not depend on `base`.
-    with contextlib.chdir(base):
+    with contextlib.chdir(base), ProgressBar("fuzzing", num_cases, unit="case") as progress:
         targets = make_targets(Path())
         weights = [target.weight for target in targets]
         for target in targets:
             assert target.is_as_written(), f"{target.name}: not read as written although undamaged"
         for number in range(num_cases):
+            progress.advance_to(number, f"{len(failures)} failures")
             (target,) = chooser.choices(targets, weights)
             file = chooser.choice(target.files)
             damage = chooser.choice(DAMAGES)

@@ -60,7 +60,7 @@ class TiedEmbedding(nn.Embedding):
 
     def compile_nll(self, **options: Any) -> None:
         """Compile the loss in place with `torch.compile`, so that logits are read and written less often."""
-        self._nll = torch.compile(self._nll, **options)  # type: ignore[method-assign]
+        self._nll = torch.compile(self._nll, **options)  # type: ignore[method-assign]  # of this instance
 
     def _nll(self, features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
         if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:

@@ -194,7 +194,7 @@ def processes_started(device_type: str) -> Iterator[Processes]:
     store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
     # The store survives a restart. Without a prefix per attempt, new processes would read the ports of the old ones.
     # torch documents PrefixStore but does not export it explicitly.
-    store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]  # missing in the stubs
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:

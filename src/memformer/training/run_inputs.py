@@ -1,4 +1,4 @@
-"""What a run is made from: its tokenizer and the files of its data, recorded in the run folder and compared later."""
+"""Identity of a run: its tokenizer and the files of its data, recorded in the run folder and compared later."""
 
 import dataclasses
 from collections.abc import Collection, Iterator

@@ -29,7 +29,7 @@ def to_integer(value: object) -> int | None:
     if not _may_be_number(value):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]  # other types raise TypeError
     except TypeError:
         number = to_number(value)
     return int(number) if isinstance(number, float) and number.is_integer() else None
@@ -42,7 +42,7 @@ def to_number(value: object) -> float | int | None:
     if type(value) is int or type(value) is float:
         return value
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]  # other types raise TypeError
     except (TypeError, ValueError, OverflowError):
         return None
 
