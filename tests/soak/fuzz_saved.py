@@ -25,11 +25,12 @@ from memformer.data import (
     save_tokenizer,
     train_tokenizer,
 )
+from memformer.errors import CheckpointError
 from memformer.training.checkpoint import TrainingState, canonical, load_checkpoint, save_checkpoint
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.optimizer import make_optimizer
 from memformer.training.run_folder import RUN_CONFIG_FILE, read_run_config, write_run_config
-from memformer.training.run_inputs import check_same_run
+from memformer.training.run_inputs import find_changed_key
 from memformer.utils.files import read_json
 from tests.helpers import tiny_config
 
@@ -155,7 +156,8 @@ class EditedRunFolder(RunFolder):
     def is_as_written(self) -> bool:
         """Read the config as when resuming, and compare the sections that must not change."""
         saved = read_run_config(self.folder)
-        check_same_run(saved, self.config)
+        if change := find_changed_key(saved, self.config):
+            raise CheckpointError(change)
         written = canonical(self.config.to_dict())
         return all(relevant_part(saved.get(key)) == relevant_part(written[key]) for key in ("seed", "model", "data"))
 
