@@ -1,6 +1,5 @@
-"""Worker process of `test_processes.py`: makes updates of a float64 model; the first process writes the result."""
+"""Work of a process of a job: updates of a float64 model, whose result the first process writes."""
 
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memformer import Memformer
 from memformer.training import loop
 from memformer.training.logs import RunLog
-from memformer.training.processes import exit_process, processes_started
+from memformer.training.processes import processes_started
 from memformer.training.run_data import prepare_data
 from tests.training.runs import run_config
 
@@ -62,8 +61,3 @@ class Exchanges(TorchDispatchMode):
 
 def whole(gradient):
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
-    exit_process(0)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 from memformer import InputError, Memformer
 from memformer.cli.main import main
 from memformer.cli.run_config import parse_run_config
+from memformer.training import loop
 from memformer.training.checkpoint import TrainingState, load_checkpoint
 from memformer.training.optimizer import make_optimizer
 from memformer.training.processes import Processes
 from tests.helpers import assert_close
+from tests.training import jobs, process_worker
+from tests.training.jobs import run_job, train
 from tests.training.runs import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
 
 ROOT = Path(__file__).parents[2]
@@ -27,17 +30,10 @@ ROOT = Path(__file__).parents[2]
 DYING = """
 import os, signal
 from memformer.cli.main import entry_point
-from memformer.training import loop
+from tests.training.test_processes import send_signal
 
-backpropagate, calls = loop.backpropagate, []
-
-def die(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 13 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return backpropagate(*args, **kwargs)
-
-loop.backpropagate = die
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    send_signal(signal.SIGKILL, call=13)
 entry_point()
 """
 # A process whose interpreter shuts down while gloo releases a tensor.
@@ -76,9 +72,10 @@ def config_of(base, folder, **training):
     return config_file(config)
 
 
-def torchrun(*arguments, count=2, options=()):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(*arguments, options=()):
+    """Run two processes by the real command, which takes seconds to start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *map(str, arguments)],
         cwd=ROOT,
@@ -88,12 +85,6 @@ def torchrun(*arguments, count=2, options=()):
         timeout=240,
         check=False,
     )
-
-
-def train(*arguments, **options):
-    done = torchrun("-m", "memformer", "train", *arguments, **options)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def assert_nearly_same_run(folder, other):
@@ -120,8 +111,8 @@ def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_p
 ):
     for count in (1, 2):
         file, sharding_of_count = tmp_path / f"{count}.safetensors", sharding if count > 1 else "none"
-        done = torchrun("-m", "tests.training.process_worker", base, file, method, sharding_of_count, count=count)
-        assert done.returncode == 0, done.stderr
+        done = run_job(process_worker.main, base, file, method, sharding_of_count, count=count)
+        assert done.status == 0, done.output
     one, two = load_file(tmp_path / "1.safetensors"), load_file(tmp_path / "2.safetensors")
     assert one.keys() == two.keys()
     for name, expected in one.items():
@@ -144,7 +135,7 @@ def test_a_run_with_dropout_resumed_with_the_same_number_of_processes_is_identic
     assert {"state: cpu_randomness", "state: cpu_randomness.1"} <= expected.keys()
     drop_checkpoints_after(base / "dropout", 9)
     done = train(config, "--resume")
-    assert "resuming from" in done.stderr
+    assert "resuming from" in done.output
     ours = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
@@ -157,7 +148,7 @@ def test_a_sharded_run_equals_that_of_one_process_and_resumes_in_one_and_back_in
     # One process resumes from two sharded ones, and two with more sharding from its checkpoint.
     for update, command in (
         (6, lambda: main(["train", config, "--resume"])),
-        (9, lambda: train(config, "--resume", "--training.sharding=weights").returncode),
+        (9, lambda: train(config, "--resume", "--training.sharding=weights").status),
     ):
         drop_checkpoints_after(base / "shared", update)
         assert command() == 0
@@ -176,7 +167,7 @@ def test_a_sharded_run_with_dropout_resumed_with_the_same_number_of_processes_is
     expected = whole_state(folder, 10)
     drop_checkpoints_after(folder, 9)
     done = train(config, "--resume")
-    assert "resuming from" in done.stderr
+    assert "resuming from" in done.output
     ours = whole_state(folder, 10)
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
@@ -206,22 +197,39 @@ def whole_state(folder, update):
     return {**model.state_dict(), **optimizer_state, "memory": state.memory}
 
 
+def send_signal(number, *, call):
+    """Let the second process send itself a signal in this call of `backpropagate`; two calls are one update."""
+    backpropagate, calls = loop.backpropagate, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        return backpropagate(*args, **kwargs)
+
+    loop.backpropagate = signalled
+
+
+def train_with_signal(number, call, *arguments):
+    send_signal(number, call=call)
+    jobs.run_command("train", *arguments)
+
+
 @pytest.mark.parametrize("sharding", ["none", "weights"])
-def test_a_dying_process_ends_the_job_and_a_restart_resumes(base, tmp_path, sharding):
+def test_a_dying_process_ends_the_job(base, sharding):
+    done = run_job(train_with_signal, signal.SIGKILL, 13, config_of(base, f"down-{sharding}", sharding=sharding))
+    assert done.status == -signal.SIGKILL
+    checkpoints = (base / f"down-{sharding}" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoints) == ["update-000000003", "update-000000006"]
+
+
+def test_after_the_death_of_a_process_a_restart_resumes(base, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    down, restarted = f"down-{sharding}", f"restarted-{sharding}"
-    done = torchrun(script, "train", config_of(base, down, sharding=sharding))
-    assert done.returncode != 0
-    assert re.search(r"exitcode\s*:\s*-9", done.stderr)
-    assert sorted(path.name for path in (base / down / "checkpoints").iterdir()) == [
-        "update-000000003",
-        "update-000000006",
-    ]
-    done = torchrun(script, "train", config_of(base, restarted, sharding=sharding), options=["--max-restarts=1"])
+    done = torchrun(script, "train", config_of(base, "restarted", sharding="weights"), options=["--max-restarts=1"])
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
-    assert_nearly_same_run(base / restarted, base / "one")
+    assert_nearly_same_run(base / "restarted", base / "one")
 
 
 def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():
@@ -232,11 +240,9 @@ def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():
         processes.lanes_of(4)
 
 
-def test_after_a_signal_to_one_process_all_save_and_stop(base, tmp_path):
-    script = tmp_path / "stopping.py"
-    script.write_text(DYING.replace("signal.SIGKILL", "signal.SIGINT").replace("len(calls) == 13", "len(calls) == 9"))
-    done = torchrun(script, "train", config_of(base, "stopped"))
-    assert done.returncode != 0
-    assert "stopped by SIGINT" in done.stderr
+def test_after_a_signal_to_one_process_all_save_and_stop(base):
+    done = run_job(train_with_signal, signal.SIGINT, 9, config_of(base, "stopped"))
+    assert done.status != 0
+    assert "stopped by SIGINT" in done.output
     assert checkpoint_of(base / "stopped", 5).is_dir()
-    assert "stopped by SIGTERM" in done.stderr  # the other process, which received no signal itself
+    assert "stopped by SIGTERM" in done.output  # the other process, which received no signal itself
