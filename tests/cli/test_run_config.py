@@ -22,6 +22,16 @@ def read(tmp_path):
     return parse
 
 
+@pytest.mark.parametrize("text", ["", " ", "#1"])
+def test_a_text_without_content_is_not_null(read, text):
+    """An empty value, as of an unset shell variable, is refused where null means a default."""
+    with pytest.raises(InputError, match=r"training\.evaluation_tokens \('.*'\) must be an integer"):
+        read({"training": {"evaluation_tokens": text}})
+    with pytest.raises(InputError, match=r"threads \('.*'\) must be an integer"):
+        read({}, "--threads", text)
+    assert read({"threads": "null"}, "--training.evaluation_tokens", "null")[0].threads is None
+
+
 def test_numbers_may_be_written_in_any_way(read):
     """Integers such as 1e3, and 1e-3 that YAML reads as a text, are numbers in a file and as options."""
     text = "training: {num_updates: 1e3, learning_rate: 1e-3, warmup_updates: '7', betas: [5e-1, 0.75]}"

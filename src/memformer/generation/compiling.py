@@ -45,12 +45,7 @@ class CompiledFunction:
             options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
         )
         on_cpu = next(model.parameters()).device.type == "cpu"
-        options = {
-            "freezing": on_cpu,
-            "cpp_wrapper": on_cpu,
-            "max_autotune_gemm": on_cpu,
-            "autotune_num_choices_displayed": 0,
-        }
+        options = {"freezing": on_cpu, "cpp_wrapper": on_cpu}
         try:
             with inductor_config.patch(options), warnings.catch_warnings():
                 # Raised by PyTorch's own code.

@@ -121,7 +121,8 @@ def is_text(hint: Any) -> bool:
 def _parse(value: object) -> object:
     if isinstance(value, list):
         return [each if isinstance(each, list) else _parse(each) for each in value]
-    if not isinstance(value, str):
+    # YAML reads a text without content, such as an unset shell variable or a comment, as null.
+    if not isinstance(value, str) or not value.partition("#")[0].strip():
         return value
     with contextlib.suppress(ValueError):
         value = parse_yaml(value)
