@@ -3,6 +3,7 @@
 import torch
 
 from memformer import Memformer, MemformerConfig, Rollout
+from memformer.utils.cuda_graphs import GraphPool
 
 # Every option of the model config that changes the output, one at a time on top of the defaults.
 VARIANTS = {
@@ -96,3 +97,19 @@ def assert_close(actual, expected, *, relative=1e-10):
     scale = max(expected.norm().item(), 1e-4)
     difference = (actual - expected).norm().item()
     assert difference <= relative * scale, f"difference {difference:.3g} against {relative:.0e} of {scale:.3g}"
+
+
+class StandInPool(GraphPool):
+    """Stands in for a `GraphPool`: records nothing, and raises an error at a recording that the test names."""
+
+    def __init__(self, error=None, *, at=None):
+        self.error, self.at, self.num_records = error, at, 0
+
+    def record(self, work, *, before):
+        # Like recording, this runs the work several times, with static tensors that it must not rely on.
+        before()
+        work()
+        self.num_records += 1
+        if self.num_records == self.at:
+            raise self.error("reasons")
+        return work

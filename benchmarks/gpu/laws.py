@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memformer import Memformer, Rollout, RolloutHooks, Session, backpropagate
+from memformer import Memformer, Rollout, RolloutHooks, Session, backpropagate, evaluate
+from memformer.data import corpus_from_arrays
 from memformer.models import LanguageModel, build_model
 from memformer.training.engine import ReplayEngine
 from memformer.training.loop import train
 from memformer.training.pieces import RolloutResult
 from memformer.training.run_data import prepare_data
-from tests.helpers import VARIANTS, random_rollout, tiny_model
+from tests.evaluation.corpora import documents
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.runs import checkpoint_of, run_config, saved_tensors, write_documents
 
@@ -43,6 +45,8 @@ def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
         yield f"session, {name}", lambda name=name: check_session(tiny_baseline(name))
     for name in baselines:
         yield f"float64, {name}", lambda name=name: check(tiny_baseline(name, dropout=0.2))
+    for name in ("memformer", *baselines[:4]):
+        yield f"evaluation, {name}", lambda name=name: check_evaluation(name)
     yield "a resumed run equals an uninterrupted one", check_resuming
     yield (
         "bfloat16, recording fails",
@@ -110,6 +114,16 @@ def check_session(model: LanguageModel) -> dict[str, Any]:
         expected, actual = (session.next_token_logits().cpu() for session in sessions)
         largest = max(largest, float((actual - expected).norm() / expected.norm()))
     return {"holds": largest < 1e-10, "logits": largest}
+
+
+def check_evaluation(name: str) -> dict[str, Any]:
+    """Compare evaluations on the device and on the CPU, of documents long enough for its calls to be recorded."""
+    model = tiny_model() if name == "memformer" else tiny_baseline(name)
+    corpus = corpus_from_arrays(documents([20 * SEGMENT_LENGTH, *range(1, 60, 7)]), VOCAB_SIZE)
+    results = [evaluate(copy.deepcopy(model).to(device), corpus, num_lanes=2) for device in ("cpu", DEVICE)]
+    expected, actual = ((result.with_memory.nll, result.memory_erased.nll) for result in results)
+    largest = max(abs(a - e) / e for a, e in zip(actual, expected, strict=True))
+    return {"holds": largest < 1e-10, "nll": largest}
 
 
 def padded(rollout: Rollout, model: LanguageModel) -> Rollout:

@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 
 from memformer import InputError, evaluate
 from memformer.data import corpus_from_arrays
+from memformer.evaluation import likelihood
+from memformer.evaluation.recorded_calls import RecordedCalls
+from memformer.utils.cuda_graphs import CannotRecord
 from tests.evaluation.corpora import documents
 from tests.generation.sessions import document_log_probabilities
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, StandInPool, tiny_model
+from tests.models.baselines import TYPES, tiny_baseline
 
 
 def nll_by_hand(model, arrays):
@@ -48,6 +52,36 @@ def test_erased_memory_is_the_initial_memory_before_every_segment():
         nll += model.token_nll(segment, hidden=hidden).sum().item()
     assert result.memory_erased.nll == pytest.approx(nll, rel=1e-10)
     assert result.memory_erased.nll != pytest.approx(result.with_memory.nll, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("memformer", 2), *((name, None) for name in ("memformer", *TYPES))])
+def test_recorded_calls_give_the_same_likelihood(kind, refused, monkeypatch, capsys):
+    model = tiny_model() if kind == "memformer" else tiny_baseline(kind)
+    corpus = corpus_from_arrays(documents([6 * SEGMENT_LENGTH, *range(1, 40, 7)]), VOCAB_SIZE)
+    expected = evaluate(model, corpus, num_lanes=2, rollout_length=3)
+    pool = StandInPool(CannotRecord, at=refused)
+    monkeypatch.setattr(RecordedCalls, "CALLS_BEFORE_RECORDING", 1)
+    monkeypatch.setattr(likelihood, "RecordedCalls", lambda model: RecordedCalls(model, pool=pool))
+    actual = evaluate(model, corpus, num_lanes=2, rollout_length=3)
+    assert pool.num_records >= 4
+    assert actual.with_memory.nll == pytest.approx(expected.with_memory.nll, rel=1e-10)
+    assert actual.memory_erased.nll == pytest.approx(expected.memory_erased.nll, rel=1e-10)
+    assert capsys.readouterr().err.count("cannot become a CUDA graph") <= int(refused is not None)
+
+
+def test_few_calls_are_not_recorded_and_results_do_not_change_later():
+    pool = StandInPool()
+    calls = RecordedCalls(tiny_model(), pool=pool)
+
+    def double(model, tensor, absent):
+        assert absent is None
+        return (2 * tensor,)
+
+    results = [calls(double, torch.full((2,), float(number)), None, name="doubling")[0] for number in range(7)]
+    assert [result.tolist() for result in results] == [[2.0 * number] * 2 for number in range(7)]
+    assert pool.num_records == 1
+    calls(double, torch.zeros(3), None, name="doubling")
+    assert pool.num_records == 1
 
 
 def test_documents_shorter_than_a_segment_are_evaluated():

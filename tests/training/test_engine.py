@@ -6,8 +6,8 @@ import torch
 
 from memformer import Rollout
 from memformer.training.engine import MOST_SHAPES, ReplayEngine
-from memformer.utils.cuda_graphs import CannotRecord, RecordingFailed
-from tests.helpers import assert_close, random_rollout, tiny_model
+from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
+from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.gradients import assert_same_gradients, gradients, penalty
 
@@ -106,6 +106,19 @@ def test_a_changed_model_is_noticed():
     assert "embedding.weight" not in actual[1]
 
 
+def test_pieces_are_recorded_anew_after_a_recording_has_failed_elsewhere(monkeypatch):
+    model = tiny_model(dropout=0.2)
+    engine, rollout = ReplayEngine(model, records=False), random_rollout(2, 2)
+    recorded = []
+    for _ in range(2):
+        by_engine(model, rollout, None, engine=engine)
+        recorded += engine._shapes.values()
+    assert recorded[0] is recorded[1]
+    monkeypatch.setattr(GraphPool, "num_failures", 1)
+    by_engine(model, rollout, None, engine=engine)
+    assert recorded[0] not in engine._shapes.values()
+
+
 def test_too_many_shapes_are_computed_without_graphs_and_this_is_said_once():
     model = tiny_model()
     said = []
@@ -116,22 +129,6 @@ def test_too_many_shapes_are_computed_without_graphs_and_this_is_said_once():
         assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
     assert len(said) == 1
     assert f"more than {MOST_SHAPES} different shapes" in said[0]
-
-
-class StandInPool:
-    """Records nothing, and refuses what the test says."""
-
-    def __init__(self, error, *, at):
-        self.error, self.at, self.num_records = error, at, 0
-
-    def record(self, work, *, before):
-        # Like recording, this runs the work several times, with static tensors that it must not rely on.
-        before()
-        work()
-        self.num_records += 1
-        if self.num_records == self.at:
-            raise self.error("reasons")
-        return work
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])

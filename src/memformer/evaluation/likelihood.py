@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.errors import InputError
+from memformer.evaluation.recorded_calls import RecordedCalls
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_type
@@ -176,19 +177,15 @@ def evaluate(
         bos_token_id=model.bos_token_id,
         num_epochs=1,
     )
+    calls = RecordedCalls(model)
     num_tokens = 0
-    memory: Tensor | None = None
     with reading(model):
-        totals = torch.zeros(2, dtype=torch.float64, device="cpu")
-        for cpu_rollout in stream:
-            rollout = model.align_inputs(cpu_rollout.to(model.device))
-            if memory is None:
-                memory = model.initial_memory(rollout.batch_size)
-            erased = _encode_erased(model, rollout)
-            intact, memory = encode_rollout(model, rollout, memory)
-            for index, hidden in enumerate((intact, erased)):
-                totals[index] += rollout_nll(model, rollout, hidden).double().sum().cpu()
-            num_tokens += cpu_rollout.count_target_tokens()
+        memory = model.initial_memory(stream.num_lanes)
+        totals = torch.zeros(2, dtype=torch.float64, device=model.device)
+        for rollout in stream:
+            nll, memory = _rollout_nll(model, model.align_inputs(rollout), memory, calls)
+            totals += nll
+            num_tokens += rollout.count_target_tokens()
             if progress is not None:
                 progress(num_tokens)
     if not totals.isfinite().all():
@@ -221,38 +218,58 @@ def check_vocabulary(model: RecurrentModel, corpus: Corpus) -> None:
         )
 
 
-def encode_rollout(model: RecurrentModel, rollout: Rollout, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states of all timesteps and rows, (N*B, R, D), and the memory after the rollout."""
+def _rollout_nll(
+    model: RecurrentModel, cpu_rollout: Rollout, memory: Tensor, calls: RecordedCalls
+) -> tuple[Tensor, Tensor]:
+    """Return the summed negative log-likelihoods with and without memory, (2,) in nats, and the next memory.
+
+    The rollout is on the CPU: looking at its masks there does not wait for the device.
+    """
+    resets, paddings = _timesteps_of(cpu_rollout.reset), _timesteps_of(cpu_rollout.input_padding)
+    rollout = cpu_rollout.to(model.device)
     hiddens = []
     for timestep, segment in enumerate(rollout.inputs):
-        if rollout.reset is not None:
-            memory = model.reset_memory(memory, rollout.reset[timestep])
-        padding = None if rollout.input_padding is None else rollout.input_padding[timestep]
-        hidden, memory = model.encode(segment, memory=memory, padding_mask=padding)
+        reset = rollout.reset[timestep] if rollout.reset is not None and timestep in resets else None
+        padding = rollout.input_padding
+        padding = padding[timestep] if padding is not None and timestep in paddings else None
+        hidden, memory = calls(_encode, segment, memory, reset, padding, name="reading a segment")
         hiddens.append(hidden)
-    return torch.cat(hiddens), memory
+    masks = _rows(rollout.input_padding), _rows(rollout.target_padding)
+    (erased,) = calls(_encode_erased, rollout.inputs.flatten(0, 1), masks[0], name="reading without memory")
+    nlls = [
+        calls(_read_out, rollout.targets.flatten(0, 1), hidden, *masks, name="the likelihood of segments")[0]
+        for hidden in (torch.cat(hiddens), erased)
+    ]
+    return torch.stack(nlls), memory
 
 
-def _encode_erased(model: RecurrentModel, rollout: Rollout) -> Tensor:
+def _timesteps_of(mask: Tensor | None) -> list[int]:
+    """Return the timesteps at which the mask is True anywhere."""
+    return [] if mask is None else mask.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+
+
+def _encode(
+    model: RecurrentModel, segment: Tensor, memory: Tensor, reset: Tensor | None, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the hidden states of one timestep, (B, R, D), and the next memory."""
+    if reset is not None:
+        memory = model.reset_memory(memory, reset)
+    return model.encode(segment, memory=memory, padding_mask=padding)
+
+
+def _encode_erased(model: RecurrentModel, segments: Tensor, padding: Tensor | None) -> tuple[Tensor]:
     """Return the hidden states (N*B, R, D) with the initial memory at every timestep, computed as one batch."""
-    segments = rollout.inputs.flatten(0, 1)
-    memory = model.initial_memory(segments.shape[0])
-    hidden, _ = model.encode(segments, memory=memory, padding_mask=_rows(rollout.input_padding))
-    return hidden
+    hidden, _ = model.encode(segments, memory=model.initial_memory(segments.shape[0]), padding_mask=padding)
+    return (hidden,)
+
+
+def _read_out(
+    model: RecurrentModel, targets: Tensor, hidden: Tensor, padding: Tensor | None, target_padding: Tensor | None
+) -> tuple[Tensor]:
+    """Return the summed negative log-likelihood of the targets in nats, in float64."""
+    nll = model.token_nll(targets, hidden=hidden, hidden_padding_mask=padding, target_padding_mask=target_padding)
+    return (nll.double().sum(),)
 
 
 def _rows(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(0, 1)
-
-
-def rollout_nll(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> Tensor:
-    """Return the negative log-likelihood of every target in nats, (N*B, T), 0 at padding.
-
-    `hidden` holds the hidden states of all timesteps and rows.
-    """
-    return model.token_nll(
-        rollout.targets.flatten(0, 1),
-        hidden=hidden,
-        hidden_padding_mask=_rows(rollout.input_padding),
-        target_padding_mask=_rows(rollout.target_padding),
-    )

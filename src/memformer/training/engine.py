@@ -122,9 +122,14 @@ class ReplayEngine:
         return False
 
     def _has_changed(self) -> bool:
-        """Return whether the model has other parameters, or modules other modes, than when pieces were recorded."""
+        """Return whether the pieces must be recorded anew.
+
+        The model has other parameters, its modules have other modes, or a recording has failed elsewhere, after which
+        dropout of earlier graphs is wrong.
+        """
         parameters = tuple((p.data_ptr(), p.requires_grad) for p in self.model.parameters())
-        identity = (parameters, tuple(module.training for module in self.model.modules()))
+        modes = tuple(module.training for module in self.model.modules())
+        identity = (parameters, modes, GraphPool.num_failures)
         changed = identity != self._identity
         self._identity = identity
         return changed

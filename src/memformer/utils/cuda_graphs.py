@@ -29,7 +29,13 @@ class GraphPool:
 
     Args:
         device: A CUDA device.
+
+    Attributes:
+        num_failures: How many recordings have failed in this process. Graphs that draw random numbers and were recorded
+            before the last failure must not be launched any more.
     """
+
+    num_failures = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,6 +52,29 @@ class GraphPool:
             CannotRecord: The work synchronizes the device; this is noticed before recording.
             RecordingFailed: Recording failed for another reason, such as too little memory.
         """
+        try:
+            self._warm_up(work, before)
+        except torch.OutOfMemoryError as error:
+            raise RecordingFailed(str(error).splitlines()[0]) from error
+        before()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        except RuntimeError as error:
+            GraphPool.num_failures += 1
+            # The random generator still waits for the end of the recording; one that succeeds sets it free.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.device)
+            raise RecordingFailed(str(error).splitlines()[0]) from error
+        return graph.replay
+
+    def _warm_up(self, work: Work, before: Work) -> None:
+        """Run the work as recording will, without recording.
+
+        Raises:
+            CannotRecord: The work synchronizes the device.
+        """
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -56,17 +85,6 @@ class GraphPool:
                 with _synchronizing_refused():
                     work()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        before()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
-        except RuntimeError as error:
-            # The random generator still waits for the end of the recording; one that succeeds sets it free.
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                torch.zeros(1, device=self.device)
-            raise RecordingFailed(str(error).splitlines()[0]) from error
-        return graph.replay
 
 
 @contextmanager
