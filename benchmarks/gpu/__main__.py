@@ -4,12 +4,16 @@ Each part writes `gpu-PART.json` after every measurement and goes on from it whe
 may be interrupted at any time. Parts:
 
     laws      the engine's gradients equal back-propagation through time in float64; resuming is exact
-    speed     training: tokens/s, share of the fastest matrix product, device memory; eager, engine, compiled, BPTT
+    speed     training: tokens/s, share of the fastest matrix product, device memory; eager, engine, compiled, BPTT;
+              Transformer-XL and, if `transformers` is installed, GPT-2
     decoding  milliseconds per token generated and tokens/s read, by the length of what was read before
     attention the backends of scaled_dot_product_attention at the sizes of a timestep
     kernels   time of each recorded piece by kind of kernel
+    figure5   Figure 5 of the paper at its size: operations by length, device memory by memory size
+    floor     operations, bytes, kernels and launches that one update needs at least; computed, not measured
+    table1    the next slice of Table 1's runs at the paper's scale, with the time that is left
 
-    python -m benchmarks.gpu --output benchmarks/results --minutes 9
+    python -m benchmarks.gpu --output runs/gpu --data FOLDER_OF_DATA_SETS --minutes 8
     python -m benchmarks.gpu --smoke --output FOLDER       # tiny sizes; runs on a CPU too
 """
 
@@ -26,9 +30,12 @@ import torch
 
 from benchmarks.gpu.attention import attention
 from benchmarks.gpu.decoding import decoding
+from benchmarks.gpu.figure5 import figure5
+from benchmarks.gpu.floor import floor
 from benchmarks.gpu.kernels import kernels
 from benchmarks.gpu.laws import laws
 from benchmarks.gpu.speed import speed
+from benchmarks.gpu.table1 import table1
 
 Row = dict[str, Any]
 PARTS: dict[str, Callable[["Options"], Iterator[tuple[str, Callable[[], Row]]]]] = {
@@ -37,37 +44,46 @@ PARTS: dict[str, Callable[["Options"], Iterator[tuple[str, Callable[[], Row]]]]]
     "decoding": decoding,
     "attention": attention,
     "kernels": kernels,
+    "figure5": figure5,
+    "floor": floor,
+    "table1": table1,
 }
+# A row with one of these keys is measured again by the next call.
+AGAIN = ("missing", "unfinished")
 
 
 class Options(argparse.Namespace):
     """The command's options."""
 
     output: Path
+    data: Path
     minutes: float
     parts: list[str]
     only: str
     smoke: bool
+    deadline: float  # set by `main`, in seconds of the monotonic clock
 
 
 def main() -> None:
     """Run the parts and write their results."""
     options = parse_arguments()
     options.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
+    options.deadline = time.monotonic() + 60 * options.minutes
     for part in options.parts:
-        run_part(part, options, deadline)
+        run_part(part, options)
 
 
-def run_part(part: str, options: Options, deadline: float) -> None:
+def run_part(part: str, options: Options) -> None:
     """Run the measurements of a part that its file does not have yet, until the deadline."""
     file = options.output / f"gpu-{part}.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}
     result["machine"] = describe()
     for name, measure in PARTS[part](options):
-        if name in result["rows"] or not re.search(options.only, name):
+        known = result["rows"].get(name)
+        is_done = known is not None and not any(key in known for key in AGAIN)
+        if is_done or not re.search(options.only, name):
             continue
-        if time.monotonic() > deadline:
+        if time.monotonic() > options.deadline:
             print(f"{part}: no time is left for {name}", flush=True)
             return
         started = time.monotonic()
@@ -97,10 +113,9 @@ def describe() -> dict[str, str]:
 def parse_arguments() -> Options:
     """Return the command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent.parent / "results", help="folder of the results"
-    )
-    parser.add_argument("--minutes", type=float, default=9, help="no measurement is begun after this time")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the results")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with mnist/, for table1")
+    parser.add_argument("--minutes", type=float, default=8, help="no measurement is begun after this time")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
     parser.add_argument("--only", default="", help="run only measurements whose name matches this pattern")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the script itself")

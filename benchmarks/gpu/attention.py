@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.speed import DEVICE, timed
+from benchmarks.gpu.device import DEVICE, timed
 
 # Rows, heads, queries, keys and head width.
 SHAPES = {

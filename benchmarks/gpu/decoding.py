@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.device import DEVICE, synchronize
 from benchmarks.gpu.peers import gpt2, mamba, rwkv
-from benchmarks.gpu.speed import DEVICE, synchronize
 from memformer import Memformer, MemformerConfig, Session
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)

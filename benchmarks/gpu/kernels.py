@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from benchmarks.gpu.device import DEVICE
 from benchmarks.gpu.sizes import Size, sizes
 from memformer.training.engine import ReplayEngine
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
     "attention": ("sdpa", "flash", "fmha", "attention"),
@@ -31,7 +31,7 @@ KINDS = {
 def kernels(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield each measurement's name and function."""
     for name, size in sizes(smoke=options.smoke).items() if DEVICE.type == "cuda" else ():
-        for compiled in (False, True):
+        for compiled in () if "horizon" in name else (False, True):
             label = f"{name}, compiled" if compiled else name
             yield label, partial(measure, size, compiled=compiled)
 

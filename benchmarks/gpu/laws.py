@@ -5,12 +5,14 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.device import DEVICE
 from memformer import Memformer, Rollout, RolloutHooks, Session, backpropagate, evaluate
 from memformer.data import corpus_from_arrays
 from memformer.models import LanguageModel, build_model
@@ -23,14 +25,14 @@ from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, random_rollout, 
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.runs import checkpoint_of, run_config, saved_tensors, write_documents
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 
 def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield each law's name and check; `difference` is relative to the norm of the gradient."""
     variants, baselines = list(VARIANTS), list(BASELINES)
+    has_masks = (False, True, False)  # of the rollouts, one after the other
     if options.smoke:
-        variants, baselines = variants[:2], baselines[:1]
+        variants, baselines, has_masks = variants[:1], baselines[:1], (True,)
+    check = partial(compare_with_bptt, has_masks=has_masks)
     for name in variants:
         yield f"float64, {name}", lambda name=name: check(tiny_model(dropout=0.2, **VARIANTS[name]))
     yield (
@@ -56,10 +58,15 @@ def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
         yield f"{dtype}, default", lambda dtype=dtype: check(tiny_model(dropout=0.2).float(), dtype=dtype)
 
 
-def check(
-    model: LanguageModel, hooks: RolloutHooks | None = None, dtype: str = "float64", *, kept: bool = False
+def compare_with_bptt(
+    model: LanguageModel,
+    hooks: RolloutHooks | None = None,
+    dtype: str = "float64",
+    *,
+    has_masks: tuple[bool, ...],
+    kept: bool = False,
 ) -> dict[str, Any]:
-    """Compare the engine with BPTT on rollouts with and without resets and padding, twice each."""
+    """Compare the engine with BPTT on rollouts, with resets and padding where `has_masks` says so."""
     model = model.to(DEVICE)
     said: list[str] = []
     engine = ReplayEngine(model, say=said.append)
@@ -73,30 +80,28 @@ def check(
             actual = run(model, lambda: engine.backpropagate(rollout, **options))
         return differences(actual, expected)
 
-    found = [
-        compare(padded(random_rollout(5, 3, resets=masks, padding=masks), model)) for masks in (False, True, False)
-    ]
+    found = [compare(padded(random_rollout(5, 3, resets=masks, padding=masks), model)) for masks in has_masks]
     largest = dict(zip(("gradient", "loss", "memory"), map(max, zip(*found, strict=True)), strict=True))
     tolerance = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2}[dtype]
     return {"holds": all(value < tolerance for value in largest.values()), **largest, "said": said}
 
 
 def check_resuming() -> dict[str, Any]:
-    """Train for six updates, and for three and three more after resuming; compare all saved tensors bit by bit."""
+    """Train for four updates, and for two and two more after resuming; compare all saved tensors bit by bit."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_documents(folder / "texts")
-        for run, numbers in (("whole", (6,)), ("parts", (3, 6))):
+        for run, numbers in (("whole", (4,)), ("parts", (2, 4))):
             for number in numbers:
                 # A constant learning rate does not depend on the number of updates.
-                training = {"num_updates": number, "save_every": 3, "final_learning_rate": 1.0}
+                training = {"num_updates": number, "warmup_updates": 1, "final_learning_rate": 1.0, "sample_tokens": 0}
                 config = replace(run_config(folder, run, **training), device=DEVICE.type)
                 Path(config.folder).mkdir(exist_ok=True)
                 torch.manual_seed(config.seed)
                 data = prepare_data(config.data)
                 model = build_model(config.model).to(DEVICE)
                 train(config, data, model, resume=number != numbers[0])
-        whole, parts = (saved_tensors(checkpoint_of(folder / run, 6)) for run in ("whole", "parts"))
+        whole, parts = (saved_tensors(checkpoint_of(folder / run, 4)) for run in ("whole", "parts"))
         differing = [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])]
         return {"holds": not differing, "tensors": len(whole), "differing": differing}
 

@@ -1,4 +1,7 @@
-"""Generation by models of `transformers`, after contexts filled at random: the contents do not change the time."""
+"""Models of `transformers` to compare with: generation after contexts filled at random, and a GPT-2 to train.
+
+The contents of a context do not change the time.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gpu.speed import DEVICE, synchronize
+from benchmarks.gpu.device import DEVICE, synchronize
+from benchmarks.gpu.sizes import Size
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 256, 512, 8, 16
 NUM_TOKENS = 32
@@ -67,6 +71,36 @@ def _step(model: nn.Module, tokens: Tensor, position: int, caches: list[tuple[Te
         x = x + block.attn.c_proj(read.transpose(1, 2).flatten(-2))
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x))))
     return model.lm_head(body.ln_f(x))  # type: ignore[operator,no-any-return]  # not annotated
+
+
+def gpt2_of_size(size: Size) -> nn.Module:
+    """Return a GPT-2 in training mode whose context is all tokens of a row of a rollout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model, dropout = size.model, size.model["dropout"]
+    config = GPT2Config(
+        vocab_size=model["vocab_size"],
+        n_positions=size.num_timesteps * model["segment_length"],
+        n_embd=model["d_model"],
+        n_layer=size.peer_layers,
+        n_head=model["num_heads"],
+        n_inner=model["d_ff"],
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    found: nn.Module = GPT2LMHeadModel(config).to(DEVICE).train()
+    return found
+
+
+def gpt2_flops_per_token(size: Size) -> float:
+    """Return the operations of one token, forward, counted as `flops_per_token` does."""
+    model, length = size.model, size.num_timesteps * size.model["segment_length"]
+    width, d_ff = model["d_model"], model["d_ff"]
+    layer = 2 * (4 * width**2 + 2 * width * d_ff) + 4 * length * width
+    return float(size.peer_layers * layer + 2 * width * model["vocab_size"])
 
 
 def mamba() -> dict[str, Any]:

@@ -5,27 +5,53 @@ from typing import Any
 
 import torch
 
-from memformer import Memformer, MemformerConfig, Rollout
-from memformer.models import LanguageModel
+from memformer import Rollout
+from memformer.models import LanguageModel, build_model
+from memformer.models.config import ModelConfig
+from memformer.models.loading import MODELS
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the rollout of one update, without the optimizer's step."""
+    """A model and the rollout of one update, without the optimizer's step.
+
+    Attributes:
+        model: Config of the model.
+        batch_size: Rows.
+        num_timesteps: Timesteps of the rollout.
+        readout_timesteps: Timesteps read out together.
+        peer_layers: Layers of the models that this one is compared with, as in the paper's tables. 0: none.
+        peer_memory: Memory of the Transformer-XL that it is compared with.
+        model_type: Type of the model.
+    """
 
     model: dict[str, Any]
     batch_size: int
     num_timesteps: int
     readout_timesteps: int
+    peer_layers: int = 0
+    peer_memory: int = 0
+    model_type: str = "memformer"
 
-    def config(self) -> MemformerConfig:
+    def config(self) -> ModelConfig:
         """Return the model's config."""
-        return MemformerConfig(**self.model)
+        return MODELS[self.model_type].config_class.from_dict(self.model)
 
     def build(self, device: torch.device) -> LanguageModel:
         """Return the model with initial weights, in training mode."""
         torch.manual_seed(0)
-        return Memformer(self.config()).to(device).train()
+        return build_model(self.config()).to(device).train()
+
+    def transformer_xl(self) -> "Size":
+        """Return a Transformer-XL that is trained on the same tokens."""
+        shared = ("vocab_size", "d_model", "num_heads", "d_ff", "segment_length", "dropout")
+        model = {name: self.model[name] for name in shared}
+        model |= {"num_layers": self.peer_layers, "memory_length": self.peer_memory}
+        return replace(self, model=model, model_type="transformer_xl", peer_layers=0, peer_memory=0)
+
+    def title(self) -> str:
+        """Return the name of a Transformer-XL."""
+        return f"Transformer-XL, {self.model['num_layers']} layers, memory {self.model['memory_length']}"
 
     def rollout(self) -> Rollout:
         """Return a rollout of random tokens on the CPU, as a training stream makes it at the start of documents."""
@@ -64,23 +90,18 @@ _WIKITEXT = {
     "num_slots": 1024,
     "dropout": 0.1,
 }
+_TABLE_3 = {**_WIKITEXT, "vocab_size": 50000, "num_decoder_layers": 12, "num_slots": 32, "segment_length": 512}
 SIZES = {
-    "MNIST, segments of 14": Size({**_MNIST, "segment_length": 14}, 64, 56, 11),
-    "MNIST, segments of 28": Size({**_MNIST, "segment_length": 28}, 128, 28, 9),
-    "WikiText-103, segments of 64": Size({**_WIKITEXT, "segment_length": 64}, 64, 9, 4),
-    "WikiText-103, segments of 256": Size({**_WIKITEXT, "segment_length": 256}, 16, 9, 4),
-    "Table 3": Size(
-        {
-            **_WIKITEXT,
-            "vocab_size": 50000,
-            "num_decoder_layers": 12,
-            "num_slots": 32,
-            "segment_length": 512,
-        },
-        4,
-        5,
-        1,
+    "MNIST, segments of 14": Size({**_MNIST, "segment_length": 14}, 64, 56, 11, peer_layers=8, peer_memory=224),
+    "MNIST, segments of 28": Size({**_MNIST, "segment_length": 28}, 128, 28, 9, peer_layers=8, peer_memory=224),
+    "WikiText-103, segments of 64": Size(
+        {**_WIKITEXT, "segment_length": 64}, 64, 9, 4, peer_layers=16, peer_memory=512
     ),
+    "WikiText-103, segments of 256": Size(
+        {**_WIKITEXT, "segment_length": 256}, 16, 9, 4, peer_layers=16, peer_memory=512
+    ),
+    "Table 3": Size(_TABLE_3, 4, 5, 1),
+    "Table 3, horizon 16": Size(_TABLE_3, 4, 17, 1),
     "larger": Size(
         {
             **_WIKITEXT,
@@ -106,6 +127,14 @@ def sizes(*, smoke: bool) -> dict[str, Size]:
     tiny = {"vocab_size": 11, "d_model": 16, "num_heads": 2, "d_ff": 32, "num_slots": 4, "segment_length": 6}
     tiny |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
     return {
-        name: replace(size, model={**size.model, **tiny}, batch_size=2, num_timesteps=3, readout_timesteps=2)
+        name: replace(
+            size,
+            model={**size.model, **tiny},
+            batch_size=2,
+            num_timesteps=3,
+            readout_timesteps=2,
+            peer_layers=1,
+            peer_memory=4,
+        )
         for name, size in list(SIZES.items())[:1]
     }

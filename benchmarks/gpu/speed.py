@@ -1,31 +1,48 @@
 """Speed and device memory of one update (forward and backward, without optimizer) by method, on one GPU."""
 
 import argparse
-import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from benchmarks.gpu.device import DEVICE, reserved_mib, timed
+from benchmarks.gpu.peers import gpt2_flops_per_token, gpt2_of_size
 from benchmarks.gpu.sizes import Size, sizes
 from memformer import backpropagate
 from memformer.evaluation.flops import flops_per_token
 from memformer.training.engine import ReplayEngine
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 METHODS = ("bptt", "replay, eager", "replay, engine", "replay, engine, compiled")
+Row = dict[str, Any]
 
 
-def speed(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Yield each measurement's name and function."""
+def speed(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Yield each measurement's name and function: all methods, then Transformer-XL and GPT-2 on the same tokens."""
     yield "peak", lambda: {"tflops": peak_tflops(64 if options.smoke else 8192)}
-    for name, size in sizes(smoke=options.smoke).items():
-        for method in METHODS:
-            if DEVICE.type == "cpu" and "compiled" in method:
-                continue
-            yield f"{name}: {method}", lambda size=size, method=method: measure(size, method)
+    all_sizes, number = sizes(smoke=options.smoke), 1 if options.smoke else 5
+    for name, size in all_sizes.items():
+        for method in (*METHODS, *(["checkpoint"] if "Table 3" in name else [])):
+            if DEVICE.type == "cuda" or "compiled" not in method:
+                yield f"{name}: {method}", partial(measure, size, method, num_updates=number)
+    for name, size in all_sizes.items():
+        if size.peer_layers:
+            peer = size.transformer_xl()
+            for method in ("bptt", "replay, engine"):
+                yield f"{name}: {peer.title()}: {method}", partial(measure, peer, method, num_updates=number)
+    for name, size in all_sizes.items():
+        if size.peer_layers:
+            for compiled in (False, True) if DEVICE.type == "cuda" else (False,):
+                label = f"{name}: GPT-2, {size.peer_layers} layers, {size.num_timesteps} segments at once"
+                yield (
+                    label + (", compiled" if compiled else ""),
+                    partial(measure_gpt2, size, num_updates=number, compiled=compiled),
+                )
 
 
 def peak_tflops(width: int) -> float:
@@ -35,18 +52,15 @@ def peak_tflops(width: int) -> float:
     return 2 * width**3 / seconds / 1e12
 
 
-def measure(size: Size, method: str) -> dict[str, Any]:
-    """Return time, tokens/s, useful operations and memory of one update."""
+def measure(size: Size, method: str, *, num_updates: int) -> Row:
+    """Return time, tokens/s, useful operations and memory of one update of one of our models."""
     torch.set_float32_matmul_precision("high")
     model, rollout = size.build(DEVICE), size.rollout()
-    operations = 3 * flops_per_token(model) * size.num_tokens
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    _prepare_gradients(model)
     on_device = rollout.to(DEVICE)
     memory = model.initial_memory(size.batch_size).detach()
     said: list[str] = []
     engine = ReplayEngine(model, say=said.append)
-    started = time.perf_counter()
     if "compiled" in method:
         torch._dynamo.reset()
         model.compile()  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -59,7 +73,35 @@ def measure(size: Size, method: str) -> dict[str, Any]:
                 kind = method.partition(",")[0]
                 backpropagate(model, on_device, memory=memory, method=kind, readout_timesteps=size.readout_timesteps)
 
+    row = measure_update(update, num_updates=num_updates)
+    return _with_rates(row, size, flops_per_token(model)) | {"said": said}
+
+
+def measure_gpt2(size: Size, *, num_updates: int, compiled: bool) -> Row:
+    """Return the same of a GPT-2 that attends to all tokens of a rollout, which it reads at once."""
+    if importlib.util.find_spec("transformers") is None:
+        return {"missing": "transformers is not installed"}
+    torch.set_float32_matmul_precision("high")
+    model, length = gpt2_of_size(size), size.num_timesteps * int(size.model["segment_length"])
+    _prepare_gradients(model)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, size.model["vocab_size"], (size.batch_size, length), generator=generator).to(DEVICE)
+    if compiled:
+        torch._dynamo.reset()
+        model.compile()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+
+    return _with_rates(measure_update(update, num_updates=num_updates), size, gpt2_flops_per_token(size))
+
+
+def measure_update(update: Callable[[], None], *, num_updates: int) -> Row:
+    """Return the times and the growth of device memory of an update; the first one compiles and records."""
     before = reserved_mib()
+    started = time.perf_counter()
     update()
     set_up = time.perf_counter() - started
     held = reserved_mib()  # with graphs, their memory
@@ -69,41 +111,23 @@ def measure(size: Size, method: str) -> dict[str, Any]:
     update()
     if DEVICE.type == "cuda":
         peak_mib = held + torch.cuda.max_memory_allocated() / 2**20 - allocated
-    seconds = [timed(update) for _ in range(10 if "engine" in method else 2)]
-    typical = statistics.median(seconds)
-    row = {
-        "ms": 1e3 * typical,
-        "ms_lowest": 1e3 * min(seconds),
-        "tokens_per_second": size.num_tokens / typical,
-        "useful_tflops": operations / typical / 1e12,
-        "set_up_seconds": set_up,
-        "said": said,
-    }
+    seconds = [timed(update) for _ in range(num_updates)]
+    row = {"ms": 1e3 * statistics.median(seconds), "ms_lowest": 1e3 * min(seconds), "set_up_seconds": set_up}
     if DEVICE.type == "cuda":
         # Weights and their gradients are not included; what graphs keep for themselves is.
         row["memory_growth_mib"] = peak_mib - before
     return row
 
 
-def reserved_mib() -> float:
-    """Return the device memory that torch holds, without what it holds in reserve."""
-    if DEVICE.type != "cuda":
-        return 0.0
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved() / 2**20
+def _with_rates(row: Row, size: Size, flops: float) -> Row:
+    seconds = row["ms"] / 1e3
+    rates = {
+        "tokens_per_second": size.num_tokens / seconds,
+        "useful_tflops": 3 * flops * size.num_tokens / seconds / 1e12,
+    }
+    return row | rates
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that some work takes on the device."""
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+def _prepare_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)

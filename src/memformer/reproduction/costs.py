@@ -24,6 +24,8 @@ METHODS = (MethodSpec("bptt"), MethodSpec("checkpoint"), MethodSpec("replay"))
 # Config key of the memory size, per model type.
 MEMORY_SIZES = {"memformer": "num_slots", "transformer_xl": "memory_length"}
 
+FULL_ATTENTION = "transformer (full attention)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostsScale:
@@ -53,11 +55,11 @@ def costs_names(folder: Path) -> list[str]:
     return sorted(file.parent.name for file in folder.glob(f"*/{COSTS_FILE}"))
 
 
-def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], str, Figure]:
-    """Measure the costs; return the results as JSON values, as Markdown and as a plot.
+def read_costs(folder: Path, scale: str) -> tuple[dict[str, Any], CostsScale]:
+    """Return the title and the paper's results, by these names, and the measurements at one scale.
 
     Raises:
-        InputError: The file in the folder is malformed or does not have this scale, or a measurement failed.
+        InputError: The file in the folder is malformed or does not have this scale.
     """
     file = folder / COSTS_FILE
     given = read_yaml(file)
@@ -65,7 +67,16 @@ def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tu
     if scale not in given["scales"]:
         raise InputError(f"{folder.name} has no scale {scale!r}; it has {', '.join(given['scales'])}")
     refuse_unknown_keys(given["scales"][scale], valid=CostsScale.__dataclass_fields__, owner=f"{file}, scale {scale}")
-    costs = CostsScale(**given["scales"][scale])
+    return given, CostsScale(**given["scales"][scale])
+
+
+def measure_costs(folder: Path, scale: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], str, Figure]:
+    """Measure the costs; return the results as JSON values, as Markdown and as a plot.
+
+    Raises:
+        InputError: The file in the folder is malformed or does not have this scale, or a measurement failed.
+    """
+    given, costs = read_costs(folder, scale)
     figures: dict[str, Any] = {"title": given["title"], "scale": scale, "note": costs.note, "versions": versions()}
     parts = [f"## {given['title']}, scale {scale}", costs.note.strip()]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -136,35 +147,48 @@ def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]
 
 def _count_operations(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
     """Return the number of floating-point operations per sequence, for every model and sequence length."""
-    found: dict[str, list[float]] = {"transformer (full attention)": []}
-    decoder = costs.models["transformer_xl"]
+    found: dict[str, list[float]] = {FULL_ATTENTION: []}
     for length in costs.lengths:
         say(f"counting operations of a Transformer over {length:,} tokens")
-        whole = {**decoder, "memory_length": 0, "segment_length": length}
-        found["transformer (full attention)"].append(length * _flops_per_token("transformer_xl", whole))
+        found[FULL_ATTENTION].append(length * flops_of(*transformer_over(costs, length)))
     for model_type, model in costs.models.items():
-        each = _flops_per_token(model_type, model)
+        each = flops_of(model_type, model)
         found[model_type] = [length * each for length in costs.lengths]
     return found
 
 
-def _flops_per_token(model_type: str, model: dict[str, Any]) -> float:
-    return flops_per_token(build_model(MODELS[model_type].config_class.from_dict(model)))
+def transformer_over(costs: CostsScale, length: int) -> tuple[str, dict[str, Any]]:
+    """Return the model type and config of a Transformer that attends to a whole sequence of this length."""
+    return "transformer_xl", {**costs.models["transformer_xl"], "memory_length": 0, "segment_length": length}
+
+
+def flops_of(model_type: str, model: dict[str, Any], *, device: str = "cpu") -> float:
+    """Return the floating-point operations per token of a model, counted on a device.
+
+    Raises:
+        InputError: The config is invalid.
+    """
+    return flops_per_token(build_model(MODELS[model_type].config_class.from_dict(model)).to(device))
+
+
+def memory_setting(costs: CostsScale, model_type: str, memory_size: int) -> Setting:
+    """Return the update of one segment by a model with this memory size, whose device memory is measured."""
+    return Setting(
+        model_type=model_type,
+        model={**costs.models[model_type], MEMORY_SIZES[model_type]: memory_size},
+        batch_size=costs.batch_size,
+        num_timesteps=1,
+    )
 
 
 def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
     """Return the device memory in bytes used by an update of one segment, for every model and memory size."""
     found: dict[str, list[float]] = {}
-    for model_type, model in costs.models.items():
+    for model_type in costs.models:
         found[model_type] = []
         for size in costs.memory_sizes:
             say(f"measuring device memory of a {model_type} with {MEMORY_SIZES[model_type]} {size:,}")
-            setting = Setting(
-                model_type=model_type,
-                model={**model, MEMORY_SIZES[model_type]: size},
-                batch_size=costs.batch_size,
-                num_timesteps=1,
-            )
+            setting = memory_setting(costs, model_type, size)
             found[model_type].append(float(measure_growth(setting, MethodSpec("replay"))))
     return found
 

@@ -101,7 +101,8 @@ def _measure_seconds(
     return seconds
 
 
-def _measure_growth(model: LanguageModel, rollout: Rollout, method_spec: MethodSpec) -> int:
+def growth_of_update(model: LanguageModel, rollout: Rollout, method_spec: MethodSpec) -> int:
+    """Return the peak memory growth of one update in this process, in bytes; on a CPU, it must be a new process."""
     first = Rollout(inputs=rollout.inputs[:1, :1], targets=rollout.targets[:1, :1])
     backpropagate(model, first, **method_spec._asdict())  # loads kernels and allocates the gradients
     gc.collect()
@@ -126,21 +127,30 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _main() -> None:
-    task = json.load(sys.stdin)
-    setting = Setting(**task["setting"])
-    methods = [MethodSpec(*method_spec) for method_spec in task["methods"]]
+def build(setting: Setting) -> tuple[LanguageModel, Rollout]:
+    """Return the model and the rollout of random tokens, on the device.
+
+    Raises:
+        InputError: The config is invalid, or this machine does not have the device.
+    """
     device = choose_device(setting.device)
-    if device.type == "cpu":
-        torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     config = MODELS[setting.model_type].config_class.from_dict(setting.model)
     model = build_model(config).to(device)
     shape = (setting.num_timesteps, setting.batch_size, config.segment_length)
     inputs, targets = torch.randint(0, config.vocab_size, (2, *shape)).to(device)
-    rollout = Rollout(inputs=inputs, targets=targets)
+    return model, Rollout(inputs=inputs, targets=targets)
+
+
+def _main() -> None:
+    task = json.load(sys.stdin)
+    setting = Setting(**task["setting"])
+    methods = [MethodSpec(*method_spec) for method_spec in task["methods"]]
+    if choose_device(setting.device).type == "cpu":
+        torch.set_num_threads(setting.threads)
+    model, rollout = build(setting)
     if task["rounds"] is None:
-        print(json.dumps(_measure_growth(model, rollout, methods[0])))
+        print(json.dumps(growth_of_update(model, rollout, methods[0])))
     else:
         print(json.dumps(_measure_seconds(model, rollout, methods, task["rounds"])))
 
