@@ -10,7 +10,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from memformer.cli import main as main_module
 from memformer.cli.main import main, prepare_streams
 from memformer.utils import progress
 from memformer.utils.progress import ProgressBar, format_seconds
@@ -33,6 +35,18 @@ def test_help(argv, shown):
     status, out, err = call(*argv)
     assert (status, err) == (0, "")
     assert shown in out
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("evaluate", "Lower --num_lanes, or use --device cpu"), ("generate", "Use --device cpu")]
+)
+def test_too_little_device_memory_is_one_line_with_advice(command, advice, monkeypatch):
+    def run_out(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB.\nfurther lines")
+
+    monkeypatch.setattr(main_module, f"run_{command}", run_out)
+    sentence = f"the device has too little memory: CUDA out of memory. Tried to allocate 12.00 GiB. {advice}\n"
+    assert call(command, "runs/demo") == (2, "", f"memformer: error: {sentence}")
 
 
 def test_no_command_at_all():

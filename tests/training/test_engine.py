@@ -75,6 +75,18 @@ def test_rollouts_of_any_length_and_with_any_masks_share_one_engine():
         assert_same_gradients(by_engine(model, rollout, None, engine=engine, readout_timesteps=2), expected)
 
 
+def test_ever_longer_rollouts_are_recorded_a_few_times():
+    model = tiny_model()
+    engine, capacities = ReplayEngine(model, records=False), set()
+    for length in (1, 2, 3, 5):
+        rollout = random_rollout(length, 2)
+        actual = by_engine(model, rollout, None, engine=engine)
+        (replay,) = engine._shapes.values()
+        capacities.add(replay.capacity)
+    assert capacities == {1, 2, 4, 8}
+    assert_same_gradients(actual, gradients(model, rollout, None, "replay"))
+
+
 def test_gradients_are_added_in_the_same_tensors():
     model = tiny_model()
     engine, rollout = ReplayEngine(model, records=False), random_rollout(2, 2)

@@ -1,8 +1,10 @@
 """Dependence on the machine: missing modules, a package of the same name, peak memory, devices."""
 
+import re
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -54,3 +56,33 @@ def test_another_distribution_of_the_same_import_name_is_named(tmp_path):
 def test_unknown_devices_are_refused(name):
     with pytest.raises(InputError, match=r"must be auto, cpu, cuda, cuda:0"):
         choose_device(name)
+
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
+    "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+def test_a_driver_that_is_too_old_is_said_in_one_sentence(monkeypatch, capsys):
+    def init():
+        raise RuntimeError(TOO_OLD)
+
+    def is_available():
+        warnings.warn(f"CUDA initialization: {TOO_OLD} (Triggered internally at CUDAFunctions.cpp:109.)", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    assert choose_device("auto").type == "cpu"
+    sentence = r"The NVIDIA driver on your system is too old (found version 11040)"
+    assert capsys.readouterr().err == f"memformer: warning: the CPU is used: CUDA initialization: {sentence}\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=re.escape(f"device ('cuda') is not available: {sentence}") + "$"):
+        choose_device("cuda")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch built without CUDA")
+def test_a_torch_without_cuda_is_said_in_one_sentence():
+    with pytest.raises(InputError, match=r"device \('cuda'\) is not available: Torch not compiled with CUDA enabled$"):
+        choose_device("cuda")

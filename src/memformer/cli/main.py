@@ -23,8 +23,10 @@ from memformer.cli.retention import run_retention
 from memformer.cli.train import run_train
 from memformer.errors import InputError
 from memformer.training.processes import exit_process
+from memformer.utils.machine import device_memory_explained
 from memformer.utils.signals import Interrupted
 
+_MORE_MEMORY = {"evaluate": "Lower --num_lanes, or use --device cpu"}
 USAGE = """usage: memformer COMMAND ...
 
 Train and use sequence models that read arbitrarily long input with a memory of fixed size (arXiv 2010.06891).
@@ -56,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"memformer {version()}")
         return 0
     try:
-        _handler(argv[0])(list(argv[1:]))
+        with device_memory_explained(_MORE_MEMORY.get(argv[0], "Use --device cpu")):
+            _handler(argv[0])(list(argv[1:]))
         sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported as such
     except InputError as error:
         return _refuse(str(error))

@@ -96,11 +96,8 @@ class ReplayEngine:
         if self._gradients is None:
             self._gradients = Gradients(model)
         aligned, entering = prepare(model, rollout, memory, hooks=hooks)
-        replay = self._shapes.get(key)
-        if replay is None or replay.capacity < aligned.num_timesteps:
-            replay = self._shapes[key] = RecordedReplay(model, aligned, entering, self._gradients, record=self._record)
         try:
-            return replay.run(
+            return self._replay_of(key, aligned, entering, self._gradients).run(
                 aligned, entering, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale, hooks=hooks
             )
         except RecordingFailed as error:
@@ -109,6 +106,22 @@ class ReplayEngine:
             self._shapes = {}
             self._say_once(f"recording CUDA graphs failed; training goes on without them: {error}")
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
+
+    def _replay_of(self, key: "_Key", rollout: Rollout, memory: Tensor, gradients: Gradients) -> RecordedReplay:
+        """Return the pieces for rollouts of this shape; they are recorded anew for a longer rollout than before."""
+        capacity = rollout.num_timesteps
+        replay = self._shapes.get(key)
+        if replay is not None and replay.capacity >= capacity:
+            return replay
+        if replay is not None:
+            # At least twice as long: if every rollout is longer than the last, few of them are recorded.
+            capacity = max(capacity, 2 * replay.capacity)
+            replay = None
+            del self._shapes[key]  # its memory is free before the next is allocated
+        replay = self._shapes[key] = RecordedReplay(
+            self.model, rollout, memory, gradients, capacity=capacity, record=self._record
+        )
+        return replay
 
     def _is_usable(self, key: "_Key") -> bool:
         if self._has_failed:

@@ -68,13 +68,14 @@ def train(
         processes: The processes that train together. None: this process only.
 
     Raises:
-        InputError: Too many consecutive updates had a loss or gradient that is not finite, or the data does not fit
-            the model.
+        InputError: Too many consecutive updates had a loss or gradient that is not finite, the data does not fit the
+            model, or the device has too little memory.
         CheckpointError: There is no undamaged checkpoint to resume from, or it belongs to another run.
         SaveError: A checkpoint cannot be written.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
     """
-    return _Trainer(config, data, model, resume=resume, processes=processes or Processes()).run()
+    with _MEMORY_EXPLAINED():
+        return _Trainer(config, data, model, resume=resume, processes=processes or Processes()).run()
 
 
 class _Trainer:
@@ -309,7 +310,7 @@ class _Trainer:
         training = self.config.training
         penalizes = training.write_penalty > 0
         is_mixed = training.precision == "bfloat16"
-        with _MEMORY_EXPLAINED(), torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=is_mixed):
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=is_mixed):
             options: dict[str, Any] = {
                 "memory": self.state.memory,
                 "readout_timesteps": training.readout_timesteps,

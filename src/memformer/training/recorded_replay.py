@@ -96,30 +96,31 @@ class RecordedReplay:
         memory: Tensor,
         gradients: Gradients,
         *,
+        capacity: int,
         record: Record,
     ) -> None:
         self.model = model
         self.gradients = gradients
-        self.capacity = rollout.num_timesteps
+        self.capacity = capacity
         self._record = record
         self._pieces: dict[tuple[str, object], Work] = {}
         self._checked: set[object] = set()
-        device, (timesteps, rows, length) = model.device, rollout.inputs.shape
+        device, (_, rows, length) = model.device, rollout.inputs.shape
         self.randomness = Randomness(device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.inputs = zeros(timesteps, rows, length)
-        self.targets = zeros(timesteps, rows, rollout.targets.shape[2])
-        self.reset = zeros(timesteps, rows, dtype=torch.bool)
-        self.input_padding = zeros(timesteps, rows, length, dtype=torch.bool)
+        self.inputs = zeros(capacity, rows, length)
+        self.targets = zeros(capacity, rows, rollout.targets.shape[2])
+        self.reset = zeros(capacity, rows, dtype=torch.bool)
+        self.input_padding = zeros(capacity, rows, length, dtype=torch.bool)
         self.target_padding = zeros(*self.targets.shape, dtype=torch.bool)
-        self.starts = None if rollout.decoder_start_ids is None else zeros(timesteps, rows)
+        self.starts = None if rollout.decoder_start_ids is None else zeros(capacity, rows)
         # The memory before each timestep, and after the last; the gradient of the loss with respect to one of them.
-        self.memories = memory.new_zeros((timesteps + 1, *memory.shape))
+        self.memories = memory.new_zeros((capacity + 1, *memory.shape))
         self.memory_grad = torch.zeros_like(memory)
-        self.norms = memory.new_zeros(timesteps)
+        self.norms = memory.new_zeros(capacity)
         # The hidden states of each timestep; its readout replaces them by their gradients.
         self.hiddens: Tensor | None = None
         # The hidden states of the timestep encoded again, to check that dropout is repeated.

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -12,19 +13,24 @@ from pathlib import Path
 import torch
 
 from memformer.errors import InputError
+from memformer.utils.progress import print_warning
 
 
 def choose_device(name: str) -> torch.device:
     """Return the torch device of a name; auto means CUDA if available, else the CPU.
 
     With several processes per machine, "cuda" without an index means the CUDA device whose index is the process's
-    `LOCAL_RANK`.
+    `LOCAL_RANK`. If auto cannot use a CUDA device, for example because its driver is too old, a warning says so.
 
     Raises:
         InputError: The name is unknown, or this machine does not have the device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and caught:
+            print_warning(f"the CPU is used: {_first_sentence(caught[0].message)}")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device: torch.device | None
@@ -35,8 +41,20 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in {"cpu", "cuda"}:
         raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device ({name!r}) is not available: torch finds {torch.cuda.device_count()} CUDA devices")
+        raise InputError(f"device ({name!r}) is not available: {_why_there_is_no_cuda()}")
     return device
+
+
+def _why_there_is_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, or a torch without CUDA
+        return _first_sentence(error)
+    return f"torch finds {torch.cuda.device_count()} CUDA devices"
+
+
+def _first_sentence(message: object) -> str:
+    return str(message).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 @contextmanager
