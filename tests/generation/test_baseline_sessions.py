@@ -62,7 +62,7 @@ def test_a_session_of_another_model_and_a_compiled_one_are_refused(tmp_path):
         Session(model, compiled=True)
     session = Session(model)
     session.feed([1, 2])
-    session._context.previous.fill_(model.bos_token_id + 1)
+    session._streams.context.previous.fill_(model.bos_token_id + 1)
     session.save(tmp_path / "session")
     with pytest.raises(CheckpointError, match="the token before the pending tokens is outside the vocabulary"):
         Session.load(tmp_path / "session", model=model)

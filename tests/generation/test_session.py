@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memformer import CheckpointError, InputError, InputTypeError, SaveError, Session
 from memformer.generation.sampling import sample
-from memformer.generation.session import FORMAT, FORMAT_VERSION, WEIGHTS
+from memformer.generation.session_files import FORMAT, FORMAT_VERSION, WEIGHTS
 from memformer.utils.files import write_tensors
 from tests.generation.sessions import assert_same_state, document_log_probabilities, random_tokens
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
@@ -147,13 +147,13 @@ def test_invalid_saved_states_are_refused(tmp_path):
     session = Session(tiny_model())
     session.feed(random_tokens(20))
     path = tmp_path / "state.safetensors"
-    session._memory[0, 0, 0] = float("nan")
+    session._streams.memory[0, 0, 0] = float("nan")
     metadata = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: session.model.fingerprint()}
-    write_tensors(path, session._state(), metadata=metadata)
+    write_tensors(path, session._streams.state(), metadata=metadata)
     with pytest.raises(CheckpointError, match="memory holds values that are not finite"):
         Session.load(path, model=session.model)
-    session._memory[0, 0, 0] = 0.0
-    session._num_pending[0] = SEGMENT_LENGTH
+    session._streams.memory[0, 0, 0] = 0.0
+    session._streams.num_pending[0] = SEGMENT_LENGTH
     session.save(path)
     with pytest.raises(CheckpointError, match="impossible"):
         Session.load(path, model=session.model)

@@ -1,6 +1,7 @@
 """Contexts: a session's state of the tokens before the current segment, besides the memory, by kind of model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,10 +12,23 @@ from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
-from memformer.shapes import AnyMemory
+from memformer.shapes import AnyMemory, Hidden
 
 Rows = Int64[Tensor, " R"] | slice
 PendingTokens = Int64[Tensor, "B S"]
+
+
+@dataclass(frozen=True)
+class PredictingStates:
+    """Hidden states that the tokens of segments are predicted from, as `decode` and `token_nll` take them.
+
+    Attributes:
+        hidden: (R, S, D), valid until the next segment is read.
+        padding_mask: True at padding of the segments that the states are of. None: no padding.
+    """
+
+    hidden: Tensor
+    padding_mask: Tensor | None = None
 
 
 class Reader:
@@ -36,6 +50,12 @@ class Reader:
         self._num_read = 0
         self._compiled: CompiledFunction | None = None
         self._recorded: RecordedReading | None = None
+
+    def resize(self, batch_size: int) -> None:
+        """Set the number of rows of the session."""
+        if batch_size != self.batch_size:
+            self.batch_size = batch_size
+            self._compiled = self._recorded = None
 
     def begin(self) -> None:
         """Prepare for the segments of one call of `Session.feed`, during which the weights do not change."""
@@ -115,6 +135,29 @@ class SegmentContext:
             self._decoding.restart(range(len(self.hidden)) if isinstance(rows, slice) else rows.tolist())
         return memory
 
+    def predict(
+        self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
+    ) -> PredictingStates:
+        """Return the states that predict the first tokens of the current segments of some rows."""
+        del segment, num_tokens, memory  # the whole segment is predicted from the one before
+        padding = self.hidden_padding[rows].clone()
+        return PredictingStates(self.hidden[rows].clone(), padding if padding.any() else None)
+
+    def predict_and_read(
+        self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]
+    ) -> tuple[PredictingStates, Tensor]:
+        """Return the states that predict the full segments of some rows, and what `read` returns."""
+        states = self.predict(segment, [], rows=rows, memory=memory)
+        return states, self.read(segment, rows=rows, memory=memory)
+
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
+        """Replace the rows by copies of these."""
+        self.hidden = self.hidden[rows]
+        self.hidden_padding = self.hidden_padding[rows]
+        self.reader.resize(len(rows))
+        if self._decoding is not None:
+            self._decoding.select_rows(rows)
+
     def next_token_logits(
         self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
     ) -> Float[Tensor, "B V"]:
@@ -156,21 +199,43 @@ class TokenContext:
 
     def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
         """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
-        _, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
+        return self.predict_and_read(segment, rows=rows, memory=memory)[1]
+
+    def predict(
+        self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
+    ) -> PredictingStates:
+        """Return the states that predict the first `num_tokens` tokens of the current segments of some rows."""
+        inputs = torch.cat([self.previous[rows], segment[:, :-1]], dim=1)
+        return PredictingStates(self._encode_first(inputs, num_tokens, memory))
+
+    def predict_and_read(
+        self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]
+    ) -> tuple[PredictingStates, Tensor]:
+        """Return the states that predict the full segments of some rows, and what `read` returns."""
+        hidden, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
         self.previous[rows] = segment[:, -1:]
-        return memory
+        return PredictingStates(hidden), memory
+
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
+        """Replace the rows by copies of these."""
+        self.previous = self.previous[rows]
+        self.reader.resize(len(rows))
 
     def next_token_logits(
         self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
     ) -> Float[Tensor, "B V"]:
         """Return the next-token logits after the pending tokens of each row."""
-        pending = torch.tensor(num_pending, device=self.model.device)[:, None]
-        width = max(num_pending)
-        inputs = torch.cat([self.previous, tokens[:, :width].to(self.model.device)], dim=1)
-        padding = torch.arange(width + 1, device=self.model.device) > pending
-        hidden, _ = self.model.encode(inputs, memory=memory, padding_mask=padding if padding.any() else None)
-        last = hidden.gather(1, pending[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.model.decode(torch.zeros_like(pending), hidden=last)[:, 0]
+        inputs = torch.cat([self.previous, tokens[:, : max(num_pending)].to(self.model.device)], dim=1)
+        hidden = self._encode_first(inputs, [pending + 1 for pending in num_pending], memory)
+        last = torch.tensor(num_pending, device=self.model.device)[:, None]
+        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.model.decode(torch.zeros_like(last), hidden=hidden)[:, 0]
+
+    def _encode_first(self, inputs: Int64[Tensor, "B S"], num_tokens: list[int], memory: AnyMemory) -> Hidden:
+        """Return the hidden states of the first tokens of each row; the rest is padding."""
+        index = torch.arange(inputs.shape[1], device=self.model.device)
+        padding = index >= torch.tensor(num_tokens, device=self.model.device)[:, None]
+        return self.model.encode(inputs, memory=memory, padding_mask=padding if padding.any() else None)[0]
 
 
 Context = SegmentContext | TokenContext

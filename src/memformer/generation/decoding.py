@@ -46,6 +46,17 @@ class Decoding:
         for row in rows:
             self.num_decoded[row] = 0
 
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
+        """Replace the rows by copies of these, with what is decoded of them."""
+        if len(rows) != len(self.num_decoded):
+            self._recorded = None
+        for cache in self.caches:
+            cache.select_rows(rows)
+        self.num_decoded = [self.num_decoded[row] for row in rows.tolist()]
+        self.logits = None if self.logits is None else self.logits[rows]
+        # A compiled or recorded step holds the past, so it is made again.
+        self.past = self.past.select_rows(rows) if self.past is not None and self._step is None else None
+
     def advance(
         self, tokens: Int64[Tensor, "B S"], num_pending: list[int], *, hidden: Tensor, hidden_padding: Tensor
     ) -> Float[Tensor, "B V"]:

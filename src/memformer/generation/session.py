@@ -1,6 +1,6 @@
-"""Session: a token stream with a memory, to feed, predict, generate, save and continue."""
+"""Session: a token stream with a memory, to feed, score, predict, generate, save and continue."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError, InputTypeError
-from memformer.generation.contexts import make_context
 from memformer.generation.sampling import check_sampling, sample
+from memformer.generation.session_files import check_state, check_weights, read_state, write_state
+from memformer.generation.streams import Streams
+from memformer.generation.token_ids import TokenIds, check_token_rows, in_chunks
 from memformer.models import LanguageModel
 from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import AnyMemory
 from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
-from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, user_path, write_tensors
-
-TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
-
-FORMAT = "memformer-session"
-FORMAT_VERSION = "3"
-WEIGHTS = "weights"
-FEED_CHUNK_TOKENS = 1 << 20
+from memformer.utils.files import user_path
 
 
 class Session:
@@ -45,31 +40,29 @@ class Session:
 
     def __init__(self, model: nn.Module, *, batch_size: Integer = 1, compiled: bool = False) -> None:
         batch_size = check_integer("batch_size", batch_size, 1)
-        self.model = model = _language_model(model)
+        self.model = _language_model(model)
         self.compiled = compiled
-        self.batch_size = batch_size
-        self._num_pending = [0] * batch_size
-        self._num_fed = [0] * batch_size
-        with reading(model):
-            # On the CPU, because tokens are accessed one by one.
-            self._tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
-            self._context = make_context(model, batch_size, compiled=compiled)
-            self._memory = self._context.first_memory.detach().clone()
+        self._streams = Streams(self.model, batch_size, compiled=compiled)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self._streams.batch_size
 
     @property
     def memory(self) -> AnyMemory:
         """Copy of the memory after the last full segment."""
-        return self._memory.clone()
+        return self._streams.memory.clone()
 
     @property
     def num_tokens(self) -> list[int]:
         """Number of tokens fed or generated so far, for each row."""
-        return list(self._num_fed)
+        return list(self._streams.num_fed)
 
     @property
     def state_bytes(self) -> int:
         """Size in bytes of the state that `save` writes: memory, context and pending tokens. It never grows."""
-        return sum(tensor.nbytes for tensor in self._state().values())
+        return sum(tensor.nbytes for tensor in self._streams.state().values())
 
     def feed(self, token_ids: TokenIds) -> None:
         """Read tokens.
@@ -81,14 +74,55 @@ class Session:
             InputError: A token id is outside the vocabulary, or the number of rows is not `batch_size`.
             InputTypeError: The token ids are not integers.
         """
-        rows = [self._check_ids(row) for row in self._split_rows(token_ids)]
-        for start in range(0, max(len(row) for row in rows), FEED_CHUNK_TOKENS):
-            self._feed([torch.from_numpy(row[start : start + FEED_CHUNK_TOKENS].astype(np.int64)) for row in rows])
+        for chunk in in_chunks(self._check(token_ids)):
+            self._streams.feed(chunk)
+
+    def score(self, token_ids: TokenIds) -> Tensor | list[Tensor]:
+        """Read tokens; return the negative log-likelihood of each in nats, given all tokens before it.
+
+        The first token of a stream is predicted from `[BOS]`. Every segment is decoded at once, so reading costs little
+        more than in `feed` and one decoding. Apart from the result, memory does not depend on the number of tokens.
+
+        Args:
+            token_ids: As in `feed`.
+
+        Returns:
+            (tokens,) on the CPU, in at least float32; a list with the values of each row if there are several.
+
+        Raises:
+            InputError: A token id is outside the vocabulary, the number of rows is not `batch_size`, or a value is not
+                finite, because the model's weights are broken.
+            InputTypeError: The token ids are not integers.
+        """
+        dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        rows = self._read_out(token_ids, self.model.token_nll, empty=torch.empty(0, dtype=dtype, device="cpu"))
+        if not all(row.isfinite().all() for row in rows):
+            raise InputError("the negative log-likelihood is not finite: the model's weights are broken")
+        return rows[0] if self.batch_size == 1 else rows
+
+    def token_logits(self, token_ids: TokenIds) -> Tensor | list[Tensor]:
+        """Read tokens; return the logits that predicted each of them, given all tokens before it.
+
+        It costs as much as `score`, but the result is V times as large.
+
+        Args:
+            token_ids: As in `feed`.
+
+        Returns:
+            (tokens, V) on the CPU; a list with the logits of each row if there are several.
+
+        Raises:
+            InputError: A token id is outside the vocabulary, or the number of rows is not `batch_size`.
+            InputTypeError: The token ids are not integers.
+        """
+        weight = next(self.model.parameters())
+        empty = torch.empty(0, self.model.vocab_size, dtype=weight.dtype, device="cpu")
+        rows = self._read_out(token_ids, self.model.decode, empty=empty)
+        return rows[0] if self.batch_size == 1 else rows
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the next-token logits of each row, given all tokens so far."""
-        with reading(self.model):
-            return self._context.next_token_logits(self._tokens, self._num_pending, memory=self._memory)
+        return self._streams.next_token_logits()
 
     def generate(
         self,
@@ -145,7 +179,7 @@ class Session:
         A row that has stopped yields its stop token, without reading it again, until all rows have stopped.
 
         Raises:
-            InputError: An option is out of range.
+            InputError: An option is out of range, or rows were selected since the last step.
             InputTypeError: `max_new_tokens` is not an integer.
         """
         num_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
@@ -157,9 +191,12 @@ class Session:
 
         def steps() -> Iterator[list[int]]:
             stopped: dict[int, int] = {}  # row to its stop token
+            num_selections = self._streams.num_selections
             for _ in range(num_tokens):
+                if self._streams.num_selections != num_selections:
+                    raise InputError("the rows were selected during generation; call stream again")
                 drawn = sample(self.next_token_logits(), **sampling, generator=generator)
-                self._feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
+                self._streams.feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
                 tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
                 yield tokens
                 stopped = {row: token for row, token in enumerate(tokens) if token in stop}
@@ -168,6 +205,37 @@ class Session:
 
         # A separate function, so that errors are raised by this call and not at the first token.
         return steps()
+
+    def select_rows(self, rows: Integers) -> None:
+        """Replace the rows by the given ones, in this order; `batch_size` becomes their number.
+
+        A row given twice becomes two rows, which continue independently (beams); a row that is not given ends.
+
+        Args:
+            rows: Numbers of the rows, from 0; one number or several.
+
+        Raises:
+            InputError: No row is given, or there is no row with this number.
+            InputTypeError: A number is not an integer.
+        """
+        chosen = check_integers("row", rows, 0, self.batch_size - 1)
+        if not chosen:
+            raise InputError("no rows are given; a session needs at least 1")
+        self._streams.select_rows(chosen)
+
+    def reorder(self, rows: Integers) -> None:
+        """Do the same as `select_rows` with as many rows as there are, as a step of beam search does.
+
+        Raises:
+            InputError: There is no row with this number, or the number of rows would change.
+            InputTypeError: A number is not an integer.
+        """
+        chosen = check_integers("row", rows, 0, self.batch_size - 1)
+        if len(chosen) != self.batch_size:
+            raise InputError(
+                f"a session of {self.batch_size} rows cannot be reordered to {len(chosen)}; use select_rows"
+            )
+        self.select_rows(chosen)
 
     def _check_stop(self, token_ids: Integers | None) -> frozenset[int]:
         """Return the stop token ids as a set.
@@ -183,7 +251,7 @@ class Session:
         """Return a session with the same state, which continues on its own; both use the same model."""
         session = Session(self.model, batch_size=self.batch_size, compiled=self.compiled)
         with reading(self.model):
-            session._set_state({name: tensor.clone() for name, tensor in self._state().items()})
+            session._streams.set_state({name: tensor.clone() for name, tensor in self._streams.state().items()})
         memo[id(self)] = session
         return session
 
@@ -198,14 +266,7 @@ class Session:
             InputError: The state is not finite, because the model's weights are broken.
             SaveError: Writing failed; an earlier file is intact.
         """
-        state = self._state()
-        for name, tensor in state.items():
-            if not _is_finite(tensor):
-                raise InputError(
-                    f"the session's {name} is not finite; the model's weights are probably not finite either"
-                )
-        own = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: self.model.fingerprint()}
-        write_tensors(user_path(path), state, metadata={**(metadata or {}), **own})
+        write_state(user_path(path), self._streams.state(), model=self.model, metadata=metadata)
 
     @classmethod
     def load(
@@ -225,124 +286,30 @@ class Session:
         """
         path, inner = user_path(path), _language_model(model)
         with reading(inner):
-            state, metadata = read_tensors_and_metadata(path)
-        _check_format(path, metadata)
-        batch_size = state["memory"].shape[0] if "memory" in state and state["memory"].ndim else 0
-        if batch_size < 1:
-            raise CheckpointError(f"{path} holds no memory; it is not a session")
-        session = cls(inner, batch_size=batch_size, compiled=compiled)
-        for name, expected in session._state().items():
-            found = state.get(name)
-            if found is None:
-                raise CheckpointError(f"{path} lacks {name!r}; it is not a complete session")
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise CheckpointError(
-                    f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(expected.shape)} "
-                    f"{expected.dtype}: the session belongs to another model"
-                )
-            if not _is_finite(found):
-                raise CheckpointError(f"{path}: {name} holds values that are not finite")
-        if not any_weights and metadata.get(WEIGHTS) != inner.fingerprint():
-            raise CheckpointError(
-                f"{path} was saved with other weights than this model's, so its memory is meaningless to this model"
-            )
-        pending, fed = state["counts"].unbind()
-        if not ((pending >= 0) & (pending < inner.segment_length) & (pending <= fed)).all():
-            raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
-        if state["tokens"].min() < 0 or state["tokens"].max() >= inner.vocab_size:
-            raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {inner.vocab_size}")
+            state, metadata = read_state(path)
+        session = cls(inner, batch_size=state["memory"].shape[0], compiled=compiled)
+        check_state(path, state, expected=session._streams.state(), model=inner)
+        if not any_weights:
+            check_weights(path, metadata, model=inner)
         with reading(inner):
-            session._set_state(state)
-        if not session._context.is_possible():
+            session._streams.set_state(state)
+        if not session._streams.context.is_possible():
             raise CheckpointError(
                 f"{path}: the token before the pending tokens is outside the vocabulary of {inner.vocab_size}"
             )
         return session
 
-    def _set_state(self, state: dict[str, Tensor]) -> None:
-        self._memory = state["memory"].to(self.model.device)
-        self._context.load(state)
-        self._tokens = state["tokens"]
-        pending, fed = state["counts"].unbind()
-        self._num_pending, self._num_fed = pending.tolist(), fed.tolist()
-
-    def _state(self) -> dict[str, Tensor]:
-        return {
-            "memory": self._memory,
-            **self._context.tensors,
-            "tokens": self._tokens,
-            "counts": torch.tensor([self._num_pending, self._num_fed], device="cpu"),
-        }
-
-    def _split_rows(self, token_ids: TokenIds) -> list[object]:
-        if isinstance(token_ids, str | bytes | Mapping) or not _has_length(token_ids):
-            raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
-        if self.batch_size == 1:
-            nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
-            if not nested:
-                return [token_ids]
-        rows = list(token_ids)
-        if len(rows) != self.batch_size or (self.batch_size > 1 and not all(_has_length(row) for row in rows)):
-            raise InputError(
-                f"a session of {self.batch_size} rows was fed {len(rows)} items; "
-                "it needs a list with the token ids of each row"
-            )
-        return list(rows)
-
-    def _check_ids(self, row: object) -> NDArray[np.integer]:
-        ids = np.asarray(row.cpu() if isinstance(row, Tensor) else row)
-        if ids.size == 0:
-            return np.zeros(0, dtype=np.int64)
-        if ids.dtype.kind not in "iu":
-            raise InputTypeError(f"token ids have dtype {ids.dtype}; they must be integers")
-        if ids.ndim != 1:
-            raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
-        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
-            wrong = ids[(ids < 0) | (ids >= self.model.vocab_size)][0]
-            raise InputError(
-                f"token id {wrong} is outside the vocabulary; valid ids are 0 to {self.model.vocab_size - 1}"
-            )
-        return ids
-
-    def _feed(self, rows: list[Tensor]) -> None:
-        rest = self._take(rows)
-        full = self._full_rows()
-        if not full:
-            return
-        self._context.reader.begin()
+    def _read_out(self, token_ids: TokenIds, readout: Callable[..., Tensor], *, empty: Tensor) -> list[Tensor]:
+        """Read tokens; return for each row the values of `readout` for its tokens."""
+        found = [[empty] for _ in range(self.batch_size)]
+        for chunk in in_chunks(self._check(token_ids)):
+            for row, pieces in enumerate(self._streams.read_out(chunk, readout)):
+                found[row] += pieces
         with reading(self.model):
-            while full:
-                self._read_segment(full)
-                rest = self._take(rest)
-                full = self._full_rows()
+            return [torch.cat(pieces) for pieces in found]
 
-    def _take(self, rows: list[Tensor]) -> list[Tensor]:
-        """Take tokens up to the end of each row's current segment; return the tokens after it."""
-        length, rest = self.model.segment_length, []
-        for row, ids in enumerate(rows):
-            start = self._num_pending[row]
-            count = min(length - start, len(ids))
-            self._tokens[row, start : start + count] = ids[:count]
-            self._num_pending[row] += count
-            self._num_fed[row] += count
-            rest.append(ids[count:])
-        return rest
-
-    def _full_rows(self) -> list[int]:
-        return [row for row, pending in enumerate(self._num_pending) if pending == self.model.segment_length]
-
-    def _read_segment(self, rows: list[int]) -> None:
-        """Read the full segments of these rows into their memory."""
-        if len(rows) == self.batch_size:
-            chosen: slice | Tensor = slice(None)
-            segment = self._tokens.to(self.model.device, copy=True)
-        else:
-            chosen = torch.tensor(rows, device=self.model.device)
-            segment = self._tokens[rows].to(self.model.device)
-        self._memory[chosen] = self._context.read(segment, rows=chosen, memory=self._memory[chosen])
-        for row in rows:
-            self._tokens[row] = 0  # so that the state depends only on the tokens after the last segment
-            self._num_pending[row] = 0
+    def _check(self, token_ids: TokenIds) -> list[NDArray[np.integer]]:
+        return check_token_rows(token_ids, batch_size=self.batch_size, vocab_size=self.model.vocab_size)
 
 
 def _language_model(model: nn.Module) -> LanguageModel:
@@ -356,26 +323,3 @@ def _language_model(model: nn.Module) -> LanguageModel:
 def _until_stop(ids: list[int], stop: Collection[int]) -> list[int]:
     end = next((position for position, token in enumerate(ids, start=1) if token in stop), len(ids))
     return ids[:end]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _has_length(value: object) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes)
-
-
-def _is_nested(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
-    return len(token_ids) > 0 and _has_length(token_ids[0])
-
-
-def _check_format(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a saved session; its format is {metadata.get('format')!r}")
-    if metadata.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has session format version {metadata.get('version')!r}; this memformer reads {FORMAT_VERSION!r}"
-        )
-    if CHECKSUM not in metadata:
-        raise CheckpointError(f"{path} is damaged: it has no checksum")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from memformer.models.config import MemformerConfig
@@ -28,6 +28,15 @@ class Past:
     positions: Tensor
     keep_mask: Tensor | None
     start: Tensor | None
+
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> "Past":
+        """Return the past of these rows."""
+        return Past(
+            keys_values=[(keys[rows], values[rows]) for keys, values in self.keys_values],
+            positions=self.positions[rows] if self.positions.ndim == 2 else self.positions,
+            keep_mask=None if self.keep_mask is None else self.keep_mask[rows],
+            start=None if self.start is None else self.start[rows],
+        )
 
 
 def make_positions(config: MemformerConfig) -> PositionSchemes:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.nn.linear import Linear, part_of_output
@@ -57,6 +57,15 @@ class KeyValueCache:
         shape = (batch_size, num_heads, length + 1, head_width)
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
+
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
+        """Replace the rows by copies of these; in place if their number does not change, for CUDA graphs."""
+        keys, values = self.keys[rows], self.values[rows]
+        if keys.shape == self.keys.shape:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self.keys, self.values = keys, values
 
     @property
     def num_bytes(self) -> int:

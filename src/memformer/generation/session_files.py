@@ -1,0 +1,96 @@
+"""Files of sessions: the state as safetensors, with a fingerprint of the weights that have read the stream."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from memformer.errors import CheckpointError, InputError
+from memformer.models import LanguageModel
+from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
+
+FORMAT = "memformer-session"
+FORMAT_VERSION = "3"
+WEIGHTS = "weights"
+
+State = dict[str, Tensor]
+
+
+def write_state(path: Path, state: State, *, model: LanguageModel, metadata: Mapping[str, str] | None) -> None:
+    """Write the state of a session, completely or not at all.
+
+    Raises:
+        InputError: The state is not finite.
+        SaveError: Writing failed; an earlier file is intact.
+    """
+    for name, tensor in state.items():
+        if not _is_finite(tensor):
+            raise InputError(f"the session's {name} is not finite; the model's weights are probably not finite either")
+    own = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: model.fingerprint()}
+    write_tensors(path, state, metadata={**(metadata or {}), **own})
+
+
+def read_state(path: Path) -> tuple[State, dict[str, str]]:
+    """Return the state in a session file, which has at least one row, and the file's metadata.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another version, or not a session.
+    """
+    state, metadata = read_tensors_and_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a saved session; its format is {metadata.get('format')!r}")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has session format version {metadata.get('version')!r}; this memformer reads {FORMAT_VERSION!r}"
+        )
+    if CHECKSUM not in metadata:
+        raise CheckpointError(f"{path} is damaged: it has no checksum")
+    if "memory" not in state or not state["memory"].ndim or not len(state["memory"]):
+        raise CheckpointError(f"{path} holds no memory; it is not a session")
+    return state, metadata
+
+
+def check_state(path: Path, state: State, *, expected: State, model: LanguageModel) -> None:
+    """Check that a state is possible for a model.
+
+    Args:
+        path: The file that the state was read from.
+        state: The state.
+        expected: State of a new session of the same model with as many rows.
+        model: The model.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape or dtype, not finite, or has impossible values.
+    """
+    for name, own in expected.items():
+        found = state.get(name)
+        if found is None:
+            raise CheckpointError(f"{path} lacks {name!r}; it is not a complete session")
+        if found.shape != own.shape or found.dtype != own.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(own.shape)} "
+                f"{own.dtype}: the session belongs to another model"
+            )
+        if not _is_finite(found):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite")
+    pending, fed = state["counts"].unbind()
+    if not ((pending >= 0) & (pending < model.segment_length) & (pending <= fed)).all():
+        raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
+    if state["tokens"].min() < 0 or state["tokens"].max() >= model.vocab_size:
+        raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+
+
+def check_weights(path: Path, metadata: Mapping[str, str], *, model: LanguageModel) -> None:
+    """Check that a session was saved with the weights of this model.
+
+    Raises:
+        CheckpointError: It was saved with other weights.
+    """
+    if metadata.get(WEIGHTS) != model.fingerprint():
+        raise CheckpointError(
+            f"{path} was saved with other weights than this model's, so its memory is meaningless to this model"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -1,0 +1,150 @@
+"""The state of token streams that are read side by side, and reading: segment by segment, as soon as one is full."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memformer.generation.contexts import PredictingStates, Rows, make_context
+from memformer.generation.session_files import State
+from memformer.models import LanguageModel
+from memformer.models.recurrence import reading
+from memformer.shapes import AnyMemory
+
+
+class Streams:
+    """State of the rows of a session: memory, context and pending tokens of each.
+
+    Args:
+        model: The model that reads.
+        batch_size: Number of rows.
+        compiled: Compile reading and decoding; see `Session`.
+    """
+
+    def __init__(self, model: LanguageModel, batch_size: int, *, compiled: bool) -> None:
+        self.model = model
+        self.num_pending = [0] * batch_size
+        self.num_fed = [0] * batch_size
+        self.num_selections = 0
+        with reading(model):
+            # On the CPU, because tokens are accessed one by one.
+            self.tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
+            self.context = make_context(model, batch_size, compiled=compiled)
+            self.memory = self.context.first_memory.detach().clone()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.num_pending)
+
+    def next_token_logits(self) -> Float[Tensor, "B V"]:
+        """Return the next-token logits of each row."""
+        with reading(self.model):
+            return self.context.next_token_logits(self.tokens, self.num_pending, memory=self.memory)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Replace the rows by copies of these."""
+        index = torch.tensor(rows, device="cpu")
+        with reading(self.model):
+            self.memory = self.memory[index.to(self.model.device)]
+            self.context.select_rows(index.to(self.model.device))
+            self.tokens = self.tokens[index]
+        self.num_pending = [self.num_pending[row] for row in rows]
+        self.num_fed = [self.num_fed[row] for row in rows]
+        self.num_selections += 1
+
+    def set_state(self, state: State) -> None:
+        """Set the state to one that `check_state` has checked."""
+        self.memory = state["memory"].to(self.model.device)
+        self.context.load(state)
+        self.tokens = state["tokens"]
+        pending, fed = state["counts"].unbind()
+        self.num_pending, self.num_fed = pending.tolist(), fed.tolist()
+
+    def state(self) -> State:
+        """Return the tensors of the state, not copied."""
+        return {
+            "memory": self.memory,
+            **self.context.tensors,
+            "tokens": self.tokens,
+            "counts": torch.tensor([self.num_pending, self.num_fed], device="cpu"),
+        }
+
+    def feed(self, rows: list[Tensor]) -> None:
+        """Read tokens of each row, int64 tensors on the CPU."""
+        rest = self._take(rows)
+        full = self._full_rows()
+        if not full:
+            return
+        self.context.reader.begin()
+        with reading(self.model):
+            while full:
+                chosen, segment = self._choose(full)
+                memory = self.context.read(segment, rows=chosen, memory=self.memory[chosen])
+                self._begin_segment(full, chosen, memory)
+                rest = self._take(rest)
+                full = self._full_rows()
+
+    def read_out(self, rows: list[Tensor], readout: Callable[..., Tensor]) -> list[list[Tensor]]:
+        """Read tokens; return for each row the values of `readout` (`decode` or `token_nll`) for them, in pieces."""
+        found: list[list[Tensor]] = [[] for _ in rows]
+        self.context.reader.begin()
+        while any(len(row) for row in rows):
+            starts = list(self.num_pending)
+            rows = self._take(rows)
+            ends = list(self.num_pending)
+            with reading(self.model):
+                for chosen, segment, states in self._predict(starts):
+                    values = readout(segment, hidden=states.hidden, hidden_padding_mask=states.padding_mask).cpu()
+                    for index, row in enumerate(chosen):
+                        found[row].append(values[index, starts[row] : ends[row]])
+        return found
+
+    def _predict(self, starts: list[int]) -> Iterator[tuple[list[int], Tensor, PredictingStates]]:
+        """Yield rows with new tokens, their segments so far, and the states that predict these; read full segments.
+
+        Args:
+            starts: Number of pending tokens of each row before the new ones.
+        """
+        full = self._full_rows()
+        others = [row for row, start in enumerate(starts) if start < self.num_pending[row] < self.model.segment_length]
+        if others:
+            chosen, segment = self._choose(others)
+            pending = [self.num_pending[row] for row in others]
+            segment = segment[:, : max(pending)]
+            yield others, segment, self.context.predict(segment, pending, rows=chosen, memory=self.memory[chosen])
+        if full:
+            chosen, segment = self._choose(full)
+            states, memory = self.context.predict_and_read(segment, rows=chosen, memory=self.memory[chosen])
+            yield full, segment, states
+            self._begin_segment(full, chosen, memory)
+
+    def _take(self, rows: list[Tensor]) -> list[Tensor]:
+        """Take tokens up to the end of each row's current segment; return the tokens after it."""
+        length, rest = self.model.segment_length, []
+        for row, ids in enumerate(rows):
+            start = self.num_pending[row]
+            count = min(length - start, len(ids))
+            self.tokens[row, start : start + count] = ids[:count]
+            self.num_pending[row] += count
+            self.num_fed[row] += count
+            rest.append(ids[count:])
+        return rest
+
+    def _full_rows(self) -> list[int]:
+        return [row for row, pending in enumerate(self.num_pending) if pending == self.model.segment_length]
+
+    def _choose(self, rows: list[int]) -> tuple[Rows, Tensor]:
+        """Return these rows as an index, and a copy of their current segments on the model's device."""
+        device = self.model.device
+        if len(rows) == self.batch_size:
+            return slice(None), self.tokens.to(device, copy=True)
+        return torch.tensor(rows, device=device), self.tokens[rows].to(device)
+
+    def _begin_segment(self, rows: list[int], chosen: Rows, memory: AnyMemory) -> None:
+        """Set the memory of rows whose segment was read."""
+        self.memory[chosen] = memory
+        for row in rows:
+            self.tokens[row] = 0  # so that the state depends only on the tokens after the last segment
+            self.num_pending[row] = 0
