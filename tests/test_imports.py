@@ -17,7 +17,7 @@ ORDER = (
     {"data", "generation"},
     {"evaluation"},
     {"training"},
-    {"reproduction"},
+    {"reproduction", "hf"},
     {"cli"},
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -38,6 +38,11 @@ TENSORS = {
 _FIRST_MODEL_KEYS = {new: old for old, new in KEYS["model"].items()}
 
 
+def is_old_model_key(key: str) -> bool:
+    """Return whether a key of model configs was renamed or removed since version 0.1."""
+    return key in KEYS["model"] or ("model", key) in REMOVED
+
+
 def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a section of a run config with the current names, and a message per changed name.
 

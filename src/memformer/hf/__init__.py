@@ -1,0 +1,56 @@
+"""Models of this library as models of Hugging Face transformers (extra `hf`).
+
+Importing this package registers the models: afterwards `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` read the
+folders of this library and of `save_pretrained`. Importing transformers takes some seconds, and no other package of
+this library imports it.
+"""
+
+from memformer.hf.versions import check_transformers
+
+check_transformers()
+
+from memformer.hf.cache import MemformerCache  # noqa: E402
+from memformer.hf.configuration import (  # noqa: E402
+    CompressiveTransformerHFConfig,
+    LSTMHFConfig,
+    MemformerHFConfig,
+    RecurrentHFConfig,
+    RecurrentMemoryTransformerHFConfig,
+    TransformerXLHFConfig,
+)
+from memformer.hf.modeling import (  # noqa: E402
+    CompressiveTransformerForCausalLM,
+    CompressiveTransformerModel,
+    LSTMForCausalLM,
+    LSTMModel,
+    MemformerForCausalLM,
+    MemformerModel,
+    RecurrentMemoryTransformerForCausalLM,
+    RecurrentMemoryTransformerModel,
+    TransformerXLForCausalLM,
+    TransformerXLModel,
+)
+from memformer.hf.registration import as_causal_lm, register  # noqa: E402
+
+__all__ = [
+    "CompressiveTransformerForCausalLM",
+    "CompressiveTransformerHFConfig",
+    "CompressiveTransformerModel",
+    "LSTMForCausalLM",
+    "LSTMHFConfig",
+    "LSTMModel",
+    "MemformerCache",
+    "MemformerForCausalLM",
+    "MemformerHFConfig",
+    "MemformerModel",
+    "RecurrentHFConfig",
+    "RecurrentMemoryTransformerForCausalLM",
+    "RecurrentMemoryTransformerHFConfig",
+    "RecurrentMemoryTransformerModel",
+    "TransformerXLForCausalLM",
+    "TransformerXLHFConfig",
+    "TransformerXLModel",
+    "as_causal_lm",
+]
+
+register()

@@ -1,0 +1,101 @@
+"""The state of a stream of tokens as a cache of transformers; its size does not depend on the number of tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from memformer.errors import InputError
+from memformer.generation.session import Session
+
+
+class MemformerCache(Cache):
+    """A session, as `generate` and `forward` carry it from call to call.
+
+    A call passes only the tokens that are new. `generate` does not read the token that it returns last, so the next
+    call begins with it: `model.generate(sequences[:, -1:], cache=cache)`.
+
+    Args:
+        session: The session; a new one, or one from `Session.load`.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(layers=[])
+        self.session = session
+        self._num_columns = max(session.num_tokens)
+
+    def __len__(self) -> int:
+        return 1  # An empty cache would count as no cache.
+
+    def __repr__(self) -> str:
+        return f"MemformerCache({self.session.batch_size} rows, {self._num_columns} columns)"
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """True for the one layer: a call passes new tokens only."""
+        return [True]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.session.batch_size
+
+    def advance(self, num_columns: int) -> None:
+        """Count the columns, padding included, of the tokens that the session was fed."""
+        self._num_columns += num_columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of columns so far, padding included."""
+        return self._num_columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: there is no longest sequence."""
+        return -1
+
+    def reset(self) -> None:
+        """Start all rows anew."""
+        session = self.session
+        self.session = Session(session.model, batch_size=session.batch_size, compiled=session.compiled)
+        self._num_columns = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to remove tokens.
+
+        Raises:
+            InputError: There are tokens to remove.
+        """
+        if tokens_to_remove:
+            raise InputError(
+                f"{abs(tokens_to_remove)} tokens cannot be removed: a memory cannot forget its last tokens"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by these rows."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.session.select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; a row can be kept several times."""
+        rows = torch.arange(self.batch_size)[indices.cpu()]  # The indices may also be a mask.
+        self.session.select_rows(rows.tolist())
+
+
+def check_cache(cache: Any, *, session_model: object, batch_size: int) -> None:
+    """Check that a cache belongs to a model and has as many rows as the input.
+
+    Raises:
+        InputError: It is of another kind, of another model, or has another number of rows.
+    """
+    if not isinstance(cache, MemformerCache):
+        raise InputError(f"cache is a {type(cache).__name__}; this model continues from a MemformerCache only")
+    if cache.session.model is not session_model:
+        raise InputError("cache is of another model; its memory means nothing to this one")
+    if cache.batch_size != batch_size:
+        raise InputError(f"cache has {cache.batch_size} rows, but input_ids have {batch_size}")

@@ -1,0 +1,96 @@
+"""Hidden states, logits and loss in the columns of padded rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memformer.generation.session import Session
+from memformer.hf.rows import TokenRows, make_rollout
+from memformer.models import LanguageModel, NextTokenModel
+from memformer.rollout import Rollout
+
+Columns = slice | Tensor
+LAST_COLUMN = slice(-1, None)
+
+
+def column_logits(model: LanguageModel, rows: TokenRows, kept: Columns) -> Tensor:
+    """Return the logits (B, columns, V) of the token after each kept column, with a graph if gradients are enabled.
+
+    In a column of padding they are those of the token after the last token before it.
+    """
+    rollout = make_rollout(model, rows, num_after=1)
+    hidden = _encode_all(model, rollout)
+    places = rows.ranks[:, kept]
+    # The readout of a timestep does not depend on others, so the timesteps before the first kept column are skipped.
+    first = int(places.min()) // model.segment_length
+    padding = None if rollout.input_padding is None else rollout.input_padding[first:].flatten(0, 1)
+    logits = model.decode(
+        rollout.targets[first:].flatten(0, 1), hidden=torch.cat(hidden[first:]), hidden_padding_mask=padding
+    )
+    by_timestep = logits.unflatten(0, (-1, rollout.batch_size))
+    return _take(by_timestep, places - first * model.segment_length)
+
+
+def column_hidden_states(model: LanguageModel, rows: TokenRows) -> Tensor:
+    """Return the hidden state (B, T, D) of the token in each column; at padding that of the last token before it."""
+    length = model.segment_length
+    if isinstance(model, NextTokenModel):
+        # A place reads the token before it.
+        rollout, places = make_rollout(model, rows, num_after=1), rows.ranks
+    else:
+        # A timestep reads the segment before it, and the first timestep `[BOS]`.
+        rollout = make_rollout(model, rows, num_after=length)
+        places = torch.where(rows.ranks > 0, rows.ranks + length - 1, 0)
+    hidden = torch.stack(_encode_all(model, rollout))
+    return _take(hidden[:, :, :length], places)
+
+
+def stream_logits(session: Session, rows: TokenRows, kept: Columns) -> Tensor:
+    """Let a session read the rows; return the logits (B, columns, V) of the token after each kept column."""
+    tokens = rows.unpadded()
+    if kept == LAST_COLUMN:
+        session.feed(tokens)
+        return session.next_token_logits()[:, None]
+    predicted = session.token_logits(tokens)
+    last = session.next_token_logits()
+    of_rows = predicted if isinstance(predicted, list) else [predicted]
+    by_place = [torch.cat([row.to(last.device), last[number, None]]) for number, row in enumerate(of_rows)]
+    return _take(torch.nn.utils.rnn.pad_sequence(by_place)[:, :, None], rows.ranks[:, kept])
+
+
+def _encode_all(model: LanguageModel, rollout: Rollout) -> list[Tensor]:
+    """Return the hidden states of each timestep, read from the initial memory on."""
+    memory, hidden = model.initial_memory(rollout.batch_size), []
+    for timestep in range(rollout.num_timesteps):
+        padding = None if rollout.input_padding is None else rollout.input_padding[timestep]
+        states, memory = model.encode(rollout.inputs[timestep], memory=memory, padding_mask=padding)
+        hidden.append(states)
+    return hidden
+
+
+def _take(values: Tensor, places: Tensor) -> Tensor:
+    """Return the values at places (B, C) that are numbered over all timesteps of (N, B, L, W)."""
+    by_place = values.transpose(0, 1).flatten(1, 2)
+    return by_place.gather(1, places[..., None].expand(-1, -1, by_place.shape[-1]))
+
+
+def with_all_ids(logits: Tensor, num_token_ids: int) -> Tensor:
+    """Return logits with a column for every token id; those of ids that are never predicted have the lowest value."""
+    missing = num_token_ids - logits.shape[-1]
+    return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+
+
+def causal_loss(logits: Tensor, input_ids: Tensor, counted: Tensor, *, num_items: Tensor | int | None) -> Tensor:
+    """Return the summed negative log-likelihood of the tokens that count, in nats, over their number or `num_items`.
+
+    Args:
+        logits: (B, T, V), the logits of the token after each column.
+        input_ids: (B, T), token ids.
+        counted: (B, T) bool, True in columns that count; False in the first.
+        num_items: Divisor. None: the number of columns that count.
+    """
+    is_target = counted[:, 1:]
+    targets = input_ids.to(logits.device)[:, 1:][is_target]
+    chosen = logits[:, :-1][is_target]
+    nll = F.cross_entropy(chosen.to(torch.promote_types(chosen.dtype, torch.float32)), targets, reduction="sum")
+    return nll / (max(targets.numel(), 1) if num_items is None else num_items)

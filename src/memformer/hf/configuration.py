@@ -1,0 +1,107 @@
+"""Configs of transformers, generated from the configs of this library: the same fields with the same defaults."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from memformer.models.baseline_configs import (
+    CompressiveTransformerConfig,
+    LSTMConfig,
+    RecurrentMemoryTransformerConfig,
+    TransformerXLConfig,
+)
+from memformer.models.config import MemformerConfig, ModelConfig
+from memformer.utils.renames import is_old_model_key, update_section
+
+
+class RecurrentHFConfig(PreTrainedConfig):
+    """Base class of the generated configs.
+
+    As in the library's own config, `vocab_size` counts the token ids that can be predicted (V). `[BOS]` is token id V,
+    and any special tokens follow it: logits have a column for each of these ids too, which is never the largest.
+
+    Args:
+        bos_token_id: Token id of `[BOS]`. None: V.
+        pad_token_id: Token id of padding. None: V, which is never read.
+        eos_token_id: Token id that ends a document, if the model was trained to predict one.
+    """
+
+    core_class: ClassVar[type[ModelConfig]]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
+
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the fields; names from version 0.1 are converted.
+
+        Raises:
+            InputError: A value is out of range.
+            InputTypeError: A value has the wrong type.
+        """
+        old = {name: kwargs.pop(name) for name in list(kwargs) if is_old_model_key(name)}
+        for name, value in update_section("model", old)[0].items():
+            setattr(self, name, value)
+        super().__post_init__(**kwargs)
+        for name, value in self.core().to_dict().items():
+            setattr(self, name, value)
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.vocab_size)
+
+    def core(self) -> ModelConfig:
+        """Return the library's config with the same fields.
+
+        Raises:
+            InputError: A value is out of range.
+            InputTypeError: A value has the wrong type.
+        """
+        names = [field.name for field in dataclasses.fields(self.core_class)]
+        return self.core_class.from_dict({name: getattr(self, name) for name in names})
+
+    def validate(self) -> None:
+        """Check the fields before saving; transformers' own check knows only tokens that can be predicted.
+
+        Raises:
+            InputError: A value is out of range.
+            InputTypeError: A value has the wrong type.
+        """
+        self.core()
+
+    @property
+    def num_token_ids(self) -> int:
+        """Number of token ids that can be inputs: V, `[BOS]` and special tokens; the number of columns of logits."""
+        return int(self.vocab_size) + 1 + int(getattr(self, "num_special_tokens", 0))
+
+
+def _config_class(name: str, core_class: type[ModelConfig]) -> type[RecurrentHFConfig]:
+    """Return a config class of transformers with the fields and defaults of one of this library."""
+    core_fields = dataclasses.fields(core_class)
+    names = {field.name for field in core_fields}
+    aliases = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_decoder_layers" if "num_decoder_layers" in names else "num_layers",
+    }
+    body: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"Config of transformers with the fields of {core_class.__name__}.",
+        # Values are checked and converted by `core_class`, which accepts any number type.
+        "__annotations__": dict.fromkeys([field.name for field in core_fields], Any),
+        "model_type": core_class.model_type,
+        "core_class": core_class,
+        "attribute_map": {alias: field for alias, field in aliases.items() if field in names},
+    }
+    return type(name, (RecurrentHFConfig,), body | {field.name: field.default for field in core_fields})
+
+
+MemformerHFConfig = _config_class("MemformerHFConfig", MemformerConfig)
+LSTMHFConfig = _config_class("LSTMHFConfig", LSTMConfig)
+TransformerXLHFConfig = _config_class("TransformerXLHFConfig", TransformerXLConfig)
+CompressiveTransformerHFConfig = _config_class("CompressiveTransformerHFConfig", CompressiveTransformerConfig)
+RecurrentMemoryTransformerHFConfig = _config_class(
+    "RecurrentMemoryTransformerHFConfig", RecurrentMemoryTransformerConfig
+)

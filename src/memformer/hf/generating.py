@@ -1,0 +1,101 @@
+"""What `generate` of transformers needs to know about models that carry a memory instead of a list of keys."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from memformer.errors import InputError
+from memformer.generation.session import Session
+from memformer.hf.cache import MemformerCache
+
+
+def set_special_tokens(generation_config: Any, config: Any) -> None:
+    """Set the tokens for begin and padding that a generation config lacks."""
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(config, name))
+
+
+class StreamGenerationMixin(GenerationMixin):
+    """`generate` with a `MemformerCache`."""
+
+    config: Any
+    memformer: Any
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make the cache that `generate` begins with, for all beams, or repeat the rows of a given one.
+
+        Raises:
+            InputError: A `cache_implementation` is given.
+        """
+        if generation_config.cache_implementation is not None:
+            raise InputError(
+                f"cache_implementation ({generation_config.cache_implementation!r}) must not be given: the state of "
+                f"a {self.config.model_type} has a fixed size and only one form"
+            )
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+        cache = model_kwargs.get("cache")
+        if cache is None and generation_config.use_cache is not False:
+            session = Session(self.memformer, batch_size=batch_size * repeats)
+            model_kwargs["cache"] = MemformerCache(session)
+        elif isinstance(cache, MemformerCache) and repeats > 1 and cache.batch_size == batch_size:
+            cache.batch_repeat_interleave(repeats)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
+    ) -> Any:
+        """Read the prompt. A mask of the new columns alone is extended to the columns that the cache has read."""
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        if isinstance(cache, MemformerCache) and mask is not None and mask.shape[1] == input_ids.shape[1]:
+            past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
+            model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _prepare_special_tokens(
+        self,
+        generation_config: Any,
+        kwargs_has_attention_mask: bool | None = None,
+        device: Any = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Use the config's tokens where none are given; check that rows which have stopped read no padding.
+
+        Raises:
+            InputError: Padding is a token of the vocabulary.
+        """
+        set_special_tokens(generation_config, self.config)
+        super()._prepare_special_tokens(generation_config, kwargs_has_attention_mask, device, batch_size)
+        num_rows = (batch_size or 1) * generation_config.num_return_sequences
+        padding = generation_config._pad_token_tensor
+        may_stop_alone = generation_config._eos_token_tensor is not None and num_rows > 1
+        if may_stop_alone and generation_config.num_beams == 1 and int(padding) < self.config.vocab_size:
+            raise InputError(
+                f"pad_token_id ({int(padding)}) is a token of the vocabulary, which rows that have stopped would "
+                f"read; it must be {self.config.vocab_size} (generation_config.pad_token_id)"
+            )
+
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the scores of the generated tokens; see `GenerationMixin.compute_transition_scores`."""
+        # The method takes the number of columns of the scores from the config, whose vocab_size counts tokens only.
+        config = copy.copy(self.config)
+        config.vocab_size = self.config.num_token_ids
+        scores: Tensor = GenerationMixin.compute_transition_scores(SimpleNamespace(config=config), *args, **kwargs)
+        return scores

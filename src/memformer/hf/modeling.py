@@ -1,0 +1,312 @@
+"""Models of transformers around the models of this library: one class for each model type and task."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from memformer.errors import CheckpointError, InputError
+from memformer.generation.session import Session
+from memformer.hf.cache import MemformerCache, check_cache
+from memformer.hf.columns import causal_loss, column_hidden_states, column_logits, stream_logits, with_all_ids
+from memformer.hf.configuration import (
+    CompressiveTransformerHFConfig,
+    LSTMHFConfig,
+    MemformerHFConfig,
+    RecurrentHFConfig,
+    RecurrentMemoryTransformerHFConfig,
+    TransformerXLHFConfig,
+)
+from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
+from memformer.hf.replaying import replayed_loss
+from memformer.hf.rows import TokenRows, find_targets, find_tokens, make_rollout
+from memformer.models import LanguageModel, build_model
+
+
+@dataclass
+class MemformerModelOutput(ModelOutput):
+    """Output of a model without a head.
+
+    Attributes:
+        last_hidden_state: (B, T, D), in each column the hidden state of its token; in a column of padding that of the
+            last token before it.
+    """
+
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class MemformerCausalLMOutput(ModelOutput):
+    """Output of a language model.
+
+    Attributes:
+        loss: Mean negative log-likelihood of the labels that count, in nats.
+        logits: (B, T, V'), the logits of the token after each column; V' counts all ids, also those that are never
+            predicted. None in training with labels: memory replay never holds all logits at once.
+        cache: The state after the last token.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: MemformerCache | None = None
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """Base class of all models: holds a model of this library as `memformer`.
+
+    Args:
+        config: The config.
+    """
+
+    config_class: ClassVar[type[RecurrentHFConfig]] = RecurrentHFConfig
+    base_model_prefix = "memformer"
+    _supports_sdpa = True
+    memformer: LanguageModel
+
+    def __init__(self, config: RecurrentHFConfig) -> None:
+        super().__init__(config)
+        self.memformer = build_model(config.core())
+        # A module that is called by other names than `forward` cannot be split over devices.
+        self._no_split_modules = [type(self.memformer).__name__]
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Return a saved model; see `PreTrainedModel.from_pretrained`.
+
+        A folder that this library's own `save_pretrained` wrote is read too.
+
+        Raises:
+            CheckpointError: Weights of the model are missing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        own = sorted(name for name in info["missing_keys"] if name.startswith(f"{cls.base_model_prefix}."))
+        if own:
+            raise CheckpointError(
+                f"{model.name_or_path} lacks {len(own)} weights of this model; the first is {own[0]!r}"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_core(cls, model: LanguageModel) -> Any:
+        """Return a model of transformers around a model of this library; both have the same weights.
+
+        Raises:
+            InputError: The model is of another type than this class.
+        """
+        expected = cls.config_class.model_type
+        if model.config.model_type != expected:
+            raise InputError(f"model is a {model.config.model_type}; a {cls.__name__} holds a {expected}")
+        with torch.device("meta"):
+            wrapped = cls(cls.config_class(**model.config.to_dict()))
+        wrapped.memformer = model
+        wrapped.config.dtype = next(model.parameters()).dtype
+        return wrapped.train(model.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep the weights: a model of this library draws its own."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that embeds token ids."""
+        return self.memformer.embedding
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> Any:
+        """Refuse to change the vocabulary.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(f"the vocabulary of a {self.config.model_type} cannot be resized; build a new model instead")
+
+    def _find_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: object) -> TokenRows:
+        if inputs_embeds is not None or input_ids is None:
+            raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
+        unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))
+        return find_tokens(self.memformer, input_ids, attention_mask, unread_ids=unread)
+
+
+class RecurrentHiddenModel(RecurrentPreTrainedModel):
+    """Model without a head: returns hidden states."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> MemformerModelOutput | tuple[Any, ...]:
+        """Return the hidden states that the model reads its tokens into.
+
+        Args:
+            input_ids: (B, T), token ids. `[BOS]` may precede them; the model adds it by itself.
+            attention_mask: (B, T), 0 at padding, which may stand anywhere. None: no padding but the pad token.
+            inputs_embeds: Must be None.
+            return_dict: False: return a tuple.
+
+        Raises:
+            InputError: A shape or a token id is wrong, or `inputs_embeds` are given.
+        """
+        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
+        output = MemformerModelOutput(last_hidden_state=column_hidden_states(self.memformer, rows))
+        return output.to_tuple() if return_dict is False else output
+
+
+class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
+    """Language model.
+
+    In training with labels, gradients come from memory replay: they are those of full back-propagation through time,
+    with the memory need of one segment.
+
+    Args:
+        config: The config.
+    """
+
+    accepts_loss_kwargs = True
+    _is_stateful = True
+
+    def __init__(self, config: RecurrentHFConfig) -> None:
+        super().__init__(config)
+        set_special_tokens(self.generation_config, config)
+        if self.generation_config.eos_token_id is None:
+            self.generation_config.eos_token_id = config.eos_token_id
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> MemformerCausalLMOutput | tuple[Any, ...]:
+        """Return logits, the loss, or the state after the last token.
+
+        Args:
+            input_ids: (B, T), token ids. `[BOS]` may precede them; the model adds it by itself. With a `cache`: the
+                tokens after those that the cache has read.
+            attention_mask: (B, T), 0 at padding, which may stand anywhere. With a `cache`, it may begin with the
+                columns that the cache has read. None: no padding but the pad token.
+            labels: (B, T), `input_ids` again, or -100 where the loss does not count. They are shifted inside.
+            cache: A `MemformerCache`, the state to continue from; it is changed in place.
+            use_cache: Return the state. None: only if a `cache` is given.
+            logits_to_keep: Number of last columns to return logits of, or their indices. 0: all.
+            num_items_in_batch: Number that the summed loss is divided by. None: the number of labels that count.
+            inputs_embeds: Must be None.
+            return_dict: False: return a tuple.
+
+        Raises:
+            InputError: A shape, a token id or a label is wrong, the cache is of another model or batch, or a gradient
+                is needed that a cache does not carry.
+        """
+        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
+        assert input_ids is not None
+        counted = None if labels is None else find_targets(rows, input_ids, labels)
+        is_training = self.training and torch.is_grad_enabled()
+        streams = cache is not None or bool(use_cache)
+        if counted is not None and is_training:
+            if streams:
+                raise InputError("a cache carries no gradient; train without a cache, or call under torch.no_grad()")
+            output = MemformerCausalLMOutput(loss=self._train(rows, counted, num_items_in_batch))
+        else:
+            kept = slice(None) if counted is not None else _columns_to_keep(logits_to_keep)
+            if streams:
+                cache = self._open_cache(cache, batch_size=len(rows.counts))
+                logits = stream_logits(cache.session, rows, kept)
+                cache.advance(input_ids.shape[1])
+            else:
+                logits = column_logits(self.memformer, rows, kept)
+            loss = None if counted is None else causal_loss(logits, input_ids, counted, num_items=num_items_in_batch)
+            if counted is not None:
+                logits = logits[:, _columns_to_keep(logits_to_keep)]
+            logits = with_all_ids(logits, self.config.num_token_ids)
+            output = MemformerCausalLMOutput(loss=loss, logits=logits, cache=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def _train(self, rows: TokenRows, counted: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Return the loss, whose gradient comes from memory replay.
+
+        Raises:
+            InputError: The model is a replica of `DataParallel`, which has no parameters.
+        """
+        if getattr(self, "_is_replica", False):
+            raise InputError("torch.nn.DataParallel cannot train this model; use one process for each device")
+        rollout = make_rollout(self.memformer, rows, num_after=0, is_target=counted)
+        scale = 1.0 if num_items is None else rollout.count_target_tokens() / float(num_items)
+        return replayed_loss(self.memformer, rollout, scale=scale)
+
+    def _open_cache(self, cache: Any, *, batch_size: int) -> MemformerCache:
+        if cache is None:
+            return MemformerCache(Session(self.memformer, batch_size=batch_size))
+        check_cache(cache, session_model=self.memformer, batch_size=batch_size)
+        return cache
+
+
+def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:
+    return logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+
+
+class MemformerModel(RecurrentHiddenModel):
+    """A Memformer's encoder and memory, without the decoder: returns hidden states."""
+
+    config_class = MemformerHFConfig
+
+
+class MemformerForCausalLM(RecurrentForCausalLM):
+    """A Memformer as a language model."""
+
+    config_class = MemformerHFConfig
+
+
+class LSTMModel(RecurrentHiddenModel):
+    """An LSTM without a head."""
+
+    config_class = LSTMHFConfig
+
+
+class LSTMForCausalLM(RecurrentForCausalLM):
+    """An LSTM as a language model."""
+
+    config_class = LSTMHFConfig
+
+
+class TransformerXLModel(RecurrentHiddenModel):
+    """A Transformer-XL without a head."""
+
+    config_class = TransformerXLHFConfig
+
+
+class TransformerXLForCausalLM(RecurrentForCausalLM):
+    """A Transformer-XL as a language model."""
+
+    config_class = TransformerXLHFConfig
+
+
+class CompressiveTransformerModel(RecurrentHiddenModel):
+    """A Compressive Transformer without a head."""
+
+    config_class = CompressiveTransformerHFConfig
+
+
+class CompressiveTransformerForCausalLM(RecurrentForCausalLM):
+    """A Compressive Transformer as a language model."""
+
+    config_class = CompressiveTransformerHFConfig
+
+
+class RecurrentMemoryTransformerModel(RecurrentHiddenModel):
+    """A Recurrent Memory Transformer without a head."""
+
+    config_class = RecurrentMemoryTransformerHFConfig
+
+
+class RecurrentMemoryTransformerForCausalLM(RecurrentForCausalLM):
+    """A Recurrent Memory Transformer as a language model."""
+
+    config_class = RecurrentMemoryTransformerHFConfig

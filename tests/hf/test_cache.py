@@ -1,0 +1,199 @@
+"""Caches: rows that stop, going on after a call, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra hf")
+
+from transformers import DynamicCache
+
+from memformer import InputError, Session, hf
+from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
+from tests.hf.models import BOS, KINDS, left_padded, make_hf, texts
+
+
+def generated(model, tokens, count, stop):
+    session = Session(model.memformer)
+    session.feed(tokens)
+    return session.generate(count, temperature=0, stop_token_ids=stop)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_have_stopped_read_nothing_more(kind):
+    model, rows = make_hf(kind), texts()
+    ids, mask = left_padded(rows)
+    # The token that ends most rows at different times.
+    plain = [generated(model, tokens, 12, None) for tokens in rows]
+    ends = {token: {row.index(token) for row in plain if token in row} for token in range(VOCAB_SIZE)}
+    stop = max(ends, key=lambda token: len(ends[token]))
+    found = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=stop,
+        return_dict_in_generate=True,
+    )
+    new = found.sequences[:, ids.shape[1] :]
+    for row, tokens in enumerate(rows):
+        expected = generated(model, tokens, 12, stop)
+        assert new[row].tolist() == expected + [BOS] * (new.shape[1] - len(expected))
+    # Reading on with the last column gives every row all of its tokens, and no padding.
+    output = model(found.sequences[:, -1:], cache=found.cache)
+    for row, tokens in enumerate(rows):
+        session = Session(model.memformer)
+        session.feed([*tokens.tolist(), *generated(model, tokens, 12, stop)])
+        assert_close(output.logits[row, 0, :VOCAB_SIZE], session.next_token_logits()[0])
+        assert output.cache.session.num_tokens[row] == session.num_tokens[0]
+
+
+def test_padding_inside_the_vocabulary_is_refused_where_rows_would_read_it():
+    model = make_hf()
+    ids, mask = left_padded(texts())
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 4, "pad_token_id": 4}
+    with pytest.raises(InputError, match=r"pad_token_id \(4\) is a token of the vocabulary.*it must be 11"):
+        model.generate(ids, attention_mask=mask, **options)
+    with pytest.raises(InputError, match="is a token of the vocabulary"):
+        model.generate(
+            ids[:1], do_sample=True, num_return_sequences=2, max_new_tokens=3, eos_token_id=4, pad_token_id=4
+        )
+    # A single row ends the call when it stops, and beams that have stopped are not read on.
+    model.generate(ids[:1], attention_mask=mask[:1], **options)
+    model.generate(ids, attention_mask=mask, num_beams=2, **options)
+
+
+def test_a_cache_goes_on_with_new_masked_columns_in_chunks():
+    model, rows = make_hf(), texts()
+    ids, mask = left_padded(rows)
+    once = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :]
+    for past in (0, 6):  # the mask of the new columns alone, or of all of them
+        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+        chunked = model.generate(
+            ids[:, 6:],
+            attention_mask=mask[:, 6 - past :],
+            cache=cache,
+            max_new_tokens=5,
+            do_sample=False,
+            prefill_chunk_size=3,
+        )
+        assert torch.equal(chunked[:, ids.shape[1] - 6 :], once)
+
+
+def test_beams_go_on_from_a_cache():
+    model, tokens = make_hf(), texts((13,))[0][None]
+    once = model.generate(tokens, max_new_tokens=6, num_beams=3, do_sample=False)
+    cache = model(tokens[:, :-1], use_cache=True).cache
+    later = model.generate(tokens[:, -1:], cache=cache, max_new_tokens=6, num_beams=3, do_sample=False)
+    assert torch.equal(later[:, 1:], once[:, 13:])
+
+
+def test_a_cache_can_be_copied_selected_repeated_and_reset():
+    model = make_hf()
+    ids, mask = left_padded(texts())
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
+    assert bool(cache)
+    assert repr(cache) == f"MemformerCache(3 rows, {ids.shape[1]} columns)"
+    branch = copy.deepcopy(cache)
+    next_ids = torch.tensor([[3], [5], [7]])
+    expected = model(next_ids, cache=branch).logits
+    assert cache.session.num_tokens == [14, 8, 3]
+    other = copy.deepcopy(cache)
+    other.batch_select_indices(torch.tensor([False, True, True]))
+    assert_close(model(next_ids[1:], cache=other).logits, expected[1:])
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 6
+    assert_close(model(next_ids.repeat_interleave(2, dim=0), cache=cache).logits, expected.repeat_interleave(2, dim=0))
+    cache.crop(0)
+    with pytest.raises(InputError, match="2 tokens cannot be removed"):
+        cache.crop(-2)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.get_max_length() == -1
+    assert_close(model(next_ids[:1].expand(6, 1), cache=cache).logits, model(next_ids[:1]).logits.expand(6, 1, 12))
+
+
+def test_sampled_rows_are_independent_and_repeat_with_the_seed():
+    model = make_hf()
+    tokens = texts((13,))[0][None]
+    options = {
+        "do_sample": True,
+        "num_return_sequences": 4,
+        "max_new_tokens": 12,
+        "top_k": 5,
+        "repetition_penalty": 1.2,
+    }
+    torch.manual_seed(1)
+    first = model.generate(torch.cat([torch.tensor([[BOS]]), tokens], dim=1), **options)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(torch.cat([torch.tensor([[BOS]]), tokens], dim=1), **options), first)
+    assert len({tuple(row) for row in first.tolist()}) == 4
+    assert first[:, 14:].max() < VOCAB_SIZE
+
+
+def test_transition_scores_are_the_log_probabilities_of_the_generated_tokens():
+    model, rows = make_hf(), texts()
+    ids, mask = left_padded(rows)
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    scores = model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True)
+    for row, tokens in enumerate(rows):
+        new = found.sequences[row, ids.shape[1] :]
+        session = Session(model.memformer)
+        session.feed(tokens)
+        assert_close(scores[row].double(), -session.score(new), relative=1e-5)
+
+
+def test_generation_begins_with_bos_alone():
+    model = make_hf()
+    expected = Session(model.memformer).generate(6, temperature=0)
+    assert model.generate(max_new_tokens=6, do_sample=False)[0].tolist() == [BOS, *expected]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cache": DynamicCache()}, "cache is a DynamicCache; this model continues from a MemformerCache only"),
+        ({"cache": hf.MemformerCache(Session(tiny_model()))}, "cache is of another model"),
+        ({"attention_mask": torch.ones(3, 3)}, r"attention_mask has shape \(3, 3\)"),
+        ({"attention_mask": torch.ones(3, 1, 16, 16)}, r"attention_mask has shape \(3, 1, 16, 16\)"),
+        ({"attention_mask": torch.full((3, 16), 0.5)}, "attention_mask holds other values than 0"),
+        ({"input_ids": torch.full((3, 16), 12)}, r"input_ids hold 12, .*token ids are 0 to 10 and 11"),
+        ({"input_ids": torch.full((3, 16), -1)}, "input_ids hold -1"),
+        ({"input_ids": torch.ones(3, 16)}, "input_ids have dtype torch.float32"),
+        ({"input_ids": torch.ones(16, dtype=torch.int64)}, r"input_ids have shape \(16,\)"),
+        ({"input_ids": torch.ones(3, 0, dtype=torch.int64)}, r"input_ids have shape \(3, 0\)"),
+        ({"inputs_embeds": torch.ones(3, 16, 16)}, "inputs_embeds cannot be read"),
+        ({"labels": torch.ones(3, 4)}, r"labels have shape \(3, 4\)"),
+        ({"labels": torch.full((3, 16), 5)}, r"labels\[0, \d+\] is 5, but input_ids hold \d+ there"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(changed, message):
+    model = make_hf()
+    ids, mask = left_padded(texts())
+    with pytest.raises(InputError, match=message):
+        model(**{"input_ids": ids, "attention_mask": mask, **changed})
+
+
+def test_other_uses_that_cannot_work_are_refused():
+    model = make_hf()
+    ids = texts((13,))[0][None]
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(InputError, match="cache has 1 rows, but input_ids have 2"):
+        model(ids.expand(2, -1), cache=cache)
+    with pytest.raises(InputError, match="cannot be resized"):
+        model.resize_token_embeddings(20)
+    with pytest.raises(InputError, match="cache_implementation .'static'. must not be given"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids, max_new_tokens=2, assistant_model=make_hf())
+    with pytest.raises(InputError, match="inputs_embeds cannot be read"):
+        model.generate(inputs_embeds=torch.ones(1, 4, 16), max_new_tokens=2)
+    model.train()
+    with pytest.raises(InputError, match="a cache carries no gradient"):
+        model(ids, labels=ids, cache=cache)
+    model._is_replica = True
+    with pytest.raises(InputError, match="torch.nn.DataParallel cannot train this model"):
+        model(ids, labels=ids)
