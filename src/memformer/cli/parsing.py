@@ -131,7 +131,12 @@ def version() -> str:
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Add the arguments shared by all commands that use a trained model."""
-    parser.add_argument("run", type=str, help="Run folder, or a folder from save_pretrained.")
+    parser.add_argument(
+        "run",
+        type=str,
+        help="Run folder, a folder from save_pretrained, or the name of a model on the Hugging Face hub "
+        "(owner/name or owner/name@revision).",
+    )
     parser.add_argument("--json", action="store_true", help="Print the result to stdout as one JSON object.")
     parser.add_argument(
         "--checkpoint",

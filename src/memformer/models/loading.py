@@ -7,6 +7,7 @@ import torch
 from memformer.errors import CheckpointError, InputError
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.config import ModelConfig
+from memformer.models.hugging_face import find_model_folder
 from memformer.models.language_model import LanguageModel
 from memformer.models.lstm import LSTM
 from memformer.models.memformer import Memformer
@@ -14,7 +15,7 @@ from memformer.models.pretrained import CONFIG_FILE
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.models.transformer_xl import TransformerXL
 from memformer.utils.checks import Integer
-from memformer.utils.files import read_json, user_path
+from memformer.utils.files import read_json
 
 _CLASSES: tuple[type[LanguageModel], ...] = (
     Memformer,
@@ -38,16 +39,18 @@ def load_model(
     """Return the model saved by `save_pretrained`, of any model type, in evaluation mode.
 
     Args:
-        folder: Folder of the saved model.
+        folder: Folder of the saved model, or its name on the Hugging Face hub (see `find_model_folder`).
         device: Device to load the model to.
         num_slots: Number of memory slots to use, for a Memformer only (see `Memformer.from_pretrained`). None: as in
             training.
 
     Raises:
         CheckpointError: A file is missing or damaged, or this library has no such model type.
-        InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it.
+        InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it; or the model
+            cannot be downloaded.
     """
-    file = user_path(folder) / CONFIG_FILE
+    folder = find_model_folder(folder)
+    file = folder / CONFIG_FILE
     model_type = read_json(file).get("model_type")
     if model_type not in list(MODELS):  # a list, because a damaged file may hold an unhashable value
         raise CheckpointError(f"{file}: model_type ({model_type!r}) must be one of {', '.join(MODELS)}")

@@ -13,6 +13,7 @@ from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.decoder import Decoder, Past
 from memformer.models.encoder import Encoder
+from memformer.models.hugging_face import find_model_folder
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
@@ -67,17 +68,20 @@ class Memformer(LanguageModel):
     def from_pretrained(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", num_slots: Integer | None = None
     ) -> "Memformer":
-        """Return the model saved by `save_pretrained`, in evaluation mode.
+        """Return the model saved by `save_pretrained`, of this package or of transformers, in evaluation mode.
 
         Args:
-            folder: Folder of the saved model.
+            folder: Folder of the saved model, or its name on the Hugging Face hub, `owner/name` or
+                `owner/name@revision` (see `models.hugging_face.find_model_folder`).
             device: Device to load the model to.
             num_slots: Number of memory slots to use; needs a model with `exchangeable_slots`. None: as in training.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
-            InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`.
+            InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`; or the model
+                cannot be downloaded.
         """
+        folder = find_model_folder(folder)
         config = cls._read_config(folder)
         return cls._read_weights(folder, config if num_slots is None else _with_slots(config, num_slots), device=device)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
+from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_model_folder, without_foreign_keys
 from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
 from memformer.utils.renames import TENSORS, first_model_key, update_section
@@ -64,15 +65,18 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: str | Path, *, device: torch.device | str = "cpu") -> Model:
-        """Return the model saved by `save_pretrained`, in evaluation mode.
+        """Return the model saved by `save_pretrained`, of this package or of transformers, in evaluation mode.
 
         Args:
-            folder: Folder of the saved model.
+            folder: Folder of the saved model, or its name on the Hugging Face hub, `owner/name` or
+                `owner/name@revision` (see `models.hugging_face.find_model_folder`).
             device: Device to load the model to.
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
+            InputError: The model cannot be downloaded.
         """
+        folder = find_model_folder(folder)
         return cls._read_weights(folder, cls._read_config(folder), device=device)
 
     @classmethod
@@ -83,7 +87,7 @@ class Pretrained(nn.Module):
             CheckpointError: The config is missing, damaged, or of another model.
         """
         file = user_path(folder) / CONFIG_FILE
-        fields = read_json(file)
+        fields = without_foreign_keys(read_json(file))
         found, expected = fields.pop("model_type", None), cls.config_class.model_type
         if found != expected:
             raise CheckpointError(f"{file} does not describe a {expected}: model_type is {found!r}, not {expected!r}")
@@ -100,8 +104,13 @@ class Pretrained(nn.Module):
         Raises:
             CheckpointError: The weights are missing, damaged, or of another model.
         """
-        file = user_path(folder) / WEIGHTS_FILE
-        names = [TENSORS.get(name, name) for name in read_names(file)]
+        folder = user_path(folder)
+        file = folder / WEIGHTS_FILE
+        if not file.exists() and (folder / SHARD_INDEX_FILE).exists():
+            raise CheckpointError(
+                f"{folder} has weights in several files; save the model again with a larger max_shard_size"
+            )
+        names = [_present_name(name) for name in read_names(file)]
         for stack, expected in cls._count_layers(config).items():
             start = f"{stack}."
             found = len({name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)})
@@ -124,6 +133,11 @@ def _default(config: ModelConfig, name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _present_name(name: str) -> str:
+    name = name.removeprefix(WEIGHTS_PREFIX)
+    return TENSORS.get(name, name)
+
+
 def load_weights(model: nn.Module, file: Path) -> None:
     """Load a safetensors file into a model with exactly its names and shapes; floating dtypes follow the file.
 
@@ -144,7 +158,7 @@ def read_weights(model: nn.Module, file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file is missing, damaged, or of another model.
     """
-    tensors = {TENSORS.get(name, name): tensor for name, tensor in read_tensors(file).items()}
+    tensors = {_present_name(name): tensor for name, tensor in read_tensors(file).items()}
     expected = model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"{file} lacks {len(missing)} tensors of this model; the first is {missing[0]!r}")

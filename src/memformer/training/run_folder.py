@@ -14,10 +14,11 @@ from memformer.data import ByteTokenizer, Tokenizer, load_tokenizer
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.models import LanguageModel, load_model
+from memformer.models.hugging_face import find_model_folder
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
 from memformer.training.processes import Processes
-from memformer.utils.files import user_path, write_json, write_text
+from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
 from memformer.utils.renames import old_names_sentence, update_run_config
@@ -61,13 +62,13 @@ def load_run(
     num_slots: int | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> LoadedRun:
-    """Load a run folder, or a folder from `save_pretrained`.
+    """Load a run folder, a folder from `save_pretrained`, or a model of the Hugging Face hub.
 
     `memformer.data.save_tokenizer` adds a tokenizer to a folder from `save_pretrained`. Without a tokenizer, a
     vocabulary of 256 tokens is assumed to be bytes.
 
     Args:
-        folder: The folder.
+        folder: The folder, or the name of a model on the hub, `owner/name` or `owner/name@revision`.
         which: Weights of a run: "best" on the held-out data, or "last". Ignored for a folder from `save_pretrained`.
         device: Device to load the model onto.
         num_slots: Number of memory slots to use; for models with `exchangeable_slots` only. None: as trained.
@@ -75,11 +76,11 @@ def load_run(
             from version 0.1.
 
     Raises:
-        InputError: The folder does not exist or is of neither kind, the model does not support `num_slots`, or the
-            tokenizer is missing and the vocabulary is not bytes.
+        InputError: The folder does not exist or is of neither kind, the model cannot be downloaded or does not
+            support `num_slots`, or the tokenizer is missing and the vocabulary is not bytes.
         CheckpointError: A file in the folder is damaged or missing.
     """
-    folder = user_path(folder)
+    folder = find_model_folder(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
     run_config = None
