@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from memformer import Session, hf
-from tests.helpers import VARIANTS, VOCAB_SIZE, tiny_model
+from memformer import Rollout, Session, hf
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 
 # Every option of the Memformer, and every baseline.
@@ -62,3 +62,13 @@ def session_logits(model, tokens):
     """Return the logits (T + 1, V) before and after each token, from a session of the library."""
     session = Session(model)
     return torch.cat([session.token_logits(tokens), session.next_token_logits()])
+
+
+def rollout_of(tokens):
+    """Return the rollout of one unpadded row per text, all of the same whole number of segments."""
+    segments = tokens.view(len(tokens), -1, SEGMENT_LENGTH).transpose(0, 1)
+    first = torch.zeros_like(segments[:1])
+    first[..., 0] = BOS
+    padding = torch.zeros(segments.shape, dtype=torch.bool)
+    padding[0, :, 1:] = True
+    return Rollout(inputs=torch.cat([first, segments[:-1]]), targets=segments, input_padding=padding)

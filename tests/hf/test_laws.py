@@ -9,7 +9,6 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="needs the extra hf")
 
 from memformer import Session, backpropagate, hf
-from memformer.rollout import Rollout
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
 from tests.hf.models import (
     BOS,
@@ -19,6 +18,7 @@ from tests.hf.models import (
     left_padded,
     make_hf,
     right_padded,
+    rollout_of,
     scattered,
     session_logits,
     texts,
@@ -160,16 +160,6 @@ def beam_search(model, tokens, *, num_tokens, num_beams):
             own.feed([token])
             beams.append((score, [*continuation, token], own))
     return beams[0][1]
-
-
-def rollout_of(tokens):
-    """Return the rollout of one unpadded row per text, all of the same whole number of segments."""
-    segments = tokens.view(len(tokens), -1, SEGMENT_LENGTH).transpose(0, 1)
-    first = torch.zeros_like(segments[:1])
-    first[..., 0] = BOS
-    padding = torch.zeros(segments.shape, dtype=torch.bool)
-    padding[0, :, 1:] = True
-    return Rollout(inputs=torch.cat([first, segments[:-1]]), targets=segments, input_padding=padding)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "compressive", "compressive, mean", "adaptive softmax"])

@@ -14,8 +14,8 @@ from memformer.hf.cache import MemformerCache
 
 
 def set_special_tokens(generation_config: Any, config: Any) -> None:
-    """Set the tokens for begin and padding that a generation config lacks."""
-    for name in ("bos_token_id", "pad_token_id"):
+    """Set the tokens for begin, end and padding that a generation config lacks."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation_config, name) is None:
             setattr(generation_config, name, getattr(config, name))
 

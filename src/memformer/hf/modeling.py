@@ -89,6 +89,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             raise CheckpointError(
                 f"{model.name_or_path} lacks {len(own)} weights of this model; the first is {own[0]!r}"
             )
+        if model.can_generate():
+            # transformers has replaced the generation config by the one in the folder, if any.
+            set_special_tokens(model.generation_config, model.config)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -171,8 +174,6 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
     def __init__(self, config: RecurrentHFConfig) -> None:
         super().__init__(config)
         set_special_tokens(self.generation_config, config)
-        if self.generation_config.eos_token_id is None:
-            self.generation_config.eos_token_id = config.eos_token_id
 
     def forward(
         self,

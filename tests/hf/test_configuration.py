@@ -1,0 +1,110 @@
+"""Configs of transformers are generated from those of the library; supported versions; registration."""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra hf")
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from memformer import InputError, hf
+from memformer.errors import InputTypeError
+from memformer.hf.registration import CAUSAL_MODELS, HIDDEN_MODELS
+from memformer.hf.versions import check_transformers
+from memformer.models.loading import MODELS
+from tests.helpers import tiny_config
+
+CONFIGS = [model.config_class for model in CAUSAL_MODELS]
+
+
+def test_every_model_type_has_a_config_and_two_models():
+    assert [config.model_type for config in CONFIGS] == list(MODELS)
+    for causal, hidden in zip(CAUSAL_MODELS, HIDDEN_MODELS, strict=True):
+        assert causal.config_class is hidden.config_class
+        assert AutoConfig.for_model(causal.config_class.model_type).__class__ is causal.config_class
+        for name in (causal.__name__, hidden.__name__, causal.config_class.__name__):
+            assert name in hf.__all__
+            assert getattr(hf, name).__name__ == name
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_configs_have_the_fields_and_defaults_of_the_library(config_class):
+    core = config_class.core_class()
+    config = config_class()
+    assert config.core() == core
+    own = {field.name for field in dataclasses.fields(config_class)}
+    inherited = {field.name for field in dataclasses.fields(hf.RecurrentHFConfig)}
+    assert own - inherited == {field.name for field in dataclasses.fields(core)}
+    for name, value in core.to_dict().items():
+        assert getattr(config, name) == value
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (256, 256, None)
+    assert config.hidden_size == core.d_model
+    written = json.loads(config.to_json_string())
+    assert written["model_type"] == core.model_type
+    assert {name: written[name] for name in core.to_dict()} == core.to_dict()
+    assert config_class.from_dict(written).to_dict() == config.to_dict()
+
+
+def test_a_config_is_checked_as_the_library_checks_it():
+    with pytest.raises(InputError, match="d_model .20. must be a multiple of num_heads"):
+        hf.MemformerHFConfig(d_model=20, num_heads=3)
+    with pytest.raises(InputTypeError, match="num_slots"):
+        hf.MemformerHFConfig(num_slots="many")
+    config = hf.MemformerHFConfig(num_slots=torch.tensor(7))
+    assert type(config.num_slots) is int
+    config.num_slots = -1
+    with pytest.raises(InputError, match="num_slots .-1."):
+        config.validate()
+
+
+def test_names_from_version_0_1_are_read():
+    config = hf.MemformerHFConfig(free_slot_eagerness=2.0, embedding_dropout=None)
+    assert config.free_slot_bias == 2.0
+    assert not hasattr(config, "free_slot_eagerness")
+    with pytest.raises(InputError, match="decoder_reads_memory"):
+        hf.MemformerHFConfig(decoder_reads_memory=True)
+
+
+def test_special_tokens_outside_the_predicted_ones_give_no_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        config = hf.MemformerHFConfig(vocab_size=10, num_special_tokens=2, eos_token_id=3)
+    assert caplog.records == []
+    assert config.num_token_ids == 13
+
+
+def test_models_are_made_from_configs_by_the_auto_classes():
+    fields = {**tiny_config().to_dict(), "num_slots": 3}
+    model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**fields))
+    assert type(model) is hf.MemformerForCausalLM
+    assert model.memformer.config == tiny_config(num_slots=3)
+    assert (model.generation_config.bos_token_id, model.generation_config.pad_token_id) == (11, 11)
+    assert type(AutoModel.from_config(hf.MemformerHFConfig(**fields))) is hf.MemformerModel
+    half = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**fields), dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("version", ["5.23.1", "6.0.0", "4.57.1"])
+def test_other_versions_of_transformers_are_refused(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(InputError, match=f"needs transformers 5.24 or newer and below 6, but {version} is installed"):
+        check_transformers()
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "5.30.2", "5.24.0.dev0"])
+def test_supported_versions_are_accepted(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    check_transformers()
+
+
+def test_missing_transformers_is_named_with_the_extra(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(InputError, match=r"needs the package transformers: pip install 'memformer-lm\[hf\]'"):
+        check_transformers()

@@ -1,0 +1,87 @@
+"""Saving and loading: folders of transformers and of the library are read by both."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers", reason="needs the extra hf")
+
+from transformers import AutoModel, AutoModelForCausalLM
+
+from memformer import CheckpointError, InputError, Memformer, Session, hf, load_model
+from memformer.hf.registration import as_causal_lm
+from tests.hf.models import KINDS, MODELS, make_hf, texts
+from tests.models.baselines import TYPES
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "experiments" / "models" / "digits-14x14"
+
+
+def assert_same_weights(model, other):
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        assert found[name].dtype == weight.dtype
+
+
+@pytest.mark.parametrize("kind", ["default", "all options", "adaptive softmax", *TYPES])
+def test_a_folder_of_either_is_read_by_both(kind, tmp_path):
+    core = MODELS[kind]()
+    core.save_pretrained(tmp_path / "core")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "core")
+    assert model.config.core() == core.config
+    assert_same_weights(model.memformer, core)
+    model.save_pretrained(tmp_path / "hf")
+    assert all(name.startswith("memformer.") for name in load_file(tmp_path / "hf" / "model.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(again) is type(model)
+    assert_same_weights(again, model)
+    # The file says which type of model it holds, and the dtype of its weights.
+    read = load_model(tmp_path / "hf")
+    assert read.config == core.config
+    assert_same_weights(read, core)
+    assert_same_weights(AutoModel.from_pretrained(tmp_path / "hf").memformer, core)
+    Session(read).feed(texts()[0])
+
+
+def test_the_shipped_model_is_read_unchanged():
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, device_map="cpu")
+    assert_same_weights(model.memformer, Memformer.from_pretrained(SHIPPED))
+    assert not model.training
+
+
+def test_weights_are_read_in_another_dtype():
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.generate(max_new_tokens=20, do_sample=True).shape == (1, 21)
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    model = make_hf()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_missing_weights_are_refused_instead_of_being_invented(tmp_path):
+    make_hf().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["memformer.embedding.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of this model.*'memformer.embedding.weight'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_the_library_is_wrapped_without_a_copy(kind):
+    core = MODELS[kind]()
+    model = as_causal_lm(core)
+    assert model.memformer is core
+    assert model.dtype == torch.float64
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+    with pytest.raises(InputError, match=r"a \w+ holds a"):
+        (hf.LSTMForCausalLM if "lstm" not in kind else hf.MemformerForCausalLM).from_core(core)

@@ -1,0 +1,198 @@
+"""Training: gradients that add up in any order and over processes, and the Trainer of transformers."""
+
+import dataclasses
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers", reason="needs the extra hf")
+
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from memformer import Session, backpropagate, load_model
+from tests.helpers import SEGMENT_LENGTH, assert_close
+from tests.hf.models import make_hf, rollout_of, texts
+
+LENGTH = 3 * SEGMENT_LENGTH
+
+
+def batch(num_rows, seed=3):
+    return torch.stack(texts((LENGTH,) * num_rows, seed=seed))
+
+
+def gradients(model):
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert_close(found[name], grad)
+
+
+def one_batch_gradients(ids, kind="default"):
+    model = make_hf(kind).train()
+    model(ids, labels=ids).loss.backward()
+    return gradients(model)
+
+
+def test_gradients_of_parts_add_up_to_those_of_the_batch():
+    ids = batch(3)
+    expected = one_batch_gradients(ids)
+    model = make_hf().train()
+    num_items = 3 * (LENGTH - 1)
+    losses = [model(part, labels=part, num_items_in_batch=num_items).loss for part in (ids[:1], ids[1:])]
+    # Until its backward pass, a loss changes no gradient.
+    assert gradients(model) == {}
+    for loss in losses:
+        loss.backward()
+    assert_same(gradients(model), expected)
+
+
+def test_a_loss_can_be_scaled_combined_and_left_unused():
+    ids = batch(2)
+    expected = one_batch_gradients(ids)
+    model = make_hf().train()
+    first, second = model(ids, labels=ids).loss, model(ids, labels=ids).loss
+    model(ids, labels=ids)
+    (1024 * first + 2 * second).backward()
+    assert_same(gradients(model), {name: 1026 * grad for name, grad in expected.items()})
+    frozen = make_hf().train()
+    frozen.memformer.embedding.weight.requires_grad_(False)
+    frozen(ids, labels=ids).loss.backward()
+    del expected["memformer.embedding.weight"]
+    assert_same(gradients(frozen), expected)
+
+
+def test_autocast_applies_to_the_replay():
+    ids, model = batch(2), make_hf().float().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    exact = model(ids, labels=ids).loss
+    assert loss.dtype == torch.float32
+    assert loss != exact
+    assert_close(loss, exact, relative=0.05)
+    loss.backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+
+# The second model has a parameter that gets no gradient.
+@pytest.mark.parametrize("kind", ["default", "without memory"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_processes_share_their_gradients(kind, tmp_path):
+    # Forked, so that nothing is imported again.
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank, kind, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    expected = one_batch_gradients(batch(4), kind)
+    later = one_batch_gradients(batch(4, seed=8), kind)
+    found = load_file(tmp_path / "once")
+    assert_same(found, expected)
+    assert_same(load_file(tmp_path / "accumulated"), {name: grad + later[name] for name, grad in expected.items()})
+
+
+def work(rank, kind, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = make_hf(kind).train()
+    # As the Trainer does it.
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    first, second = (each[2 * rank : 2 * rank + 2] for each in (batch(4), batch(4, seed=8)))
+    parallel(input_ids=first, labels=first)
+    parallel(input_ids=first, labels=first).loss.backward()
+    once = gradients(model)
+    model.zero_grad()
+    with parallel.no_sync():
+        parallel(input_ids=first, labels=first).loss.backward()
+    parallel(input_ids=second, labels=second).loss.backward()
+    if rank == 0:
+        save_file(once, folder / "once")
+        save_file(gradients(model), folder / "accumulated")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Recorder:
+    """A collator that notes its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, examples):
+        ids = torch.stack([example["input_ids"] for example in examples])
+        self.batches.append(ids)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def make_trainer(model, folder, collator, **options):
+    examples = [{"input_ids": tokens} for tokens in batch(24)]
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 20,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "linear",
+        "report_to": [],
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    return Trainer(
+        model, TrainingArguments(**settings), train_dataset=examples, eval_dataset=examples, data_collator=collator
+    )
+
+
+def own_updates(model, batches, *, num_updates):
+    """Train as the Trainer does, with the library's own replay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for update, parts in enumerate(zip(batches[::2], batches[1::2], strict=True)):
+        num_items = sum(part.numel() - len(part) for part in parts)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - update / num_updates)
+        for part in parts:
+            rollout = rollout_of(part)
+            excluded = torch.zeros(rollout.targets.shape, dtype=torch.bool)
+            excluded[0, :, 0] = True
+            rollout = dataclasses.replace(rollout, target_padding=excluded)
+            backpropagate(model, rollout, gradient_scale=rollout.count_target_tokens() / num_items)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_twenty_updates_of_the_trainer_are_those_of_the_library(tmp_path):
+    model, collator = make_hf(), Recorder()
+    make_trainer(model, tmp_path, collator).train()
+    own = make_hf().memformer
+    assert len(collator.batches) >= 40
+    own_updates(own, collator.batches[:40], num_updates=20)
+    for found, expected in zip(model.memformer.parameters(), own.parameters(), strict=True):
+        assert_close(found, expected)
+
+
+def test_the_trainer_saves_resumes_evaluates_and_is_reloaded(tmp_path):
+    whole = make_hf()
+    trainer = make_trainer(whole, tmp_path, Recorder(), max_steps=8, save_strategy="steps", save_steps=4)
+    trainer.train()
+    resumed = make_hf()
+    again = make_trainer(resumed, tmp_path, Recorder(), max_steps=8, save_strategy="steps", save_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    loss = trainer.evaluate()["eval_loss"]
+    session = Session(load_model(tmp_path / "checkpoint-8"), batch_size=24)
+    expected = torch.stack(session.score(batch(24).tolist()))[:, 1:].mean()
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    trainer.save_model(str(tmp_path / "final"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    for found, expected in zip(reloaded.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)
