@@ -18,8 +18,8 @@ from memformer.data import (
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
-from memformer.generation.session import Session
 from memformer.models import LanguageModel
+from memformer.training.run_folder import LoadedRun
 from memformer.training.samples import NUM_IMAGES
 from memformer.utils.checks import check_integer, check_number, check_seed
 from memformer.utils.files import check_can_write, user_path
@@ -36,7 +36,8 @@ SAVE_EVERY_MINUTES = 5.0
 GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
 
 RUN is a run folder, or a folder from save_pretrained that also holds a tokenizer. The prompt may be arbitrarily long:
-it is read segment by segment into the memory, whose size is fixed. New text is streamed to stdout. --save_session
+it is read segment by segment into the memory, whose size is fixed. New text is streamed to stdout; it ends at the
+end of the document if the run was trained with data.end_of_document. --save_session
 writes the state after the last token (memory and current segment) to a file; --load_session continues from it. The
 file is also written every few minutes while the prompt is read: if the reading was interrupted or killed, the same
 command with --resume goes on with the rest of the prompt.
@@ -128,13 +129,13 @@ def run_generate(argv: list[str]) -> None:
     advice = f": {run.folder} has no tokenizer, so its token ids are read as bytes" if is_bare else ""
     refuse_options(options, ("output", "num_images"), kind=f"on text{advice}")
     if options.save_session is None:
-        done = _continue(_start_reading(run.model, options, None), run.tokenizer, options, sampling, Signals())
+        done = _continue(_start_reading(run, options, None), run.tokenizer, options, sampling, Signals())
     else:
         file = user_path(options.save_session)
         check_can_write(file)
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with owned_file(file, option="--save_session"), signals_noted() as signals:
-            reading = _start_reading(run.model, options, file)
+            reading = _start_reading(run, options, file)
             done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
         if signals.received:
@@ -147,7 +148,7 @@ def run_generate(argv: list[str]) -> None:
     print(json.dumps(done) if options.json else "")
 
 
-def _start_reading(model: LanguageModel, options: Any, file: Path | None) -> Reading:
+def _start_reading(run: LoadedRun, options: Any, file: Path | None) -> Reading:
     """Return the session that reads the prompt: a new one, or a saved one.
 
     Raises:
@@ -156,9 +157,9 @@ def _start_reading(model: LanguageModel, options: Any, file: Path | None) -> Rea
     minutes = SAVE_EVERY_MINUTES if options.save_every_minutes is None else options.save_every_minutes
     source = file if options.resume else options.load_session
     if source is None:
-        return Reading(Session(model, compiled=options.compiled), file, minutes=minutes, start=Position())
+        return Reading(run.session(compiled=options.compiled), file, minutes=minutes, start=Position())
     source = user_path(source)
-    session = Session.load(source, model=model, compiled=options.compiled)
+    session = run.load_session(source, compiled=options.compiled)
     position = saved_position(source)
     if options.resume:
         if position is None:

@@ -2,6 +2,7 @@
 
 from memformer.data.building import build_corpus
 from memformer.data.corpus import Corpus, corpus_from_arrays
+from memformer.data.document_end import DocumentEndTokenizer, document_end_of
 from memformer.data.documents import Document
 from memformer.data.lanes import LaneStream
 from memformer.data.multitask import NUM_TASK_TOKENS, MultitaskConfig, MultitaskStream
@@ -19,6 +20,7 @@ __all__ = [
     "Corpus",
     "CurriculumConfig",
     "Document",
+    "DocumentEndTokenizer",
     "LaneStream",
     "MultitaskConfig",
     "MultitaskStream",
@@ -33,6 +35,7 @@ __all__ = [
     "TokenizerConfig",
     "build_corpus",
     "corpus_from_arrays",
+    "document_end_of",
     "image_shape",
     "iterate_documents",
     "load_tokenizer",

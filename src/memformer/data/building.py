@@ -23,6 +23,7 @@ from memformer.data.corpus import (
     check_ids,
     serialize_manifest,
 )
+from memformer.data.document_end import document_end_of
 from memformer.data.documents import Document
 from memformer.data.files import file_status
 from memformer.data.sources import (
@@ -51,15 +52,17 @@ def build_corpus(
     The cache key covers the source, its files (resolved path, size, times of modification and change), the commit of a
     data set on the Hugging Face hub, the tokenizer and `max_document_tokens`; a change in any of them builds a new
     corpus. A corpus appears in `cache` complete or not at all, even if two processes build it at the same
-    time. Documents without tokens are skipped.
+    time. Documents without tokens are skipped. If the tokenizer has an end-of-document token, every document ends with
+    it; no bytes are counted for it.
 
     Args:
         source: Source of the documents.
         tokenizer: Tokenizer that encodes them.
         cache: Folder of all corpora; created if missing.
-        max_document_tokens: Longer documents are cut into pieces of this many tokens; the last piece may be shorter.
-            The document's bytes are divided among the pieces in proportion to their tokens and rounded so that the sum
-            is exact; for bytes and pixels that is one byte per token. None: documents stay whole.
+        max_document_tokens: Longer documents are cut into pieces of this many tokens; the last piece may be shorter,
+            and an end-of-document token is added to it. The document's bytes are divided among the pieces in
+            proportion to their tokens and rounded so that the sum is exact; for bytes and pixels that is one byte per
+            token. None: documents stay whole.
         progress: Called with the number of bytes (pixels, for images) of the documents encoded so far.
 
     Raises:
@@ -122,6 +125,7 @@ def _write(
     piece_tokens: list[int] = []
     piece_bytes: list[int] = []
     num_tokens = 0
+    num_end_tokens = 0 if document_end_of(tokenizer) is None else 1
     checksum = 0
     tokens_path = folder / TOKENS_FILE
     # Only writes are wrapped: an OSError raised while reading the source must not become a SaveError.
@@ -133,9 +137,11 @@ def _write(
             checksum = zlib.crc32(content, checksum)
             with saving(tokens_path):
                 tokens_file.write(content)
-            for length, size in _cut(ids.size, num_bytes, max_document_tokens=max_document_tokens):
+            num_content = ids.size - num_end_tokens
+            for length, size in _cut(num_content, num_bytes, max_document_tokens=max_document_tokens):
                 piece_tokens.append(length)
                 piece_bytes.append(size)
+            piece_tokens[-1] += num_end_tokens
             num_tokens += ids.size
         with saving(tokens_path):
             tokens_file.flush()
@@ -164,7 +170,9 @@ def _write(
 def _encoded(
     source: SourceConfig, tokenizer: Tokenizer, progress: Callable[[int], None] | None
 ) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield the token ids of every document that has any, with its end-of-document token, and its number of bytes."""
     num_bytes = 0
+    document_end = document_end_of(tokenizer)
     for document in iterate_documents(source):
         parts = []
         for ids, size in _encoded_parts(document, tokenizer):
@@ -175,7 +183,7 @@ def _encoded(
         ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if ids.size:
             check_ids(ids, vocab_size=tokenizer.vocab_size, name=document.name)
-            yield ids, len(document.content)
+            yield ids if document_end is None else np.append(ids, document_end), len(document.content)
 
 
 def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:

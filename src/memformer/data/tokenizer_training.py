@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
+from memformer.data.document_end import DocumentEndTokenizer, fingerprint_with_end, plain
 from memformer.data.documents import Document
 from memformer.data.tokenizer_pipelines import END_OF_LINE, UNKNOWN_WORD, bpe_pipeline, word_pipeline
 from memformer.data.tokenizers import (
@@ -155,11 +156,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
     }
-    match tokenizer:
-        case PixelTokenizer():
-            config |= {"height": tokenizer.height, "width": tokenizer.width}
-        case TextTokenizer():
-            write_bytes(folder / _TOKENIZER_FILE, tokenizer.tokenizer.to_str().encode())
+    if isinstance(tokenizer, DocumentEndTokenizer):
+        config["end_of_document"] = True
+    match plain(tokenizer):
+        case PixelTokenizer(height=height, width=width):
+            config |= {"height": height, "width": width}
+        case TextTokenizer(tokenizer=definition):
+            write_bytes(folder / _TOKENIZER_FILE, definition.to_str().encode())
         case ByteTokenizer():
             pass
         case _:
@@ -188,6 +191,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not isinstance(config, dict) or config.get("format_version") != _FORMAT_VERSION:
         raise CheckpointError(f"{path} is not a tokenizer configuration of format version {_FORMAT_VERSION}")
     tokenizer = _build_tokenizer(config, folder)
+    if config.get("end_of_document") is True and not isinstance(tokenizer, PixelTokenizer):
+        tokenizer = DocumentEndTokenizer(tokenizer)
     if config.get("fingerprint") != tokenizer.fingerprint or config.get("vocab_size") != tokenizer.vocab_size:
         raise CheckpointError(
             f"{path} is damaged or belongs to another tokenizer: its fingerprint or vocab_size does not match"
@@ -211,7 +216,10 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             # Checked before parsing: the package panics on some invalid definitions.
-            if fingerprint_of_text(kind, definition) != config.get("fingerprint"):
+            fingerprint = fingerprint_of_text(kind, definition)
+            if config.get("end_of_document") is True:
+                fingerprint = fingerprint_with_end(fingerprint)
+            if fingerprint != config.get("fingerprint"):
                 raise CheckpointError(
                     f"{path} is damaged or was changed: its fingerprint does not match that in {_CONFIG_FILE}"
                 )

@@ -36,12 +36,26 @@ class Session:
             and decode more than twice as fast (the latter from the second segment on). The weights are stored twice.
             Compiling takes up to a minute, once per model and number of rows, and again if the weights have changed.
             Needs a C++ compiler. On CUDA, sessions launch CUDA graphs, compiled or not.
+        stop_token_ids: Token ids at which `generate` and `stream` stop, unless they are given others: usually the
+            end-of-document token of the model's tokenizer, as `LoadedRun.session` sets it.
+
+    Raises:
+        InputError: `batch_size` is below 1, a stop token is outside the vocabulary, or the model cannot be compiled.
     """
 
-    def __init__(self, model: nn.Module, *, batch_size: Integer = 1, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_size: Integer = 1,
+        compiled: bool = False,
+        stop_token_ids: Integers | None = None,
+    ) -> None:
         batch_size = check_integer("batch_size", batch_size, 1)
         self.model = _language_model(model)
         self.compiled = compiled
+        self.stop_token_ids: frozenset[int] = frozenset()
+        self.stop_token_ids = self._check_stop(stop_token_ids)
         self._streams = Streams(self.model, batch_size, compiled=compiled)
 
     @property
@@ -144,7 +158,7 @@ class Session:
             top_p: Sample only from the most likely tokens whose total probability reaches this value. None: from all.
             seed: Random seed, which makes the result reproducible. None: use PyTorch's global generator.
             stop_token_ids: One token id or several. A row ends with the first of them that it generates; its state
-                does not change while other rows continue.
+                does not change while other rows continue. An empty list: no row stops. None: those of the session.
 
         Raises:
             InputError: An option is out of range.
@@ -238,18 +252,21 @@ class Session:
         self.select_rows(chosen)
 
     def _check_stop(self, token_ids: Integers | None) -> frozenset[int]:
-        """Return the stop token ids as a set.
+        """Return the stop token ids as a set; None: those of the session.
 
         Raises:
             InputError: A token id is outside the vocabulary.
             InputTypeError: A token id is not an integer.
         """
-        given = () if token_ids is None else token_ids
-        return frozenset(check_integers("stop token id", given, 0, self.model.vocab_size - 1))
+        if token_ids is None:
+            return self.stop_token_ids
+        return frozenset(check_integers("stop token id", token_ids, 0, self.model.vocab_size - 1))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Session":
         """Return a session with the same state, which continues on its own; both use the same model."""
-        session = Session(self.model, batch_size=self.batch_size, compiled=self.compiled)
+        session = Session(
+            self.model, batch_size=self.batch_size, compiled=self.compiled, stop_token_ids=self.stop_token_ids
+        )
         with reading(self.model):
             session._streams.set_state({name: tensor.clone() for name, tensor in self._streams.state().items()})
         memo[id(self)] = session
@@ -270,7 +287,13 @@ class Session:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: nn.Module, compiled: bool = False, any_weights: bool = False
+        cls,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        compiled: bool = False,
+        any_weights: bool = False,
+        stop_token_ids: Integers | None = None,
     ) -> "Session":
         """Return the session saved by `save`.
 
@@ -280,14 +303,17 @@ class Session:
             compiled: Compile the decoding step, as for a new session.
             any_weights: Allow other weights of the same shapes than those that have read the stream so far. It is not
                 checked whether the memory is meaningful to them.
+            stop_token_ids: As for a new session.
 
         Raises:
             CheckpointError: The file is missing, damaged, of another version, or of another model.
+            InputError: As for a new session.
         """
         path, inner = user_path(path), _language_model(model)
         with reading(inner):
             state, metadata = read_state(path)
-        session = cls(inner, batch_size=state["memory"].shape[0], compiled=compiled)
+        batch_size = state["memory"].shape[0]
+        session = cls(inner, batch_size=batch_size, compiled=compiled, stop_token_ids=stop_token_ids)
         check_state(path, state, expected=session._streams.state(), model=inner)
         if not any_weights:
             check_weights(path, metadata, model=inner)

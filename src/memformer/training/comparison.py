@@ -198,8 +198,9 @@ def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
     """Return what decides which data a run was evaluated on."""
     data = run.config.get("data") or {}
     split = ("train", "validation_fraction", "seed") if data.get("validation") is None else ("validation",)
-    names = (*split, "test", "max_document_tokens", "recall")
-    chosen = dict(_flatten({"data": {name: data.get(name) for name in names}}))
+    names = (*split, "test", "end_of_document", "max_document_tokens", "recall")
+    # A run may be older than a key, whose value was then the default.
+    chosen = dict(_flatten({"data": {name: data.get(name) or None for name in names}}))
     if not by_content:
         return chosen
     assert run.inputs is not None

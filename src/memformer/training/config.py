@@ -28,6 +28,8 @@ class DataConfig:
         test: Test documents, with the same keys as data.train, for the final evaluation of the best weights. null: use
             the validation documents, by which these weights were chosen.
         tokenizer: Tokenizer (for images, every pixel is a token).
+        end_of_document: Add a token id that stands for the end of a document to the tokenizer and to every document.
+            The model learns to predict it, and generation stops by itself at it. For texts only.
         max_document_tokens: Split longer documents into pieces of this many tokens. null: do not split.
         seed: Seed that selects the held-out documents.
         recall: Train on a recall task instead of predicting documents: facts are inserted, filler segments follow, and
@@ -45,6 +47,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     test: SourceConfig | None = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    end_of_document: bool = False
     max_document_tokens: int | None = None
     seed: int = 0
     recall: RecallConfig | None = None
@@ -59,6 +62,10 @@ class DataConfig:
             raise InputError("data.recall and data.test are both given; a recall task generates its own test data")
         if self.recall is not None and self.multitask is not None:
             raise InputError("data.recall and data.multitask are both given; a recall task does not predict documents")
+        if self.recall is not None and self.end_of_document:
+            raise InputError(
+                "data.recall and data.end_of_document are both given; a recall task has no documents to end"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from memformer.data import (
     source_levels,
     train_tokenizer,
 )
+from memformer.data.document_end import DocumentEndTokenizer
 from memformer.data.recall.stream import check_segment_length, task_text
 from memformer.data.sources import source_bytes
 from memformer.errors import InputError
@@ -311,12 +312,18 @@ def default_cache() -> Path:
 def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     shape, levels = image_shape(config.train), source_levels(config.train)
     if shape is not None and levels is not None:
+        if config.end_of_document:
+            raise InputError(
+                f"data.end_of_document is for texts; data.train.kind ({config.train.kind!r}) holds images, which all "
+                "have the same number of pixels"
+            )
         return PixelTokenizer(levels, *shape)
     documents = iterate_documents(config.train) if config.tokenizer.kind != "bytes" else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
     is_shown = shows_progress and config.tokenizer.kind != "bytes"
     with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
-        return train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
+        tokenizer = train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
+    return DocumentEndTokenizer(tokenizer) if config.end_of_document else tokenizer
 
 
 def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:

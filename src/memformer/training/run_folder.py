@@ -11,13 +11,16 @@ import torch
 import yaml
 
 from memformer.data import ByteTokenizer, Tokenizer, load_tokenizer
+from memformer.data.document_end import stop_tokens_of
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import CheckpointError, InputError
+from memformer.generation.session import Session
 from memformer.models import LanguageModel, load_model
 from memformer.models.hugging_face import find_model_folder
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
 from memformer.training.processes import Processes
+from memformer.utils.checks import Integer
 from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
@@ -52,6 +55,27 @@ class LoadedRun:
     tokenizer: Tokenizer
     weights: Path
     run_config: dict[str, Any] | None
+
+    def session(self, *, batch_size: Integer = 1, compiled: bool = False) -> Session:
+        """Return a new session of the model, which stops by itself at the end-of-document token, if any.
+
+        Raises:
+            InputError: As `Session`.
+        """
+        return Session(self.model, batch_size=batch_size, compiled=compiled, stop_token_ids=self.stop_token_ids)
+
+    def load_session(self, path: str | Path, *, compiled: bool = False) -> Session:
+        """Return a saved session, which stops by itself like one from `session`.
+
+        Raises:
+            CheckpointError: As `Session.load`.
+        """
+        return Session.load(path, model=self.model, compiled=compiled, stop_token_ids=self.stop_token_ids)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The end-of-document token of the tokenizer, or nothing."""
+        return stop_tokens_of(self.tokenizer)
 
 
 def load_run(

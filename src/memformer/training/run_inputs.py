@@ -183,12 +183,22 @@ def find_changed_key(
         may_change: Keys that are not compared, besides `data.cache`.
         training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
+    # Keys that are newer than the run had their default value.
+    defaults = canonical(dataclasses.asdict(DataConfig()))
+    saved = {**saved, "data": _with_defaults(saved.get("data"), defaults)}
     fixed = ("seed", "model_type", "model", "data")
     for key, before, now in _differences(saved, canonical(config.to_dict())):
         top, _, rest = key.partition(".")
         if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in training):
             return f"the run began with {key}: {before}, now it is {now}"
     return None
+
+
+def _with_defaults(saved: Any, defaults: Any) -> Any:
+    """Return a saved section, completed by the defaults of the keys that it lacks."""
+    if not isinstance(saved, dict) or not isinstance(defaults, dict):
+        return saved
+    return {**defaults, **{key: _with_defaults(value, defaults.get(key)) for key, value in saved.items()}}
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

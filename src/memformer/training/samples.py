@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data import PixelTokenizer, Tokenizer
+from memformer.data.document_end import stop_tokens_of
 from memformer.generation.session import Session
 from memformer.models import LanguageModel
 from memformer.utils.files import atomic_write, write_text
@@ -29,7 +30,7 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_
         images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
         write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
     elif num_tokens:
-        steps = Session(model).stream(num_tokens, seed=seed)
+        steps = Session(model, stop_token_ids=stop_tokens_of(tokenizer)).stream(num_tokens, seed=seed)
         text = "".join(tokenizer.decode_stream(step[0] for step in steps))
         write_text(path.with_suffix(".txt"), text)
     return text
