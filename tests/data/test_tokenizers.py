@@ -230,7 +230,7 @@ def test_unknown_kind_is_refused() -> None:
     # Avoids the type checker of the tests, which a user's program does not have.
     config = object.__new__(TokenizerConfig)
     object.__setattr__(config, "kind", "char")
-    with pytest.raises(InputError, match=r"kind \('char'\) must be one of bytes, bpe, word"):
+    with pytest.raises(InputError, match=r"kind \('char'\) must be one of bytes, bpe, word, pretrained"):
         config.__post_init__()
 
 

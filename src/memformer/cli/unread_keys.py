@@ -86,7 +86,7 @@ def _drop_of_kind(section: object, name: str, key: str, config: type, options: S
 
 
 def _keys_of_tokenizer(kind: str) -> frozenset[str]:
-    return frozenset({"kind"} if kind == "bytes" else {"kind", "vocab_size"})
+    return frozenset({"kind", {"bpe": "vocab_size", "word": "vocab_size", "pretrained": "path"}.get(kind, "kind")})
 
 
 def _defaults(config: Any) -> Mapping[str, Any]:

@@ -189,7 +189,8 @@ def _encoded(
 def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
     """Yield the token ids of a document, in parts if it is long, and the number of bytes of each part."""
     content = document.content
-    if isinstance(content, bytes) and len(content) > STREAM_BLOCK_BYTES and tokenizer.kind != "bytes":
+    is_cut = tokenizer.kind not in {"bytes", "pretrained"}
+    if is_cut and isinstance(content, bytes) and len(content) > STREAM_BLOCK_BYTES:
         start = 0
         stream = io.BytesIO(content)
         for ids in encode_stream(tokenizer, stream, name=document.name):

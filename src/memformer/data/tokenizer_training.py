@@ -12,6 +12,13 @@ from tokenizers import pre_tokenizers, trainers
 
 from memformer.data.document_end import DocumentEndTokenizer, fingerprint_with_end, plain
 from memformer.data.documents import Document
+from memformer.data.outside_tokenizers import (
+    TOKENIZER_FILE,
+    PretrainedTokenizer,
+    parse_definition,
+    read_outside_tokenizer,
+)
+from memformer.data.tokenizer_json import from_tokenizer_json
 from memformer.data.tokenizer_pipelines import END_OF_LINE, UNKNOWN_WORD, bpe_pipeline, word_pipeline
 from memformer.data.tokenizers import (
     ByteTokenizer,
@@ -28,7 +35,6 @@ from memformer.utils.files import user_path, write_bytes
 
 _FORMAT_VERSION = 1
 _CONFIG_FILE = "tokenizer_config.json"
-_TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +44,31 @@ class TokenizerConfig:
     Args:
         kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, trained on the training documents. word:
             words separated by white space, with <eos> for the end of a line and <unk> for rare words (the convention of
-            WikiText).
+            WikiText). pretrained: a tokenizer made elsewhere, which must restore every text exactly.
         vocab_size: For bpe: number of tokens, at least 257; it may turn out lower if the documents contain too few
             pairs to merge. For word: maximum number of tokens, most frequent words first; null: all words.
 
     Raises:
-        InputError: `vocab_size` is missing for bpe, or does not fit the kind.
+        path: For pretrained: a tokenizer.json, or a folder that holds one. The run keeps a copy.
+
+    Raises:
+        InputError: `vocab_size` or `path` is missing, or does not fit the kind.
     """
 
-    kind: Literal["bytes", "bpe", "word"] = "bytes"
+    kind: Literal["bytes", "bpe", "word", "pretrained"] = "bytes"
     vocab_size: int | None = None
+    path: str | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        if self.path is not None and self.kind != "pretrained":
+            raise InputError(f"path ({self.path!r}) is for tokenizers of kind 'pretrained', not {self.kind!r}")
         match self.kind:
+            case "pretrained":
+                if self.path is None:
+                    raise InputError("path must be given for kind 'pretrained': a tokenizer.json or its folder")
+                if self.vocab_size is not None:
+                    raise InputError(f"vocab_size ({self.vocab_size}) is not for kind 'pretrained', which has its own")
             case "bytes":
                 if self.vocab_size not in {None, 256}:
                     raise InputError(f"vocab_size ({self.vocab_size}) must be 256 or not given for kind 'bytes'")
@@ -73,7 +90,7 @@ def train_tokenizer(
     text: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Tokenizer:
-    """Return a tokenizer of the configured kind, trained on `documents`; kind bytes reads none of them.
+    """Return a tokenizer of the configured kind, trained on `documents`; kinds bytes and pretrained read none of them.
 
     The same documents in the same order give the same tokenizer.
 
@@ -84,10 +101,14 @@ def train_tokenizer(
         progress: Called with the number of bytes of the documents read so far.
 
     Raises:
-        InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`.
+        InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`; or the
+            file of kind pretrained is missing or cannot be used.
     """
     if config.kind == "bytes":
         return ByteTokenizer()
+    if config.kind == "pretrained":
+        assert config.path is not None
+        return read_outside_tokenizer(config.path)
     blocks = chain(blocks_of_lines(text), _text_blocks(documents, config.kind, progress))
     if config.kind == "bpe":
         assert config.vocab_size is not None
@@ -139,7 +160,7 @@ def word_tokenizer(words: Sequence[str]) -> TextTokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write `tokenizer_config.json`, and for bpe and word also `tokenizer.json`, into `folder`.
+    """Write `tokenizer_config.json`, and for bpe, word and pretrained also `tokenizer.json`, into `folder`.
 
     Args:
         tokenizer: One of this package's tokenizers.
@@ -161,8 +182,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     match plain(tokenizer):
         case PixelTokenizer(height=height, width=width):
             config |= {"height": height, "width": width}
-        case TextTokenizer(tokenizer=definition):
-            write_bytes(folder / _TOKENIZER_FILE, definition.to_str().encode())
+        case TextTokenizer(tokenizer=definition) | PretrainedTokenizer(tokenizer=definition):
+            write_bytes(folder / TOKENIZER_FILE, definition.to_str().encode())
         case ByteTokenizer():
             pass
         case _:
@@ -177,7 +198,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer that `save_tokenizer` wrote into `folder`.
+    """Return the tokenizer that `save_tokenizer` wrote into `folder`, or the one of a folder that transformers wrote.
 
     Raises:
         CheckpointError: A file is missing or damaged, or has a kind or version that this package does not support.
@@ -188,6 +209,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if isinstance(config, dict) and "tokenizer_class" in config:
+        return _read_from_transformers(folder / TOKENIZER_FILE)
     if not isinstance(config, dict) or config.get("format_version") != _FORMAT_VERSION:
         raise CheckpointError(f"{path} is not a tokenizer configuration of format version {_FORMAT_VERSION}")
     tokenizer = _build_tokenizer(config, folder)
@@ -200,6 +223,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def _read_from_transformers(path: Path) -> Tokenizer:
+    try:
+        return from_tokenizer_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except InputError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
 def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
     match config:
         case {"kind": "bytes"}:
@@ -209,8 +241,8 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
                 return PixelTokenizer(levels, height, width)
             except InputError as error:
                 raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
-        case {"kind": "bpe" | "word" as kind}:
-            path = folder / _TOKENIZER_FILE
+        case {"kind": "bpe" | "word" | "pretrained" as kind}:
+            path = folder / TOKENIZER_FILE
             try:
                 definition = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -224,9 +256,9 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
                     f"{path} is damaged or was changed: its fingerprint does not match that in {_CONFIG_FILE}"
                 )
             try:
-                return TextTokenizer(kind, tokenizers.Tokenizer.from_str(definition))
-            # The package raises plain `Exception` for a definition it cannot parse.
-            except Exception as error:
+                tokenizer = parse_definition(definition)
+                return PretrainedTokenizer(tokenizer) if kind == "pretrained" else TextTokenizer(kind, tokenizer)
+            except InputError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
         case _:
             raise CheckpointError(

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,7 +88,7 @@ class ByteTokenizer:
         Raises:
             InputError: The document is an image.
         """
-        return np.frombuffer(_text_bytes(content, kind=self.kind, name=name), np.uint8)
+        return np.frombuffer(text_bytes(content, kind=self.kind, name=name), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """Return the ids as bytes.
@@ -96,7 +96,7 @@ class ByteTokenizer:
         Raises:
             InputError: An id is not a byte.
         """
-        return bytes(_checked_id(token, self.vocab_size) for token in ids)
+        return bytes(check_token_id(token, self.vocab_size) for token in ids)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield characters as soon as their UTF-8 bytes are complete, and U+FFFD for bytes that are not UTF-8.
@@ -104,7 +104,7 @@ class ByteTokenizer:
         Raises:
             InputError: An id is not a byte.
         """
-        return _decode_utf8(bytes((_checked_id(token, self.vocab_size),)) for token in ids)
+        return join_utf8(bytes((check_token_id(token, self.vocab_size),)) for token in ids)
 
 
 class PixelTokenizer:
@@ -155,7 +155,7 @@ class PixelTokenizer:
         Raises:
             InputError: An id is not a grey level.
         """
-        return bytes(_checked_id(token, self.vocab_size) for token in ids)
+        return bytes(check_token_id(token, self.vocab_size) for token in ids)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield one character per pixel, chosen by grey level, and a newline after every row.
@@ -164,7 +164,7 @@ class PixelTokenizer:
             InputError: An id is not a grey level.
         """
         for position, token in enumerate(ids, start=1):
-            shade = self._SHADES[_checked_id(token, self.vocab_size) * len(self._SHADES) // self.vocab_size]
+            shade = self._SHADES[check_token_id(token, self.vocab_size) * len(self._SHADES) // self.vocab_size]
             yield shade + "\n" if position % self.width == 0 else shade
 
 
@@ -195,7 +195,7 @@ class TextTokenizer:
         self.vocab_size = tokenizer.get_vocab_size()
         self.fingerprint = fingerprint_of_text(kind, definition)
         self._words = [str(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
-        self._pieces = [_piece_bytes(word) for word in self._words] if kind == "bpe" else []
+        self._pieces = [piece_bytes(word, kind=kind) for word in self._words] if kind == "bpe" else []
 
     def encode(self, content: bytes | NDArray[np.uint8], name: str) -> NDArray[np.integer[Any]]:
         """Return the token ids of a text.
@@ -203,7 +203,7 @@ class TextTokenizer:
         Raises:
             InputError: The document is an image, or not UTF-8.
         """
-        text = decode_utf8(_text_bytes(content, kind=self.kind, name=name), name=name)
+        text = decode_utf8(text_bytes(content, kind=self.kind, name=name), name=name)
         blocks = blocks_of_lines(text)
         dtype = smallest_dtype(self.vocab_size)
         parts = [np.empty(0, dtype)]
@@ -219,7 +219,7 @@ class TextTokenizer:
             InputError: An id is outside the vocabulary.
         """
         if self.kind == "bpe":
-            return b"".join(self._pieces[_checked_id(token, self.vocab_size)] for token in ids)
+            return b"".join(self._pieces[check_token_id(token, self.vocab_size)] for token in ids)
         return "".join(self.decode_stream(ids)).encode()
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -229,11 +229,11 @@ class TextTokenizer:
             InputError: An id is outside the vocabulary.
         """
         if self.kind == "bpe":
-            yield from _decode_utf8(self._pieces[_checked_id(token, self.vocab_size)] for token in ids)
+            yield from join_utf8(self._pieces[check_token_id(token, self.vocab_size)] for token in ids)
             return
         is_line_start = True
         for token in ids:
-            word = self._words[_checked_id(token, self.vocab_size)]
+            word = self._words[check_token_id(token, self.vocab_size)]
             if word == END_OF_LINE:
                 yield "\n"
             else:
@@ -272,40 +272,57 @@ def blocks_of_lines(text: str) -> Iterator[str]:
 def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
     """Yield the token ids of a binary stream part by part; joined, they are the ids of the whole content.
 
-    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere.
+    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. Nothing is
+    known of a tokenizer of kind pretrained, so for it the whole text is held in memory and is one part.
 
     Raises:
         InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
     """
+    if tokenizer.kind == "pretrained":
+        yield tokenizer.encode(b"".join(_blocks(stream, name)), name)
+        return
     rest, start = b"", 0
-    while True:
-        try:
-            # `read1` returns the bytes that have arrived, not a whole block: the stream may be an endless pipe.
-            block = stream.read1(STREAM_BLOCK_BYTES)
-        except OSError as error:
-            raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+    for block in chain(_blocks(stream, name), [b""]):
         end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
         content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
         if content:
             yield tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
             start += len(content)
-        if not block:
-            return
 
 
-def _text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> bytes:
+def _blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:
+    try:
+        # `read1` returns the bytes that have arrived, not a whole block: the stream may be an endless pipe.
+        while block := stream.read1(STREAM_BLOCK_BYTES):
+            yield block
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> bytes:
+    """Return a document's content, which must be a text.
+
+    Raises:
+        InputError: The document is an image.
+    """
     if not isinstance(content, bytes):
         raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads text")
     return content
 
 
-def _checked_id(token: int, vocab_size: int) -> int:
+def check_token_id(token: int, vocab_size: int) -> int:
+    """Return a token id as an int, after checking that it is in the vocabulary.
+
+    Raises:
+        InputError: It is not.
+    """
     if not 0 <= token < vocab_size:
         raise InputError(f"token id ({token}) must be from 0 to {vocab_size - 1}")
     return int(token)
 
 
-def _decode_utf8(pieces: Iterable[bytes]) -> Iterator[str]:
+def join_utf8(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield the characters of pieces of UTF-8 as soon as they are complete, and U+FFFD for bytes that are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for piece in pieces:
         if text := decoder.decode(piece):
@@ -322,11 +339,16 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_of_character()
+BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _piece_bytes(piece: str) -> bytes:
+def piece_bytes(piece: str, *, kind: str) -> bytes:
+    """Return the bytes that a token of byte-level BPE stands for.
+
+    Raises:
+        InputError: The token is not byte-level.
+    """
     try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+        return bytes(BYTE_OF_CHARACTER[character] for character in piece)
     except KeyError as error:
-        raise InputError(f"token {piece!r} of a tokenizer of kind 'bpe' is not byte-level") from error
+        raise InputError(f"token {piece!r} of a tokenizer of kind {kind!r} is not byte-level") from error

@@ -62,6 +62,8 @@ class DataConfig:
             raise InputError("data.recall and data.test are both given; a recall task generates its own test data")
         if self.recall is not None and self.multitask is not None:
             raise InputError("data.recall and data.multitask are both given; a recall task does not predict documents")
+        if self.recall is not None and self.tokenizer.kind == "pretrained":
+            raise InputError("data.recall needs data.tokenizer.kind 'bytes', 'bpe' or 'word', not 'pretrained'")
         if self.recall is not None and self.end_of_document:
             raise InputError(
                 "data.recall and data.end_of_document are both given; a recall task has no documents to end"

@@ -318,9 +318,10 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
                 "have the same number of pixels"
             )
         return PixelTokenizer(levels, *shape)
-    documents = iterate_documents(config.train) if config.tokenizer.kind != "bytes" else iter(())
+    is_learned = config.tokenizer.kind in {"bpe", "word"}
+    documents = iterate_documents(config.train) if is_learned else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
-    is_shown = shows_progress and config.tokenizer.kind != "bytes"
+    is_shown = shows_progress and is_learned
     with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
         tokenizer = train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
     return DocumentEndTokenizer(tokenizer) if config.end_of_document else tokenizer

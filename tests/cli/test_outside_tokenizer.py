@@ -1,0 +1,54 @@
+"""A run with a tokenizer that was made elsewhere keeps it whole, so its file is needed only once."""
+
+import shutil
+
+import pytest
+
+from memformer.data import DocumentEndTokenizer, PretrainedTokenizer
+from memformer.training.run_folder import load_run
+from tests.cli.calls import call, call_json, refused
+from tests.data.outside import byte_level, word_piece
+
+
+@pytest.fixture(scope="module")
+def trained(base):
+    (base / "outside").mkdir()
+    byte_level().save(str(base / "outside" / "tokenizer.json"))
+    options = ("--data.tokenizer.kind", "pretrained", "--data.tokenizer.path", base / "outside")
+    options += ("--data.end_of_document", "true", "--folder", base / "outside-run", "--training.num_updates", "2")
+    result = call_json("train", base / "config.yaml", *options)
+    shutil.rmtree(base / "outside")
+    return base / "outside-run", result
+
+
+def test_a_run_is_trained_evaluated_and_resumed_without_the_file(trained, base):
+    folder, result = trained
+    tokenizer = load_run(folder).tokenizer
+    assert isinstance(tokenizer, DocumentEndTokenizer)
+    assert tokenizer.inner.fingerprint == PretrainedTokenizer(byte_level()).fingerprint
+    assert call_json("evaluate", folder)["with_memory"] == result["with_memory"]
+    prompt = "the cat\n\nsat"
+    generated = call_json("generate", folder, "--prompt", prompt, "--max_new_tokens", "9", "--seed", "1")
+    assert generated["prompt_tokens"] == len(byte_level().encode(prompt).ids)
+    assert call_json("train", folder, "--resume", "--training.num_updates", "3")["run"] == str(folder)
+    changed = ("--data.tokenizer.path", base / "texts")
+    assert "the run began with data.tokenizer.path" in refused("train", folder, "--resume", *changed)
+
+
+def test_what_cannot_be_used_is_refused_in_one_sentence(base, tmp_path):
+    word_piece().save(str(tmp_path / "tokenizer.json"))
+    config = (base / "config.yaml", "--folder", tmp_path / "run", "--data.tokenizer.kind", "pretrained")
+    message = f"{tmp_path / 'tokenizer.json'} cannot be used: the tokenizer has no tokens for 'T', which would be lost"
+    assert message in refused("train", *config, "--data.tokenizer.path", tmp_path)
+    assert "path must be given for kind 'pretrained'" in refused("train", *config)
+    path = ("--data.tokenizer.path", tmp_path, "--data.recall.task", "passkey")
+    assert "data.recall needs data.tokenizer.kind 'bytes', 'bpe' or 'word', not 'pretrained'" in refused(
+        "train", *config, *path
+    )
+
+
+def test_another_kind_does_not_read_the_path(trained, tmp_path):
+    options = ("--folder", tmp_path / "run", "--data.tokenizer.kind", "bytes", "--training.num_updates", "1")
+    status, _, error = call("train", trained[0], *options)
+    assert status == 0, error
+    assert "data.tokenizer.kind bytes does not read data.tokenizer.path" in error
