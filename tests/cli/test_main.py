@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from tests.cli.calls import call, refused
         (["train", "--help"], "memformer train experiments/text.yaml --data.train.path my_book.txt"),
         (["evaluate", "--help"], "memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json"),
         (["generate", "--help"], "cat chapters/*.txt | memformer generate runs/demo --prompt_file -"),
+        (["export", "--help"], "memformer export runs/demo --hf exported/demo"),
         (["report", "--help"], "memformer report runs/demo"),
         (["compare", "--help"], "memformer compare runs/book runs/transformer-xl"),
         (["--version"], "memformer 0."),
@@ -56,7 +58,7 @@ def test_no_command_at_all():
 
 
 def test_an_unknown_command():
-    known = "train, evaluate, retention, generate, report, compare, reproduce"
+    known = "train, evaluate, retention, generate, export, report, compare, reproduce"
     assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 
@@ -173,3 +175,9 @@ def test_durations():
         "2 min",
         "2 h 1 min",
     ]
+
+
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
+def test_export_without_the_extra_names_it(tmp_path):
+    message = refused("export", tmp_path, "--hf", tmp_path / "out")
+    assert message == "memformer.hf needs the package transformers: pip install 'memformer-lm[hf]'"

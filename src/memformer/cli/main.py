@@ -15,6 +15,7 @@ from pathlib import Path
 
 from memformer.cli.compare import run_compare
 from memformer.cli.evaluate import run_evaluate
+from memformer.cli.export import run_export
 from memformer.cli.generate import run_generate
 from memformer.cli.parsing import version
 from memformer.cli.report import run_report
@@ -35,6 +36,7 @@ Train and use sequence models that read arbitrarily long input with a memory of 
   memformer evaluate RUN                          perplexity and bits per byte, with the memory intact and erased
   memformer retention RUN                         accuracy or memory gain against the age of the information
   memformer generate RUN                          continue a prompt of any length, or sample images
+  memformer export RUN --hf FOLDER                write a folder that Hugging Face transformers reads
   memformer report RUN                            write an HTML summary of a run
   memformer compare RUN RUN ...                   a table and a plot of several runs
   memformer reproduce TABLE                       train and write one of the paper's tables
@@ -105,6 +107,7 @@ def _handler(command: str) -> Callable[[list[str]], None]:
         "evaluate": run_evaluate,
         "retention": run_retention,
         "generate": run_generate,
+        "export": run_export,
         "report": run_report,
         "compare": run_compare,
         "reproduce": run_reproduce,

@@ -130,7 +130,16 @@ def version() -> str:
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments shared by all commands that use a trained model."""
+    """Add the arguments shared by all commands that compute with a trained model."""
+    add_model_arguments(parser)
+    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads of torch. Default: as in training."
+    )
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that choose a trained model, and --json."""
     parser.add_argument(
         "run",
         type=str,
@@ -150,10 +159,6 @@ def add_run_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="Number of memory slots to use (a slot is one vector of the memory); for models with "
         "exchangeable_slots only. Default: as trained.",
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--threads", type=int | None, default=None, help="CPU threads of torch. Default: as in training."
     )
 
 

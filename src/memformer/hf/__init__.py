@@ -1,8 +1,8 @@
 """Models of this library as models of Hugging Face transformers (extra `hf`).
 
-Importing this package registers the models: afterwards `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` read the
-folders of this library and of `save_pretrained`. Importing transformers takes some seconds, and no other package of
-this library imports it.
+Importing this package registers the models: afterwards `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
+`AutoTokenizer` read the folders of this library and of `save_pretrained`. Importing transformers takes some seconds,
+and no other package of this library imports it.
 """
 
 from memformer.hf.versions import check_transformers
@@ -31,6 +31,7 @@ from memformer.hf.modeling import (  # noqa: E402
     TransformerXLModel,
 )
 from memformer.hf.registration import as_causal_lm, register  # noqa: E402
+from memformer.hf.tokenization import as_hf_tokenizer  # noqa: E402
 
 __all__ = [
     "CompressiveTransformerForCausalLM",
@@ -51,6 +52,7 @@ __all__ = [
     "TransformerXLHFConfig",
     "TransformerXLModel",
     "as_causal_lm",
+    "as_hf_tokenizer",
 ]
 
 register()

@@ -1,6 +1,6 @@
 """Registration of the models with the Auto classes of transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from memformer.hf.modeling import (
     CompressiveTransformerForCausalLM,
@@ -16,6 +16,7 @@ from memformer.hf.modeling import (
     TransformerXLForCausalLM,
     TransformerXLModel,
 )
+from memformer.hf.tokenization import MemformerTokenizer
 from memformer.models import LanguageModel
 
 CAUSAL_MODELS: tuple[type[RecurrentForCausalLM], ...] = (
@@ -39,6 +40,7 @@ def register() -> None:
     for model in CAUSAL_MODELS:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        AutoTokenizer.register(model.config_class, MemformerTokenizer, exist_ok=True)
     for hidden_model in HIDDEN_MODELS:
         AutoModel.register(hidden_model.config_class, hidden_model, exist_ok=True)
 

@@ -1,0 +1,45 @@
+"""Text tokenizers of this library as tokenizers of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from memformer.data.document_end import document_end_of
+from memformer.data.tokenizer_json import BEGIN_TOKEN, END_TOKEN, as_tokenizer_json
+from memformer.data.tokenizer_training import load_tokenizer
+from memformer.data.tokenizers import Tokenizer
+from memformer.utils.files import user_path
+
+
+def as_hf_tokenizer(tokenizer: Tokenizer) -> Any:
+    """Return a `PreTrainedTokenizerFast` with the same ids for any text.
+
+    It adds no token to a text. Its token for begin and padding has the id of the model's `[BOS]`, which is never read.
+
+    Raises:
+        InputError: The tokenizer reads images.
+    """
+    return PreTrainedTokenizerFast(
+        tokenizer_object=as_tokenizer_json(tokenizer, has_begin_token=True),
+        bos_token=BEGIN_TOKEN,
+        pad_token=BEGIN_TOKEN,
+        eos_token=None if document_end_of(tokenizer) is None else END_TOKEN,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class MemformerTokenizer(PreTrainedTokenizerFast):
+    """Reader of the tokenizers that `memformer.data.save_tokenizer` wrote, for `AutoTokenizer`."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *args: object, **kwargs: object) -> Any:
+        """Return the tokenizer in a folder as a `PreTrainedTokenizerFast`.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+            InputError: The tokenizer reads images.
+        """
+        return as_hf_tokenizer(load_tokenizer(user_path(folder)))
