@@ -44,6 +44,27 @@ def test_a_module_imports_only_earlier_layers(file):
     assert wrong == []
 
 
+@pytest.mark.parametrize("package", ["transformers", "accelerate", "lm_eval"])
+def test_only_the_adapters_import_the_packages_that_they_adapt_to(package):
+    importing = [
+        file.relative_to(PACKAGE).parts[0]
+        for file in MODULES
+        if package in modules_of(file.read_text(encoding="utf-8"))
+    ]
+    assert set(importing) <= {"hf", "lm_eval"}
+
+
+def modules_of(code):
+    """Return the top-level packages that a module imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            names.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names
+
+
 def test_the_top_level_has_no_other_modules():
     modules = {file.stem for file in PACKAGE.glob("*.py")}
     assert modules == {"__init__", "__main__", "errors", "shapes", "rollout"}

@@ -58,10 +58,13 @@ def scattered(rows, **options):
     return placed(rows, columns, width=width, **options)
 
 
-def session_logits(model, tokens):
-    """Return the logits (T + 1, V) before and after each token, from a session of the library."""
-    session = Session(model)
-    return torch.cat([session.token_logits(tokens), session.next_token_logits()])
+def session_logits(model, rows):
+    """Return for each row the logits (T + 1, V) before and after each token, from a session of the library."""
+    session = Session(model, batch_size=len(rows))
+    predicted = session.token_logits([row.tolist() for row in rows])
+    return [
+        torch.cat([logits, last[None]]) for logits, last in zip(predicted, session.next_token_logits(), strict=True)
+    ]
 
 
 def rollout_of(tokens):

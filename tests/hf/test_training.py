@@ -17,7 +17,9 @@ from memformer import Session, backpropagate, load_model
 from tests.helpers import SEGMENT_LENGTH, assert_close
 from tests.hf.models import make_hf, rollout_of, texts
 
-LENGTH = 3 * SEGMENT_LENGTH
+LENGTH = 2 * SEGMENT_LENGTH
+# For tests with many updates.
+SMALL = {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_slots": 3}
 
 
 def batch(num_rows, seed=3):
@@ -170,9 +172,9 @@ def own_updates(model, batches, *, num_updates):
 
 
 def test_twenty_updates_of_the_trainer_are_those_of_the_library(tmp_path):
-    model, collator = make_hf(), Recorder()
+    model, collator = make_hf(**SMALL), Recorder()
     make_trainer(model, tmp_path, collator).train()
-    own = make_hf().memformer
+    own = make_hf(**SMALL).memformer
     assert len(collator.batches) >= 40
     own_updates(own, collator.batches[:40], num_updates=20)
     for found, expected in zip(model.memformer.parameters(), own.parameters(), strict=True):
@@ -180,10 +182,10 @@ def test_twenty_updates_of_the_trainer_are_those_of_the_library(tmp_path):
 
 
 def test_the_trainer_saves_resumes_evaluates_and_is_reloaded(tmp_path):
-    whole = make_hf()
+    whole = make_hf(**SMALL)
     trainer = make_trainer(whole, tmp_path, Recorder(), max_steps=8, save_strategy="steps", save_steps=4)
     trainer.train()
-    resumed = make_hf()
+    resumed = make_hf(**SMALL)
     again = make_trainer(resumed, tmp_path, Recorder(), max_steps=8, save_strategy="steps", save_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
