@@ -10,7 +10,7 @@ setup: .venv/.complete
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
 # Trains a model that recalls one fact after 10,000 segments; takes about two minutes on a CPU.
