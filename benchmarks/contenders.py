@@ -356,6 +356,7 @@ def main() -> None:
         "state_bytes": contender.state_bytes(),
         "useful_flops": contender.useful_flops(),
         "torch": torch.__version__,
+        "memformer": getattr(sys.modules.get("memformer"), "__file__", None),
     }
     print(json.dumps(facts), flush=True)
     tokens = contender.batch_size * contender.num_segments * contender.length

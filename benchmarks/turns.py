@@ -5,6 +5,7 @@ is built once and warmed up once; while one works, the others wait.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,12 +23,17 @@ class Contender:
             of properties, and answers each line on stdin with a line of JSON.
         name: The model's name in the script.
         options: The model's options.
+        source: Folder from which packages are imported first. None: as in this process.
     """
 
-    def __init__(self, python: str, script: str, name: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, python: str, script: str, name: str, options: Mapping[str, Any], *, source: Path | None = None
+    ) -> None:
+        environment = dict(os.environ) if source is None else {**os.environ, "PYTHONPATH": str(source.resolve())}
         command = [python, str(Path(__file__).parent / script), name, json.dumps(dict(options))]
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.facts = self._answer()
 
     def work(self, what: str) -> dict[str, Any]:
