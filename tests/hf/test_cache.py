@@ -66,7 +66,7 @@ def test_padding_inside_the_vocabulary_is_refused_where_rows_would_read_it():
 
 def test_a_cache_goes_on_with_new_masked_columns_in_chunks():
     model, rows = make_hf(), texts()
-    ids, mask = left_padded(rows)
+    ids, mask = left_padded(rows, filler=3)
     once = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :]
     for past in (0, 6):  # the mask of the new columns alone, or of all of them
         cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache

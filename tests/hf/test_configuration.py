@@ -77,6 +77,16 @@ def test_special_tokens_outside_the_predicted_ones_give_no_warning(caplog):
     assert config.num_token_ids == 13
 
 
+def test_given_special_tokens_are_kept():
+    config = hf.MemformerHFConfig(pad_token_id=300, bos_token_id=256, eos_token_id=[1, 2])
+    again = hf.MemformerHFConfig.from_dict(json.loads(config.to_json_string()))
+    assert (again.pad_token_id, again.bos_token_id, again.eos_token_id) == (300, 256, [1, 2])
+    model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**tiny_config().to_dict(), pad_token_id=12))
+    assert model.generation_config.pad_token_id == 12
+    ids = torch.tensor([[12, 1, 2, 12]])
+    assert torch.equal(model(ids).logits[0, 2], model(ids[:, 1:3]).logits[0, 1])
+
+
 def test_models_are_made_from_configs_by_the_auto_classes():
     fields = {**tiny_config().to_dict(), "num_slots": 3}
     model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**fields))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
-from memformer import Session, backpropagate, hf
+from memformer import Memformer, Session, backpropagate, hf
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
 from tests.hf.models import (
     BOS,
@@ -226,6 +226,17 @@ def test_hidden_states_do_not_depend_on_padding(kind):
     found = hidden_model(ids, attention_mask=mask).last_hidden_state
     for row, states in enumerate(alone):
         assert_close(found[row][mask[row] == 1], states)
+    assert_close(alone[0][:SEGMENT_LENGTH], first_states(kind.memformer, texts()[0][None, :SEGMENT_LENGTH]))
+
+
+def first_states(model, segment):
+    """Return the states that a model reads its first segment into."""
+    bos = torch.tensor([[BOS]])
+    if isinstance(model, Memformer):
+        _, memory = model.encode(bos)
+        return model.encode(segment, memory=memory)[0][0, :SEGMENT_LENGTH]
+    hidden, memory = model.encode(torch.cat([bos, segment[:, :-1]], dim=1))
+    return torch.cat([hidden[0, 1:], model.encode(segment[:, -1:], memory=memory)[0][0]])
 
 
 def test_a_loaded_session_goes_on_in_transformers(tmp_path):
