@@ -56,7 +56,7 @@ class SessionFile:
 
     def is_as_written(self) -> bool:
         """Read the files and compare."""
-        found = Session.load(self.files[0], model=self.model)._state()
+        found = Session.load(self.files[0], model=self.model)._streams.state()
         return all(torch.equal(found[name], tensor) for name, tensor in self.session._streams.state().items())
 
 
