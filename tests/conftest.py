@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import jaxtyping
 import pytest
 import torch
 
@@ -5,6 +8,29 @@ from tests.helpers import VARIANTS, tiny_model
 
 # Tests are small and run side by side: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+# Tests of whole runs and commands, which call the functions that the other tests check: checking every shape and type
+# again at every call would take half of their time.
+UNCHECKED = (
+    *("cli", "hf", "lm_eval", "reproduction"),
+    *("test_gpu_benchmark.py", "test_readme.py", "test_saved_before.py"),
+)
+CHECKED_OF_TRAINING = ("test_engine", "test_replay", "test_replay_of_baselines")
+
+
+def is_checked(path: Path) -> bool:
+    """Return whether shapes and types are checked in the tests of a file."""
+    first = path.relative_to(Path(__file__).parent).parts[0]
+    return first not in UNCHECKED and (first != "training" or path.stem in CHECKED_OF_TRAINING)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shape_checks(request):
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", before or not is_checked(request.path))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

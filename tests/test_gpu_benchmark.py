@@ -6,7 +6,6 @@ import signal
 import sys
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -18,12 +17,6 @@ from memformer.evaluation.flops import flops_per_token
 from memformer.training import loop
 from memformer.training.logs import read_log
 from tests.data.test_images import idx_bytes
-
-
-@pytest.fixture(autouse=True)
-def _without_checks_of_types(monkeypatch):
-    """Shapes and types are checked by the other tests; here that would be most of the time."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture
