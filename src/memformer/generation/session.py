@@ -34,7 +34,7 @@ class Session:
         batch_size: Number of rows.
         compiled: Compile reading and decoding of a Memformer. With few rows, small models then read about five times
             and decode more than twice as fast (the latter from the second segment on). The weights are stored twice.
-            Compiling takes up to half a minute, once per model and number of rows, and again if the weights have changed.
+            Compiling takes up to a minute, once per model and number of rows, and again if the weights have changed.
             Needs a C++ compiler. On CUDA, sessions launch CUDA graphs, compiled or not.
         stop_token_ids: Token ids at which `generate` and `stream` stop, unless they are given others: usually the
             end-of-document token of the model's tokenizer, as `LoadedRun.session` sets it.
