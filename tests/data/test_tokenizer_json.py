@@ -1,6 +1,7 @@
 """tokenizer.json: the `tokenizers` package gives the same ids as this package's tokenizers, and they are read back."""
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -31,7 +32,9 @@ PLAIN = {
     "SentencePiece": PretrainedTokenizer(sentence_piece()),
 }
 ALL = {**PLAIN, **{f"{name}, ended": DocumentEndTokenizer(tokenizer) for name, tokenizer in PLAIN.items()}}
-TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581") | st.sampled_from("the cat\n \r"))
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+# hypothesis also tries strings of the source code, some of which are special tokens: those become one id in the file.
+TEXTS = st.text(CHARACTERS | st.sampled_from("the cat\n \r")).filter(lambda text: not re.search("<.+>", text))
 each = pytest.mark.parametrize("name", ALL)
 
 
