@@ -5,6 +5,7 @@ def test_public_names():
     assert set(memformer.__all__) == {
         "AttentionRecord",
         "CheckpointError",
+        "ClassificationStream",
         "CompressiveTransformer",
         "CompressiveTransformerConfig",
         "Evaluation",
@@ -14,7 +15,9 @@ def test_public_names():
         "LSTMConfig",
         "Likelihood",
         "Memformer",
+        "MemformerClassificationConfig",
         "MemformerConfig",
+        "MemformerForSequenceClassification",
         "RecurrentMemoryTransformer",
         "RecurrentMemoryTransformerConfig",
         "RecurrentModel",

@@ -8,8 +8,10 @@ from memformer.evaluation.likelihood import Evaluation, Likelihood, evaluate
 from memformer.generation.session import Session
 from memformer.models import (
     LSTM,
+    ClassificationStream,
     CompressiveTransformer,
     Memformer,
+    MemformerForSequenceClassification,
     RecurrentMemoryTransformer,
     RecurrentModel,
     TransformerXL,
@@ -22,6 +24,7 @@ from memformer.models.baseline_configs import (
     RecurrentMemoryTransformerConfig,
     TransformerXLConfig,
 )
+from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.models.config import MemformerConfig
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
@@ -33,6 +36,7 @@ __all__ = [
     "LSTM",
     "AttentionRecord",
     "CheckpointError",
+    "ClassificationStream",
     "CompressiveTransformer",
     "CompressiveTransformerConfig",
     "Evaluation",
@@ -41,7 +45,9 @@ __all__ = [
     "LSTMConfig",
     "Likelihood",
     "Memformer",
+    "MemformerClassificationConfig",
     "MemformerConfig",
+    "MemformerForSequenceClassification",
     "RecurrentMemoryTransformer",
     "RecurrentMemoryTransformerConfig",
     "RecurrentModel",

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
+from memformer.utils.token_ids import check_token_ids
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
 
@@ -27,7 +28,7 @@ def check_token_rows(token_ids: TokenIds, *, batch_size: int, vocab_size: int) -
         InputError: A token id is outside the vocabulary, or the number of rows is not `batch_size`.
         InputTypeError: The token ids are not integers.
     """
-    return [_check_row(row, vocab_size) for row in _split(token_ids, batch_size)]
+    return [check_token_ids(row, vocab_size=vocab_size) for row in _split(token_ids, batch_size)]
 
 
 def in_chunks(rows: list[NDArray[np.integer]]) -> Iterator[list[Tensor]]:
@@ -49,20 +50,6 @@ def _split(token_ids: TokenIds, batch_size: int) -> list[object]:
             f"a session of {batch_size} rows was fed {len(rows)} items; it needs a list with the token ids of each row"
         )
     return list(rows)
-
-
-def _check_row(row: object, vocab_size: int) -> NDArray[np.integer]:
-    ids = np.asarray(row.cpu() if isinstance(row, Tensor) else row)
-    if ids.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if ids.dtype.kind not in "iu":
-        raise InputTypeError(f"token ids have dtype {ids.dtype}; they must be integers")
-    if ids.ndim != 1:
-        raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise InputError(f"token id {wrong} is outside the vocabulary; valid ids are 0 to {vocab_size - 1}")
-    return ids
 
 
 def _has_length(value: object) -> bool:

@@ -1,5 +1,6 @@
 """Models with one common interface: a recurrence over segments plus a readout."""
 
+from memformer.models.classification import ClassificationStream, MemformerForSequenceClassification
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.language_model import LanguageModel
 from memformer.models.loading import build_model, load_model
@@ -12,9 +13,11 @@ from memformer.models.transformer_xl import TransformerXL
 
 __all__ = [
     "LSTM",
+    "ClassificationStream",
     "CompressiveTransformer",
     "LanguageModel",
     "Memformer",
+    "MemformerForSequenceClassification",
     "NextTokenModel",
     "RecurrentMemoryTransformer",
     "RecurrentModel",

@@ -127,16 +127,13 @@ class TransformerConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemformerConfig(TransformerConfig):
-    """Config of a Memformer (arXiv 2010.06891v2, section 3).
-
-    The defaults are a small byte-level model. These fields also set the paper's sizes and the ablations of its Table 1.
+class MemoryEncoderConfig(TransformerConfig):
+    """Config fields of the Memformer's encoder and memory, shared by the models that are built on them.
 
     Args:
         num_special_tokens: Number of token ids after `[BOS]` that can be inputs but are never predicted.
             `data.multitask` needs three.
         num_encoder_layers: Number of layers of the encoder, which reads a segment and the memory.
-        num_decoder_layers: Number of layers of the decoder, which predicts the next segment.
         num_slots: Number of memory slots K (k in the paper). 0 removes the memory reader and the memory writer (the
             paper's ablation "without memory").
         write_temperature: Temperature tau of the memory writer's softmax; values below 1 sharpen the weights. 1 is an
@@ -169,10 +166,6 @@ class MemformerConfig(TransformerConfig):
             slots stay slow in training. A departure from the paper, which learns the vectors themselves (False).
         positions: Position scheme: "rotary", or "relative" for the simplified relative positions of the paper's first
             version.
-        decoder_starts_from_last_token: Start the decoder from the last token of the previous segment instead of
-            `[BOS]`. From `[BOS]`, the first targets of a segment see the token before them only through
-            cross-attention, which hurts most with short segments. This option helped in short training runs but not in
-            longer ones. A departure from the paper.
         convolution_kernel: Kernel width of a depthwise convolution over the encoder's embedded tokens, an odd number.
             0: no convolution. It is meant to bind neighbouring tokens. A departure from the paper.
         content_addressing: Initialize the weights so that a token attends to the slot with the same content: the key
@@ -188,11 +181,8 @@ class MemformerConfig(TransformerConfig):
         InputTypeError: A value has the wrong type.
     """
 
-    model_type: ClassVar[str] = "memformer"
-
     num_special_tokens: int = 0
     num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
     num_slots: int = 32
     write_temperature: float = 0.25
     write_normalizer: Normalizer = "softmax"
@@ -206,16 +196,13 @@ class MemformerConfig(TransformerConfig):
     forgetting_speeds: tuple[float, float] = (0.3, 1e-5)
     log_forgetting_speeds: bool = True
     positions: PositionScheme = "rotary"
-    decoder_starts_from_last_token: bool = False
     convolution_kernel: int = 0
     content_addressing: bool = False
     position_embedding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers(
-            num_special_tokens=0, num_encoder_layers=1, num_decoder_layers=1, num_slots=0, convolution_kernel=0
-        )
+        self._check_integers(num_special_tokens=0, num_encoder_layers=1, num_slots=0, convolution_kernel=0)
         if self.num_special_tokens and self.adaptive_cutoffs:
             raise InputError(
                 f"num_special_tokens ({self.num_special_tokens}) must be 0 if adaptive_cutoffs are set: "
@@ -250,7 +237,7 @@ class MemformerConfig(TransformerConfig):
             )
 
     @classmethod
-    def from_preset(cls, name: str, **fields: Any) -> "MemformerConfig":
+    def from_preset(cls: type[Config], name: str, **fields: Any) -> Config:
         """Return a config with the fields of a preset, overridden by `fields`.
 
         Args:
@@ -263,3 +250,31 @@ class MemformerConfig(TransformerConfig):
             InputTypeError: A value has the wrong type.
         """
         return cls(**{**preset_fields(name), **fields})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemformerConfig(MemoryEncoderConfig):
+    """Config of a Memformer (arXiv 2010.06891v2, section 3).
+
+    The defaults are a small byte-level model. These fields also set the paper's sizes and the ablations of its Table 1.
+
+    Args:
+        num_decoder_layers: Number of layers of the decoder, which predicts the next segment.
+        decoder_starts_from_last_token: Start the decoder from the last token of the previous segment instead of
+            `[BOS]`. From `[BOS]`, the first targets of a segment see the token before them only through
+            cross-attention, which hurts most with short segments. This option helped in short training runs but not in
+            longer ones. A departure from the paper.
+
+    Raises:
+        InputError: A value is out of range, or two values contradict each other.
+        InputTypeError: A value has the wrong type.
+    """
+
+    model_type: ClassVar[str] = "memformer"
+
+    num_decoder_layers: int = 4
+    decoder_starts_from_last_token: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integers(num_decoder_layers=1)

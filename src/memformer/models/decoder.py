@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from memformer.models.config import MemformerConfig
+from memformer.models.config import MemformerConfig, MemoryEncoderConfig
 from memformer.models.layers import DecoderLayer
 from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, keep_mask_of
 from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
@@ -39,7 +39,7 @@ class Past:
         )
 
 
-def make_positions(config: MemformerConfig) -> PositionSchemes:
+def make_positions(config: MemoryEncoderConfig) -> PositionSchemes:
     """Return the position scheme of a config."""
     if config.positions == "rotary":
         return RotaryPositions(head_width=config.head_width)

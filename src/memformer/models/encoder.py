@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from memformer.models.config import MemformerConfig
+from memformer.models.config import MemoryEncoderConfig
 from memformer.models.decoder import make_positions
 from memformer.models.layers import EncoderLayer
 from memformer.nn.attention import AttentionRecord, keep_mask_of
@@ -17,7 +17,7 @@ class Encoder(nn.Module):
         config: The model's config.
     """
 
-    def __init__(self, config: MemformerConfig) -> None:
+    def __init__(self, config: MemoryEncoderConfig) -> None:
         super().__init__()
         width, kernel = config.d_model, config.convolution_kernel
         self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None

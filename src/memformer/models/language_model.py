@@ -1,52 +1,19 @@
-"""Base class of all models: token embedding, output projection and weight initialization."""
+"""Base class of all language models: each target is a token, predicted by the tied embedding."""
 
-import math
 from abc import abstractmethod
-from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from memformer.errors import InputError
-from memformer.models.pretrained import Pretrained
-from memformer.models.recurrence import RecurrentModel
-from memformer.nn.vocabulary import AdaptiveEmbedding, TiedEmbedding
+from memformer.models.token_model import TokenModel
 from memformer.rollout import check_mask
-from memformer.shapes import DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import DecoderStartIds, Hidden, Logits, SegmentPadding, TargetPadding, Targets
 from memformer.utils.checks import check_type
 
 
-class LanguageModel(Pretrained, RecurrentModel):
-    """Recurrent model over tokens, with the output projection tied to the embedding.
-
-    Args:
-        config: The model's config.
-        num_special_tokens: Number of token ids after `[BOS]` that can be inputs.
-    """
-
-    def __init__(self, config: Any, *, num_special_tokens: int = 0) -> None:
-        super().__init__(config)
-        self.embedding = (
-            AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
-            if config.adaptive_cutoffs
-            else TiedEmbedding(config.vocab_size, config.d_model, num_special_tokens=num_special_tokens)
-        )
-        self.embedding_dropout = nn.Dropout(config.dropout)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids V that can be targets."""
-        return self.config.vocab_size
-
-    @property
-    def bos_token_id(self) -> int:
-        """Token id V, which precedes the first token of a document."""
-        return self.config.vocab_size
-
-    @property
-    def segment_length(self) -> int:
-        """Number of tokens of a full segment."""
-        return self.config.segment_length
+class LanguageModel(TokenModel):
+    """Recurrent model over tokens, with the output projection tied to the embedding."""
 
     def decode(self, targets: Targets, *, hidden: Hidden, hidden_padding_mask: SegmentPadding | None = None) -> Logits:
         """Return the logits of each target, given earlier targets (shifted internally) and the past.
@@ -110,24 +77,3 @@ class LanguageModel(Pretrained, RecurrentModel):
         rows, width = batch_size, self.config.d_model
         if hidden.ndim != 3 or (hidden.shape[0], hidden.shape[2]) != (rows, width):
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; it must be ({rows}, states, {width})")
-
-    def _embed(self, tokens: Segment) -> Hidden:
-        # sqrt(D) gives the residual stream a variance near 1, while the tied output projection starts small.
-        return self.embedding_dropout(self.embedding(tokens) * math.sqrt(self.config.d_model))
-
-    def _initialise(self) -> None:
-        """Draw the weights of linear layers and embeddings at random; biases start at 0."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                if name.endswith("output"):
-                    # The residual stream of a stack is a sum over its sub-layers; keep its variance near 1.
-                    std /= math.sqrt(self._count_residual_parts(name))
-                nn.init.normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.embedding.reset_parameters()
-
-    def _count_residual_parts(self, name: str) -> int:
-        """Return the number of sub-layer outputs in the residual stream that this linear layer adds to."""
-        raise NotImplementedError

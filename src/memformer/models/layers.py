@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memformer.models.baseline_configs import DecoderConfig
-from memformer.models.config import MemformerConfig
+from memformer.models.config import MemoryEncoderConfig
 from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention, HeadTokens, SelfAttention
 from memformer.nn.linear import Linear
 from memformer.nn.memory import MemoryReader
@@ -39,7 +39,7 @@ class EncoderLayer(nn.Module):
         bias: Whether the projections of self-attention have biases.
     """
 
-    def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
+    def __init__(self, config: MemoryEncoderConfig, *, bias: bool) -> None:
         super().__init__()
         width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
         reads_memory = config.num_slots > 0
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
         bias: Whether the projections of self- and cross-attention have biases.
     """
 
-    def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
+    def __init__(self, config: MemoryEncoderConfig, *, bias: bool) -> None:
         super().__init__()
         width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
         self.self_attention_norm = nn.LayerNorm(width)

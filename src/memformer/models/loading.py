@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from memformer.errors import CheckpointError, InputError
+from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.config import ModelConfig
 from memformer.models.hugging_face import find_model_folder
@@ -24,7 +25,7 @@ _CLASSES: tuple[type[LanguageModel], ...] = (
     CompressiveTransformer,
     RecurrentMemoryTransformer,
 )
-# Model class of each model type; its `config_class` is the class of its config.
+# Language model class of each model type; its `config_class` is the class of its config.
 MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 
@@ -45,13 +46,18 @@ def load_model(
             training.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or this library has no such model type.
+        CheckpointError: A file is missing or damaged, or this library has no language model of such a type.
         InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it; or the model
             cannot be downloaded.
     """
     folder = find_model_folder(folder)
     file = folder / CONFIG_FILE
     model_type = read_json(file).get("model_type")
+    if model_type == MemformerClassificationConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds a classifier, which predicts no tokens; "
+            "MemformerForSequenceClassification.from_pretrained loads it"
+        )
     if model_type not in list(MODELS):  # a list, because a damaged file may hold an unhashable value
         raise CheckpointError(f"{file}: model_type ({model_type!r}) must be one of {', '.join(MODELS)}")
     model = MODELS[model_type]

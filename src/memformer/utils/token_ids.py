@@ -1,0 +1,33 @@
+"""Token ids that a user gives: a list, an array or a tensor."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memformer.errors import InputError, InputTypeError
+
+TokenRow = Sequence[int] | NDArray[np.integer] | Tensor
+
+
+def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer]:
+    """Return the token ids of one row as an array.
+
+    Raises:
+        InputError: A token id is outside the vocabulary, or the ids are not one-dimensional.
+        InputTypeError: The token ids are not integers.
+    """
+    if isinstance(token_ids, str | bytes | Mapping) or not hasattr(token_ids, "__len__"):
+        raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
+    ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)
+    if ids.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if ids.dtype.kind not in "iu":
+        raise InputTypeError(f"token ids have dtype {ids.dtype}; they must be integers")
+    if ids.ndim != 1:
+        raise InputError(f"token ids have shape {ids.shape}; a row's ids must be one-dimensional")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise InputError(f"token id {wrong} is outside the vocabulary; valid ids are 0 to {vocab_size - 1}")
+    return ids
