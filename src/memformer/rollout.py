@@ -21,7 +21,7 @@ class Rollout:
 
     Args:
         inputs: (N, B, S) int64, the segments that the encoder reads.
-        targets: (N, B, T) int64, the segments that the decoder predicts.
+        targets: (N, B, T) int64, the segments that the decoder predicts; for a classifier the labels, (N, B, 1).
         reset: (N, B) bool, True where a row starts a new document: its memory is set to the initial memory before that
             timestep. None: no row is reset.
         input_padding: (N, B, S) bool, True at padding of `inputs`. None: no padding.
