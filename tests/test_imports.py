@@ -17,7 +17,7 @@ ORDER = (
     {"data", "generation"},
     {"evaluation"},
     {"training"},
-    {"reproduction", "hf"},
+    {"reproduction", "hf", "lm_eval"},
     {"cli"},
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -10,7 +10,14 @@ from torch import Tensor
 from memformer.errors import InputError, InputTypeError
 from memformer.utils.token_ids import check_token_ids
 
-TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer] | Tensor
+TokenIds = (
+    Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[NDArray[np.integer]]
+    | Sequence[Tensor]
+    | NDArray[np.integer]
+    | Tensor
+)
 
 # Tokens of a row that are converted at once.
 _CHUNK_TOKENS = 1 << 20
@@ -56,5 +63,5 @@ def _has_length(value: object) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, str | bytes)
 
 
-def _is_nested(token_ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
+def _is_nested(token_ids: Sequence[object]) -> bool:
     return len(token_ids) > 0 and _has_length(token_ids[0])
