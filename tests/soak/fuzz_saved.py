@@ -158,15 +158,23 @@ class EditedRunFolder(RunFolder):
         saved = read_run_config(self.folder)
         if change := find_changed_key(saved, self.config):
             raise CheckpointError(change)
-        written = canonical(self.config.to_dict())
-        return all(relevant_part(saved.get(key)) == relevant_part(written[key]) for key in ("seed", "model", "data"))
+        written, defaults = canonical(self.config.to_dict()), canonical(RunConfig().to_dict())
+        data = relevant_part(saved.get("data"), defaults["data"]) == relevant_part(written["data"], defaults["data"])
+        return data and all(relevant_part(saved.get(key)) == relevant_part(written[key]) for key in ("seed", "model"))
 
 
-def relevant_part(value: Any) -> Any:
-    """Return a section of a run config without nulls, which equal missing keys, and without the cache folder."""
+def relevant_part(value: Any, defaults: Any = None) -> Any:
+    """Return a section of a run config without values that equal missing keys, and without the cache folder.
+
+    Args:
+        value: The section.
+        defaults: The defaults of missing keys. None: only null equals a missing key.
+    """
     if not isinstance(value, dict):
         return value
-    return {key: relevant_part(each) for key, each in value.items() if each is not None and key != "cache"}
+    defaults = defaults if isinstance(defaults, dict) else {}
+    parts = {key: relevant_part(each, defaults.get(key)) for key, each in value.items() if key != "cache"}
+    return {key: part for key, part in parts.items() if part is not None and part != defaults.get(key)}
 
 
 def small_tokenizers() -> list[Tokenizer]:
