@@ -19,7 +19,9 @@ STORIES = """1 Mary went to the hall.
 """
 PLAIN = "The man walked on and said that it was late – and the day was cold. "
 CHAPTER = "They saw a windmill. " + PLAIN * 8 + "At last they came to the "
-BOOK = (PLAIN * 40 + CHAPTER + "windmill. " + PLAIN * 40 + CHAPTER + "seaside. ") * 3
+# Its last word occurs shortly before, so it is too easy.
+NEAR = PLAIN * 8 + "They saw a lighthouse. " + PLAIN + "At last they came to the lighthouse. "
+BOOK = (NEAR + PLAIN * 40 + CHAPTER + "windmill. " + PLAIN * 40 + CHAPTER + "seaside. ") * 3
 
 
 @pytest.fixture(scope="module")
