@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """What some kernels need at least."""
+    """Lower bounds on the work of some kernels."""
 
     operations: float = 0.0
     bytes_moved: float = 0.0

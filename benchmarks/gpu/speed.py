@@ -88,7 +88,7 @@ def measure_gpt2(size: Size, *, num_updates: int, compiled: bool) -> Row:
     tokens = torch.randint(0, size.model["vocab_size"], (size.batch_size, length), generator=generator).to(DEVICE)
     if compiled:
         torch._dynamo.reset()
-        model.compile()  # type: ignore[no-untyped-call]
+        model.compile()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def update() -> None:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_library(model, expected):
 
 @torch.no_grad()
 def test_padding_before_between_and_after_tokens_changes_nothing(model, expected):
-    # What stands at padding is not read, so it can be anything.
+    # Ids at padding are not read, so they can be anything.
     ids, mask = scattered(texts(), filler=12345)
     logits = model(ids, attention_mask=mask).logits[..., :VOCAB_SIZE]
     for row, values in enumerate(expected):

@@ -9,6 +9,7 @@ from memformer.hf.versions import check_transformers
 
 check_transformers()
 
+# E402: the imports below need a supported transformers, which the call above has checked.
 from memformer.hf.cache import MemformerCache  # noqa: E402
 from memformer.hf.configuration import (  # noqa: E402
     CompressiveTransformerHFConfig,

@@ -1,4 +1,4 @@
-"""What `generate` of transformers needs to know about models that carry a memory instead of a list of keys."""
+"""Hooks of transformers' `generate` for models that carry a memory instead of a list of keys."""
 
 import copy
 from types import SimpleNamespace

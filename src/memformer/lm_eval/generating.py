@@ -12,7 +12,7 @@ from memformer.generation.sampling import SamplingOptions, check_sampling
 from memformer.generation.session import Session
 from memformer.utils.checks import check_integer
 
-# What the harness's other models use if a task gives no number.
+# The default of the harness's other models if a task gives no number.
 _DEFAULT_TOKENS = 256
 
 
