@@ -32,14 +32,17 @@ demo-text: setup
 	@echo "  $(BIN)/memformer train $(TEXT_DEMO) --resume --training.num_updates 2000     continue training"
 	@echo "  $(BIN)/memformer generate $(TEXT_DEMO) --prompt_file FILE --save_session STATE  save the memory for later"
 
+# The tests of the parts check shapes and types at every call; the rest runs without (tests/conftest.py).
+CHECKED = -n 2 --dist worksteal --part checked --jaxtyping-packages=memformer,beartype.beartype
+REST = -n 2 --dist worksteal --part rest
 test: setup
-	$(BIN)/pytest -n 2
-	$(BIN)/pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/untyped
+	$(BIN)/pytest $(CHECKED)
+	$(BIN)/pytest $(REST)
 
 # The same tests with the oldest torch that is supported.
 test-oldest: .venv-oldest/.complete
-	.venv-oldest/bin/python -m pytest -n 2
-	.venv-oldest/bin/python -m pytest -n 2 --override-ini addopts="--quiet --import-mode=importlib" tests/untyped
+	.venv-oldest/bin/python -m pytest $(CHECKED)
+	.venv-oldest/bin/python -m pytest $(REST)
 
 .venv-oldest/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest

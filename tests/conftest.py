@@ -1,7 +1,11 @@
+import os
 from pathlib import Path
 
-import jaxtyping
 import pytest
+
+# Compile in the process of the tests: the workers that torch would start import torch first, which takes longer.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 
 from tests.helpers import VARIANTS, tiny_model
@@ -10,28 +14,27 @@ from tests.helpers import VARIANTS, tiny_model
 torch.set_num_threads(1)
 
 
-# Tests of whole runs and commands, which call the functions that the other tests check: checking every shape and type
-# again at every call would take half of their time.
-UNCHECKED = (
-    *("cli", "hf", "lm_eval", "reproduction"),
-    *("test_gpu_benchmark.py", "test_readme.py", "test_saved_before.py"),
-)
-# Of these folders, only these files are checked: the others repeat the same calls with many options.
-CHECKED = {"generation": {"test_session"}, "training": {"test_engine"}}
+# Tests of the parts of the package: `make test` runs them with the annotated shapes and types checked at every call.
+# The others call the same functions with many options, or compile them, which the checks make slow or impossible.
+CHECKED_FOLDERS = {"data", "evaluation", "models", "nn", "utils"}
+CHECKED_FILES = {"test_engine.py", "test_rollout.py", "test_session.py"}
 
 
-def is_checked(path: Path) -> bool:
-    """Return whether shapes and types are checked in the tests of a file."""
-    first = path.relative_to(Path(__file__).parent).parts[0]
-    return first not in UNCHECKED and path.stem in CHECKED.get(first, {path.stem})
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        choices=["checked", "rest"],
+        help="Run only the tests whose calls are checked for shapes and types, or only the others.",
+    )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _shape_checks(request):
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", before or not is_checked(request.path))
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+def pytest_ignore_collect(collection_path, config):
+    part = config.getoption("part")
+    if part is None or collection_path.is_dir():
+        return None
+    folder = collection_path.relative_to(Path(__file__).parent).parts[0]
+    is_checked = folder in CHECKED_FOLDERS or collection_path.name in CHECKED_FILES
+    return True if is_checked != (part == "checked") else None
 
 
 @pytest.fixture(autouse=True)

@@ -173,7 +173,7 @@ def test_what_cannot_be_exported_is_refused(run_folder, exported, tmp_path):
     (tmp_path / "file").write_text("")
     assert "exists already" in refused("export", run_folder, "--hf", tmp_path / "file")
     assert "is not a folder" in refused("export", tmp_path / "nowhere", "--hf", tmp_path / "out")
-    assert refused("export", run_folder) == "--hf is missing: the folder to write"
+    assert refused("export", run_folder) == "give either --hf or --onnx: the folder to write"
     shutil.copytree(exported, tmp_path / "broken")
     model = load_model(tmp_path / "broken")
     with torch.no_grad():

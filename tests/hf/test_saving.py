@@ -13,7 +13,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 from memformer import CheckpointError, InputError, Memformer, Session, hf, load_model
 from memformer.hf.registration import as_causal_lm
 from tests.hf.models import KINDS, MODELS, make_hf, texts
-from tests.models.baselines import TYPES
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "experiments" / "models" / "digits-14x14"
@@ -27,7 +26,7 @@ def assert_same_weights(model, other):
         assert found[name].dtype == weight.dtype
 
 
-@pytest.mark.parametrize("kind", ["default", "all options", "adaptive softmax", *TYPES])
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_folder_of_either_is_read_by_both(kind, tmp_path):
     core = MODELS[kind]()
     core.save_pretrained(tmp_path / "core")

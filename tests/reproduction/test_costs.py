@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from memformer.errors import InputError
-from memformer.reproduction import command
+from memformer.reproduction import command, measure
 from memformer.reproduction.costs import CostsScale, costs_names
 from memformer.reproduction.measure import MethodSpec, Setting, measure_growth
 from memformer.reproduction.tables import tables_folder
@@ -15,6 +15,12 @@ from tests.cli.calls import call_json, refused
 MEMFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_encoder_layers": 1, "num_decoder_layers": 1}
 TRANSFORMER = {"d_model": 16, "num_heads": 2, "d_ff": 32, "num_layers": 2}
 PAPER = {method: {"speed": 1.0, "memory_mb": 9.0} for method in ("bptt", "checkpoint", "replay")}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Measure in the process of the tests: a new one imports torch for seconds, and memory is not compared."""
+    monkeypatch.setattr(measure, "_run_child", lambda task: measure.perform(json.loads(json.dumps(task))))
 
 
 def write_costs(tmp_path, monkeypatch, *, paper, **scale):
@@ -26,6 +32,7 @@ def write_costs(tmp_path, monkeypatch, *, paper, **scale):
     return ["costs", "--folder", tmp_path / "out"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_methods_are_timed_in_turn_and_their_memory_measured(tmp_path, monkeypatch):
     models = {"memformer": {**MEMFORMER, "segment_length": 16, "num_slots": 4}}
     options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2], rounds=2)
@@ -36,6 +43,7 @@ def test_methods_are_timed_in_turn_and_their_memory_measured(tmp_path, monkeypat
     assert "| 2 | replay | " in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_operations_and_memory_of_every_model(tmp_path, monkeypatch):
     models = {
         "transformer_xl": {**TRANSFORMER, "segment_length": 16, "memory_length": 16},

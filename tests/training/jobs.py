@@ -38,9 +38,9 @@ class Done(NamedTuple):
     output: str
 
 
-def train(*arguments: object) -> Done:
-    """Run `memformer train` in two processes, which must not fail."""
-    done = run_job(run_command, "train", *map(str, arguments))
+def train(*arguments: object, restarts: int = 0) -> Done:
+    """Run `memformer train` in two processes, which must not fail; `restarts` times they have died before."""
+    done = run_job(run_command, "train", *map(str, arguments), restarts=restarts)
     assert done.status == 0, done.output
     return done
 
@@ -51,7 +51,7 @@ def run_command(*arguments: str) -> None:
     entry_point()
 
 
-def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2) -> Done:
+def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2, restarts: int = 0) -> Done:
     """Call `target(*arguments)` in all processes of a job; if one fails, end the others, as `torchrun` does."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
@@ -59,6 +59,7 @@ def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2) -> Done
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(count),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": "1",
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -26,16 +26,6 @@ from tests.training.jobs import run_job, train
 from tests.training.runs import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
 
 ROOT = Path(__file__).parents[2]
-# A process that dies in the middle of the seventh update, but not after a restart.
-DYING = """
-import os, signal
-from memformer.cli.main import entry_point
-from tests.training.test_processes import send_signal
-
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    send_signal(signal.SIGKILL, call=13)
-entry_point()
-"""
 # A process whose interpreter shuts down while gloo releases a tensor.
 ENDING = """
 import time
@@ -72,9 +62,9 @@ def config_of(base, folder, **training):
     return config_file(config)
 
 
-def torchrun(*arguments, options=()):
+def torchrun(*arguments):
     """Run two processes by the real command, which takes seconds to start."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *map(str, arguments)],
@@ -220,20 +210,15 @@ def train_with_signal(number, call, *arguments):
 
 
 @pytest.mark.parametrize("sharding", ["none", "weights"])
-def test_a_dying_process_ends_the_job(base, sharding):
-    done = run_job(train_with_signal, signal.SIGKILL, 13, config_of(base, f"down-{sharding}", sharding=sharding))
+def test_a_dying_process_ends_the_job_and_a_restart_resumes(base, sharding):
+    config = config_of(base, f"down-{sharding}", sharding=sharding)
+    done = run_job(train_with_signal, signal.SIGKILL, 13, config)
     assert done.status == -signal.SIGKILL
     checkpoints = (base / f"down-{sharding}" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoints) == ["update-000000003", "update-000000006"]
-
-
-def test_after_the_death_of_a_process_a_restart_resumes(base, tmp_path):
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
-    done = torchrun(script, "train", config_of(base, "restarted", sharding="weights"), options=["--max-restarts=1"])
-    assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stderr
-    assert_nearly_same_run(base / "restarted", base / "one")
+    done = train(config, restarts=1)
+    assert "resuming from" in done.output
+    assert_nearly_same_run(base / f"down-{sharding}", base / "one")
 
 
 def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():

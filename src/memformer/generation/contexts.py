@@ -1,6 +1,6 @@
 """Contexts: a session's state of the tokens before the current segment, besides the memory, by kind of model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,9 +126,13 @@ class SegmentContext:
         """Return whether the tensors, as read from a file, are valid for this model."""
         return True
 
-    def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
-        hidden, memory = self.reader.read(segment, memory)
+    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
+        """Read full segments (R, S) of some rows one after the other; return the last memory.
+
+        The memory, (R, K, W), is valid until the next call.
+        """
+        for segment in segments:
+            hidden, memory = self.reader.read(segment, memory)
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
         if self._decoding is not None:
@@ -148,7 +152,7 @@ class SegmentContext:
     ) -> tuple[PredictingStates, Tensor]:
         """Return the states that predict the full segments of some rows, and what `read` returns."""
         states = self.predict(segment, [], rows=rows, memory=memory)
-        return states, self.read(segment, rows=rows, memory=memory)
+        return states, self.read([segment], rows=rows, memory=memory)
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""
@@ -197,9 +201,14 @@ class TokenContext:
         """Return whether the tensors, as read from a file, are valid for this model."""
         return bool(((self.previous >= 0) & (self.previous <= self.model.bos_token_id)).all())
 
-    def read(self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read the full segments of some rows; return their next memory (R, K, W), valid until the next call."""
-        return self.predict_and_read(segment, rows=rows, memory=memory)[1]
+    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
+        """Read full segments (R, S) of some rows one after the other; return the last memory.
+
+        The memory, (R, K, W), is valid until the next call.
+        """
+        for segment in segments:
+            _, memory = self.predict_and_read(segment, rows=rows, memory=memory)
+        return memory
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]

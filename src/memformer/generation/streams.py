@@ -81,8 +81,10 @@ class Streams:
         with reading(self.model):
             while full:
                 chosen, segment = self._choose(full)
-                memory = self.context.read(segment, rows=chosen, memory=self.memory[chosen])
+                more, rest = self._split_whole_segments(rest) if len(full) == self.batch_size else ([], rest)
+                memory = self.context.read([segment, *more], rows=chosen, memory=self.memory[chosen])
                 self._begin_segment(full, chosen, memory)
+                self.num_fed = [count + len(more) * self.model.segment_length for count in self.num_fed]
                 rest = self._take(rest)
                 full = self._full_rows()
 
@@ -131,6 +133,14 @@ class Streams:
             self.num_fed[row] += count
             rest.append(ids[count:])
         return rest
+
+    def _split_whole_segments(self, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the segments that all rows have next, on the model's device, and the tokens after them."""
+        length = self.model.segment_length
+        end = min(map(len, rows)) // length * length
+        # Each segment is contiguous, as the first is: a compiled or recorded reading takes tensors of one layout.
+        segments = torch.stack([ids[:end].view(-1, length) for ids in rows], dim=1).to(self.model.device)
+        return list(segments), [ids[end:] for ids in rows]
 
     def _full_rows(self) -> list[int]:
         return [row for row, pending in enumerate(self.num_pending) if pending == self.model.segment_length]

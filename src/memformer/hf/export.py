@@ -1,7 +1,6 @@
 """Export of trained models to folders that transformers and the Hugging Face hub read."""
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from memformer.hf.tokenization import as_hf_tokenizer
 from memformer.models import LanguageModel, load_model
 from memformer.models.hugging_face import find_model_folder
 from memformer.training.run_folder import BEST, RUN_CONFIG_FILE, load_run
-from memformer.utils.files import saving, sync_file, sync_folder, temporary_sibling, user_path
+from memformer.utils.files import new_folder, user_path
 
 CARD_FILE = "README.md"
 CODE_FILE = "modeling_memformer.py"
@@ -109,21 +108,8 @@ def export(
         SaveError: Writing failed; nothing is left behind.
     """
     folder = user_path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; choose an empty or a new folder for the export")
-    partial = temporary_sibling(folder)
-    try:
-        with saving(folder):
-            partial.mkdir(parents=True)
-            _write(source, partial, name=folder.name, hub_name=hub_name, license_name=license_name, auto_map=auto_map)
-            for file in partial.iterdir():
-                sync_file(file)
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-            sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(folder) as partial:
+        _write(source, partial, name=folder.name, hub_name=hub_name, license_name=license_name, auto_map=auto_map)
     return folder
 
 

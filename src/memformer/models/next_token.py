@@ -71,10 +71,13 @@ class NextTokenModel(LanguageModel):
             return read(self._embed(segment), memory=memory, num_tokens=None)
         # Tokens are moved to the front in their order. So the results do not depend on where padding is, and a causal
         # model need not mask padding.
-        order = padding_mask.long().argsort(dim=-1, stable=True)
-        num_tokens = (~padding_mask).sum(dim=-1)
+        keep = ~padding_mask
+        num_tokens = keep.sum(dim=-1)
+        place = torch.where(keep, keep.cumsum(dim=-1) - 1, padding_mask.cumsum(dim=-1) - 1 + num_tokens[:, None])
+        index = torch.arange(segment.shape[1], device=segment.device).expand_as(place)
+        order = torch.zeros_like(place).scatter(1, place, index)
         hidden, next_memory = read(self._embed(segment.gather(1, order)), memory=memory, num_tokens=num_tokens)
-        hidden = hidden.gather(1, order.argsort(dim=-1)[..., None].expand_as(hidden))
+        hidden = hidden.gather(1, place[..., None].expand_as(hidden))
         return hidden, torch.where((num_tokens == 0)[:, None, None], memory, next_memory)
 
     @abstractmethod

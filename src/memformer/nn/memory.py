@@ -221,7 +221,7 @@ class MemoryNormalization(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the directions of the forgetting vectors at random and set their speeds."""
         first, last = (math.log(speed) for speed in self.forgetting_speeds)
-        log_speeds = torch.linspace(first, last, self.slot_bias.shape[0])
+        log_speeds = torch.linspace(first, last, self.slot_bias.shape[0], device=self.slot_bias.device)
         with torch.no_grad():
             self.slot_bias.normal_()
             if self.log_speed is not None:

@@ -123,7 +123,8 @@ def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict
                     "seconds": statistics.median(seconds[method_spec]),
                     "speed_ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
                     "memory_growth_bytes": growth[method_spec],
-                    "memory_ratio": growth[method_spec] / growth[METHODS[0]],
+                    # A tiny model may need no page of memory more.
+                    "memory_ratio": growth[method_spec] / growth[METHODS[0]] if growth[METHODS[0]] else None,
                 }
             )
     return rows
@@ -137,9 +138,10 @@ def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]
     ]
     for row in rows:
         ratio, published = row["speed_ratio"], paper[row["method"]]
+        memory_ratio = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
         lines.append(
             f"| {row['horizon']} | {row['method']} | {ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f}) "
-            f"| {row['memory_growth_bytes'] / 2**20:,.0f} | {row['memory_ratio']:.2f} "
+            f"| {row['memory_growth_bytes'] / 2**20:,.0f} | {memory_ratio} "
             f"| {published['speed']:.2f} | {published['memory_mb']:,.0f} |"
         )
     return "\n".join(lines)

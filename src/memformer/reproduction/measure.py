@@ -142,18 +142,21 @@ def build(setting: Setting) -> tuple[LanguageModel, Rollout]:
     return model, Rollout(inputs=inputs, targets=targets)
 
 
-def _main() -> None:
-    task = json.load(sys.stdin)
+def perform(task: dict[str, Any]) -> Any:
+    """Return what a task measures, in this process: the seconds of each method, or bytes.
+
+    Raises:
+        InputError: The config is invalid, or this machine does not have the device.
+    """
     setting = Setting(**task["setting"])
     methods = [MethodSpec(*method_spec) for method_spec in task["methods"]]
     if choose_device(setting.device).type == "cpu":
         torch.set_num_threads(setting.threads)
     model, rollout = build(setting)
     if task["rounds"] is None:
-        print(json.dumps(growth_of_update(model, rollout, methods[0])))
-    else:
-        print(json.dumps(_measure_seconds(model, rollout, methods, task["rounds"])))
+        return growth_of_update(model, rollout, methods[0])
+    return _measure_seconds(model, rollout, methods, task["rounds"])
 
 
 if __name__ == "__main__":
-    _main()
+    print(json.dumps(perform(json.load(sys.stdin))))

@@ -105,6 +105,27 @@ def load_run(
         CheckpointError: A file in the folder is damaged or missing.
     """
     folder = find_model_folder(folder)
+    weights, run_config = find_weights(folder, which=which, warn=warn)
+    model = load_model(weights, device=device, num_slots=num_slots)
+    is_bare = run_config is None and not has_tokenizer(folder)
+    tokenizer = _bytes_for(folder, model, warn) if is_bare else load_tokenizer(folder)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise CheckpointError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, but a model with a vocabulary of "
+            f"{model.vocab_size}"
+        )
+    return LoadedRun(folder, model, tokenizer, weights, run_config)
+
+
+def find_weights(
+    folder: Path, *, which: str = "best", warn: Callable[[str], None] | None = None
+) -> tuple[Path, dict[str, Any] | None]:
+    """Return the folder of the weights of a run or saved model, and the config of the run, if it is one.
+
+    Raises:
+        InputError: The folder does not exist or is of neither kind.
+        CheckpointError: The run has no such weights, or its config is damaged.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
     run_config = None
@@ -120,15 +141,7 @@ def load_run(
         raise InputError(
             f"{folder} contains neither {RUN_CONFIG_FILE} nor {CONFIG_FILE}: it is not a run folder or a saved model"
         )
-    model = load_model(weights, device=device, num_slots=num_slots)
-    is_bare = run_config is None and not has_tokenizer(folder)
-    tokenizer = _bytes_for(folder, model, warn) if is_bare else load_tokenizer(folder)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise CheckpointError(
-            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, but a model with a vocabulary of "
-            f"{model.vocab_size}"
-        )
-    return LoadedRun(folder, model, tokenizer, weights, run_config)
+    return weights, run_config
 
 
 def _bytes_for(folder: Path, model: LanguageModel, warn: Callable[[str], None] | None) -> Tokenizer:

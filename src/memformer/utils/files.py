@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memformer.errors import CheckpointError, SaveError
+from memformer.errors import CheckpointError, InputError, SaveError
 
 CHECKSUM = "sha256"
 # Some network mounts cannot sync.
@@ -66,6 +67,38 @@ def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # nothing was written, or the parent is not a folder
             partial.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a new folder completely or not at all.
+
+    Args:
+        path: The folder; it must be new or empty.
+
+    Yields:
+        A temporary folder to write files into; it becomes `path` at the end, unless an error is raised.
+
+    Raises:
+        InputError: `path` is a file, or contains files.
+        SaveError: Writing failed; nothing is left behind.
+    """
+    folder = user_path(path).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; choose an empty or a new folder for the export")
+    partial = temporary_sibling(folder)
+    try:
+        with saving(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                sync_file(file)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+            sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_can_write(file: Path) -> None:

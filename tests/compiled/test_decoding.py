@@ -9,17 +9,12 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from memformer import InputError, Session
-from memformer.generation.compiling import _functions
+from memformer.generation.compiling import _functions, compiled_function
+from tests.compiled.compiler import needs_compiler
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
-from tests.untyped.compiler import needs_compiler
 
 # torch.compile emits warnings about torch's own code.
 pytestmark = pytest.mark.filterwarnings("default")
-
-DECODER_VARIANTS = {
-    "default": {},
-    "starts from last token, adaptive softmax": {"decoder_starts_from_last_token": True, "adaptive_cutoffs": (4, 8)},
-}
 
 
 def make_pair(batch_size=1, **changes):
@@ -33,9 +28,9 @@ def random_rows(*lengths):
 
 
 @needs_compiler
-@pytest.mark.parametrize("changes", DECODER_VARIANTS.values(), ids=DECODER_VARIANTS.keys())
-def test_compiled_logits_equal_eager_logits_at_every_position(changes):
-    eager, compiled = make_pair(**changes)
+def test_compiled_logits_equal_eager_logits_at_every_position():
+    eager, compiled = make_pair(decoder_starts_from_last_token=True, adaptive_cutoffs=(4, 8))
+    compiled._streams.context.reader.compiled = False  # reading has a test of its own
     for (token,) in zip(*random_rows(3 * SEGMENT_LENGTH), strict=True):
         for session in (eager, compiled):
             session.feed([token])
@@ -43,12 +38,24 @@ def test_compiled_logits_equal_eager_logits_at_every_position(changes):
 
 
 @needs_compiler
+def test_compiled_reading_gives_the_same_memory_where_slots_compete():
+    eager, compiled = make_pair(write_competition=True)
+    (tokens,) = random_rows(9 * SEGMENT_LENGTH + 1)
+    for session in (eager, compiled):
+        session.feed(tokens)
+    assert_close(compiled.memory, eager.memory, relative=1e-5)
+
+
+@needs_compiler
 def test_rows_at_different_positions_are_decoded_together_without_recompilation():
     eager, compiled = make_pair(batch_size=3)
     # The first row is still in its first segment, where the past has padding; later, no row is.
     rows = random_rows(2, SEGMENT_LENGTH + 4, 3 * SEGMENT_LENGTH)
-    for session in (eager, compiled):
-        session.feed(rows)
+    eager.feed(rows)
+    for start in range(0, len(rows[2]), 8):  # in other parts
+        compiled.feed([row[start : start + 8] for row in rows])
+    assert compiled.num_tokens == eager.num_tokens
+    assert_close(compiled.memory, eager.memory, relative=1e-5)
     assert compiled.generate(SEGMENT_LENGTH, temperature=0) == eager.generate(SEGMENT_LENGTH, temperature=0)
     num_graphs = counters["stats"]["unique_graphs"]
     assert compiled.generate(3 * SEGMENT_LENGTH, temperature=0) == eager.generate(3 * SEGMENT_LENGTH, temperature=0)
@@ -65,24 +72,18 @@ def decoded_by(model, rows, num_tokens):
     return session.generate(num_tokens, temperature=0)
 
 
-@needs_compiler
-@pytest.mark.parametrize("changes", [{}, {"write_competition": True}])
-def test_compiled_reading_gives_the_same_state_in_any_split(changes):
-    eager, compiled = make_pair(batch_size=2, **changes)
-    rows = random_rows(9 * SEGMENT_LENGTH + 1, 4 * SEGMENT_LENGTH)
-    eager.feed(rows)
-    for start in range(0, len(rows[0]), 8):
-        compiled.feed([row[start : start + 8] for row in rows])
-    assert compiled.num_tokens == eager.num_tokens
-    assert_close(compiled.memory, eager.memory, relative=1e-5)
+def apply(model, x):
+    return model(x)
 
 
 @needs_compiler
-def test_a_deleted_model_leaves_no_compiled_step():
-    eager, compiled = make_pair()
-    compiled.feed(random_rows(SEGMENT_LENGTH)[0])
+def test_a_deleted_model_leaves_no_compiled_function():
+    model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    assert_close(compiled_function(apply, model, (x,), key="apply")(model, x), model(x), relative=1e-6)
+    assert len(_functions[model]) == 1
+    gc.collect()
     num_models = len(_functions)
-    del eager, compiled
+    del model
     gc.collect()
     assert len(_functions) == num_models - 1
 
@@ -91,6 +92,7 @@ def test_a_deleted_model_leaves_no_compiled_step():
 def test_changed_weights_are_used_from_the_next_segment_on():
     # Wide enough for the weights to be packed; smaller ones are used in place.
     eager, compiled = make_pair(d_model=128, d_ff=512)
+    compiled._streams.context.reader.compiled = False  # which is compiled by the same function
     (tokens,) = random_rows(2 * SEGMENT_LENGTH)
     for session in (eager, compiled):
         session.feed(tokens)
