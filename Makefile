@@ -46,7 +46,7 @@ test-oldest: .venv-oldest/.complete
 
 .venv-oldest/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
-	sed 's/^torch==.*/torch==2.11.0/' constraints.txt > .venv-oldest/constraints.txt
+	sed 's/^torch==.*/torch==2.11.0/; s/^setuptools==.*/setuptools<82/' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -10,6 +10,7 @@ from memformer import Memformer, backpropagate
 from memformer.cli.main import main
 from tests.compiled.compiler import needs_compiler
 from tests.helpers import assert_close, random_rollout, tiny_model
+from tests.models.classifiers import documents_of, tiny_classifier
 from tests.training.runs import config_file, run_config, write_documents
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -35,6 +36,19 @@ def test_compiled_replay_and_bptt_give_the_eager_gradients_with_dropout():
         assert_close(result.memory_grad, expected.memory_grad)
         for name, gradient in gradients.items():
             assert_close(gradient, expected_gradients[name])
+
+
+def test_a_compiled_classifier_has_the_eager_gradients():
+    model, compiled = (tiny_classifier(num_encoder_layers=1) for _ in range(2))
+    compiled.compile(backend="eager")
+    counters.clear()
+    rollout = model.make_rollout(*documents_of(model))
+    expected, expected_gradients = gradients_of(model, rollout, "replay")
+    result, gradients = gradients_of(compiled, rollout, "replay")
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_close(result.loss, expected.loss)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name])
 
 
 def test_further_updates_need_no_recompilation():

@@ -119,8 +119,8 @@ class TrainingConfig:
         evaluate_every: Updates between two evaluations on the held-out data. The run always ends with one.
         evaluation_tokens: Held-out tokens used in a periodic evaluation: the first whole documents that reach this
             number. null: all. The final evaluation always uses all.
-        sample_tokens: Tokens of text to generate as a sample after each evaluation. 0: none. A run on images always
-            samples whole images.
+        sample_tokens: Tokens of text to generate as a sample after each evaluation; a run on images samples 25 whole
+            images. 0: no sample.
         save_every: Updates between two checkpoints; none is saved after a skipped update. The run always ends with one.
         keep_checkpoints: Number of newest checkpoints to keep on disk.
     """

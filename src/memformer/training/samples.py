@@ -18,21 +18,22 @@ PIXEL_SCALE = 4
 
 
 def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_tokens: int, seed: int) -> str | None:
-    """Write a sample to `path` with the suffix .txt or .png; return the text, or None for images.
+    """Write a sample to `path` with the suffix .txt or .png; return the text, or None for images or without a sample.
 
     The model's mode and torch's random generators are not changed.
 
     Raises:
         SaveError: Writing failed.
     """
-    text = None
+    if not num_tokens:
+        return None
     if isinstance(tokenizer, PixelTokenizer):
         images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
         write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
-    elif num_tokens:
-        steps = Session(model, stop_token_ids=stop_tokens_of(tokenizer)).stream(num_tokens, seed=seed)
-        text = "".join(tokenizer.decode_stream(step[0] for step in steps))
-        write_text(path.with_suffix(".txt"), text)
+        return None
+    steps = Session(model, stop_token_ids=stop_tokens_of(tokenizer)).stream(num_tokens, seed=seed)
+    text = "".join(tokenizer.decode_stream(step[0] for step in steps))
+    write_text(path.with_suffix(".txt"), text)
     return text
 
 
