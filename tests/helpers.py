@@ -11,6 +11,8 @@ VARIANTS = {
     "paper": {"log_forgetting_speeds": False, "forgetting_speeds": (0.1, 0.1)},
     "relative positions": {"positions": "relative"},
     "decoder starts from last token": {"decoder_starts_from_last_token": True},
+    "joint attention": {"decoder_attention": "joint", "decoder_starts_from_last_token": True},
+    "joint attention, relative positions": {"decoder_attention": "joint", "positions": "relative"},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
     "temperature 1": {"write_temperature": 1.0},

@@ -128,6 +128,23 @@ def test_distance_continues_across_the_segment_boundary():
     assert positions.tolist() == list(range(-S, 0))
 
 
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_joint_attention_is_causal_attention_over_the_past_and_the_targets(positions):
+    model = tiny_model(decoder_attention="joint", positions=positions, num_decoder_layers=1)
+    layer, num_targets = model.decoder.layers[0], 4
+    hidden, x = torch.randn(2, SEGMENT_LENGTH, 16).double(), torch.randn(2, num_targets, 16).double()
+    before, own = torch.arange(-SEGMENT_LENGTH, 0), torch.arange(num_targets)
+    together = torch.cat([before, own])
+    frame = model.decoder.positions(together, key_positions=together)
+    sequence = torch.cat([hidden, layer.self_attention_norm(x)], dim=1)
+    attended = x + layer.self_attention(sequence, frame=frame, is_causal=True)[:, SEGMENT_LENGTH:]
+    expected = attended + layer.feed_forward(layer.feed_forward_norm(attended))
+    past = model.decoder.precompute_cross_attention(hidden, padding_mask=None)
+    features = model.decoder._run_layers(x, past=past, frame=model.decoder.positions(own, key_positions=own))
+    assert_close(features, model.decoder.norm(expected))
+    assert not [name for name in model.state_dict() if "cross_attention" in name]
+
+
 def test_token_nll_matches_the_logits():
     model = tiny_model()
     hidden, _ = model.encode(tokens(), memory=model.initial_memory(B))

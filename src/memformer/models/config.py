@@ -14,6 +14,7 @@ from memformer.utils.fields import convert, convert_fields
 from memformer.utils.renames import old_names_sentence, update_section
 
 PositionScheme = Literal["rotary", "relative"]
+DecoderAttention = Literal["separate", "joint"]
 # Not typing.Self: the run-time type checker of the tests does not support it in class methods.
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -264,6 +265,10 @@ class MemformerConfig(MemoryEncoderConfig):
             `[BOS]`. From `[BOS]`, the first targets of a segment see the token before them only through
             cross-attention, which hurts most with short segments. This option helped in short training runs but not in
             longer ones. A departure from the paper.
+        decoder_attention: "separate": in each layer, self-attention to earlier tokens of the segment, then
+            cross-attention to the previous segment, as in the paper. "joint": one attention to both, by the projections
+            of self-attention, so that both compete in one softmax; fewer weights and operations. A departure from the
+            paper.
 
     Raises:
         InputError: A value is out of range, or two values contradict each other.
@@ -274,6 +279,7 @@ class MemformerConfig(MemoryEncoderConfig):
 
     num_decoder_layers: int = 4
     decoder_starts_from_last_token: bool = False
+    decoder_attention: DecoderAttention = "separate"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ def make_positions(config: MemoryEncoderConfig) -> PositionSchemes:
 
 
 class Decoder(nn.Module):
-    """Decoder: causal in its segment, sees the past only by cross-attention (arXiv 2010.06891v2, section 3.1).
+    """Decoder: causal in its segment, sees the past only as the previous segment's hidden states (v2, section 3.1).
 
     Args:
         config: The model's config.
@@ -56,6 +56,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MemformerConfig) -> None:
         super().__init__()
         self.starts_from_last_token = config.decoder_starts_from_last_token
+        self.is_joint = config.decoder_attention == "joint"
         self.positions = make_positions(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, bias=self.positions.biased_projections) for _ in range(config.num_decoder_layers)
@@ -124,6 +125,9 @@ class Decoder(nn.Module):
         caches: list[CacheWindow] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         past_frame = frame.prepare(x).with_keys(past.positions)
+        if self.is_joint:
+            keep_mask = _joint_keep_mask(past, x, keep_mask, caches)
+            frame = frame.with_earlier_keys(past.positions)
         for index, layer in enumerate(self.layers):
             x = layer(
                 x,
@@ -135,3 +139,20 @@ class Decoder(nn.Module):
                 cache=None if caches is None else caches[index],
             )
         return self.norm(x)
+
+
+def _joint_keep_mask(
+    past: Past, x: Float[Tensor, "B Q D"], keep_mask: Tensor | None, caches: list[CacheWindow] | None
+) -> Tensor | None:
+    """Return the mask of one attention to the past and to the targets themselves; None if nothing is masked."""
+    num_queries = x.shape[1]
+    if caches is None and num_queries > 1:
+        keep_mask = torch.ones(num_queries, num_queries, dtype=torch.bool, device=x.device).tril()[None, None]
+    if keep_mask is None and past.keep_mask is None:
+        return None
+    num_own = num_queries if caches is None else caches[0].num_keys
+    parts = []
+    for part, num_keys in ((past.keep_mask, past.positions.shape[-1]), (keep_mask, num_own)):
+        part = x.new_ones(1, dtype=torch.bool) if part is None else part
+        parts.append(part.expand(x.shape[0], 1, num_queries, num_keys))
+    return torch.cat(parts, dim=-1)

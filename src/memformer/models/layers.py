@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memformer.models.baseline_configs import DecoderConfig
-from memformer.models.config import MemoryEncoderConfig
+from memformer.models.config import MemformerConfig, MemoryEncoderConfig
 from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention, HeadTokens, SelfAttention
 from memformer.nn.linear import Linear
 from memformer.nn.memory import MemoryReader
@@ -70,25 +70,31 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Layer of causal self-attention, cross-attention to the previous segment, and feed-forward.
 
+    With `decoder_attention: joint`, self-attention also attends to the previous segment, and there is no
+    cross-attention.
+
     Args:
         config: The model's config.
         bias: Whether the projections of self- and cross-attention have biases.
     """
 
-    def __init__(self, config: MemoryEncoderConfig, *, bias: bool) -> None:
+    def __init__(self, config: MemformerConfig, *, bias: bool) -> None:
         super().__init__()
         width, heads, dropout = config.d_model, config.num_heads, config.attention_dropout_probability
         self.self_attention_norm = nn.LayerNorm(width)
         self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=bias)
-        self.cross_attention_norm = nn.LayerNorm(width)
-        self.cross_attention = CrossAttention(width, num_heads=heads, dropout=dropout, bias=bias)
+        is_joint = config.decoder_attention == "joint"
+        self.cross_attention_norm = None if is_joint else nn.LayerNorm(width)
+        self.cross_attention = None if is_joint else CrossAttention(width, num_heads=heads, dropout=dropout, bias=bias)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, d_ff=config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
     def precompute_cross_attention(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
-        """Return the keys and values of the previous segment for cross-attention."""
-        return self.cross_attention.project(hidden, frame=frame)
+        """Return the keys and values of the previous segment."""
+        return (self.self_attention if self.cross_attention is None else self.cross_attention).project(
+            hidden, frame=frame
+        )
 
     def forward(
         self,
@@ -101,22 +107,28 @@ class DecoderLayer(nn.Module):
         keep_mask: Tensor | None = None,
         cache: CacheWindow | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the features of the targets after one layer; `past` are keys and values of the previous segment."""
+        """Return the features of the targets after one layer; `past` are keys and values of the previous segment.
+
+        If attention is joint, `frame` and `keep_mask` are those of the keys of the past and then of the targets.
+        """
+        is_joint = self.cross_attention is None
         x = x + self.dropout(
             self.self_attention(
                 self.self_attention_norm(x),
                 frame=frame,
                 keep_mask=keep_mask,
-                is_causal=cache is None,
+                is_causal=cache is None and not is_joint,
                 cache=cache,
+                earlier=past if is_joint else None,
             )
         )
-        key, value = past
-        x = x + self.dropout(
-            self.cross_attention(
-                self.cross_attention_norm(x), key=key, value=value, frame=past_frame, keep_mask=past_keep_mask
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            key, value = past
+            x = x + self.dropout(
+                self.cross_attention(
+                    self.cross_attention_norm(x), key=key, value=value, frame=past_frame, keep_mask=past_keep_mask
+                )
             )
-        )
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 

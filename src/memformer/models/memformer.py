@@ -47,7 +47,9 @@ class Memformer(MemoryEncoder, LanguageModel):
         return {"encoder.layers": config.num_encoder_layers, "decoder.layers": config.num_decoder_layers}
 
     def _count_residual_parts(self, name: str) -> int:
-        return 3 * (self.config.num_encoder_layers if "encoder" in name else self.config.num_decoder_layers)
+        if "encoder" in name:
+            return 3 * self.config.num_encoder_layers
+        return (2 if self.config.decoder_attention == "joint" else 3) * self.config.num_decoder_layers
 
     def _compile_parts(self, options: dict[str, Any]) -> None:
         super()._compile_parts(options)

@@ -122,10 +122,12 @@ class SelfAttention(nn.Module):
         is_causal: bool = False,
         cache: CacheWindow | None = None,
         past: Float[Tensor, "B P D"] | None = None,
+        earlier: tuple[HeadTokens, HeadTokens] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
 
-        `past` are earlier tokens that are only attended to; their keys come first.
+        `past` are tokens before the segment that are only attended to, and `earlier` are the keys, with positions
+        applied, and the values of such tokens; they come first.
         """
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
         if past is not None:
@@ -134,9 +136,18 @@ class SelfAttention(nn.Module):
         query, key = frame.apply_to_queries(query), frame.apply_to_keys(key)
         if cache is not None:
             key, value = cache.write(key, value)
+        if earlier is not None:
+            key, value = (
+                torch.cat([first.to(own.dtype), own], dim=2) for first, own in zip(earlier, (key, value), strict=True)
+            )
         dropout = self.dropout if self.training else 0.0
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout)
         return self.output(merge_heads(read))
+
+    def project(self, past: Float[Tensor, "B P D"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys, with positions applied, and the values of tokens before the segment, as `earlier`."""
+        key, value = self._project_past(past)
+        return frame.apply_to_keys(key), value
 
     def _project_past(self, past: Float[Tensor, "B P D"]) -> tuple[HeadTokens, HeadTokens]:
         """Return keys and values of past tokens."""

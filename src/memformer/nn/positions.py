@@ -112,6 +112,11 @@ class RotaryFrame(Frame):
         del key_positions
         return self
 
+    def with_earlier_keys(self, key_positions: Tensor) -> "RotaryFrame":
+        """Return the frame for the same queries, and other, already rotated keys before its own."""
+        del key_positions
+        return self
+
     def apply_to_queries(self, query: Tensor) -> Tensor:
         """Return the queries rotated by their positions."""
         return _rotate(query, rotation=self._rotation(query.dtype, of_keys=False))
@@ -209,6 +214,12 @@ class RelativeFrame(Frame):
             head_width=self.head_width,
             longest=self.longest,
         )
+
+    def with_earlier_keys(self, key_positions: Tensor) -> "RelativeFrame":
+        """Return the frame for the same queries, and other keys before its own."""
+        rows = torch.broadcast_shapes(key_positions.shape[:-1], self.key_positions.shape[:-1])
+        positions = [each.expand(*rows, -1) for each in (key_positions, self.key_positions)]
+        return self.with_keys(torch.cat(positions, dim=-1))
 
     def prepare(self, x: Tensor) -> "RelativeFrame":
         """Return the frame, which has nothing to prepare."""
