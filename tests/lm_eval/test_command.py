@@ -50,3 +50,11 @@ def test_the_harness_gets_the_model_the_pack_and_the_data(executed, tmp_path):
     assert executed[2].include_path == [str(command.PACK)]
     assert os.environ[tasks.DATA_VARIABLE] == str(tmp_path)
     assert get_model("memformer").__name__ == "MemformerLM"
+
+
+def test_the_harness_prints_tables_with_heads():
+    """Old versions of a package of the harness leave the heads out, and the harness allows them."""
+    make_table = pytest.importorskip("lm_eval.utils", reason="needs the extra eval").make_table
+    results = {"results": {"task": {"alias": "task", "acc,none": 0.5}}, "versions": {}, "n-shot": {}}
+    head = make_table({**results, "higher_is_better": {"task": {"acc": True}}}).splitlines()[0]
+    assert [cell.strip() for cell in head.split("|")[1:3]] == ["Tasks", "Version"]
