@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from memformer import Rollout, backpropagate
+from memformer import AttentionRecord, Rollout, backpropagate
+from memformer.nn.attention import split_heads
 from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout
 from tests.models.baselines import tiny_baseline, tokens, used_memory
 
@@ -78,3 +79,24 @@ def test_gradient_flows_through_the_memory_from_the_last_timestep_to_the_first(m
     without_last = backpropagate(model, rollout[:-1], memory=used_memory(model, 2), method=method)
     scale = with_last.num_tokens / without_last.num_tokens
     assert not torch.allclose(with_last.memory_grad * scale, without_last.memory_grad)
+
+
+def test_the_attention_record_holds_what_a_single_token_and_a_single_slot_attend_to():
+    """With one slot and one token, the token attends to the slot and itself; the written slot to these three."""
+    model = tiny_baseline("recurrent memory, one token")
+    record = AttentionRecord()
+    hidden, memory = model.encode(tokens(2, 1), attention=record)
+    expected_hidden, expected_memory = model.encode(tokens(2, 1))
+    assert torch.equal(hidden, expected_hidden)
+    assert torch.equal(memory, expected_memory)
+    assert [tuple(weights.shape) for weights in record.reader] == [(2, 2, 1, 1)] * 2
+    assert record.writer.shape == (2, 2, 1, 2)
+    assert_close(record.writer.sum(dim=-1), torch.ones(2, 2, 1, dtype=torch.float64))
+    layer = model.layers[0]
+    x = torch.cat([model.initial_memory(2), model._embed(tokens(2, 1)), model.initial_memory(2)], dim=1)
+    query, key, _ = layer.self_attention.query_key_value(layer.self_attention_norm(x)).chunk(3, dim=-1)
+    positions = torch.arange(3)
+    frame = model.positions(positions, key_positions=positions)
+    query, key = frame.apply_to_queries(split_heads(query, 2)), frame.apply_to_keys(split_heads(key, 2))
+    weights = (query[:, :, 1:2] @ key[:, :, :2].mT / math.sqrt(8)).softmax(dim=-1)
+    assert_close(record.reader[0], weights[..., :1])

@@ -281,3 +281,24 @@ def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sph
             memory = normalization(updated, written=written)
     assert memory.isfinite().all()
     assert torch.allclose(memory.norm(dim=-1), torch.full((1, K), math.sqrt(D)))
+
+
+@pytest.mark.parametrize("options", [{}, {"only_when_written": True}, {"log_speeds": True}, {"exchangeable": True}])
+def test_the_share_left_is_that_of_the_written_slot_in_the_sum(options):
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(2.0, 2.0), **options)
+    memory, written = torch.randn(B, K, D), torch.rand(B, H, K, 1)
+    left = normalization.share_left(memory, written=written)
+    for b in range(B):
+        for i in range(K):
+            added = normalization.forgetting_vectors()[0 if "exchangeable" in options else i]
+            if "only_when_written" in options:
+                added = (written[b, :, i] * added.view(H, -1)).flatten()
+            assert left[b, i].item() == pytest.approx(
+                (memory[b, i].norm() / (memory[b, i].norm() + added.norm())).item()
+            )
+    assert normalization.share_left(torch.zeros(B, K, D), written=torch.zeros_like(written)).eq(0).all()
+
+
+def test_without_forgetting_all_of_a_slot_is_left():
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(2.0, 2.0), forgetting=False)
+    assert normalization.share_left(torch.randn(B, K, D), written=ALL_WRITTEN).eq(1).all()

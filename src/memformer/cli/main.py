@@ -17,6 +17,7 @@ from memformer.cli.compare import run_compare
 from memformer.cli.evaluate import run_evaluate
 from memformer.cli.export import run_export
 from memformer.cli.generate import run_generate
+from memformer.cli.inspection import run_inspect
 from memformer.cli.parsing import version
 from memformer.cli.report import run_report
 from memformer.cli.reproduce import run_reproduce
@@ -35,6 +36,7 @@ Train and use sequence models that read arbitrarily long input with a memory of 
   memformer train CONFIG.yaml [--key value ...]   train a model, or continue training with --resume
   memformer evaluate RUN                          perplexity and bits per byte, with the memory intact and erased
   memformer retention RUN                         accuracy or memory gain against the age of the information
+  memformer inspect RUN                           a page that shows what the memory holds and where it helps
   memformer generate RUN                          continue a prompt of any length, or sample images
   memformer export RUN --hf FOLDER                write a folder that Hugging Face transformers reads
   memformer report RUN                            write an HTML summary of a run
@@ -106,6 +108,7 @@ def _handler(command: str) -> Callable[[list[str]], None]:
         "train": run_train,
         "evaluate": run_evaluate,
         "retention": run_retention,
+        "inspect": run_inspect,
         "generate": run_generate,
         "export": run_export,
         "report": run_report,

@@ -78,12 +78,13 @@ class _Counted(io.RawIOBase):
 
 
 @contextmanager
-def open_prompt(text: str | None, file: str | None) -> Iterator[Prompt]:
-    """Open a prompt, which may not fit in memory.
+def open_prompt(text: str | None, file: str | None, *, option: str = "--prompt_file") -> Iterator[Prompt]:
+    """Open a prompt, or another text, which may not fit in memory.
 
     Args:
         text: The prompt itself. None: empty, unless there is a file.
         file: File with the prompt; "-" reads stdin.
+        option: Option that named the file, for messages.
 
     Yields:
         The prompt.
@@ -94,7 +95,7 @@ def open_prompt(text: str | None, file: str | None) -> Iterator[Prompt]:
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
     if file == "-" and sys.stdin is None:
-        raise InputError("--prompt_file - reads stdin, but stdin is closed")
+        raise InputError(f"{option} - reads stdin, but stdin is closed")
     with ExitStack() as stack:
         if file is None:
             # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.

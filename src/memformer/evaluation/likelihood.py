@@ -235,7 +235,7 @@ def _rollout_nll(
         hidden, memory = calls(_encode, segment, memory, reset, padding, name="reading a segment")
         hiddens.append(hidden)
     masks = _rows(rollout.input_padding), _rows(rollout.target_padding)
-    (erased,) = calls(_encode_erased, rollout.inputs.flatten(0, 1), masks[0], name="reading without memory")
+    (erased,) = calls(encode_erased, rollout.inputs.flatten(0, 1), masks[0], name="reading without memory")
     nlls = [
         calls(_read_out, rollout.targets.flatten(0, 1), hidden, *masks, name="the likelihood of segments")[0]
         for hidden in (torch.cat(hiddens), erased)
@@ -257,7 +257,7 @@ def _encode(
     return model.encode(segment, memory=memory, padding_mask=padding)
 
 
-def _encode_erased(model: RecurrentModel, segments: Tensor, padding: Tensor | None) -> tuple[Tensor]:
+def encode_erased(model: RecurrentModel, segments: Tensor, padding: Tensor | None) -> tuple[Tensor]:
     """Return the hidden states (N*B, R, D) with the initial memory at every timestep, computed as one batch."""
     hidden, _ = model.encode(segments, memory=model.initial_memory(segments.shape[0]), padding_mask=padding)
     return (hidden,)

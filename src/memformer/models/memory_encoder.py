@@ -189,6 +189,8 @@ class MemoryEncoder(TokenModel):
             record=attention,
             auxiliary=auxiliary,
         )
+        if attention is not None:
+            attention.left = self.memory_normalization.share_left(updated_slots, written=written).detach()
         next_memory = self.memory_normalization(updated_slots, written=written)
         if padding_mask is not None:
             next_memory = torch.where(padding_mask.all(dim=-1)[:, None, None], memory, next_memory)

@@ -1,5 +1,6 @@
 """The Recurrent Memory Transformer (arXiv 2207.06881)."""
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, TokenCounts
+from memformer.nn.attention import AttentionRecord
+from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
-from memformer.shapes import AnyMemory, Hidden
+from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding
 
 
 class RecurrentMemoryTransformer(NextTokenModel):
@@ -58,14 +61,57 @@ class RecurrentMemoryTransformer(NextTokenModel):
         """Return the learned memory tokens for each row, in float32 (float64 if the model is float64)."""
         return self.memory_tokens.to(self.memory_dtype).expand(batch_size, -1, -1)
 
-    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+    def encode(
+        self,
+        segment: Segment,
+        *,
+        memory: AnyMemory | None = None,
+        padding_mask: SegmentPadding | None = None,
+        attention: AttentionRecord | None = None,
+        auxiliary: AuxiliaryLoss | None = None,
+    ) -> tuple[Hidden, AnyMemory]:
+        """Read one segment; return the hidden state of each token and the next memory.
+
+        Args:
+            segment: Token ids, 0 .. V (V is `[BOS]`).
+            memory: The current memory. None: the initial memory.
+            padding_mask: True at padding. None: no padding.
+            attention: Receives the attention weights of tokens and memory tokens, if given; in each row, padding
+                follows the tokens.
+            auxiliary: Must be None: this model has no auxiliary loss.
+
+        Raises:
+            InputError: As for all next-token models.
+            InputTypeError: A dtype is wrong.
+        """
+        if auxiliary is not None:
+            self.check_auxiliary_loss()
+        read = self._read if attention is None else partial(self._read, attention=attention)
+        return self._encode(segment, memory, padding_mask, read)
+
+    def _read(
+        self,
+        x: Hidden,
+        *,
+        memory: AnyMemory,
+        num_tokens: TokenCounts | None,
+        attention: AttentionRecord | None = None,
+    ) -> tuple[Hidden, AnyMemory]:
         num_memory, length = memory.shape[1], x.shape[1]
         memory_tokens = memory.to(x.dtype)
         positions, keep_mask = self._make_positions_and_mask(length, num_tokens)
         frame = self.positions(positions, key_positions=positions)
         x = torch.cat([memory_tokens, x, memory_tokens], dim=1)
+        weights: list[Tensor] | None = None if attention is None else []
         for layer in self.layers:
-            x = layer(x, frame=frame, keep_mask=keep_mask)
+            x = layer(x, frame=frame, keep_mask=keep_mask, record=weights)
+        if attention is not None and weights is not None:
+            end = num_memory + length
+            attention.reader += [each[:, :, num_memory:end, :num_memory] for each in weights]
+            written = torch.stack(weights).mean(dim=0)[:, :, end:]  # (B, H, M, 2M + S)
+            from_read, from_written = written[..., :num_memory], written[..., end:]
+            own = from_read.diagonal(dim1=-2, dim2=-1) + from_written.diagonal(dim1=-2, dim2=-1)
+            attention.writer = torch.cat([own[..., None], written[..., num_memory:end]], dim=-1)
         _, hidden, written = self.norm(x).split([num_memory, length, num_memory], dim=1)
         return hidden, written.to(memory.dtype)
 

@@ -14,15 +14,22 @@ HeadTokens = Float[Tensor, "B H J E"]
 
 @dataclass
 class AttentionRecord:
-    """Attention weights of one timestep, filled when it is passed to `Memformer.encode`.
+    """Attention weights of one timestep, filled when it is passed to `encode` of a model with slots.
+
+    In a `RecurrentMemoryTransformer` the slots are the memory tokens. Its tokens and slots also attend to others of
+    their kind, so rows sum to less than 1; `writer` is the mean over layers, and a slot's weight for itself is that of
+    its write token for its read token and for itself.
 
     Attributes:
         reader: (B, H, S, K) for each encoder layer: each token's weight for each slot. Rows sum to 1.
         writer: (B, H, K, 1 + S): each slot's weight for itself (first column) and for each token. Rows sum to 1.
+        left: (B, K): share of each written slot that forgetting leaves; see `MemoryNormalization.share_left`. None if
+            the model does not forget by a vector.
     """
 
     reader: list[Tensor] = field(default_factory=list)
     writer: Tensor | None = None
+    left: Tensor | None = None
 
 
 def split_heads(x: Float[Tensor, "B J D"], num_heads: int) -> HeadTokens:
@@ -96,6 +103,15 @@ class CacheWindow:
         return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
 
 
+def _weights_of(
+    frame: Frame, query: HeadTokens, key: HeadTokens, *, keep_mask: Tensor | None, is_causal: bool
+) -> Float[Tensor, "B H Q J"]:
+    """Return the attention weights, detached; not for relative positions, which are a part of the values too."""
+    # Attention over unit vectors returns the weights, so no second implementation has to be kept in sync.
+    units = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device).expand(*key.shape[:-1], -1)
+    return frame.attend(query, key, units, keep_mask=keep_mask, is_causal=is_causal, dropout=0.0).detach()
+
+
 class SelfAttention(nn.Module):
     """Attention of tokens to tokens of their own segment and, if given, to tokens before it.
 
@@ -122,12 +138,21 @@ class SelfAttention(nn.Module):
         is_causal: bool = False,
         cache: CacheWindow | None = None,
         past: Float[Tensor, "B P D"] | None = None,
+<<<<<<< HEAD
         earlier: tuple[HeadTokens, HeadTokens] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
 
         `past` are tokens before the segment that are only attended to, and `earlier` are the keys, with positions
         applied, and the values of such tokens; they come first.
+=======
+        record: list[Tensor] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
+
+        `past` are earlier tokens that are only attended to; their keys come first. The weights (B, H, Q, J) are
+        appended to `record`, if given.
+>>>>>>> 76f308e (Add memformer inspect: a page and data that show what the memory does)
         """
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
         if past is not None:
@@ -141,6 +166,8 @@ class SelfAttention(nn.Module):
                 torch.cat([first.to(own.dtype), own], dim=2) for first, own in zip(earlier, (key, value), strict=True)
             )
         dropout = self.dropout if self.training else 0.0
+        if record is not None:
+            record.append(_weights_of(frame, query, key, keep_mask=keep_mask, is_causal=is_causal))
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout)
         return self.output(merge_heads(read))
 
@@ -193,8 +220,6 @@ class CrossAttention(nn.Module):
         query = frame.apply_to_queries(split_heads(self.query(x), self.num_heads))
         dropout = self.dropout if self.training else 0.0
         if record is not None:
-            # Attention over unit vectors returns the weights, so no second implementation has to be kept in sync.
-            units = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
-            record.append(frame.attend(query, key, units, keep_mask=keep_mask, is_causal=False, dropout=0.0).detach())
+            record.append(_weights_of(frame, query, key, keep_mask=keep_mask, is_causal=False))
         read = frame.attend(query, key, value, keep_mask=keep_mask, is_causal=False, dropout=dropout)
         return self.output(merge_heads(read))

@@ -238,11 +238,26 @@ class MemoryNormalization(nn.Module):
     def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
         """Return the slots after forgetting and normalization; both arguments are results of the writer."""
         if self.forgetting:
-            forgetting = self.forgetting_vectors().to(memory.dtype)
-            if self.only_when_written:
-                forgetting = merge_heads(written * split_heads(forgetting[None], written.shape[1]))
-            memory = memory + forgetting
+            memory = memory + self._added(memory, written)
         return self.radius * F.normalize(memory, dim=-1)
+
+    def share_left(self, memory: Memory, *, written: WrittenShare) -> Float[Tensor, "B K"]:
+        """Return ||m'|| / (||m'|| + ||v||) of each slot: the share of the sum m' + v that is the written slot.
+
+        It is from 0 to 1, and 1 where nothing is added. The arguments are those of `forward`.
+        """
+        length = memory.norm(dim=-1)
+        if not self.forgetting:
+            return torch.ones_like(length)
+        # A slot of length 0 to which nothing is added has nothing that could be left.
+        return length / (length + self._added(memory, written).norm(dim=-1)).clamp(min=torch.finfo(length.dtype).tiny)
+
+    def _added(self, memory: Memory, written: WrittenShare) -> Float[Tensor, "#B #K D"]:
+        """Return what forgetting adds to each slot."""
+        forgetting = self.forgetting_vectors().to(memory.dtype)[None]
+        if self.only_when_written:
+            forgetting = merge_heads(written * split_heads(forgetting, written.shape[1]))
+        return forgetting
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0, the terminal state of forgetting, for each row, in at least float32."""

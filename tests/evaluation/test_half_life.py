@@ -1,0 +1,118 @@
+"""Half-lives: the formula follows memory normalization, and equals what is measured in a slot that is not written."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from memformer.evaluation.half_life import (
+    LifetimeProbe,
+    computed_half_lives,
+    forgetting_norms,
+    half_life,
+    time_of_half,
+)
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+
+WIDTH = 16
+
+
+def counted_half_life(speed, angle):
+    """Count timesteps of memory normalization itself, with vectors."""
+    model = tiny_model(num_slots=1)
+    normalization = model.memory_normalization
+    normalization.log_speed.data.fill_(math.log(speed))
+    direction = normalization.forgetting_vectors().detach()[0] / (speed * math.sqrt(WIDTH))
+    other = torch.randn(WIDTH, dtype=torch.float64)
+    other -= (other @ direction) * direction
+    other /= other.norm()
+    start = memory = math.sqrt(WIDTH) * (math.cos(angle) * direction + math.sin(angle) * other)[None, None]
+    initial = model.initial_memory(1)
+    value, shares = (start - initial).flatten(), [1.0]
+    with torch.no_grad():
+        while shares[-1] > 0.5:
+            memory = normalization(memory, written=torch.zeros(1, 2, 1, 1))
+            shares.append(((memory - initial).flatten() @ value / value.square().sum()).item())
+    return time_of_half(np.array(shares))
+
+
+@pytest.mark.parametrize(("speed", "relative"), [(3.0, 1e-12), (0.3, 1e-12), (0.02, 1e-12), (9e-4, 1e-6)])
+@pytest.mark.parametrize("angle", [0.1, math.pi / 2, 2.5])
+def test_the_half_life_follows_memory_normalization(speed, relative, angle):
+    assert half_life(speed, angle) == pytest.approx(counted_half_life(speed, angle), rel=relative)
+
+
+def test_slow_slots_are_neither_counted_nor_infinite():
+    assert half_life(1e-7) == pytest.approx(math.log(math.tan(math.pi / 4) / math.tan(math.pi / 8)) / 1e-7, rel=1e-6)
+    assert half_life(0.000999999) == pytest.approx(half_life(0.001), rel=3e-6)
+    assert half_life(0.0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "is_infinite"),
+    [({}, False), ({"forgetting": False}, True), ({"forgetting_when_written": True}, True)],
+)
+def test_slots_that_do_not_forget_live_for_ever(options, is_infinite):
+    model = tiny_model(forgetting_speeds=(0.3, 0.01), **options)
+    half_lives = computed_half_lives(model)
+    assert half_lives.shape == (5,)
+    assert np.isinf(half_lives).all() == is_infinite
+    if not is_infinite:
+        assert (np.diff(half_lives) > 0).all()
+    norms = (
+        [0.0] * 5 if "forgetting" in options else model.memory_normalization.forgetting_vectors().norm(dim=-1).tolist()
+    )
+    assert forgetting_norms(model) == pytest.approx(norms)
+
+
+def test_exchangeable_slots_share_a_forgetting_vector():
+    model = tiny_model(exchangeable_slots=True, forgetting_speeds=(0.1, 0.1), write_competition=True)
+    assert computed_half_lives(model) == pytest.approx(5 * [half_life(0.1)])
+
+
+def model_that_writes_nothing():
+    """Return a model whose slots attend to themselves alone, unless a token equals the slot."""
+    model = tiny_model(num_writer_heads=1, write_normalizer="sparsemax", forgetting_speeds=(0.3, 0.03))
+    with torch.no_grad():
+        for projection in (model.memory_writer.query, model.memory_writer.key):
+            torch.nn.init.eye_(projection.weight)
+            projection.weight *= 10
+    return model
+
+
+@torch.no_grad()
+def test_the_measured_half_life_of_a_slot_that_is_not_written_is_the_computed_one():
+    model = model_that_writes_nothing()
+    memory = math.sqrt(WIDTH) * torch.nn.functional.normalize(torch.randn(1, 5, WIDTH, dtype=torch.float64), dim=-1)
+    initial = model.initial_memory(1)
+    angles = torch.cosine_similarity(memory, initial, dim=-1)[0].arccos()
+    speeds = forgetting_norms(model) / math.sqrt(WIDTH)
+    slots = np.array([0, 2, 3, 4])
+    probe = LifetimeProbe(model, memory, slots)
+    for _ in range(60):
+        segment = torch.randint(0, VOCAB_SIZE, (1, SEGMENT_LENGTH))
+        memory = model.encode(segment, memory=memory)[1]
+        probe.read(segment, None, next_memory=memory)
+    assert probe.num_timesteps == 60
+    measured = [time_of_half(shares) for shares in probe.shares().T]
+    computed = [half_life(float(speeds[slot]), float(angles[slot])) for slot in slots]
+    assert measured == pytest.approx(computed, rel=1e-9)
+    assert 1 < measured[0] < 10 < measured[-1] < 60
+
+
+@torch.no_grad()
+def test_a_slot_in_its_initial_state_holds_no_value():
+    model = tiny_model()
+    memory = model.initial_memory(1).clone()
+    memory[0, 1] = torch.randn(WIDTH)
+    probe = LifetimeProbe(model, memory, np.arange(5))
+    segment = torch.randint(0, VOCAB_SIZE, (1, SEGMENT_LENGTH))
+    probe.read(segment, None, next_memory=model.encode(segment, memory=memory)[1])
+    assert np.isnan(probe.shares()).all(axis=0).tolist() == [True, False, True, True, True]
+
+
+def test_the_time_of_half_is_interpolated():
+    assert time_of_half(np.array([1.0, 0.75, 0.25])) == 1.5
+    assert time_of_half(np.array([1.0, 0.5])) == 1.0
+    assert time_of_half(np.array([1.0, 0.9])) == math.inf
