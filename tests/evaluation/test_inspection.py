@@ -219,6 +219,10 @@ def test_slots_summarize_all_timesteps_but_the_first(array):
         if slot.last_write:
             weights = found.timesteps[written[-1]].writer[slot.slot, 1:]
             assert (slot.last_write.token, slot.last_write.weight) == (weights.argmax(), pytest.approx(weights.max()))
+    heads = kind_of(np.array([record.writer[0, :, :, 0] for _, record in read_by_hand(model, array)][1:]))
+    for name, number in zip(KINDS, range(3), strict=True):
+        assert found.kind_shares_of_heads[name] == pytest.approx((heads == number).mean())
+    assert found.kind_shares != found.kind_shares_of_heads
     assert sum(found.kind_shares.values()) == pytest.approx(1)
 
 

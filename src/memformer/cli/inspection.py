@@ -25,7 +25,7 @@ from memformer.utils.files import check_can_write, user_path, write_text
 from memformer.utils.progress import ProgressBar
 
 PAGE_FILE = "inspect.html"
-NUM_IMAGES = 8
+NUM_IMAGES = 4
 # An episode is one rollout.
 _EPISODE_TIMESTEPS = 1 << 20
 _ROLLOUT_TIMESTEPS = 16

@@ -127,8 +127,12 @@ def inspect_memory(
 
 @dataclass(frozen=True)
 class _Reading:
-    """One timestep while it is read; weights are averaged over heads, without padding, on the CPU in float64."""
+    """One timestep while it is read; weights are without padding, on the CPU in float64, and averaged over heads.
 
+    `own_of_heads` is not averaged: each slot's weight for itself in each head, (H, K).
+    """
+
+    own_of_heads: NDArray[np.float64]
     kept: NDArray[np.float64]
     writer: NDArray[np.float64]
     readers: NDArray[np.float64]
@@ -195,6 +199,7 @@ class _Inspector:
         writer = record.writer[0].double().mean(dim=0)  # (K, 1 + S)
         left = torch.ones_like(writer[:, 0]) if record.left is None else record.left[0].double()
         return _Reading(
+            own_of_heads=record.writer[0, :, :, 0].double().cpu().numpy(),
             kept=(writer[:, 0] * left).cpu().numpy(),
             writer=torch.cat([writer[:, :1], writer[:, 1:][:, tokens]], dim=1).cpu().numpy(),
             readers=torch.stack([reader[0].double().mean(dim=0)[tokens] for reader in record.reader]).cpu().numpy(),
@@ -247,7 +252,14 @@ class _Inspector:
             last_write=self._history.last_write,
         )
         if reads_text:
-            self._history.add(document, timestep, read_ids, kept=reading.kept, writer=reading.writer)
+            self._history.add(
+                document,
+                timestep,
+                read_ids,
+                kept=reading.kept,
+                writer=reading.writer,
+                own_of_heads=reading.own_of_heads,
+            )
         if self._sampler.wants(self._num_timesteps):
             self._sampler.add(
                 InspectedTimestep(
@@ -284,6 +296,7 @@ class _Inspector:
             nll=float(self._nll[0]),
             nll_erased=float(self._nll[1]),
             kind_shares=self._history.kind_shares(),
+            kind_shares_of_heads=self._history.kind_shares_of_heads(),
             slots=self._history.slots(self._model, self._lifetimes),
             timesteps=self._sampler.timesteps,
             selection=self._sampler.describe(self._num_timesteps),

@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 
 from memformer.errors import InputError
-from memformer.evaluation.inspection_results import KINDS, PAPER_SHARES, Array, Inspection, kind_limits
+from memformer.evaluation.inspection_results import Array, Inspection
 
 _LARGEST_WEIGHT = (1 << 16) - 1
 
@@ -43,10 +43,7 @@ def render_page(inspection: Inspection, *, title: str, source: str) -> str:
         selection=inspection.selection,
         probes=_describe_probes(inspection),
         totals=_totals(inspection),
-        kinds=[
-            (kind, limits, f"{100 * inspection.kind_shares[kind]:.1f} %", PAPER_SHARES[kind])
-            for kind, limits in zip(KINDS, kind_limits(), strict=True)
-        ],
+        kinds=inspection.kind_rows(),
         data=json_in_html(inspection.to_dict(_packed)),
         plotly=_plotly(),
     )

@@ -90,6 +90,7 @@ class SlotHistory:
     def __init__(self, num_slots: int, texts: TokenTexts) -> None:
         self._texts = texts
         self._counts = np.zeros((num_slots, len(KINDS)), np.int64)
+        self._counts_of_heads = np.zeros(len(KINDS), np.int64)
         self._sums = np.zeros((2, num_slots))  # of the weights for itself, and of the kept shares
         # Last write of each slot in the current document, and in the stream.
         self._last: list[_Mark | None] = [None] * num_slots
@@ -107,10 +108,21 @@ class SlotHistory:
         *,
         kept: NDArray[np.float64],
         writer: NDArray[np.float64],
+        own_of_heads: NDArray[np.float64],
     ) -> None:
-        """Add a timestep that read the tokens `ids`, with kept shares (K,) and weights (K, 1 + S)."""
+        """Add a timestep that read the tokens `ids`.
+
+        Args:
+            document: Number of the document.
+            timestep: Timestep in the document.
+            ids: Token ids that were read.
+            kept: Kept share of each slot, (K,).
+            writer: Weights of each slot for itself and the tokens, averaged over heads, (K, 1 + S).
+            own_of_heads: Weight of each slot for itself in each head, (H, K).
+        """
         kinds = kind_of(writer[:, 0])
         self._counts[np.arange(len(kinds)), kinds] += 1
+        self._counts_of_heads += np.bincount(kind_of(own_of_heads).flatten(), minlength=len(KINDS))
         self._sums += writer[:, 0], kept
         tokens = writer[:, 1:].argmax(axis=1)
         written = np.flatnonzero(kinds != 0)
@@ -133,8 +145,11 @@ class SlotHistory:
 
     def kind_shares(self) -> dict[str, float]:
         """Return the share of each kind over all slots and timesteps; all 0 if there was no timestep."""
-        counts = self._counts.sum(axis=0)
-        return dict(zip(KINDS, (counts / max(1, counts.sum())).tolist(), strict=True))
+        return _shares(self._counts.sum(axis=0))
+
+    def kind_shares_of_heads(self) -> dict[str, float]:
+        """Return the same with every head of a slot taken for itself."""
+        return _shares(self._counts_of_heads)
 
     def slots(self, model: RecurrentModel, lifetimes: "Lifetimes") -> list[Slot]:
         """Return the summary of each slot."""
@@ -165,6 +180,11 @@ class SlotHistory:
                 )
             )
         return slots
+
+
+def _shares(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Return the share of each kind in the number of its occurrences."""
+    return dict(zip(KINDS, (counts / max(1, counts.sum())).tolist(), strict=True))
 
 
 class PassageList:

@@ -215,6 +215,9 @@ class Inspection:
         nll: Summed surprisal of all tokens in nats.
         nll_erased: The same with the memory erased before every segment.
         kind_shares: Share of the slots of each kind, over all timesteps except those that read `[BOS]`.
+        kind_shares_of_heads: The same without the average over heads: the share of the heads of slots of each kind. A
+            slot whose heads do not agree, for example one that holds in one head and takes tokens in three, is of a
+            kind in between.
         slots: Summary of each slot.
         timesteps: The timesteps of which everything was kept.
         selection: Sentence that says which timesteps these are.
@@ -232,6 +235,7 @@ class Inspection:
     nll: float
     nll_erased: float
     kind_shares: dict[str, float]
+    kind_shares_of_heads: dict[str, float]
     slots: list[Slot]
     timesteps: list[InspectedTimestep]
     selection: str
@@ -251,16 +255,23 @@ class Inspection:
             "passages": [passage.to_dict() for passage in self.passages],
         }
 
+    def kind_rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Return for each kind: its name, limits, share of the slots, share of their heads, and share in the paper."""
+        return [
+            (
+                kind,
+                limits,
+                f"{100 * self.kind_shares[kind]:.1f} %",
+                f"{100 * self.kind_shares_of_heads[kind]:.1f} %",
+                PAPER_SHARES[kind],
+            )
+            for kind, limits in zip(KINDS, kind_limits(), strict=True)
+        ]
+
     def to_table(self) -> str:
         """Return the most important values as tables for a terminal."""
         scale = 1 / (max(1, self.num_tokens) * math.log(2))
-        kinds = format_table(
-            ("kind of slot", "weight for itself", "share", "paper"),
-            [
-                (kind, limits, f"{100 * self.kind_shares[kind]:.1f} %", PAPER_SHARES[kind])
-                for kind, limits in zip(KINDS, kind_limits(), strict=True)
-            ],
-        )
+        kinds = format_table(("kind of slot", "weight for itself", "share", "of heads", "paper"), self.kind_rows())
         erased, intact = self.nll_erased * scale, self.nll * scale
         return (
             f"{kinds}\n{self.num_tokens:,} tokens of {self.num_documents:,} document"

@@ -30,6 +30,9 @@
   const texts = (names, ids) => ids.map((id, index) => label(names[index], id));
   const number = (value, digits) => (value === null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits }));
 
+  // Three significant digits: the lengths of forgetting vectors differ by factors of thousands.
+  const short = (value) => (value === null ? "–" : Number(value.toPrecision(3)).toString());
+
   function element(tag, text, className) {
     const made = document.createElement(tag);
     if (text !== undefined) made.textContent = text;
@@ -56,8 +59,8 @@
       hovertemplate: "%{text}<br>slot %{y}: %{z:.3f}<extra></extra>",
     };
     const layout = {
-      font, height: height(numSlots), margin: { l: 60, r: 20, t: 10, b: 60 },
-      xaxis: { title: { text: "timestep" }, tickvals: ticks, ticktext: ticks.map((index) => (data.num_documents > 1 ? `${steps[index].document}:` : "") + steps[index].timestep) },
+      font, height: height(numSlots), margin: { l: 60, r: 20, t: 34, b: 60 },
+      xaxis: { title: { text: data.num_documents > 1 ? "document : timestep" : "timestep" }, tickvals: ticks, ticktext: ticks.map((index) => (data.num_documents > 1 ? `${steps[index].document}:` : "") + steps[index].timestep) },
       yaxis: { title: { text: "slot" }, autorange: "reversed" }, shapes: [],
     };
     Plotly.newPlot("kept", [trace], layout, config);
@@ -86,7 +89,7 @@
       hovertemplate: "slot %{y}, token %{x} “%{text}”: %{z:.4f}<extra></extra>",
     };
     Plotly.react("writer", [own, tokens], {
-      font, height: height(numSlots), margin: { l: 60, r: 20, t: 10, b: 80 }, xaxis: { domain: [0, 0.05] },
+      font, height: height(numSlots), margin: { l: 60, r: 20, t: 34, b: 80 }, xaxis: { domain: [0, 0.05] },
       xaxis2: { ...tokenAxis(names, [0.07, 1]), anchor: "y" }, yaxis: { title: { text: "slot" }, autorange: "reversed" },
     }, config);
   }
@@ -100,7 +103,7 @@
       hovertemplate: "token %{x} “%{text}” from slot %{y}: %{z:.4f}<extra></extra>",
     };
     Plotly.react("reader", [trace], {
-      font, height: height(numSlots), margin: { l: 60, r: 20, t: 10, b: 80 },
+      font, height: height(numSlots), margin: { l: 60, r: 20, t: 34, b: 80 },
       xaxis: tokenAxis(names, [0, 1]), yaxis: { title: { text: "slot" }, autorange: "reversed" },
     }, config);
   }
@@ -193,8 +196,8 @@
       row.append(
         element("td", String(slot.slot)), element("td", slot.kind, `left kind-${slot.kind.split(" ")[0]}`),
         element("td", number(slot.mean_own_weight, 3)), element("td", number(slot.mean_kept, 3)),
-        element("td", number(slot.forgetting_norm, 3)), element("td", slot.half_life === "infinite" ? "never gone" : number(slot.half_life, 1)),
-        element("td", measured), element("td", number(slot.share_left, 2)), element("td", written(slot.last_write), "left"),
+        element("td", short(slot.forgetting_norm)), element("td", slot.half_life === "infinite" ? "never gone" : number(slot.half_life, 1)),
+        element("td", measured), element("td", number(slot.share_left === null ? null : Math.abs(slot.share_left) < 0.005 ? 0 : slot.share_left, 2)), element("td", written(slot.last_write), "left"),
       );
       body.append(row);
     });
