@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +283,13 @@ def test_texts_of_special_tokens_and_pixels():
     assert TokenTexts(PixelTokenizer(4, 2, 2)).of([0, 3]) == ["0", "3"]
     assert TokenTexts(PixelTokenizer(4, 2, 2)).image_width == 2
     assert TokenTexts(None).of([1]) == []
+
+
+def test_the_example_in_the_docs_runs(capsys):
+    document = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    exec(compile(example, "inspect.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == "(4,) (4, 9) (4, 8, 4)"
 
 
 def test_json_cannot_end_a_script_element():
