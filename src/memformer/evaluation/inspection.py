@@ -151,15 +151,16 @@ class _Inspector:
     def __init__(self, model: SlotModel, options: InspectionOptions, texts: TokenTexts) -> None:
         self._model = model
         self._texts = texts
-        self._options: Any = options
-        self._sampler = Sampler(self._options.window, self._options.max_timesteps or _affordable_timesteps(model))
+        values: dict[str, Any] = dict(vars(options))  # integers, checked
+        self._probe_timesteps = values["probe_timesteps"]
+        self._sampler = Sampler(values["window"], values["max_timesteps"] or _affordable_timesteps(model))
         self._history = SlotHistory(model.memory_shape[0], texts)
-        self._passages = PassageList(self._options.num_passages, self._options.passage_tokens, texts)
+        self._passages = PassageList(values["num_passages"], values["passage_tokens"], texts)
         self._lifetimes = Lifetimes(
             model,
-            num_probes=self._options.num_probes,
-            probe_timesteps=self._options.probe_timesteps,
-            max_slots=self._options.max_probed_slots,
+            num_probes=values["num_probes"],
+            probe_timesteps=values["probe_timesteps"],
+            max_slots=values["max_probed_slots"],
         )
         self._memory = model.initial_memory(1)
         self._num_timesteps = 0
@@ -302,7 +303,7 @@ class _Inspector:
             selection=self._sampler.describe(self._num_timesteps),
             passages=self._passages.best(),
             num_probes=self._lifetimes.num_started,
-            probe_timesteps=self._options.probe_timesteps,
+            probe_timesteps=self._probe_timesteps,
             num_probed_slots=len(self._lifetimes.slots),
             image_width=self._texts.image_width,
         )

@@ -138,7 +138,8 @@
       const follows = previous && previous.index + 1 === step.index;
       if (previous && !follows) box.append(element("div", "…", "gap"));
       if (!follows || step.document !== previous.document || !data.image_width) {
-        const head = element("button", place(step));
+        const head = element("button", follows && step.document === previous.document ? String(step.timestep) : place(step));
+        head.title = place(step);
         head.addEventListener("click", () => select(index));
         if (data.image_width && previous) box.append(element("br"));
         box.append(head, data.image_width ? element("br") : "");
@@ -182,7 +183,7 @@
   }
 
   function written(write) {
-    if (write === null) return "not yet";
+    if (write === null) return "never";
     const where = (data.num_documents > 1 ? `document ${write.document}, ` : "") + `timestep ${write.timestep}`;
     return where + (write.text ? `: “${visible(write.text)}”` : `, token ${write.token}`);
   }
