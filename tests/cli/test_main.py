@@ -27,6 +27,7 @@ from tests.cli.calls import call, refused
         (["train", "--help"], "memformer train experiments/text.yaml --data.train.path my_book.txt"),
         (["evaluate", "--help"], "memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json"),
         (["generate", "--help"], "cat chapters/*.txt | memformer generate runs/demo --prompt_file -"),
+        (["score", "--help"], "memformer score runs/logs server.log --top 20"),
         (["export", "--help"], "memformer export runs/demo --hf exported/demo"),
         (["report", "--help"], "memformer report runs/demo"),
         (["compare", "--help"], "memformer compare runs/book runs/transformer-xl"),
@@ -58,7 +59,7 @@ def test_no_command_at_all():
 
 
 def test_an_unknown_command():
-    known = "train, evaluate, retention, generate, export, report, compare, reproduce"
+    known = "train, evaluate, retention, generate, score, export, report, compare, reproduce"
     assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 

@@ -110,7 +110,7 @@ def test_a_reading_after_another_session_counts_its_own_prompt_only(run_folder, 
 def test_a_save_happens_only_when_its_time_has_come(run_folder, tmp_path, monkeypatch):
     """The session is saved every so many minutes, five by default."""
     seconds = iter(range(0, 10_000, 100))  # between two pieces
-    monkeypatch.setattr("memformer.cli.reading.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr("memformer.cli.saving.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     saved, save = [], Session.save
 
     def save_and_record(session, *args, **kwargs):

@@ -11,6 +11,8 @@ from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import open_prompt
 from memformer.cli.reading import Position, Reading, saved_position, skip_to
+from memformer.cli.saving import add_saving_arguments, check_saving_options
+from memformer.cli.scoring import held_bytes
 from memformer.data import (
     PixelTokenizer,
     Tokenizer,
@@ -21,17 +23,13 @@ from memformer.generation.sampling import check_sampling
 from memformer.models import LanguageModel
 from memformer.training.run_folder import LoadedRun
 from memformer.training.samples import NUM_IMAGES
-from memformer.utils.checks import check_integer, check_number, check_seed
+from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import check_can_write, user_path
 from memformer.utils.ownership import owned_file
 from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
 NEW_TOKENS = 500
-# Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
-# spent on saving.
-SAVE_EVERY_MINUTES = 5.0
-
 
 GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
 
@@ -86,24 +84,7 @@ def generate_parser() -> ArgumentParser:
         help="Compile the decoding step with torch.compile. This takes some seconds at the second segment; "
         "afterwards, decoding is up to three times as fast.",
     )
-    parser.add_argument("--load_session", type=str, default=None, help="Session file to continue from.")
-    parser.add_argument(
-        "--save_session",
-        type=str,
-        default=None,
-        help="File to save the session to: at the end, on an interrupt, and at intervals while the prompt is read.",
-    )
-    parser.add_argument(
-        "--save_every_minutes",
-        type=float | None,
-        default=None,
-        help=f"Minutes between two saves to --save_session while the prompt is read. Default: {SAVE_EVERY_MINUTES:g}.",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Load the session in --save_session, which was saved while it read the same prompt, and read the rest.",
-    )
+    add_saving_arguments(parser, text="prompt")
     parser.add_argument(
         "--num_images", type=int | None, default=None, help=f"Images only: number of samples. Default: {NUM_IMAGES}."
     )
@@ -120,7 +101,7 @@ def run_generate(argv: list[str]) -> None:
     """
     options = parse(generate_parser(), argv)
     sampling = _sampling_options(options)
-    _check_saving_options(options)
+    minutes = check_saving_options(options)
     run = load_run_of(options)
     if isinstance(run.tokenizer, PixelTokenizer):
         _draw(run.model, run.tokenizer, options, sampling)
@@ -129,13 +110,15 @@ def run_generate(argv: list[str]) -> None:
     advice = f": {run.folder} has no tokenizer, so its token ids are read as bytes" if is_bare else ""
     refuse_options(options, ("output", "num_images"), kind=f"on text{advice}")
     if options.save_session is None:
-        done = _continue(_start_reading(run, options, None), run.tokenizer, options, sampling, Signals())
+        done = _continue(
+            _start_reading(run, options, None, minutes=minutes), run.tokenizer, options, sampling, Signals()
+        )
     else:
         file = user_path(options.save_session)
         check_can_write(file)
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with owned_file(file, option="--save_session"), signals_noted() as signals:
-            reading = _start_reading(run, options, file)
+            reading = _start_reading(run, options, file, minutes=minutes)
             done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
         if signals.received:
@@ -148,13 +131,12 @@ def run_generate(argv: list[str]) -> None:
     print(json.dumps(done) if options.json else "")
 
 
-def _start_reading(run: LoadedRun, options: Any, file: Path | None) -> Reading:
+def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -> Reading:
     """Return the session that reads the prompt: a new one, or a saved one.
 
     Raises:
         InputError: A session is to be resumed that was not reading a prompt.
     """
-    minutes = SAVE_EVERY_MINUTES if options.save_every_minutes is None else options.save_every_minutes
     source = file if options.resume else options.load_session
     if source is None:
         return Reading(run.session(compiled=options.compiled), file, minutes=minutes, start=Position())
@@ -168,6 +150,11 @@ def _start_reading(run: LoadedRun, options: Any, file: Path | None) -> Reading:
                 "continue the session with --load_session instead of --resume"
             )
         return Reading(session, file, minutes=minutes, start=position)
+    if count := held_bytes(source):
+        print_warning(
+            f"{source} has not read the last {count:,} bytes of a text that was scored: they begin a line, which "
+            "memformer score reads when its end arrives"
+        )
     if position is not None:
         print_warning(
             f"{source} was saved after {position.num_tokens:,} tokens of a prompt, before its end; "
@@ -228,24 +215,6 @@ def _sampling_options(options: Any) -> dict[str, Any]:
     if options.seed is not None:
         check_seed("seed", options.seed)
     return {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
-
-
-def _check_saving_options(options: Any) -> None:
-    """Check the options that --save_session needs or excludes.
-
-    Raises:
-        InputError: One of them is given without --save_session, is out of range, or contradicts another one.
-    """
-    if options.save_every_minutes is not None:
-        check_number("save_every_minutes", options.save_every_minutes, above=0)
-    for name, is_given in (("save_every_minutes", options.save_every_minutes is not None), ("resume", options.resume)):
-        if is_given and options.save_session is None:
-            raise InputError(f"--{name} is given without --save_session; give the session file with it")
-    if options.resume and options.load_session is not None:
-        raise InputError(
-            "--resume and --load_session are both given; --resume loads the session in --save_session, so leave out "
-            "--load_session"
-        )
 
 
 def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:

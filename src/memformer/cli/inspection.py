@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from memformer.cli.loading import load_run_of, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
-from memformer.cli.prompts import Prompt, open_prompt
+from memformer.cli.prompts import InputText, open_input
 from memformer.data import Corpus, LaneStream, PixelTokenizer, RecallStream, SourceConfig
 from memformer.errors import InputError
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
@@ -162,7 +162,7 @@ def _open_source(run: LoadedRun, options: Any) -> Iterator[_Source]:
         if options.text is not None:
             if isinstance(run.tokenizer, PixelTokenizer):
                 raise InputError(f"--text does not apply to a run on images; {run.folder} reads pixels")
-            prompt = stack.enter_context(open_prompt(None, options.text, option="--text"))
+            prompt = stack.enter_context(open_input(options.text, option="--text "))
             name = "stdin" if options.text == "-" else options.text
             yield _Source(_text_rollouts(run, prompt, name), f"Read from {name}.", None)
         elif options.data is not None:
@@ -225,7 +225,7 @@ def _of_episode(run: LoadedRun, data: RecallData, options: Any) -> _Source:
     return _Source(iter([episode]), description, episode.count_target_tokens())
 
 
-def _text_rollouts(run: LoadedRun, prompt: Prompt, name: str) -> Iterator[Rollout]:
+def _text_rollouts(run: LoadedRun, prompt: InputText, name: str) -> Iterator[Rollout]:
     pieces = prompt.pieces(run.tokenizer)
     is_empty = True
     for rollout in read_stream(pieces, segment_length=run.model.segment_length, bos_token_id=run.model.bos_token_id):

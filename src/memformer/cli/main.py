@@ -1,7 +1,8 @@
 """Entry point of the `memformer` command: dispatch to a subcommand and map errors to exit statuses.
 
-Results go to stdout, progress and warnings to stderr. Exit statuses: 0 for success; 2 for an invalid input, explained
-in one line on stderr; 128 + the signal's number for an interrupted run, which saves a checkpoint first.
+Results go to stdout, progress and warnings to stderr. Exit statuses: 0 for success; 1 if `memformer score` found lines
+above its threshold; 2 for an invalid input, explained in one line on stderr; 128 + the signal's number for an
+interrupted run, which saves a checkpoint first.
 
 A module that is slow to import (sharding and plots take 1.5 seconds) and needed by one command only is imported inside
 that command. The other commands, the help and the error messages then start sooner.
@@ -22,6 +23,7 @@ from memformer.cli.parsing import version
 from memformer.cli.report import run_report
 from memformer.cli.reproduce import run_reproduce
 from memformer.cli.retention import run_retention
+from memformer.cli.score import run_score
 from memformer.cli.train import run_train
 from memformer.errors import InputError
 from memformer.training.processes import exit_process
@@ -38,6 +40,7 @@ Train and use sequence models that read arbitrarily long input with a memory of 
   memformer retention RUN                         accuracy or memory gain against the age of the information
   memformer inspect RUN                           a page that shows what the memory holds and where it helps
   memformer generate RUN                          continue a prompt of any length, or sample images
+  memformer score RUN FILE                        how surprising is each line of a text or a log?
   memformer export RUN --hf FOLDER                write a folder that Hugging Face transformers reads
   memformer report RUN                            write an HTML summary of a run
   memformer compare RUN RUN ...                   a table and a plot of several runs
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         with device_memory_explained(_MORE_MEMORY.get(argv[0], "Use --device cpu")):
-            _handler(argv[0])(list(argv[1:]))
+            status = _handler(argv[0])(list(argv[1:])) or 0
         sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported as such
     except InputError as error:
         return _refuse(str(error))
@@ -81,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(str(error))
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
-    return 0
+    return status
 
 
 def prepare_streams() -> None:
@@ -103,13 +106,14 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _handler(command: str) -> Callable[[list[str]], None]:
-    handlers = {
+def _handler(command: str) -> Callable[[list[str]], int | None]:
+    handlers: dict[str, Callable[[list[str]], int | None]] = {
         "train": run_train,
         "evaluate": run_evaluate,
         "retention": run_retention,
         "inspect": run_inspect,
         "generate": run_generate,
+        "score": run_score,
         "export": run_export,
         "report": run_report,
         "compare": run_compare,

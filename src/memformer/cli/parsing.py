@@ -18,6 +18,10 @@ from memformer.utils.fields import convert_text, is_text
 _DERIVED_OPTIONS = ("--model.vocab_size", "--model.num_special_tokens")
 
 
+# The parser reads YAML, which writes these numbers in another way than JSON.
+_YAML_NUMBERS = {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}
+
+
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Formats dataclass options and leaves the line breaks of the description unchanged."""
 
@@ -77,7 +81,10 @@ def _convert_word(option: str, word: str, hint: Any) -> str:
     if hint is None or (is_text(hint) and not is_choice):
         return word
     value = convert_text(option.removeprefix("--"), word, hint)
-    return word if is_choice else json.dumps(value)
+    if is_choice:
+        return word
+    text = json.dumps(value)
+    return _YAML_NUMBERS.get(text, text)
 
 
 def _type_of(parser: ArgumentParser, option: str) -> tuple[Any, bool]:
@@ -129,16 +136,19 @@ def version() -> str:
     return importlib.metadata.version("memformer-lm")
 
 
-def add_run_arguments(parser: ArgumentParser) -> None:
+_JSON_HELP = "Print the result to stdout as one JSON object."
+
+
+def add_run_arguments(parser: ArgumentParser, *, json_help: str = _JSON_HELP) -> None:
     """Add the arguments shared by all commands that compute with a trained model."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, json_help=json_help)
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if available), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--threads", type=int | None, default=None, help="CPU threads of torch. Default: as in training."
     )
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
+def add_model_arguments(parser: ArgumentParser, *, json_help: str = _JSON_HELP) -> None:
     """Add the arguments that choose a trained model, and --json."""
     parser.add_argument(
         "run",
@@ -146,7 +156,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="Run folder, a folder from save_pretrained, or the name of a model on the Hugging Face hub "
         "(owner/name or owner/name@revision).",
     )
-    parser.add_argument("--json", action="store_true", help="Print the result to stdout as one JSON object.")
+    parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument(
         "--checkpoint",
         choices=["best", "last"],

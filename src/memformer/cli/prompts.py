@@ -1,10 +1,11 @@
-"""The prompt of `memformer generate`, read part by part."""
+"""Texts given to a command: the prompt of `memformer generate`, the file of `memformer score`; read part by part."""
 
 import io
 import os
+import select
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,37 +20,45 @@ from memformer.utils.files import user_path
 
 # Prompt tokens fed to the session per call. A signal takes effect only between two calls.
 _PIECE_TOKENS = 4096
+_SECONDS_OF_WAITING = 1.0
 
 
-class Prompt:
-    """An open prompt.
+class InputText:
+    """An open text.
 
     Args:
-        text: The prompt's text, as a stream of bytes.
-        name: Name of the prompt in messages.
-        source: Counts the bytes read for `text`, before decompression.
+        stream: The text as a stream of bytes, decompressed.
+        name: Name of the text in messages.
+        source: Counts the bytes read for `stream`, before decompression.
         size: Size in bytes, before decompression; None if it is unknown.
 
     Attributes:
+        stream: As above.
+        name: As above.
         size: As above.
-        num_bytes: Number of bytes up to the end of the last piece.
+        num_bytes: Number of bytes, before decompression, up to the end of the last piece of `pieces`.
     """
 
-    def __init__(self, text: io.BufferedIOBase, name: str, source: "_Counted", *, size: int | None) -> None:
+    def __init__(self, stream: io.BufferedIOBase, name: str, source: "_Counted", *, size: int | None) -> None:
+        self.stream = stream
+        self.name = name
         self.size = size
         self.num_bytes = 0
-        self._text = text
-        self._name = name
         self._source = source
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Number of bytes read so far, before decompression."""
+        return self._source.num_bytes
 
     def pieces(self, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
         """Yield the token ids in pieces of at most `_PIECE_TOKENS`.
 
         Raises:
-            InputError: The prompt cannot be read or is not UTF-8 text.
+            InputError: The text cannot be read or is not UTF-8.
         """
         before = 0
-        for part in encode_stream(tokenizer, self._text, name=self._name):
+        for part in encode_stream(tokenizer, self.stream, name=self.name):
             read = self._source.num_bytes
             for start in range(0, len(part), _PIECE_TOKENS):
                 end = min(start + _PIECE_TOKENS, len(part))
@@ -59,10 +68,16 @@ class Prompt:
 
 
 class _Counted(io.RawIOBase):
-    """A stream whose bytes are counted as they are read."""
+    """A stream whose bytes are counted as they are read.
 
-    def __init__(self, stream: Any) -> None:
+    Args:
+        stream: The stream.
+        while_waiting: Called about once a second while nothing arrives; False ends the stream. None: nothing is called.
+    """
+
+    def __init__(self, stream: Any, while_waiting: Callable[[], bool] | None = None) -> None:
         self._stream = stream
+        self._while_waiting = while_waiting
         self.num_bytes = 0
 
     def readable(self) -> bool:
@@ -71,6 +86,10 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what has arrived of at most the buffer's size; return the number of bytes, 0 at the end."""
+        if self._while_waiting is not None:
+            while not _has_arrived(self._stream):
+                if not self._while_waiting():
+                    return 0
         block = self._stream.read1(len(buffer))
         buffer[: len(block)] = block
         self.num_bytes += len(block)
@@ -78,8 +97,8 @@ class _Counted(io.RawIOBase):
 
 
 @contextmanager
-def open_prompt(text: str | None, file: str | None, *, option: str = "--prompt_file") -> Iterator[Prompt]:
-    """Open a prompt, or another text, which may not fit in memory.
+def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
+    """Open a prompt, which may not fit in memory.
 
     Args:
         text: The prompt itself. None: empty, unless there is a file.
@@ -94,20 +113,40 @@ def open_prompt(text: str | None, file: str | None, *, option: str = "--prompt_f
     """
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
+    if file is not None:
+        with open_input(file, option="--prompt_file ") as opened:
+            yield opened
+        return
+    # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
+    content = (text or "").encode("utf-8", "surrogateescape")
+    source = _Counted(io.BytesIO(content))
+    yield InputText(io.BufferedReader(source), "prompt", source, size=len(content))
+
+
+@contextmanager
+def open_input(file: str, *, option: str = "", while_waiting: Callable[[], bool] | None = None) -> Iterator[InputText]:
+    """Open a text, which may never end.
+
+    Args:
+        file: The file; "-" reads stdin.
+        option: Option that names the file, with a space, for messages.
+        while_waiting: Called about once a second while a pipe has no data; False ends the text. None: nothing is
+            called.
+
+    Yields:
+        The text.
+
+    Raises:
+        InputError: The file cannot be read, or is not UTF-8 text.
+    """
     if file == "-" and sys.stdin is None:
-        raise InputError(f"{option} - reads stdin, but stdin is closed")
+        raise InputError(f"{option}- reads stdin, but stdin is closed")
     with ExitStack() as stack:
-        if file is None:
-            # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
-            content = (text or "").encode("utf-8", "surrogateescape")
-            source = _Counted(io.BytesIO(content))
-            yield Prompt(io.BufferedReader(source), "prompt", source, size=len(content))
-            return
         name, stream = ("stdin", sys.stdin.buffer) if file == "-" else (file, stack.enter_context(_open(file)))
-        source = _Counted(stream)
+        source = _Counted(stream, while_waiting)
         # A buffered stream, because `open_text` reads the beginning before it knows how to read the rest.
         opened = stack.enter_context(open_text(user_path(name), stream=io.BufferedReader(source)))
-        yield Prompt(opened, name, source, size=_file_size(stream))
+        yield InputText(opened, name, source, size=_file_size(stream))
 
 
 def _open(file: str) -> Any:
@@ -124,3 +163,11 @@ def _file_size(stream: Any) -> int | None:
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _has_arrived(stream: Any) -> bool:
+    """Wait a second at most; return whether a read would not wait (True also where this cannot be known)."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], _SECONDS_OF_WAITING)[0])
+    except (OSError, ValueError):  # no file of the operating system; on Windows, anything but a socket
+        return True

@@ -1,6 +1,5 @@
 """Reading of a long prompt into a session, which is saved at intervals, so that a kill costs minutes."""
 
-import time
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from memformer.cli.saving import Saving
 from memformer.errors import CheckpointError, InputError
 from memformer.generation.session import Session
 from memformer.utils.files import read_tensors_and_metadata
@@ -54,9 +54,7 @@ class Reading:
         self.session = session
         self.position = start
         self.is_finished = False
-        self._file = file
-        self._seconds = 60 * minutes
-        self._last_save = time.monotonic()
+        self._saving = Saving(session, file, minutes=minutes)
 
     def feed(self, part: TokenIds) -> None:
         """Read the next tokens of the prompt, and save the session if the last save was `minutes` ago.
@@ -67,7 +65,7 @@ class Reading:
         """
         self.session.feed(part)
         self.position = self.position.after(part)
-        if time.monotonic() - self._last_save >= self._seconds:
+        if self._saving.is_due():
             self.save()
 
     def save(self) -> None:
@@ -77,11 +75,8 @@ class Reading:
             InputError: The session's state is not finite.
             SaveError: The file cannot be written.
         """
-        if self._file is None:
-            return
         position = {_NUM_TOKENS_KEY: str(self.position.num_tokens), _CHECKSUM_KEY: str(self.position.checksum)}
-        self.session.save(self._file, metadata={} if self.is_finished else position)
-        self._last_save = time.monotonic()
+        self._saving.save({} if self.is_finished else position)
 
 
 def saved_position(file: Path) -> Position | None:

@@ -279,10 +279,10 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
         InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
     """
     if tokenizer.kind == "pretrained":
-        yield tokenizer.encode(b"".join(_blocks(stream, name)), name)
+        yield tokenizer.encode(b"".join(read_blocks(stream, name)), name)
         return
     rest, start = b"", 0
-    for block in chain(_blocks(stream, name), [b""]):
+    for block in chain(read_blocks(stream, name), [b""]):
         end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
         content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
         if content:
@@ -290,7 +290,12 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
             start += len(content)
 
 
-def _blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:
+def read_blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:
+    """Yield the bytes of a stream in blocks, as they arrive.
+
+    Raises:
+        InputError: The stream cannot be read.
+    """
     try:
         # `read1` returns the bytes that have arrived, not a whole block: the stream may be an endless pipe.
         while block := stream.read1(STREAM_BLOCK_BYTES):
