@@ -108,7 +108,8 @@ def test_every_segment_is_read_once_and_decoded_once(name, monkeypatch):
     read.clear()
     Session(model).score(tokens)
     assert len(read) == to_feed
-    assert decoded == [SEGMENT_LENGTH] * 10
+    assert sum(decoded) == 10 * SEGMENT_LENGTH
+    assert len(decoded) <= 2
 
 
 def test_float32_and_half_precision_models_give_float32_scores():

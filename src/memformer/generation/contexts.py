@@ -23,7 +23,7 @@ class PredictingStates:
     """Hidden states that the tokens of segments are predicted from, as `decode` and `token_nll` take them.
 
     Attributes:
-        hidden: (R, S, D), valid until the next segment is read.
+        hidden: (R, S, D), a copy.
         padding_mask: True at padding of the segments that the states are of. None: no padding.
     """
 
@@ -223,7 +223,7 @@ class TokenContext:
         """Return the states that predict the full segments of some rows, and what `read` returns."""
         hidden, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
         self.previous[rows] = segment[:, -1:]
-        return PredictingStates(hidden), memory
+        return PredictingStates(hidden.clone()), memory
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""

@@ -94,8 +94,9 @@ class Session:
     def score(self, token_ids: TokenIds) -> Tensor | list[Tensor]:
         """Read tokens; return the negative log-likelihood of each in nats, given all tokens before it.
 
-        The first token of a stream is predicted from `[BOS]`. Every segment is decoded at once, so reading costs little
-        more than in `feed` and one decoding. Apart from the result, memory does not depend on the number of tokens.
+        The first token of a stream is predicted from `[BOS]`. Segments are read one by one as in `feed`, and decoded
+        together, up to some hundred tokens at once. Apart from the result, memory does not depend on the number of
+        tokens.
 
         Args:
             token_ids: As in `feed`.

@@ -12,6 +12,53 @@ from memformer.models import LanguageModel
 from memformer.models.recurrence import reading
 from memformer.shapes import AnyMemory
 
+Readout = Callable[..., Tensor]
+
+# Tokens whose readout is computed together, if segments are shorter: small products take longer than they compute.
+_READOUT_TOKENS = 512
+
+
+class _Waiting:
+    """Segments that were read, whose readout is computed together.
+
+    Args:
+        readout: `decode` or `token_nll` of the model.
+        found: The values of each row, in pieces, which this appends to.
+    """
+
+    def __init__(self, readout: Readout, found: list[list[Tensor]]) -> None:
+        self._readout = readout
+        self._found = found
+        self._segments: list[Tensor] = []
+        self._hiddens: list[Tensor] = []
+        self._places: list[tuple[int, slice]] = []
+
+    def add(self, segment: Tensor, states: PredictingStates, places: list[tuple[int, slice]]) -> None:
+        """Add the segments of some rows with the states that predict them.
+
+        Args:
+            segment: (R, S).
+            states: Their states.
+            places: For each of them, the row and the tokens whose values are wanted.
+        """
+        if states.padding_mask is not None or (self._segments and segment.shape[1] != self._segments[0].shape[1]):
+            self.read_out()
+        self._segments.append(segment)
+        self._hiddens.append(states.hidden)
+        self._places += places
+        if states.padding_mask is not None or len(self._places) * segment.shape[1] >= _READOUT_TOKENS:
+            self.read_out(states.padding_mask)
+
+    def read_out(self, padding_mask: Tensor | None = None) -> None:
+        """Compute the values of all segments that wait."""
+        if not self._segments:
+            return
+        hidden = torch.cat(self._hiddens)
+        values = self._readout(torch.cat(self._segments), hidden=hidden, hidden_padding_mask=padding_mask).cpu()
+        for index, (row, tokens) in enumerate(self._places):
+            self._found[row].append(values[index, tokens])
+        self._segments, self._hiddens, self._places = [], [], []
+
 
 class Streams:
     """State of the rows of a session: memory, context and pending tokens of each.
@@ -88,9 +135,10 @@ class Streams:
                 rest = self._take(rest)
                 full = self._full_rows()
 
-    def read_out(self, rows: list[Tensor], readout: Callable[..., Tensor]) -> list[list[Tensor]]:
+    def read_out(self, rows: list[Tensor], readout: Readout) -> list[list[Tensor]]:
         """Read tokens; return for each row the values of `readout` (`decode` or `token_nll`) for them, in pieces."""
         found: list[list[Tensor]] = [[] for _ in rows]
+        waiting = _Waiting(readout, found)
         self.context.reader.begin()
         while any(len(row) for row in rows):
             starts = list(self.num_pending)
@@ -98,9 +146,9 @@ class Streams:
             ends = list(self.num_pending)
             with reading(self.model):
                 for chosen, segment, states in self._predict(starts):
-                    values = readout(segment, hidden=states.hidden, hidden_padding_mask=states.padding_mask).cpu()
-                    for index, row in enumerate(chosen):
-                        found[row].append(values[index, starts[row] : ends[row]])
+                    waiting.add(segment, states, [(row, slice(starts[row], ends[row])) for row in chosen])
+        with reading(self.model):
+            waiting.read_out()
         return found
 
     def _predict(self, starts: list[int]) -> Iterator[tuple[list[int], Tensor, PredictingStates]]:
