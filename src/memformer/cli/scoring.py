@@ -168,13 +168,13 @@ class Scoring:
             InputError: `resumes` is set, and the session was not scoring a text, or with other options.
         """
         state = _read_state(file)
-        text = state.get("text")
-        if resumes and text is None:
+        text: dict[str, Any] | None = state.get("text")
+        if text is None and resumes:
             raise InputError(
                 f"{file} is not in the middle of a text, so there is no scoring to resume; "
                 "continue the session with --load_session instead of --resume"
             )
-        if resumes and text.get("options") != self._options:
+        if text is not None and resumes and text.get("options") != self._options:
             raise InputError(
                 f"the scoring in {file} began with --top and --context {text.get('options')}, now they are "
                 f"{self._options}; it can only be resumed with the same"
@@ -183,7 +183,7 @@ class Scoring:
             if "line" in state:
                 self.sums = LineSums(ScoredLine.from_state(state["line"]), unit=self._unit)
                 self.held = state["held"].encode("latin-1")
-            if resumes:
+            if text is not None and resumes:
                 count, context = self._options
                 self.totals = Totals(**text["totals"])
                 self.surprising = SurprisingLines.from_state(text["surprising"], count, context=context)
