@@ -139,3 +139,11 @@ def test_a_deeply_nested_value_is_refused(read):
         read(f"model: {{num_slots: {nested}}}")
     with pytest.raises(InputError, match=r"^training\.betas \(\[{4}\.\.\.\]{4}\) must be a number$"):
         read(f"training: {{betas: [{nested}, 1]}}")
+
+
+def test_a_slice_of_an_optional_section_is_no_mapping(read):
+    """YAML reads `5:` as a mapping; as an option it is a slice, whichever section it belongs to."""
+    for number in ("5:", "-5:", ":5", "5:7"):
+        options = [f"--data.validation.documents={number}", "--data.validation.kind", "python"]
+        config, _ = read({}, *options, f"--data.train.documents={number}")
+        assert (config.data.validation.documents, config.data.train.documents) == (number, number)

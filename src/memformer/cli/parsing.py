@@ -61,18 +61,28 @@ def _convert_options(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """
     converted: list[str] = []
     hint: Any = None
-    takes_several = False
+    takes_several = is_nested = False
     name = ""
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             hint, takes_several = _type_of(parser, name)
+            is_nested = all(name not in action.option_strings for action in parser._actions)
+            value = _protect(value) if is_nested else value
             converted.append(f"{name}={_convert_word(name, value, hint)}" if equals else word)
             hint = None if equals else hint
         else:
-            converted.append(_convert_word(name, word, hint))
+            converted.append(_convert_word(name, _protect(word) if is_nested else word, hint))
             hint = hint if takes_several else None
     return converted
+
+
+def _protect(word: str) -> str:
+    """Return a value of an optional section, which the parser reads as YAML, so that a slice is not a mapping there.
+
+    No YAML begins with a tab, so the parser takes the text as it stands.
+    """
+    return f"\t{word}" if re.fullmatch(r"-?\d+:", word) else word
 
 
 def _convert_word(option: str, word: str, hint: Any) -> str:
