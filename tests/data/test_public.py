@@ -3,6 +3,7 @@ from memformer import data
 
 def test_public_names() -> None:
     assert set(data.__all__) == {
+        "BinTokenizer",
         "ByteTokenizer",
         "Corpus",
         "CurriculumConfig",
@@ -25,6 +26,7 @@ def test_public_names() -> None:
         "build_corpus",
         "corpus_from_arrays",
         "document_end_of",
+        "fit_bins",
         "from_tokenizer_json",
         "image_shape",
         "iterate_documents",

@@ -86,7 +86,8 @@ def _drop_of_kind(section: object, name: str, key: str, config: type, options: S
 
 
 def _keys_of_tokenizer(kind: str) -> frozenset[str]:
-    return frozenset({"kind", {"bpe": "vocab_size", "word": "vocab_size", "pretrained": "path"}.get(kind, "kind")})
+    own = {"bpe": {"vocab_size"}, "word": {"vocab_size"}, "pretrained": {"path"}, "bins": {"num_bins", "spacing"}}
+    return frozenset({"kind", *own.get(kind, ())})
 
 
 def _defaults(config: Any) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Documents, tokenizers, corpora of token ids, and streams of rollouts."""
 
+from memformer.data.bins import BinTokenizer, fit_bins
 from memformer.data.building import build_corpus
 from memformer.data.corpus import Corpus, corpus_from_arrays
 from memformer.data.document_end import DocumentEndTokenizer, document_end_of
@@ -18,6 +19,7 @@ from memformer.data.tokenizers import ByteTokenizer, PixelTokenizer, TextTokeniz
 
 __all__ = [
     "NUM_TASK_TOKENS",
+    "BinTokenizer",
     "ByteTokenizer",
     "Corpus",
     "CurriculumConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "build_corpus",
     "corpus_from_arrays",
     "document_end_of",
+    "fit_bins",
     "from_tokenizer_json",
     "image_shape",
     "iterate_documents",

@@ -183,7 +183,7 @@ def _encoded(
         ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if ids.size:
             check_ids(ids, vocab_size=tokenizer.vocab_size, name=document.name)
-            yield ids if document_end is None else np.append(ids, document_end), len(document.content)
+            yield ids if document_end is None else np.append(ids, document_end), document.size
 
 
 def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
@@ -197,7 +197,7 @@ def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[N
             yield ids, stream.tell() - start
             start = stream.tell()
     elif len(content):
-        yield tokenizer.encode(content, document.name), len(content)
+        yield tokenizer.encode(content, document.name), document.size
     else:
         yield np.empty(0, np.uint8), 0
 

@@ -4,9 +4,8 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from memformer.errors import InputError
@@ -17,18 +16,25 @@ class Document(NamedTuple):
 
     Attributes:
         name: Origin of the document, for messages: the file, followed by `:line` or `:index` if a file holds several.
-        content: The undecoded bytes of a text, or the grey levels of an image in raster order.
+        content: The undecoded bytes of a text, the grey levels of an image in raster order, or the values of a series
+            with the shape (rows, columns).
     """
 
     name: str
-    content: bytes | NDArray[np.uint8]
+    content: bytes | NDArray[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes, pixels or values."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.size
 
 
-def parse_slice(text: str) -> tuple[int | None, int | None]:
+def parse_slice(text: str, *, name: str = "documents") -> tuple[int | None, int | None]:
     """Return the two ends of a `start:stop` slice, None for an omitted end.
 
     Args:
         text: For example `:1000`, `1000:` or `-10000:`.
+        name: Name of the slice in messages.
 
     Raises:
         InputError: `text` is not two optional integers around one colon, or an integer has more than 18 digits.
@@ -36,7 +42,7 @@ def parse_slice(text: str) -> tuple[int | None, int | None]:
     match = re.fullmatch(r"\s*(-?\d{1,18})?\s*:\s*(-?\d{1,18})?\s*", text)
     if match is None:
         raise InputError(
-            f"documents ({text!r}) must be 'start:stop' with integers (18 digits at most) or nothing on either side"
+            f"{name} ({text!r}) must be 'start:stop' with integers (18 digits at most) or nothing on either side"
         )
     start, stop = (None if side is None else int(side) for side in match.groups())
     return start, stop

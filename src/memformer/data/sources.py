@@ -10,6 +10,7 @@ from memformer.data.documents import Document, parse_slice, slice_documents
 from memformer.data.files import SourceFile, locate_files
 from memformer.data.hub import local_folder, newest_revision, read_data_set
 from memformer.data.images import DIGITS_LEVELS, DIGITS_SHAPE, idx_shape, read_digits, read_idx_files
+from memformer.data.series import read_series
 from memformer.data.text import (
     compile_document_start,
     locate_standard_library,
@@ -27,6 +28,7 @@ _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "idx": frozenset({"path", "levels", "downsample"}),
     "digits": frozenset(),
     "python": frozenset(),
+    "array": frozenset({"path", "columns", "rows"}),
     "huggingface": frozenset({"name", "config_name", "revision", "split", "text_key", "document_start"}),
 }
 _FIELDS_OF_ALL = frozenset({"kind", "documents"})
@@ -34,6 +36,7 @@ _REQUIRED_OF_KIND: dict[str, tuple[str, ...]] = {
     "text": ("path",),
     "jsonl": ("path",),
     "idx": ("path",),
+    "array": ("path",),
     "huggingface": ("name", "split"),
 }
 
@@ -45,11 +48,12 @@ class SourceConfig:
     Args:
         kind: Format of the source. text: every file is a document, or several with document_start. jsonl: every line is
             a document. idx: images in the format of MNIST. digits: the 8x8 digit images of scikit-learn. python: the
-            modules of this Python's standard library. huggingface: a data set of the Hugging Face hub, streamed, or a
-            folder of data files or from `save_to_disk`.
-        path: For text, jsonl and idx: a file, a folder (searched recursively, files sorted by name), a glob pattern, or
-            a list of these; symbolic links are followed, and every file is read once. Compressed content (gzip, bzip2,
-            xz; zstd from Python 3.14 on) is decompressed while reading. Text must be UTF-8.
+            modules of this Python's standard library. array: series of values, every file is one: a NumPy array (.npy)
+            or CSV, with one row per timestep; needs data.tokenizer.kind bins. huggingface: a data set of the Hugging
+            Face hub, streamed, or a folder of data files or from `save_to_disk`.
+        path: For text, jsonl, idx and array: a file, a folder (searched recursively, files sorted by name), a glob
+            pattern, or a list of these; symbolic links are followed, and every file is read once. Compressed content
+            (gzip, bzip2, xz; zstd from Python 3.14 on) is decompressed while reading. Text must be UTF-8.
         text_key: For jsonl and huggingface: the key or column that contains the text.
         name: For huggingface: the name of the data set, or the folder.
         config_name: For huggingface: the configuration of the data set, if it has several.
@@ -63,13 +67,17 @@ class SourceConfig:
             or negative. null: all documents.
         levels: For idx: number of grey levels (2 to 256) to which pixels are quantized.
         downsample: For idx: side of the pixel squares that are averaged into one pixel; 2 reduces 28x28 to 14x14.
+        columns: For array: names of the columns to read, in this order. Columns without names are called 0, 1, 2, ...
+            null: all columns.
+        rows: For array: a start:stop slice of the rows of every file, for example :8000 or -2000:, so that one file can
+            hold training and later test data. null: all rows.
 
     Raises:
         InputError: A field is out of range, a field that the kind needs is missing, or a field is set that the kind
             does not read.
     """
 
-    kind: Literal["text", "jsonl", "idx", "digits", "python", "huggingface"] = "text"
+    kind: Literal["text", "jsonl", "idx", "digits", "python", "array", "huggingface"] = "text"
     path: str | list[str] | None = None
     text_key: str = "text"
     name: str | None = None
@@ -80,6 +88,8 @@ class SourceConfig:
     documents: str | None = None
     levels: int = 256
     downsample: int = 1
+    columns: list[str] | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self)
@@ -102,8 +112,12 @@ class SourceConfig:
             raise InputError(
                 f"revision ({self.revision!r}) must be a commit, 40 hexadecimal digits; branches and tags can move"
             )
-        if self.documents is not None:
-            parse_slice(self.documents)
+        for name in ("documents", "rows"):
+            if (value := getattr(self, name)) is not None:
+                parse_slice(value, name=name)
+                object.__setattr__(self, name, value.strip())
+        if self.columns is not None and (not self.columns or len(set(self.columns)) < len(self.columns)):
+            raise InputError(f"columns ({self.columns}) must be at least one name, each of them once")
 
 
 def keys_of_kind(kind: str) -> frozenset[str]:
@@ -148,9 +162,9 @@ def pin_revision(source: SourceConfig) -> SourceConfig:
     return source
 
 
-def is_image_kind(kind: str) -> bool:
-    """Return whether a source of this kind holds images, whose size is counted in pixels."""
-    return kind in {"idx", "digits"}
+def unit_of_kind(kind: str) -> str:
+    """Return the unit in which the size of a source's documents is counted: "byte", "pixel" or "value"."""
+    return {"idx": "pixel", "digits": "pixel", "array": "value"}.get(kind, "byte")
 
 
 def source_bytes(source: SourceConfig) -> int | None:
@@ -213,6 +227,8 @@ def _read(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
             return read_digits()
         case "python":
             return read_standard_library(files)
+        case "array":
+            return read_series(files, columns=source.columns, rows=source.rows)
         case "huggingface":
             assert source.name is not None
             assert source.split is not None

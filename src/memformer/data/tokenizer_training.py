@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
+from memformer.data.bins import BinTokenizer, Spacing
 from memformer.data.document_end import DocumentEndTokenizer, fingerprint_with_end, plain
 from memformer.data.documents import Document
 from memformer.data.outside_tokenizers import (
@@ -30,6 +31,7 @@ from memformer.data.tokenizers import (
     fingerprint_of_text,
 )
 from memformer.errors import CheckpointError, InputError
+from memformer.utils.checks import check_integer
 from memformer.utils.fields import convert_fields
 from memformer.utils.files import user_path, write_bytes
 
@@ -39,36 +41,49 @@ _CONFIG_FILE = "tokenizer_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The tokenizer of text documents; images need none, because their token ids are grey levels.
+    """The tokenizer of texts and series; images need none, because their token ids are grey levels.
 
     Args:
         kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, trained on the training documents. word:
             words separated by white space, with <eos> for the end of a line and <unk> for rare words (the convention of
-            WikiText). pretrained: a tokenizer made elsewhere, which must restore every text exactly.
+            WikiText). pretrained: a tokenizer made elsewhere, which must restore every text exactly. bins: for series
+            (data.train.kind array), values are quantized into bins, which are fitted on the training documents.
         vocab_size: For bpe: number of tokens, at least 257; it may turn out lower if the documents contain too few
             pairs to merge. For word: maximum number of tokens, most frequent words first; null: all words.
-
-    Raises:
         path: For pretrained: a tokenizer.json, or a folder that holds one. The run keeps a copy.
+        num_bins: For bins: number of bins of each column; every column has token ids of its own.
+        spacing: For bins: quantile for bins that hold about as many training values each (fewer bins if a column has
+            few different values), or uniform for bins of equal width between the smallest and the largest training
+            value. Values outside of the training data belong to the outer bins.
 
     Raises:
-        InputError: `vocab_size` or `path` is missing, or does not fit the kind.
+        InputError: A field is missing, or does not fit the kind.
     """
 
-    kind: Literal["bytes", "bpe", "word", "pretrained"] = "bytes"
+    kind: Literal["bytes", "bpe", "word", "pretrained", "bins"] = "bytes"
     vocab_size: int | None = None
     path: str | None = None
+    num_bins: int = 64
+    spacing: Spacing = "quantile"
 
     def __post_init__(self) -> None:
         convert_fields(self)
         if self.path is not None and self.kind != "pretrained":
             raise InputError(f"path ({self.path!r}) is for tokenizers of kind 'pretrained', not {self.kind!r}")
+        check_integer("num_bins", self.num_bins, 2)
+        for name, default in (("num_bins", 64), ("spacing", "quantile")):
+            value = getattr(self, name)
+            if self.kind != "bins" and value != default:
+                raise InputError(f"{name} ({value!r}) is for tokenizers of kind 'bins', not {self.kind!r}")
         match self.kind:
             case "pretrained":
                 if self.path is None:
                     raise InputError("path must be given for kind 'pretrained': a tokenizer.json or its folder")
                 if self.vocab_size is not None:
                     raise InputError(f"vocab_size ({self.vocab_size}) is not for kind 'pretrained', which has its own")
+            case "bins":
+                if self.vocab_size is not None:
+                    raise InputError(f"vocab_size ({self.vocab_size}) is not for kind 'bins'; num_bins is")
             case "bytes":
                 if self.vocab_size not in {None, 256}:
                     raise InputError(f"vocab_size ({self.vocab_size}) must be 256 or not given for kind 'bytes'")
@@ -92,7 +107,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Return a tokenizer of the configured kind, trained on `documents`; kinds bytes and pretrained read none of them.
 
-    The same documents in the same order give the same tokenizer.
+    The same documents in the same order give the same tokenizer. Kind bins is for series; `fit_bins` makes it.
 
     Args:
         config: Kind and vocabulary size of the tokenizer.
@@ -101,14 +116,16 @@ def train_tokenizer(
         progress: Called with the number of bytes of the documents read so far.
 
     Raises:
-        InputError: A document is an image or not UTF-8, or `vocab_size` is too small for the words of `text`; or the
-            file of kind pretrained is missing or cannot be used.
+        InputError: The kind is bins, a document is an image or not UTF-8, `vocab_size` is too small for the words of
+            `text`, or the file of kind pretrained is missing or cannot be used.
     """
     if config.kind == "bytes":
         return ByteTokenizer()
     if config.kind == "pretrained":
         assert config.path is not None
         return read_outside_tokenizer(config.path)
+    if config.kind == "bins":
+        raise InputError("a tokenizer of kind 'bins' is for series; fit_bins makes it")
     blocks = chain(blocks_of_lines(text), _text_blocks(documents, config.kind, progress))
     if config.kind == "bpe":
         assert config.vocab_size is not None
@@ -182,6 +199,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     match plain(tokenizer):
         case PixelTokenizer(height=height, width=width):
             config |= {"height": height, "width": width}
+        case BinTokenizer(definition=definition):
+            config |= definition
         case TextTokenizer(tokenizer=definition) | PretrainedTokenizer(tokenizer=definition):
             write_bytes(folder / TOKENIZER_FILE, definition.to_str().encode())
         case ByteTokenizer():
@@ -240,6 +259,11 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
             try:
                 return PixelTokenizer(levels, height, width)
             except InputError as error:
+                raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
+        case {"kind": "bins", "columns": list(columns), "edges": list(edges), "centres": list(centres)}:
+            try:
+                return BinTokenizer(columns, edges, centres)
+            except (InputError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
         case {"kind": "bpe" | "word" | "pretrained" as kind}:
             path = folder / TOKENIZER_FILE

@@ -86,7 +86,7 @@ class DocumentRetention:
             memory that entered the segment d positions earlier, so nothing written since then is in it.
         delayed_nll_memory_erased: The same with the memory erased before every segment.
         peak_memory_bytes: Peak memory: of the device for CUDA, otherwise of this process.
-        unit: Unit of the documents' size in texts: "byte", or "pixel" for images.
+        unit: Unit of the documents' size in texts: "byte", "pixel" for images, or "value" for series.
     """
 
     num_documents: int
@@ -210,7 +210,7 @@ def measure_documents(
         delays: Delays in segments; 0, the current memory, is always added. None: 0 and the powers of 2 up to 32 that
             are less than the number of segments of the longest document.
         num_lanes: Number of documents read side by side; it does not change the result.
-        unit: Unit of the documents' size: "byte", or "pixel" for images (`content_unit`).
+        unit: Unit of the documents' size: "byte", "pixel" or "value" (`content_unit`).
         progress: Called with the number of segments read so far.
 
     Raises:

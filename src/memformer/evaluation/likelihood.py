@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
+from memformer.data import BinTokenizer, Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.errors import InputError
 from memformer.evaluation.recorded_calls import RecordedCalls
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
@@ -88,7 +88,7 @@ class Evaluation(Result):
     Attributes:
         with_memory: Likelihood with the memory carried from segment to segment.
         memory_erased: Likelihood with the initial memory at every segment; the previous segment is still read.
-        unit: Unit of the documents' size in texts: "byte", or "pixel" for images.
+        unit: Unit of the documents' size in texts: "byte", "pixel" for images, or "value" for series.
     """
 
     with_memory: Likelihood
@@ -161,7 +161,7 @@ def evaluate(
         corpus: Documents; their token ids must be in the model's vocabulary.
         num_lanes: Number of documents read side by side.
         rollout_length: Number of timesteps whose readout is computed together.
-        unit: Unit of the documents' size: "byte", or "pixel" for images (`content_unit`).
+        unit: Unit of the documents' size: "byte", "pixel" or "value" (`content_unit`).
         progress: Called after each rollout with the number of tokens so far.
 
     Raises:
@@ -200,7 +200,9 @@ def evaluate(
 
 
 def content_unit(tokenizer: Tokenizer) -> str:
-    """Return the unit in which the size of a tokenizer's documents is counted: "pixel" for images, else "byte"."""
+    """Return the unit in which the size of a tokenizer's documents is counted: "byte", "pixel" or "value"."""
+    if isinstance(tokenizer, BinTokenizer):
+        return "value"
     return "pixel" if isinstance(tokenizer, PixelTokenizer) else "byte"
 
 

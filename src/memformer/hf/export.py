@@ -7,7 +7,7 @@ from typing import Any
 
 from memformer.data.document_end import document_end_of
 from memformer.data.tokenizer_training import has_tokenizer
-from memformer.data.tokenizers import PixelTokenizer, Tokenizer
+from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError
 from memformer.hf.model_card import write_card_text
 from memformer.hf.registration import as_causal_lm
@@ -68,11 +68,11 @@ def open_source(name: str | Path, *, which: str = "best", num_slots: int | None 
     is_run = (folder / RUN_CONFIG_FILE).is_file()
     if is_run or has_tokenizer(folder) or not folder.is_dir():
         run = load_run(folder, which=which, num_slots=num_slots)
-        is_text = not isinstance(run.tokenizer, PixelTokenizer)
+        values = {"pixels": "the grey levels of images", "bins": "bins of the values of series"}.get(run.tokenizer.kind)
         source = ExportSource(
             model=run.model,
-            tokenizer=run.tokenizer if is_text else None,
-            no_tokenizer=None if is_text else "The token ids are the grey levels of images, so there is no tokenizer.",
+            tokenizer=run.tokenizer if values is None else None,
+            no_tokenizer=None if values is None else f"The token ids are {values}, so there is no tokenizer.",
             run_folder=folder if is_run else None,
             run_config=run.run_config,
             is_best=run.weights == folder / BEST and num_slots is None,

@@ -10,7 +10,6 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from memformer.data.tokenizers import PixelTokenizer
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
@@ -60,8 +59,9 @@ class MemformerLM(LM):
         num_slots = None if num_slots is None else check_integer("num_slots", num_slots, 1)
         self._device = choose_device(device)
         self.run = load_run(pretrained, which=checkpoint, device=self._device, num_slots=num_slots, warn=print_warning)
-        if isinstance(self.run.tokenizer, PixelTokenizer):
-            raise InputError(f"{self.run.folder} is a model of images; the evaluation harness needs one of texts")
+        if (kind := self.run.tokenizer.kind) in {"pixels", "bins"}:
+            held = "images" if kind == "pixels" else "series"
+            raise InputError(f"{self.run.folder} is a model of {held}; the evaluation harness needs one of texts")
         model = self.run.model
         if self._device.type == "cpu" and model.memory_dtype != next(model.parameters()).dtype:
             model.float()  # a CPU computes in half precision many times as slowly

@@ -58,6 +58,13 @@ class DataConfig:
         convert_fields(self, prefix="data.")
         check_number("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_seed("data.seed", self.seed)
+        if (self.train.kind == "array") != (self.tokenizer.kind == "bins"):
+            raise InputError(
+                f"data.train.kind ({self.train.kind!r}) and data.tokenizer.kind ({self.tokenizer.kind!r}) do not fit: "
+                "'array' and 'bins' need each other"
+            )
+        if self.train.kind == "array":
+            self._check_series()
         if self.recall is not None and self.test is not None:
             raise InputError("data.recall and data.test are both given; a recall task generates its own test data")
         if self.recall is not None and self.multitask is not None:
@@ -68,6 +75,17 @@ class DataConfig:
             raise InputError(
                 "data.recall and data.end_of_document are both given; a recall task has no documents to end"
             )
+
+    def _check_series(self) -> None:
+        if self.validation is None:
+            raise InputError(
+                "data.validation must be given for data.train.kind 'array': the bins are fitted on the training data "
+                "alone, and a part drawn from it at random would lie between training data; data.train.rows and "
+                "data.validation.rows divide one file"
+            )
+        for name, is_given in (("recall", self.recall is not None), ("end_of_document", self.end_of_document)):
+            if is_given:
+                raise InputError(f"data.{name} is for texts; data.train.kind ('array') holds series")
 
 
 @dataclass(frozen=True, kw_only=True)

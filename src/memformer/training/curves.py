@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memformer.data.sources import is_image_kind
+from memformer.data.sources import unit_of_kind
 from memformer.evaluation.plots import put_legend_below, use_whole_numbers
 
 LogLines = Sequence[Mapping[str, Any]]
@@ -29,7 +29,7 @@ class Metric(NamedTuple):
 
 
 def metric_of(config: Mapping[str, Any]) -> Metric:
-    """Return the held-out metric of a run: accuracy for a recall task, else bits per byte, or per pixel for images.
+    """Return the held-out metric of a run: accuracy for a recall task, else bits per byte, or per pixel or value.
 
     Args:
         config: The run's config as plain values.
@@ -37,14 +37,14 @@ def metric_of(config: Mapping[str, Any]) -> Metric:
     data = config.get("data") or {}
     if data.get("recall") is not None:
         return Metric("accuracy", "accuracy_memory_erased", "accuracy (mean over distances)", True)
-    unit = "pixel" if is_image_kind(str((data.get("train") or {}).get("kind"))) else "byte"
+    unit = unit_of_kind(str((data.get("train") or {}).get("kind")))
     return Metric("bits_per_byte", "bits_per_byte_memory_erased", f"bits per {unit}", False)
 
 
 def draw_run(lines: LogLines, metric: Metric) -> Figure:
     """Return a plot of one run: training loss, and the held-out metric with the memory and with it erased.
 
-    Both are drawn into one panel if they have the same unit: tokens are bytes, or pixels.
+    Both are drawn into one panel if they have the same unit: tokens are bytes, pixels or values.
     """
     evaluations = [line for line in lines if metric.key in line]
     is_same_unit = all(line.get("bits_per_token", line[metric.key]) == line[metric.key] for line in evaluations)

@@ -4,9 +4,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from memformer.data import (
+    BinTokenizer,
     Corpus,
     LaneStream,
     MultitaskStream,
@@ -18,6 +20,7 @@ from memformer.data import (
     SourceConfig,
     Tokenizer,
     build_corpus,
+    fit_bins,
     image_shape,
     iterate_documents,
     make_task,
@@ -27,7 +30,8 @@ from memformer.data import (
 )
 from memformer.data.document_end import DocumentEndTokenizer
 from memformer.data.recall.stream import check_segment_length, task_text
-from memformer.data.sources import source_bytes
+from memformer.data.series import series_columns
+from memformer.data.sources import locate_source_files, source_bytes
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
@@ -284,7 +288,9 @@ def open_corpus(
     """
     shape = image_shape(source)
     is_image_tokenizer = isinstance(tokenizer, PixelTokenizer)
-    if (shape is not None) != is_image_tokenizer:
+    if isinstance(tokenizer, BinTokenizer) and source.kind == "array":
+        source = _with_columns(source, tokenizer)
+    if (shape is not None) != is_image_tokenizer or (source.kind == "array") != isinstance(tokenizer, BinTokenizer):
         raise InputError(f"data of kind {source.kind!r} does not fit the run's tokenizer of kind {tokenizer.kind!r}")
     if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
         raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
@@ -293,6 +299,17 @@ def open_corpus(
         return build_corpus(
             source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
         )
+
+
+def _with_columns(source: SourceConfig, tokenizer: BinTokenizer) -> SourceConfig:
+    """Return the source with the columns of the bins, whatever other columns its files have.
+
+    Raises:
+        InputError: The source names other columns.
+    """
+    if source.columns not in (None, tokenizer.columns):
+        raise InputError(f"columns ({source.columns}) must be those that the bins were fitted on: {tokenizer.columns}")
+    return replace(source, columns=tokenizer.columns)
 
 
 @contextmanager
@@ -318,6 +335,13 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
                 "have the same number of pixels"
             )
         return PixelTokenizer(levels, *shape)
+    if config.train.kind == "array":
+        return fit_bins(
+            iterate_documents(config.train),
+            columns=series_columns(locate_source_files(config.train), config.train.columns),
+            num_bins=config.tokenizer.num_bins,
+            spacing=config.tokenizer.spacing,
+        )
     is_learned = config.tokenizer.kind in {"bpe", "word"}
     documents = iterate_documents(config.train) if is_learned else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)

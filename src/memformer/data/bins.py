@@ -1,0 +1,182 @@
+"""A tokenizer of measured values: every column is quantized into bins that are fitted on the training data."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memformer.data.documents import Document
+from memformer.data.series import parse_row
+from memformer.data.tokenizers import check_token_id, fingerprint_of, smallest_dtype
+from memformer.errors import InputError
+from memformer.utils.checks import Integer, check_choice, check_integer
+
+Spacing = Literal["quantile", "uniform"]
+
+
+class BinTokenizer:
+    """A tokenizer whose token ids are bins of values; the columns of a row follow each other in a fixed order.
+
+    Every column has its own bins and its own token ids. A value below the first edge or above the last belongs to the
+    outer bin. As text, a row is one line of numbers separated by commas; a bin is written as its centre.
+
+    Args:
+        columns: Names of the columns.
+        edges: For each column, the increasing edges between its bins; a value at an edge is in the upper bin.
+        centres: For each column, one value in each of its bins, as which the bin is decoded.
+
+    Raises:
+        InputError: There is no column, or edges and centres of a column do not fit each other.
+    """
+
+    kind = "bins"
+
+    def __init__(
+        self, columns: Sequence[str], edges: Sequence[Sequence[float]], centres: Sequence[Sequence[float]]
+    ) -> None:
+        self.columns = [str(name) for name in columns]
+        self.edges = [np.array(column, np.float64).reshape(-1) for column in edges]
+        self.centres = [np.array(column, np.float64).reshape(-1) for column in centres]
+        if not self.columns or not len(self.columns) == len(self.edges) == len(self.centres):
+            raise InputError(f"bins need edges and centres for each of the {len(self.columns)} columns")
+        for name, own_edges, own_centres in zip(self.columns, self.edges, self.centres, strict=True):
+            if (
+                not np.isfinite(own_edges).all()
+                or not (np.diff(own_edges) > 0).all()
+                or np.searchsorted(own_edges, own_centres, side="right").tolist() != [*range(len(own_edges) + 1)]
+            ):
+                raise InputError(f"the bins of column {name!r} need increasing edges, and one centre in each bin")
+        counts = [len(column) for column in self.centres]
+        self.vocab_size = sum(counts)
+        self._first = np.cumsum([0, *counts])  # token id of each column's first bin
+        self._texts = [_shortest(own, float(value)) for own, values in zip(self.edges, self.centres, strict=True)
+                       for value in values]  # fmt: skip
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Columns, edges and centres as JSON values."""
+        return {
+            "columns": self.columns,
+            "edges": [own.tolist() for own in self.edges],
+            "centres": [own.tolist() for own in self.centres],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the definition."""
+        return fingerprint_of({"kind": self.kind, **self.definition})
+
+    def encode(self, content: bytes | NDArray[Any], name: str) -> NDArray[np.integer[Any]]:
+        """Return the token ids of a series: an array of shape (rows, columns), or lines of text.
+
+        Lines of text hold one number for each column, separated by commas; a line with the names of the columns and
+        blank lines have no tokens.
+
+        Raises:
+            InputError: A row has another number of columns, or a value is not a finite number.
+        """
+        values = self._parse(content, name) if isinstance(content, bytes) else np.asarray(content, np.float64)
+        if values.ndim != 2 or values.shape[1] != len(self.columns):
+            raise InputError(f"document {name} has shape {values.shape}; it must be (rows, {len(self.columns)})")
+        if not np.isfinite(values).all():
+            raise InputError(f"document {name} has values that are not finite")
+        ids = np.empty(values.shape, smallest_dtype(self.vocab_size))
+        for index, own_edges in enumerate(self.edges):
+            ids[:, index] = np.searchsorted(own_edges, values[:, index], side="right") + self._first[index]
+        return ids.reshape(-1)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Return the centres of the bins as lines of text.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
+        """
+        return "".join(self.decode_stream(ids)).encode()
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the centre of each bin, followed by a comma, or by a line end in the last column.
+
+        Raises:
+            InputError: An id is outside the vocabulary.
+        """
+        for token in ids:
+            text = self._texts[check_token_id(token, self.vocab_size)]
+            yield text + ("\n" if token >= self._first[-2] else ",")
+
+    def _parse(self, content: bytes, name: str) -> NDArray[np.float64]:
+        rows = []
+        for line in content.decode("utf-8", "replace").split("\n"):
+            fields = [field.strip() for field in line.split(",")]
+            if fields in (self.columns, [""]):
+                continue
+            where = f"{name}: the line {line.strip()[:80]!r}"
+            if len(fields) != len(self.columns):
+                raise InputError(
+                    f"{where} has {len(fields)} fields; a row has one number for each of the columns "
+                    f"{', '.join(self.columns)}"
+                )
+            rows.append(parse_row(fields, where=where))
+        return np.array(rows, np.float64).reshape(-1, len(self.columns))
+
+
+def fit_bins(
+    documents: Iterable[Document], *, columns: Sequence[str], num_bins: Integer, spacing: Spacing
+) -> BinTokenizer:
+    """Return bins fitted on the values of the training documents.
+
+    Args:
+        documents: The training documents, of shape (rows, columns) each. Their values are held in memory.
+        columns: Names of the columns.
+        num_bins: Number of bins of a column. A column with fewer different values may get fewer quantile bins.
+        spacing: quantile: every bin holds about as many training values, and its centre is their mean. uniform: all
+            bins between the smallest and the largest training value are equally wide, and its centre is in the middle.
+
+    Raises:
+        InputError: An argument is out of range, or a document is not a series of these columns.
+    """
+    num_bins = check_integer("num_bins", num_bins, 2)
+    check_choice("spacing", spacing, ("quantile", "uniform"))
+    values = np.concatenate([_checked(document, len(columns)) for document in documents])
+    fitted = [(_quantile_bins if spacing == "quantile" else _uniform_bins)(column, num_bins) for column in values.T]
+    return BinTokenizer(columns, [edges for edges, _ in fitted], [centres for _, centres in fitted])
+
+
+def _checked(document: Document, num_columns: int) -> NDArray[np.float64]:
+    content = document.content
+    if isinstance(content, bytes) or content.ndim != 2 or content.shape[1] != num_columns:
+        raise InputError(f"document {document.name} is not a series of {num_columns} columns")
+    return np.asarray(content, np.float64)
+
+
+def _quantile_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[float], list[float]]:
+    # Edges are values of the data, so that no bin is empty.
+    edges = np.unique(np.quantile(values, np.arange(1, num_bins) / num_bins, method="inverted_cdf"))
+    edges = edges[edges > values.min()]
+    bins = np.searchsorted(edges, values, side="right")
+    counts = np.bincount(bins, minlength=len(edges) + 1)
+    means = np.bincount(bins, weights=values, minlength=len(edges) + 1) / counts
+    # The mean of equal values may be rounded out of their bin.
+    lowest = np.array([values[bins == index].min() for index in range(len(counts))])
+    highest = np.array([values[bins == index].max() for index in range(len(counts))])
+    return edges.tolist(), np.clip(means, lowest, highest).tolist()
+
+
+def _uniform_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[float], list[float]]:
+    lowest, highest = float(values.min()), float(values.max())
+    edges = np.unique(np.linspace(lowest, highest, num_bins + 1))
+    if len(edges) < 2 or len(np.unique((edges[:-1] + edges[1:]) / 2)) < len(edges) - 1:
+        return [], [lowest]  # one value, or values that float64 cannot tell apart
+    return edges[1:-1].tolist(), [float(low / 2 + high / 2) for low, high in pairwise(edges)]
+
+
+def _shortest(edges: NDArray[np.float64], value: float) -> str:
+    """Return the shortest text that is read as a value of the same bin, with four digits or more."""
+    own_bin = np.searchsorted(edges, value, side="right")
+    for digits in range(4, 18):
+        text = f"{value:.{digits}g}"
+        if np.searchsorted(edges, float(text), side="right") == own_bin:
+            return text
+    return json.dumps(value)

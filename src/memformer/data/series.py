@@ -1,0 +1,175 @@
+"""Series of measured values: columns of CSV files and of NumPy arrays."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memformer.data.content import open_source, open_text
+from memformer.data.documents import Document, parse_slice
+from memformer.data.files import SourceFile
+from memformer.errors import InputError
+
+Values = NDArray[np.float64]
+
+_NUMPY_HEAD = b"\x93NUMPY"
+
+
+def read_series(
+    files: Iterable[SourceFile], *, columns: Sequence[str] | None = None, rows: str | None = None
+) -> Iterator[Document]:
+    """Yield every file as one document, whose content has the shape (rows, columns).
+
+    A file is a NumPy array (.npy) of one or two dimensions, or text with one row in each line, separated by commas; the
+    first line may hold the names of the columns. Without names, columns are called 0, 1, 2, ...
+
+    Args:
+        files: The files.
+        columns: Names of the columns to read, in this order. None: all.
+        rows: A `start:stop` slice of the rows of each file. None: all.
+
+    Raises:
+        InputError: A file cannot be read, has no such column or no row, or a value is no finite number.
+    """
+    for path, _ in files:
+        names, values = _read_numpy(path) if _is_numpy(path) else _read_csv(path, columns)
+        values = _select(path, names, values, columns)
+        start = 0
+        if rows is not None:
+            chosen = range(len(values))[slice(*parse_slice(rows, name="rows"))]
+            start = chosen.start
+            values = values[chosen.start : chosen.stop]
+        if not values.size:
+            raise InputError(f"{path} has no values to read" + ("" if rows is None else f" in rows {rows}"))
+        wrong = np.argwhere(~np.isfinite(values))
+        if len(wrong):
+            row, column = (int(index) for index in wrong[0])
+            name = (names if columns is None else columns)[column]
+            raise InputError(
+                f"{path}, row {start + row} (counted from 0), column {name!r} is {values[row, column]}; a series needs "
+                "finite numbers: fill missing values in, or leave their rows out"
+            )
+        yield Document(str(path), values)
+
+
+def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -> list[str]:
+    """Return the names of the columns of a source: those given, or all of its first file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if columns is not None:
+        return list(columns)
+    path = files[0].path
+    return _read_numpy(path)[0] if _is_numpy(path) else _read_csv(path, None)[0]
+
+
+def parse_row(fields: Sequence[str], *, where: str) -> list[float]:
+    """Return the fields of a line as numbers.
+
+    Raises:
+        InputError: A field is not a finite number.
+    """
+    numbers = []
+    for field in fields:
+        number = _number(field)
+        if number is None or not np.isfinite(number):
+            raise InputError(f"{where} has {field!r}, which is not a finite number")
+        numbers.append(number)
+    return numbers
+
+
+def _number(field: str) -> float | None:
+    """Return a field as a number; None if it is none. An empty field is a missing value, NaN."""
+    text = field.strip()
+    if not text:
+        return float("nan")
+    try:
+        return float(text) if "_" not in text else None
+    except ValueError:
+        return None
+
+
+def is_header(fields: Sequence[str]) -> bool:
+    """Return whether the fields of a first line are names: none of them is a number."""
+    return bool(fields) and all(not field.strip() or _number(field) is None for field in fields) and any(
+        field.strip() for field in fields
+    )  # fmt: skip
+
+
+def _is_numpy(path: Path) -> bool:
+    with open_source(path) as stream:
+        return stream.peek(len(_NUMPY_HEAD)).startswith(_NUMPY_HEAD)
+
+
+def _read_numpy(path: Path) -> tuple[list[str], Values]:
+    with open_source(path) as stream:
+        content = io.BytesIO(stream.read())
+    try:
+        array = np.load(content, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a NumPy array of numbers: {error}") from error
+    if array.dtype.kind not in "iufb" or array.ndim not in {1, 2}:
+        raise InputError(
+            f"{path} has shape {array.shape} and dtype {array.dtype}; a series needs numbers of shape (rows,) or "
+            "(rows, columns)"
+        )
+    values = np.asarray(array, np.float64).reshape(len(array), -1)
+    return [str(index) for index in range(values.shape[1])], values
+
+
+def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Values]:
+    """Return the names of the columns, and their values; a column that is not read is NaN.
+
+    Raises:
+        InputError: The file is not CSV, a value is not a number, or two columns have the same name.
+    """
+    with open_text(path) as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline=""))
+        names: list[str] = []
+        found: list[list[float]] = []
+        read: list[int] = []
+        try:
+            for fields in reader:
+                if not fields:
+                    continue
+                is_first = not names
+                if is_first:
+                    has_header = is_header(fields)
+                    names = [f.strip() for f in fields] if has_header else [str(index) for index in range(len(fields))]
+                    read = [index for index, name in enumerate(names) if columns is None or name in columns]
+                    if has_header:
+                        continue
+                found.append(_row(path, reader.line_num, fields, names, read))
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
+    return names, np.array(found, np.float64).reshape(len(found), len(names))
+
+
+def _row(path: Path, line: int, fields: list[str], names: list[str], read: list[int]) -> list[float]:
+    if len(fields) != len(names):
+        raise InputError(f"{path}, line {line} has {len(fields)} fields; the first line has {len(names)}")
+    row = [float("nan")] * len(names)
+    for index in read:
+        number = _number(fields[index])
+        if number is None:
+            raise InputError(
+                f"{path}, line {line}, column {names[index]!r} is {fields[index]!r}, which is not a number; "
+                "choose the columns to read with columns"
+            )
+        row[index] = number
+    return row
+
+
+def _select(path: Path, names: list[str], values: Values, columns: Sequence[str] | None) -> Values:
+    if columns is None:
+        return values
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(names)}")
+    return values[:, [names.index(name) for name in columns]]

@@ -1,0 +1,114 @@
+"""Runs on series: trained, resumed, evaluated, scored and continued like those on texts, with bins of their own."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from memformer.data import BinTokenizer
+from memformer.training.run_folder import load_run
+from tests.cli.calls import call, call_json, refused
+from tests.cli.test_score import records
+
+KIND = ("--data.train.kind", "array", "--data.tokenizer.kind", "bins", "--data.tokenizer.num_bins", "5")
+
+
+def arguments(base, file, folder):
+    """Arguments of a run that trains on the first 200 rows of a file."""
+    config = yaml.safe_load((base / "config.yaml").read_text())
+    config["data"] |= {
+        "train": {"kind": "array", "path": str(file), "rows": ":200", "columns": ["b", "a"]},
+        "validation": {"kind": "array", "path": str(file), "rows": "200:"},
+        "tokenizer": {"kind": "bins", "num_bins": 5},
+        "max_document_tokens": 60,
+    }
+    file.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    return ["train", file.with_suffix(".yaml"), "--folder", folder]
+
+
+def write_csv(file, values):
+    rows = "".join(f"{row},{first!r},{second!r}\n" for row, (first, second) in enumerate(values.tolist()))
+    file.write_text("time,a,b\n" + rows)
+    return file
+
+
+@pytest.fixture(scope="module")
+def values():
+    time = np.arange(300)
+    return np.stack([np.sin(time / 5), np.cos(time / 3) * 100], axis=1)
+
+
+@pytest.fixture(scope="module")
+def series(base, values):
+    file = write_csv(base / "series.csv", values)
+    return base / "series-run", call_json(*arguments(base, file, base / "series-run")), file
+
+
+def test_a_run_is_evaluated_scored_and_continued(series, base, values, tmp_path):
+    folder, trained, file = series
+    assert (trained["unit"], trained["num_bytes"], trained["num_tokens"]) == ("value", 200, 200)
+    assert call_json("evaluate", folder)["with_memory"] == trained["with_memory"]
+    # Another file with one document; its columns are found by name.
+    evaluated = call_json("evaluate", folder, "--data.kind", "array", "--data.path", file, "--data.rows", "200:")
+    (tmp_path / "rows.csv").write_text("b,a\n" + "".join(f"{b!r},{a!r}\n" for a, b in values[200:].tolist()))
+    (total,) = records(folder, tmp_path / "rows.csv", "--per", "document")
+    assert total["bits_per_value"] == pytest.approx(evaluated["with_memory"]["bits_per_byte"], rel=1e-6)
+    assert (total["values"], total["lines"]) == (200, 101)
+    lines = records(folder, tmp_path / "rows.csv")
+    assert lines[0]["tokens"] == lines[0]["bits_per_value"] == 0
+    assert all((line["tokens"], line["values"]) == (2, 2) for line in lines[1:])
+    assert sum(line["nats"] for line in lines) / math.log(2) == pytest.approx(total["bits_per_value"] * 200)
+    generated = call_json("generate", folder, "--prompt", "1.0,0.5\n", "--max_new_tokens", "6", "--seed", "1")
+    centres = set(load_run(folder).tokenizer._texts)
+    assert set(generated["text"].replace("\n", ",").strip(",").split(",")) <= centres
+    assert (folder / "summary.html").is_file()
+
+
+def test_the_bins_are_those_of_the_training_rows_alone(series, base, values, tmp_path):
+    """Other validation data change no bin; other training data do."""
+    bins = load_run(series[0]).tokenizer
+    assert isinstance(bins, BinTokenizer)
+    assert bins.columns == ["b", "a"]
+    assert max(bins.edges[0]) <= values[:200, 1].max()
+    later, earlier = values.copy(), values.copy()
+    later[200:] *= 1e6
+    earlier[:200] *= 1e6
+    fingerprints = []
+    for name, changed in (("later", later), ("earlier", earlier)):
+        file = write_csv(tmp_path / f"{name}.csv", changed)
+        call_json(*arguments(base, file, tmp_path / name), "--training.num_updates", "1")
+        fingerprints.append(load_run(tmp_path / name).tokenizer.fingerprint)
+    assert (fingerprints[0] == bins.fingerprint, fingerprints[1] == bins.fingerprint) == (True, False)
+
+
+def test_a_resumed_run_is_the_whole_one(series, tmp_path, values):
+    folder, trained, _ = series
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    newest = max((copy / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    assert call_json("train", copy, "--resume")["with_memory"] == trained["with_memory"]
+    weights = f"checkpoints/{newest.name}/model.safetensors"
+    assert (copy / weights).read_bytes() == (folder / weights).read_bytes()
+    changed = write_csv(tmp_path / "changed.csv", values * 2)
+    message = refused("train", copy, "--resume", "--data.train.path", changed, "--data.validation.path", changed)
+    assert "data.train has changed since the run began" in message
+
+
+def test_refused_runs_on_series(series, base, tmp_path):
+    folder, _, file = series
+    argv = ["train", base / "config.yaml", "--folder", tmp_path / "x", "--data.train.path", file]
+    assert "'array' and 'bins' need each other" in refused(*argv, "--data.train.kind", "array")
+    assert "'array' and 'bins' need each other" in refused(*argv, "--data.tokenizer.kind", "bins")
+    assert "data.validation must be given for data.train.kind 'array'" in refused(*argv, *KIND)
+    full = arguments(base, file, tmp_path / "x")
+    assert "data.end_of_document is for texts" in refused(*full, "--data.end_of_document", "true")
+    text = ("--data.kind", "text", "--data.path", base / "texts")
+    assert "does not fit the run's tokenizer of kind 'bins'" in refused("evaluate", folder, *text)
+    array = ("--data.kind", "array", "--data.path", file, "--data.columns", '["a","b"]')
+    assert "must be those that the bins were fitted on: ['b', 'a']" in refused("evaluate", folder, *array)
+    assert "has 1 fields; a row has one number for each of the columns b, a" in refused(
+        "generate", folder, "--prompt", "5"
+    )
+    assert call("evaluate", folder, *array[:4])[0] == 0

@@ -1,0 +1,131 @@
+"""Bins of measured values: fitted on given values alone, exact in both directions, closed at both ends."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from memformer import CheckpointError, InputError
+from memformer.data import BinTokenizer, Document, fit_bins, load_tokenizer, save_tokenizer
+
+SPACINGS = ("quantile", "uniform")
+values = arrays.arrays(
+    np.float64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.floats(-1e6, 1e6, width=32)
+)
+
+
+def fit(content, *, num_bins=4, spacing="quantile"):
+    columns = [f"c{index}" for index in range(content.shape[1])]
+    return fit_bins([Document("series", content)], columns=columns, num_bins=num_bins, spacing=spacing)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@settings(max_examples=60, deadline=None)
+@given(content=values, num_bins=st.integers(2, 9), seed=st.integers(0, 9))
+def test_ids_survive_text_and_files(spacing, content, num_bins, seed, tmp_path_factory):
+    """Every id is written as a value of its own bin; the saved tokenizer is the same."""
+    tokenizer = fit(content, num_bins=num_bins, spacing=spacing)
+    ids = tokenizer.encode(content, "series")
+    text = tokenizer.decode(ids)
+    assert text.count(b"\n") == len(content)
+    assert tokenizer.encode(text, "text").tolist() == ids.tolist()
+    folder = tmp_path_factory.mktemp("bins")
+    save_tokenizer(tokenizer, folder)
+    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(folder).encode(content, "series").tolist() == ids.tolist()
+
+
+@settings(deadline=None)
+@given(content=values, num_bins=st.integers(2, 9))
+def test_an_id_is_that_of_a_search_by_hand(content, num_bins):
+    """Each column has its own bins and its own ids, whatever the other columns hold."""
+    tokenizer = fit(content, num_bins=num_bins)
+    ids = tokenizer.encode(content, "series").reshape(content.shape)
+    first = 0
+    for column, edges in enumerate(tokenizer.edges):
+        alone = fit(content[:, [column]], num_bins=num_bins)
+        assert alone.edges[0].tolist() == edges.tolist()
+        expected = [first + sum(value >= edge for edge in edges) for value in content[:, column]]
+        assert ids[:, column].tolist() == expected
+        first += len(edges) + 1
+    assert first == tokenizer.vocab_size
+
+
+def test_quantile_bins_hold_equally_many_values_and_uniform_bins_are_equally_wide():
+    content = np.random.default_rng(0).lognormal(size=(1000, 1))
+    quantile = fit(content, num_bins=8)
+    counts = np.bincount(quantile.encode(content, "series"))
+    assert counts.min() >= 124
+    assert counts.max() <= 126
+    means = [content[quantile.encode(content, "series") == index].mean() for index in range(8)]
+    assert quantile.centres[0] == pytest.approx(means)
+    uniform = fit(content, num_bins=8, spacing="uniform")
+    edges = [content.min(), *uniform.edges[0], content.max()]
+    assert np.diff(edges) == pytest.approx(np.ptp(content) / 8)
+    assert uniform.centres[0] == pytest.approx((np.array(edges[1:]) + edges[:-1]) / 2)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_values_outside_belong_to_the_outer_bins(spacing):
+    tokenizer = fit(np.linspace(0, 1, 50)[:, None], spacing=spacing)
+    assert tokenizer.encode(np.array([[-1e300], [-1.0], [2.0], [1e300]]), "test").tolist() == [0, 0, 3, 3]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_few_different_values_and_one(spacing):
+    """A column of switches gets two quantile bins, a constant one gets one bin."""
+    content = np.array([[0.0, 5.0], [1.0, 5.0], [0.0, 5.0]] * 9)
+    tokenizer = fit(content, num_bins=64, spacing=spacing)
+    assert len(tokenizer.centres[1]) == 1
+    if spacing == "quantile":
+        assert tokenizer.decode([0, 2, 1, 2]) == b"0,5\n1,5\n"
+    assert (
+        tokenizer.encode(content, "series").reshape(-1, 2)[0].tolist()
+        != tokenizer.encode(content, "").reshape(-1, 2)[1].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"1,2,3\n", "the line '1,2,3' has 3 fields; a row has one number for each of the columns c0, c1"),
+        (b"1,x\n", "has 'x', which is not a finite number"),
+        (b"1,\n", "has '', which is not a finite number"),
+        (b"1,nan\n", "has 'nan', which is not a finite number"),
+        (b"inf,1\n", "has 'inf', which is not a finite number"),
+        (b"1_0,1\n", "has '1_0', which is not a finite number"),
+    ],
+)
+def test_refused_lines(text, message):
+    with pytest.raises(InputError, match=message):
+        fit(np.zeros((3, 2))).encode(text, "prompt")
+
+
+def test_names_and_blank_lines_have_no_tokens():
+    tokenizer = fit(np.array([[0.0, 1.0], [2.0, 3.0]]), num_bins=2)
+    assert tokenizer.encode(b"c0, c1\n0,1\n\n 2 , 3\r\n", "").tolist() == tokenizer.encode(b"0,1\n2,3", "").tolist()
+    assert tokenizer.encode(b"", "").tolist() == []
+
+
+def test_other_arrays_and_damaged_files_are_refused(tmp_path):
+    tokenizer = fit(np.arange(8.0).reshape(4, 2))
+    for wrong, message in (
+        (np.zeros((3, 3)), r"shape \(3, 3\); it must be \(rows, 2\)"),
+        (np.array([[0.0, np.nan]]), "not finite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode(wrong, "series")
+    with pytest.raises(InputError, match=r"num_bins \(1\) must be at least 2"):
+        fit(np.zeros((3, 2)), num_bins=1)
+    for edges, centres in (([[2.0, 1.0]], [[0.0, 1.5, 3.0]]), ([[1.0]], [[2.0, 3.0]]), ([[1.0]], [[0.0]]), ([], [])):
+        with pytest.raises(InputError, match="bins"):
+            BinTokenizer(["c"], edges, centres)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for key, value in (("edges", [[1.0], ["a"]]), ("edges", [[0.5], [9.0]]), ("columns", ["c0"]), ("centres", 3)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(CheckpointError, match="tokenizer_config.json"):
+            load_tokenizer(tmp_path)

@@ -1,0 +1,91 @@
+"""Series from CSV files and NumPy arrays: columns by name, slices of rows, and what is refused."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from memformer import InputError
+from memformer.data import SourceConfig, iterate_documents
+
+CSV = "time,temp,load\n2026-01-01,1.5,2\n2026-01-02,-3e2, 4\n2026-01-03,0,6\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "x.csv").write_text(CSV)
+    return tmp_path / "x.csv"
+
+
+def read(path, **options):
+    return [
+        document.content.tolist() for document in iterate_documents(SourceConfig(kind="array", path=path, **options))
+    ]
+
+
+def test_columns_are_read_by_name_in_the_given_order(file):
+    assert read(file, columns=["load", "temp"]) == [[[2.0, 1.5], [4.0, -300.0], [6.0, 0.0]]]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_file_without_names_and_an_array_are_the_same(tmp_path, compress):
+    values = np.arange(8.0).reshape(4, 2)
+    np.save(tmp_path / "x.npy", values)
+    (tmp_path / "x.npy").write_bytes(compress((tmp_path / "x.npy").read_bytes()))
+    (tmp_path / "x.csv").write_bytes(compress(b"\xef\xbb\xbf0,1\r\n2,3\r\n\r\n4,5\r\n6,7"))
+    assert read(tmp_path / "x.npy") == read(tmp_path / "x.csv") == [values.tolist()]
+    assert read(tmp_path / "x.npy", columns=["1"]) == [values[:, [1]].tolist()]
+    np.save(tmp_path / "y.npy", np.array([1, 2], np.int8))
+    assert read([tmp_path / "x.csv", tmp_path / "y.npy"], columns=["0"]) == [values[:, [0]].tolist(), [[1.0], [2.0]]]
+
+
+def test_rows_divide_a_file(file):
+    for rows, expected in ((":2", [2.0, 4.0]), ("2:", [6.0]), ("-2:", [4.0, 6.0]), ("1:-1", [4.0])):
+        assert read(file, columns=["load"], rows=rows) == [[[value] for value in expected]]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (CSV, {}, r"line 2, column 'time' is '2026-01-01', which is not a number; choose the columns"),
+        (CSV, {"columns": ["temp", "x"]}, "has no column 'x'; its columns are time, temp, load"),
+        (CSV, {"columns": ["temp"], "rows": "3:"}, "has no values to read in rows 3:"),
+        ("a,b\n1,2\n3\n", {}, "line 3 has 1 fields; the first line has 2"),
+        ("a\n1\n\nNaN\n", {}, r"row 1 \(counted from 0\), column 'a' is nan; a series needs finite numbers"),
+        ("a,b\n1,2\n3,\n", {}, r"row 1 \(counted from 0\), column 'b' is nan"),
+        ("a,b\n1,2\n3,\n", {"columns": ["b"], "rows": "1:"}, r"row 1 \(counted from 0\), column 'b' is nan"),
+        ("1\ninf\n", {}, "column '0' is inf"),
+        ("a,a\n1,2\n", {}, "has two columns of the same name: a, a"),
+        ("a,b\n", {}, "has no values to read"),
+        ("a\n" + '"' + "x" * 200_000, {}, "is not CSV"),
+        (b"\x93NUMPY\x01\x00\x76", {}, "is not a NumPy array of numbers"),
+        (b"\x89PNG\r\n\x1a\n", {}, "is not UTF-8 text at byte offset 0"),
+    ],
+)
+def test_refused_files(tmp_path, content, options, message):
+    (tmp_path / "x").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "x", **options)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2, 2)), np.array(["a"]), np.array([{}], dtype=object)])
+def test_refused_arrays(tmp_path, array):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(InputError, match="numbers"):
+        read(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": []}, r"columns \(\[\]\) must be at least one name"),
+        ({"columns": ["a", "a"]}, "each of them once"),
+        ({"rows": "5"}, r"rows \('5'\) must be 'start:stop'"),
+        ({"path": None}, "path"),
+        ({"text_key": "body"}, "is not read by kind 'array'"),
+        ({"kind": "text", "rows": ":5"}, "is not read by kind 'text', only by array"),
+    ],
+)
+def test_refused_configs(options, message):
+    with pytest.raises(InputError, match=message):
+        SourceConfig(**{"kind": "array", "path": "x", **options})
