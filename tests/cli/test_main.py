@@ -59,7 +59,7 @@ def test_no_command_at_all():
 
 
 def test_an_unknown_command():
-    known = "train, evaluate, retention, generate, score, export, report, compare, reproduce"
+    known = "train, evaluate, retention, inspect, generate, score, export, report, compare, reproduce"
     assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 

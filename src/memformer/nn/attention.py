@@ -138,21 +138,14 @@ class SelfAttention(nn.Module):
         is_causal: bool = False,
         cache: CacheWindow | None = None,
         past: Float[Tensor, "B P D"] | None = None,
-<<<<<<< HEAD
         earlier: tuple[HeadTokens, HeadTokens] | None = None,
-    ) -> Float[Tensor, "B Q D"]:
-        """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
-
-        `past` are tokens before the segment that are only attended to, and `earlier` are the keys, with positions
-        applied, and the values of such tokens; they come first.
-=======
         record: list[Tensor] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return the attention output of each token; with a cache, tokens decoded earlier are attended to as well.
 
-        `past` are earlier tokens that are only attended to; their keys come first. The weights (B, H, Q, J) are
-        appended to `record`, if given.
->>>>>>> 76f308e (Add memformer inspect: a page and data that show what the memory does)
+        `past` are tokens before the segment that are only attended to, and `earlier` are the keys, with positions
+        applied, and the values of such tokens; they come first. The weights (B, H, Q, J) are appended to `record`, if
+        given.
         """
         query, key, value = (split_heads(part, self.num_heads) for part in self.query_key_value(x).chunk(3, dim=-1))
         if past is not None:
