@@ -1,6 +1,7 @@
 """The documents of the task pack, and all of its tasks through the harness."""
 
 import json
+import math
 
 import pytest
 
@@ -133,7 +134,12 @@ def test_every_task_runs_in_the_harness(data, tmp_path):
     (nats,) = model.loglikelihood_rolling(requests_of(" = A title = \n A line .\n"), disable_tqdm=True)
     bits = -nats / 24 / 0.6931471805599453
     assert results["memformer_wikitext"]["bits_per_byte,none"] == pytest.approx(bits)
-    assert 0 <= results["memformer_passkey_4k"]["acc,none"] <= 1
+    last_word, passkey = tasks.last_words(**metadata), tasks.passkey(num_tokens=4096, **metadata)
+    for name, docs in (("memformer_last_word", last_word), ("memformer_passkey_4k", passkey)):
+        doc = docs["test"][0]
+        ((nats, is_greedy),) = model.loglikelihood(requests_of((doc["context"], f" {doc['answer']}")))
+        assert results[name]["perplexity,none"] == pytest.approx(math.exp(-nats), rel=1e-4)
+        assert results[name]["acc,none"] == is_greedy
 
 
 @pytest.mark.parametrize(
