@@ -28,6 +28,7 @@ from tests.cli.calls import call, refused
         (["evaluate", "--help"], "memformer evaluate runs/demo --data.kind text --data.path my_notes.txt --json"),
         (["generate", "--help"], "cat chapters/*.txt | memformer generate runs/demo --prompt_file -"),
         (["score", "--help"], "memformer score runs/logs server.log --top 20"),
+        (["inspect", "--help"], "cat huge.log | memformer inspect runs/demo --text -"),
         (["export", "--help"], "memformer export runs/demo --hf exported/demo"),
         (["report", "--help"], "memformer report runs/demo"),
         (["compare", "--help"], "memformer compare runs/book runs/transformer-xl"),
