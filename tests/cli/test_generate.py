@@ -96,11 +96,14 @@ def test_a_signal_while_reading_the_prompt_saves_the_session(run_folder, tmp_pat
 
 
 def interrupt_once_signals_are_noted():
-    """Send SIGINT when the command has put its handler in place and has had time to read the prompt."""
+    """Send SIGINT when the command has put its handler in place and has had time to read the prompt.
+
+    It is sent to this thread, as the system may do, so it does not interrupt the wait of the main thread.
+    """
     while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         time.sleep(0.01)
     time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
 
 def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_folder, tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def _continue(
     """
     session = reading.session
     with (
-        open_prompt(options.prompt, options.prompt_file) as prompt,
+        open_prompt(options.prompt, options.prompt_file, while_waiting=signals.keep_waiting) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
         parts = skip_to(reading.position, prompt.pieces(tokenizer))

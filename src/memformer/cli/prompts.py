@@ -97,13 +97,15 @@ class _Counted(io.RawIOBase):
 
 
 @contextmanager
-def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
+def open_prompt(
+    text: str | None, file: str | None, *, while_waiting: Callable[[], bool] | None = None
+) -> Iterator[InputText]:
     """Open a prompt, which may not fit in memory.
 
     Args:
         text: The prompt itself. None: empty, unless there is a file.
         file: File with the prompt; "-" reads stdin.
-        option: Option that named the file, for messages.
+        while_waiting: As for `open_input`.
 
     Yields:
         The prompt.
@@ -114,7 +116,7 @@ def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
     if file is not None:
-        with open_input(file, option="--prompt_file ") as opened:
+        with open_input(file, option="--prompt_file ", while_waiting=while_waiting) as opened:
             yield opened
         return
     # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.

@@ -47,6 +47,16 @@ class Signals:
         if self._is_waiting:
             raise _StopWaiting
 
+    def keep_waiting(self) -> bool:
+        """Return True, unless a signal arrived: it may have been delivered to a thread that is not waiting.
+
+        Raises:
+            _StopWaiting: A signal arrived; it ends `until_signalled`, in which this must be called.
+        """
+        if self.received:
+            raise _StopWaiting
+        return True
+
     def until_signalled(self, items: Iterable[Item], *, waits: bool = False) -> Iterator[Item]:
         """Yield items until a signal arrives.
 
@@ -56,9 +66,12 @@ class Signals:
                 once; otherwise the current item is finished first.
         """
         iterator = iter(items)
-        while not self.received:
-            self._is_waiting = waits
+        while True:
             try:
+                # In this order, a signal is seen at any moment.
+                self._is_waiting = waits
+                if self.received:
+                    return
                 item = next(iterator)
             except (StopIteration, _StopWaiting):
                 return
