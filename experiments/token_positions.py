@@ -12,11 +12,9 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from memformer import Session
 from memformer.cli.run_config import parse_run_config
-from memformer.data import LaneStream
-from memformer.evaluation.likelihood import encode_rollout, rollout_nll
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
 from memformer.training.run_folder import load_run
 
@@ -36,7 +34,6 @@ def main() -> None:
         print(f"{run:32} mean {sum(bits) / len(bits):.3f}: " + " ".join(f"{each:.2f}" for each in bits))
 
 
-@torch.no_grad()
 def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
     """Return the mean bits per token at each position in a segment.
 
@@ -49,23 +46,12 @@ def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
     if not isinstance(data, DocumentData):
         raise SystemExit(f"{folder} was trained on a recall task, but this script needs documents")
     corpus = first_documents(data.validation, num_tokens)
-    stream = LaneStream(
-        corpus,
-        num_lanes=min(8, corpus.num_documents),
-        segment_length=model.segment_length,
-        rollout_length=16,
-        bos_token_id=model.bos_token_id,
-        num_epochs=1,
-    )
     nll, counts = torch.zeros(2, model.segment_length, dtype=torch.float64)
-    memory: Tensor | None = None
-    for read in stream:
-        rollout = model.align_inputs(read)
-        memory = model.initial_memory(rollout.batch_size) if memory is None else memory
-        hidden, memory = encode_rollout(model, rollout, memory)
-        found = rollout_nll(model, rollout, hidden)
-        nll += found.double().sum(dim=0)
-        counts += len(found) if rollout.target_padding is None else (~rollout.target_padding).sum(dim=(0, 1))
+    for index in range(corpus.num_documents):
+        found = Session(model).score(corpus.document(index)).double()
+        positions = torch.arange(len(found)) % model.segment_length
+        nll.index_add_(0, positions, found)
+        counts += positions.bincount(minlength=model.segment_length)
     return (nll / counts / math.log(2)).tolist()
 
 

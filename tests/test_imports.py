@@ -1,6 +1,7 @@
 """Import layers: a package may import only packages from earlier lines of ORDER."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,20 @@ def test_no_file_is_over_400_lines():
     files = [file for folder in ("src", "tests", "benchmarks", "experiments") for file in (root / folder).rglob("*.py")]
     assert len(files) > 200
     assert [file for file in files if len(file.read_text(encoding="utf-8").splitlines()) > 400] == []
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
+def test_what_a_script_imports_from_the_package_exists(script):
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "memformer":
+            module = importlib.import_module(node.module)
+            missing = [
+                name.name
+                for name in node.names
+                if not hasattr(module, name.name) and importlib.util.find_spec(f"{node.module}.{name.name}") is None
+            ]
+            assert missing == [], f"from {node.module}"
