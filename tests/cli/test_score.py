@@ -135,20 +135,30 @@ def test_the_session_of_an_unfinished_line_of_subwords_warns_generate(runs, tmp_
         assert ("has not read the last 6 bytes of a text that was scored" in err) == (kind == "bpe")
 
 
-def score_and_die(argv, num_tokens):
-    """Run the command in a forked process that is killed once the session has read so many tokens; return stdout."""
+def score_and_die(argv, num_tokens, *, after_save=False):
+    """Run the command in a forked process, killed once the session has read so many tokens; return stdout.
+
+    It is killed before it scores more, or after it has saved the session.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        score = Session.score
+        score, save = Session.score, Session.save
 
-        def score_and_kill(session, part):
+        def kill(session):
             if session.num_tokens[0] >= num_tokens:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def kill_and_score(session, part):
+            kill(session)
             return score(session, part)
 
+        def save_and_kill(session, *args, **kwargs):
+            save(session, *args, **kwargs)
+            kill(session)
+
         try:
-            Session.score = score_and_kill
+            Session.score, Session.save = (score, save_and_kill) if after_save else (kill_and_score, save)
             import sys
 
             with os.fdopen(writer, "w") as sys.stdout:
@@ -165,19 +175,40 @@ def score_and_die(argv, num_tokens):
     return printed
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe", "word", "pretrained"])
-def test_a_killed_scoring_is_resumed_without_losing_a_line(runs, file, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "after_save"),
+    [("bytes", False), ("bytes", True), ("bpe", False), ("word", False), ("pretrained", False)],
+)
+def test_a_killed_scoring_is_resumed_without_losing_a_line(runs, file, tmp_path, kind, after_save):
     """Lines up to the last save were printed; totals, top and exit status are those of one run."""
     (tmp_path / "long").write_text(TEXT + "\n" + make_text(3) + TEXT, encoding="utf-8")
     options = ["--per", "line", "--top", "3", "--threshold", "0.1", "--json"]
     saving = ["--save_session", tmp_path / "state", "--save_every_minutes", "1e-9"]
     argv = ["score", runs[kind], tmp_path / "long", *options]
     expected = records(*argv[1:-1], "--save_session", tmp_path / "whole", status=1)
-    printed = [json.loads(line) for line in score_and_die([*argv, *saving], 50).splitlines()]
+    out = score_and_die([*argv, *saving], 50, after_save=after_save)
+    printed = [json.loads(line) for line in out.splitlines()]
     assert printed
     rest = records(*argv[1:-1], *saving, "--resume", status=1)
     assert approximately(printed + rest) == approximately(expected)
     assert "there is no scoring to resume" in refused(*argv, *saving, "--resume")
+
+
+def test_a_killed_scoring_that_began_in_the_middle_of_a_line_is_resumed(runs, file, tmp_path, monkeypatch):
+    """The position counts the bytes of its own text, without the beginning of the line that another text left."""
+    content, state = (TEXT + "\n" + TEXT).encode(), tmp_path / "state"
+    (tmp_path / "whole").write_bytes(content)
+    (tmp_path / "rest").write_bytes(content[24:])
+    from_stdin(monkeypatch, content[:24])
+    first = records(runs["bpe"], "-", "--save_session", tmp_path / "first")
+    saving = ["--save_session", state, "--save_every_minutes", "1e-9", "--json"]
+    argv = ["score", runs["bpe"], tmp_path / "rest", *saving]
+    out = score_and_die([*argv, "--load_session", tmp_path / "first"], 50)
+    printed = [json.loads(line) for line in out.splitlines()]
+    rest = records(*argv[1:-1], "--resume")
+    whole = records(runs["bpe"], tmp_path / "whole", "--save_session", tmp_path / "other")
+    assert len(printed) > 1
+    assert approximately(first + printed + rest) == approximately(whole)
 
 
 def approximately(found):
