@@ -107,10 +107,25 @@ def test_a_click_on_a_timestep_changes_the_panels(page, text):
     assert all(first != second for first, second in zip(*seen, strict=True))
 
 
+def move_slider(page, timestep):
+    script = (
+        "const s = document.getElementById('timestep'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
+    )
+    page.execute_script(script, str(timestep))
+    assert shown(page, "selected").startswith(f"timestep {timestep}:")
+
+
+def test_labels_of_plots_are_escaped(page, text):
+    """Plotly reads some HTML in labels."""
+    move_slider(page, text.index("<") // 8 + 1)
+    for identifier, trace in (("writer", 1), ("reader", 0)):
+        _, labels = drawn(page, identifier, trace)
+        assert "&lt;" in labels
+        assert "<" not in labels
+
+
 def test_the_slider_the_layer_and_the_colours_react(page):
-    script = "const s = document.getElementById('timestep'); s.value = '4'; s.dispatchEvent(new Event('input'));"
-    page.execute_script(script)
-    assert shown(page, "selected").startswith("timestep 4:")
+    move_slider(page, 4)
     Select(page.find_element(By.ID, "layer")).select_by_visible_text("1")
     colours = []
     for mode in ("memory", "erased", "difference"):
