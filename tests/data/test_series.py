@@ -18,9 +18,9 @@ def file(tmp_path):
 
 
 def read(path, **options):
-    return [
-        document.content.tolist() for document in iterate_documents(SourceConfig(kind="array", path=path, **options))
-    ]
+    path = [str(each) for each in path] if isinstance(path, list) else str(path)
+    source = SourceConfig(kind="array", path=path, **options)
+    return [document.content.tolist() for document in iterate_documents(source)]
 
 
 def test_columns_are_read_by_name_in_the_given_order(file):

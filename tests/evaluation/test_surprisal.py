@@ -59,7 +59,7 @@ def test_a_line_of_any_length_takes_constant_memory():
 )
 def test_the_most_surprising_lines_are_those_of_a_full_sort(scores, count, context, saved_at):
     """With the lines around them, the first of equals, and also if they were saved and continued in between."""
-    lines = [ScoredLine(number=n, nll=s, size=1, text=b"%d" % n) for n, s in enumerate(scores, start=1)]
+    lines = [ScoredLine(number=n, nll=float(s), size=1, text=b"%d" % n) for n, s in enumerate(scores, start=1)]
     kept = SurprisingLines(count, context=context)
     for index, line in enumerate(lines):
         if index == saved_at:

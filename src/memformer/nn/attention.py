@@ -104,7 +104,7 @@ class CacheWindow:
 
 
 def _weights_of(
-    frame: Frame, query: HeadTokens, key: HeadTokens, *, keep_mask: Tensor | None, is_causal: bool
+    frame: Frame, query: Float[Tensor, "B H Q E"], key: HeadTokens, *, keep_mask: Tensor | None, is_causal: bool
 ) -> Float[Tensor, "B H Q J"]:
     """Return the attention weights, detached; not for relative positions, which are a part of the values too."""
     # Attention over unit vectors returns the weights, so no second implementation has to be kept in sync.
