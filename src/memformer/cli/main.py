@@ -41,7 +41,7 @@ Train and use sequence models that read arbitrarily long input with a memory of 
   memformer inspect RUN                           a page that shows what the memory holds and where it helps
   memformer generate RUN                          continue a prompt of any length, or sample images
   memformer score RUN FILE                        how surprising is each line of a text or a log?
-  memformer export RUN --hf FOLDER                write a folder that Hugging Face transformers reads
+  memformer export RUN --hf|--onnx FOLDER         write a folder for Hugging Face transformers, or ONNX graphs
   memformer report RUN                            write an HTML summary of a run
   memformer compare RUN RUN ...                   a table and a plot of several runs
   memformer reproduce TABLE                       train and write one of the paper's tables

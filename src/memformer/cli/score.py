@@ -35,8 +35,9 @@ line; its line end counts as a part of it. The sum of all tokens is what `memfor
 document (without its end-of-document token, if the run has one: a stream may go on). Texts of lines are cut to 2,000
 bytes. For a run on series, a line is a row, with one number for each column, and bits are per value.
 
-With --threshold, the exit status is 0 if no line is above it, and 1 if there is any. As always, it is 2 for an invalid
-input, and 128 + the signal's number after an interrupt.
+--threshold needs a number that fits the model and the text: score a normal text first, and take a value above nearly
+all of its lines. With it, the exit status is 0 if no line is above it, and 1 if there is any. As always, it is 2 for
+an invalid input, and 128 + the signal's number after an interrupt.
 
 --save_session writes the state to a file, at the end, on an interrupt and every few minutes. --load_session goes on
 from it with the text that follows, also in the middle of a line: the runs print what one run would print. Their totals,

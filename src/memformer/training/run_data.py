@@ -143,10 +143,12 @@ class DocumentData(RunData):
 
     def describe(self) -> str:
         """Return a one-line description with the numbers of documents and tokens."""
-        test = "" if self.test is self.validation else f", test {self.test.num_documents:,} of {self.test.num_tokens:,}"
-        return (
-            f"training on {self.train.num_documents:,} documents of {self.train.num_tokens:,} tokens, "
-            f"held out {self.validation.num_documents:,} of {self.validation.num_tokens:,}{test}"
+        parts = {"training on": self.train, "held out": self.validation}
+        if self.test is not self.validation:
+            parts["test"] = self.test
+        return ", ".join(
+            f"{name} {corpus.num_tokens:,} tokens (documents: {corpus.num_documents:,})"
+            for name, corpus in parts.items()
         )
 
 
