@@ -12,7 +12,6 @@ VARIANTS = {
     "relative positions": {"positions": "relative"},
     "decoder starts from last token": {"decoder_starts_from_last_token": True},
     "joint attention": {"decoder_attention": "joint", "decoder_starts_from_last_token": True},
-    "joint attention, relative positions": {"decoder_attention": "joint", "positions": "relative"},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
     "temperature 1": {"write_temperature": 1.0},
@@ -38,6 +37,7 @@ VARIANTS = {
     "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
     "all options": {
         "positions": "relative",
+        "decoder_attention": "joint",
         "decoder_starts_from_last_token": True,
         "convolution_kernel": 3,
     },

@@ -12,7 +12,7 @@ LENGTHS = (1, 2 * SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 2)
 
 # Every option of the encoder and the memory, and every option of the head.
 CLASSIFIERS = {
-    **{name: fields for name, fields in VARIANTS.items() if "decoder_starts_from_last_token" not in fields},
+    **{name: fields for name, fields in VARIANTS.items() if not any("decoder" in key for key in fields)},
     "last": {"pooling": "last"},
     "memory": {"pooling": "memory"},
     "segments": {"label_unit": "segment"},

@@ -184,8 +184,8 @@ def find_changed_key(
         training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
     # Keys that are newer than the run had their default value.
-    defaults = canonical(dataclasses.asdict(DataConfig()))
-    saved = {**saved, "data": _with_defaults(saved.get("data"), defaults)}
+    defaults = canonical({"data": dataclasses.asdict(DataConfig()), "model": type(config.model)().to_dict()})
+    saved = {**saved, **{key: _with_defaults(saved.get(key), defaults[key]) for key in defaults}}
     fixed = ("seed", "model_type", "model", "data")
     for key, before, now in _differences(saved, canonical(config.to_dict())):
         top, _, rest = key.partition(".")
