@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from memformer import InputError, InputTypeError, Memformer, Rollout, backpropagate
+from memformer import InputError, InputTypeError, Memformer, RecurrentModel, Rollout, backpropagate
 from memformer.nn import AuxiliaryLoss
 from memformer.training.replay import RolloutHooks
 from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
@@ -66,6 +66,37 @@ def test_every_method_equals_a_loop_written_by_hand(variant, method, padding):
         assert_close(result.memory_grad, memory_grad)
     for name, grad in expected.items():
         assert_close(grads[name], grad)
+
+
+class StateIsHidden(RecurrentModel):
+    """A model of a user that returns one tensor as hidden states and as the next memory."""
+
+    vocab_size, bos_token_id, segment_length, memory_shape = VOCAB_SIZE, VOCAB_SIZE, 6, (1, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCAB_SIZE + 1, 8)
+        self.readout = torch.nn.Linear(8, VOCAB_SIZE)
+
+    def initial_memory(self, batch_size):
+        return torch.zeros(batch_size, 1, 8, dtype=self.memory_dtype)
+
+    def encode(self, segment, *, memory=None, padding_mask=None, auxiliary=None):
+        state = torch.tanh(memory + self.embedding(segment).mean(1, keepdim=True))
+        return state, state
+
+    def decode(self, targets, *, hidden, hidden_padding_mask=None):
+        return self.readout(hidden).expand(-1, targets.shape[1], -1)
+
+
+@pytest.mark.parametrize("readout_timesteps", [1, 2])
+def test_replay_equals_bptt_if_hidden_states_and_memory_are_one_tensor(readout_timesteps):
+    model = StateIsHidden().double()
+    memory, rollout = torch.randn(3, 1, 8).double(), random_rollout(5, 3, resets=True)
+    bptt, replay = (
+        gradients(model, rollout, memory, method, readout_timesteps=readout_timesteps) for method in ("bptt", "replay")
+    )
+    assert_same_gradients(replay, bptt)
 
 
 @pytest.mark.parametrize("competition", [False, True])

@@ -233,7 +233,8 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
             randomness.append(capture_randomness(device))
             replay_buffer.append(memory)
             hidden, memory, _ = work.encode(timestep, memory)
-            hiddens.append(hidden)
+            # Detached, because a model may return one tensor as both, and each has a gradient of its own.
+            hiddens.append(hidden.detach())
 
     total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []
