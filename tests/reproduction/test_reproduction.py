@@ -22,7 +22,7 @@ from memformer.reproduction.tables import read_table, table_names, tables_folder
 from memformer.utils import progress
 from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, make_text, refused
-from tests.training.jobs import run_command, run_job
+from tests.training.jobs import run_forked
 
 TABLE = {
     "title": "A small table",
@@ -72,13 +72,6 @@ def table(base, tmp_path, monkeypatch):
         (folder / f"{key}.yaml").write_text(yaml.safe_dump(row))
     monkeypatch.setattr(command, "tables_folder", lambda: tmp_path / "experiments")
     return ["tiny", "--data", base, "--folder", tmp_path / "out"]
-
-
-def run_forked(command, *, stdout, stderr, check):
-    """Run `python -m memformer ...` without the time that a Python process takes to start."""
-    done = run_job(run_command, *command[3:], count=1)
-    stdout.write(done.output)
-    return SimpleNamespace(returncode=done.status)
 
 
 def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, monkeypatch):
