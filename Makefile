@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/fact
 TEXT_DEMO := runs/demo
 
-.PHONY: setup demo demo-text test test-oldest cuda soak check packages format clean
+.PHONY: setup demo demo-text docs test test-oldest cuda soak check packages format clean
 
 setup: .venv/.complete
 
@@ -57,6 +57,14 @@ DATA ?= data
 cuda:
 	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --minutes 8 --output $(OUTPUT) --data $(DATA)
 
+# Builds the documentation site in site/: open site/index.html. Warnings, such as broken links, are errors.
+docs: .venv/.docs
+	$(BIN)/python docs/make_site.py
+
+.venv/.docs: .venv/.complete
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -80,4 +88,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-oldest dist build
+	rm -rf .venv .venv-oldest dist build site

@@ -1,19 +1,20 @@
 """Build the documentation site in site/: `make docs`.
 
 The pages link to each other, and to files of the repository, by relative paths, so that a git host shows them as they
-are. The site is built from copies: the pages of docs/ move to the top, and links are changed to match. Every page must
-be in the navigation of zensical.toml. Warnings are errors, so a missing page or anchor ends the build.
+are. The site is built from copies: the pages of docs/ move to the top, and links are changed to match. Every tutorial
+gets a link to itself as a notebook. Warnings are errors, and so is a link of the site that leads nowhere.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "site-pages"
@@ -24,17 +25,19 @@ KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "languag
 
 
 def main() -> int:
-    """Build the site and the notebooks; return the exit status."""
+    """Build the site; return the exit status."""
     shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.rmtree(SITE, ignore_errors=True)
     for page in sorted((ROOT / "docs").rglob("*.md")) + [ROOT / name for name in OTHER_PAGES]:
         copy_page(page)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # the format of formulas is in this module
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # where zensical finds `formula`
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
-    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    if status == 0:
-        for page in sorted((ROOT / "docs" / "tutorials").glob("*.md")):
-            write_notebook(page)
-    return status
+    if status := subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+        return status
+    broken = broken_links(SITE)
+    for line in broken:
+        print(line, file=sys.stderr)
+    return 1 if broken else 0
 
 
 def place(path: Path) -> Path:
@@ -55,31 +58,76 @@ def copy_page(page: Path) -> None:
         return Path(os.path.relpath(PAGES / place(file), target.parent)).as_posix()
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(piece if is_code else LINK.sub(adapt, piece) for is_code, piece in pieces(page.read_text("utf-8")))
-    target.write_text(text, encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    if target.parent.name == "tutorials" and target.stem != "index":
+        notebook = target.with_suffix(".ipynb")
+        write_notebook(text, notebook)
+        text = text.replace("\n", f"\n\n[This page as a notebook]({notebook.name}){{ download }}\n", 1)
+    target.write_text(outside_code(text, lambda prose: LINK.sub(adapt, prose)), encoding="utf-8")
 
 
-def pieces(text: str) -> Iterator[tuple[bool, str]]:
-    """Yield the fenced blocks of code of a page, and what stands between them."""
-    for index, piece in enumerate(re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)):
-        yield index % 2 == 1, piece
+def outside_code(text: str, change: Callable[[str], str]) -> str:
+    """Return a page with what stands outside its fenced blocks of code changed."""
+    pieces = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(piece if index % 2 else change(piece) for index, piece in enumerate(pieces))
+
+
+def write_notebook(text: str, target: Path) -> None:
+    """Write a tutorial as a notebook, which draws its figures itself and has no pages to link to."""
+    import jupytext
+
+    text = re.sub(r"^!\[[^]]*\]\([^)]*\)\n", "", text, flags=re.MULTILINE)
+    text = outside_code(text, lambda prose: re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", prose))
+    notebook = jupytext.reads(text, fmt="md")
+    notebook.metadata.update(KERNEL)
+    target.write_text(jupytext.writes(notebook, fmt="ipynb"), encoding="utf-8")
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
-    """Return a formula in LaTeX as MathML, which browsers draw without a script."""
+    """Return formulas in LaTeX, separated by empty lines, as MathML, which browsers draw without a script."""
     from latex2mathml.converter import convert
 
-    lines = [convert(line.strip(), display="block") for line in re.split(r"\n\s*\n", source.strip())]
-    return f'<div class="formula">{"".join(lines)}</div>'
+    formulas = [convert(each, display="block") for each in re.split(r"\n\s*\n", source.strip())]
+    return f'<div style="overflow-x: auto">{"".join(formulas)}</div>'
 
 
-def write_notebook(page: Path) -> None:
-    """Write a tutorial as a notebook beside its page in the site."""
-    import jupytext
+class Links(HTMLParser):
+    """The links and the anchors of a page of the site.
 
-    notebook = jupytext.read(page, fmt="md")
-    notebook.metadata.update(KERNEL)
-    (SITE / place(page).with_suffix(".ipynb")).write_text(json.dumps(notebook, indent=1) + "\n", encoding="utf-8")
+    Args:
+        file: The page.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.anchors: set[str] = set()
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect the attributes that link, or that can be linked to."""
+        for name, value in attrs:
+            if value and name in ("href", "src"):
+                self.links.add(value)
+            elif value and (name == "id" or (tag == "a" and name == "name")):
+                self.anchors.add(value)
+
+
+def broken_links(site: Path) -> list[str]:
+    """Return a line for each link of the site to a file or an anchor that does not exist."""
+    pages = {file: Links(file) for file in sorted(site.rglob("*.html")) if file.name != "404.html"}
+    broken = []
+    for page, found in pages.items():
+        for link in sorted(found.links):
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            file = (page.parent / unquote(url.path)).resolve() if url.path else page
+            file = file / "index.html" if file.is_dir() else file
+            anchor = unquote(url.fragment)
+            if not file.is_file() or (anchor and file in pages and anchor not in pages[file].anchors):
+                broken.append(f"{page.relative_to(ROOT)}: the link {link} leads nowhere")
+    return broken
 
 
 if __name__ == "__main__":
