@@ -159,8 +159,10 @@ class EditedRunFolder(RunFolder):
         if change := find_changed_key(saved, self.config):
             raise CheckpointError(change)
         written, defaults = canonical(self.config.to_dict()), canonical(RunConfig().to_dict())
-        data = relevant_part(saved.get("data"), defaults["data"]) == relevant_part(written["data"], defaults["data"])
-        return data and all(relevant_part(saved.get(key)) == relevant_part(written[key]) for key in ("seed", "model"))
+        return saved.get("seed") == written["seed"] and all(
+            relevant_part(saved.get(key), defaults[key]) == relevant_part(written[key], defaults[key])
+            for key in ("data", "model")
+        )
 
 
 def relevant_part(value: Any, defaults: Any = None) -> Any:
