@@ -88,7 +88,7 @@ def formula(source: str, *_: Any, **__: Any) -> str:
     from latex2mathml.converter import convert
 
     formulas = [convert(each, display="block") for each in re.split(r"\n\s*\n", source.strip())]
-    return f'<div style="overflow-x: auto">{"".join(formulas)}</div>'
+    return "".join(f'<div style="overflow-x: auto; margin: 1em 0">{each}</div>' for each in formulas)
 
 
 class Links(HTMLParser):

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ SMALL = """--threads 1 --data.cache cache --training.num_updates 2 --training.nu
 CONFIG = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
 
 
+@cache
 def tokens_of(page):
     return MarkdownIt("gfm-like", {"linkify": False}).parse(page.read_text(encoding="utf-8"))
 
@@ -94,7 +96,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "README.md").symlink_to(ROOT / "README.md")
-    (tmp_path / "my_book.txt").write_text("".join(make_text(seed) for seed in range(1600)))
+    (tmp_path / "my_book.txt").write_text("".join(make_text(seed) for seed in range(200)))
 
     def run(page, sizes):
         text = (DOCS / page).read_text(encoding="utf-8")
@@ -122,15 +124,15 @@ def run_commands(code):
 
 
 def test_tutorial_own_text(run):
-    names = run("tutorials/own-text.md", {"num_updates = 500": "num_updates = 2"})
+    sizes = {"num_updates = 500": "num_updates = 2", "max_document_tokens=4096": "max_document_tokens=256"}
+    names = run("tutorials/own-text.md", sizes)
     assert len(names["measured"]) == 1
 
 
 def test_tutorial_endless_stream(run):
-    names = run(
-        "tutorials/endless-stream.md", {"num_updates = 300": "num_updates = 2", "num_lines = 600": "num_lines = 9"}
-    )
-    assert len(names["surprise"]) == 90
+    sizes = {"num_updates = 300": "num_updates = 2", "num_lines = 600": "num_lines = 9", "odd = 60": "odd = 3"}
+    names = run("tutorials/endless-stream.md", sizes)
+    assert len(names["surprise"]) == 33
 
 
 def test_tutorial_look_inside(run):
@@ -150,7 +152,7 @@ def test_tutorial_table1(run, monkeypatch):
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run_forked, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     names = run("tutorials/table1.md", {"num_updates 300": "num_updates 2", "1500:1797": "1500:1510"})
-    assert list(names["rows"]) == ["06-memformer", "12-no-memory"]
+    assert list(names["rows"]) == ["07-slots-64", "12-no-memory"]
 
 
 def test_own_model_is_trained_by_exact_replay(run):
@@ -161,6 +163,9 @@ def test_own_model_is_trained_by_exact_replay(run):
 def test_the_commands_of_the_first_page_run(run, tmp_path):
     (tmp_path / "my_book.txt").write_text("".join(make_text(seed) for seed in range(40)))
     text = (DOCS / "index.md").read_text(encoding="utf-8")
+    text = re.sub(
+        r"head -c \d+ (\S+) \| (.*) --prompt_file - ", r"\2 --prompt_file \1 ", text
+    )  # no pipe in this process
     lines = re.findall(r"^ {4}(memformer (?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
     assert len(lines) == 6
     lines[0] = lines[0].replace("8192", "128") + " " + " ".join(SMALL.split())
