@@ -137,7 +137,7 @@ def test_tutorial_endless_stream(run):
 
 def test_tutorial_look_inside(run):
     names = run("tutorials/look-inside.md", {})
-    # What the text says of the figure: from timestep 7 on, one head of every slot holds, and the others do not.
+    # The text describes the figure: from timestep 7 on, one head of every slot holds, and the others do not.
     held = names["keeps"][7:13] > 0.9  # (timesteps, heads, slots)
     assert sorted(held.float().mean((0, 2)).round(decimals=1).tolist()) == [0.0, 0.0, 0.0, 1.0]
 

@@ -3,7 +3,8 @@
     python experiments/recipes/sensors.py make sensors
     python experiments/recipes/sensors.py report sensors --figure sensors.png
 
-The series is synthetic, because no series of real sensors is at hand. A machine has two sensors, read 7,000 times:
+The series is synthetic, because the project has no measurements of real sensors. A machine has two sensors, read
+7,000 times:
 `temperature` is the sum of waves of 24 and 168 rows, a level that changes at random (on average every 200 rows), and
 noise; `power` follows the temperature of 6 rows before, with noise of its own. `make` writes train.csv (5,000 rows),
 validation.csv (1,000) and test.csv (1,000). The test alone has anomalies, listed in labels.txt: single spikes, a sensor

@@ -29,7 +29,7 @@ def test_sums_by_line_do_not_depend_on_the_parts(content, data):
     sums, found = LineSums(), []
     for start, end in zip([0, *cuts], [*cuts, len(content)], strict=True):
         found += sums.add(*part_of(content[start:end], values[start:end]))
-        # What has begun survives a file.
+        # The line that has begun is the same after it was saved and loaded.
         sums = LineSums(ScoredLine.from_state(json.loads(json.dumps(sums.line.to_state()))))
     found += sums.end()
     assert sums.end() == []

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch._dynamo  # noqa: F401  these imports are for the server: a process of a job imports nothing any more
+import torch._dynamo  # this import and those below are for the server: a process of a job imports nothing any more
 import torch.distributed as dist
 
 import memformer.cli.train  # noqa: F401
@@ -101,6 +101,7 @@ def _wait(processes: list[Any]) -> int:
 
 def _run(environment: dict[str, str], output: Path, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ |= environment
+    torch.set_num_threads(1)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

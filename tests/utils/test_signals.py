@@ -1,6 +1,13 @@
 """Signals that arrive at any moment stop the work."""
 
-from memformer.utils.signals import Signals
+import io
+import os
+import signal
+import threading
+
+from memformer.cli.prompts import open_input
+from memformer.data import ByteTokenizer
+from memformer.utils.signals import Signals, signals_noted
 
 
 class Arriving(list):
@@ -29,13 +36,14 @@ def test_a_signal_between_looking_for_one_and_waiting_is_not_lost():
     assert list(signals.received) == [15]
 
 
-def test_a_signal_to_another_thread_ends_the_wait():
-    signals = Signals()
-
-    def waiting():
-        assert signals.keep_waiting()
-        signals.received.append(2)
-        signals.keep_waiting()
-        yield 1
-
-    assert list(signals.until_signalled(waiting(), waits=True)) == []
+def test_a_signal_to_another_thread_ends_the_wait(monkeypatch):
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as waiting, signals_noted() as signals:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(waiting))
+        sender = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        sender.start()
+        with open_input("-") as text:
+            assert list(signals.until_signalled(text.pieces(ByteTokenizer()), waits=True)) == []
+        sender.join()
+        os.close(writer)
+    assert signals.received == [signal.SIGINT]

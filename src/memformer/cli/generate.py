@@ -9,8 +9,9 @@ from jsonargparse import ArgumentParser
 
 from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
+from memformer.cli.positions import Position
 from memformer.cli.prompts import open_prompt
-from memformer.cli.reading import Position, Reading, saved_position, skip_to
+from memformer.cli.reading import Reading, saved_position, skip_to
 from memformer.cli.saving import add_saving_arguments, check_saving_options
 from memformer.cli.scoring import held_bytes
 from memformer.data import (
@@ -157,7 +158,7 @@ def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: 
         )
     if position is not None:
         print_warning(
-            f"{source} was saved after {position.num_tokens:,} tokens of a prompt, before its end; "
+            f"{source} was saved after {position.length:,} tokens of a prompt, before its end; "
             "--save_session with --resume would read the rest of that prompt"
         )
     return Reading(session, file, minutes=minutes, start=Position())
@@ -172,7 +173,7 @@ def _continue(
     """
     session = reading.session
     with (
-        open_prompt(options.prompt, options.prompt_file, while_waiting=signals.keep_waiting) as prompt,
+        open_prompt(options.prompt, options.prompt_file) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
         parts = skip_to(reading.position, prompt.pieces(tokenizer))
@@ -196,7 +197,7 @@ def _continue(
             if is_shown:
                 progress.advance_to(len(ids))
     return {
-        "prompt_tokens": reading.position.num_tokens,
+        "prompt_tokens": reading.position.length,
         "token_ids": ids,
         "text": text,
         "state_bytes": session.state_bytes,

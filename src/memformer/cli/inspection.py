@@ -89,7 +89,7 @@ def inspect_parser() -> ArgumentParser:
 
 
 class _Source(NamedTuple):
-    """What is read.
+    """Input of an inspection.
 
     Attributes:
         stream: The rollouts, of one row.

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,10 +73,10 @@ class _Counted(io.RawIOBase):
 
     Args:
         stream: The stream.
-        while_waiting: Called about once a second while nothing arrives; False ends the stream. None: nothing is called.
+        while_waiting: Called about once a second while nothing arrives. None: nothing is called.
     """
 
-    def __init__(self, stream: Any, while_waiting: Callable[[], bool] | None = None) -> None:
+    def __init__(self, stream: Any, while_waiting: Callable[[], None] | None = None) -> None:
         self._stream = stream
         self._while_waiting = while_waiting
         self.num_bytes = 0
@@ -86,26 +87,50 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what has arrived of at most the buffer's size; return the number of bytes, 0 at the end."""
-        if self._while_waiting is not None:
-            while not _has_arrived(self._stream):
-                if not self._while_waiting():
-                    return 0
+        # In steps, because the system may give a signal to another thread: it then ends no wait of this one.
+        while not _has_arrived(self._stream):
+            if self._while_waiting is not None:
+                self._while_waiting()
         block = self._stream.read1(len(buffer))
         buffer[: len(block)] = block
         self.num_bytes += len(block)
         return len(block)
 
 
+class _OpenedAtFirstRead(io.RawIOBase):
+    """A text that is opened when it is read, because `open_text` waits for its beginning: a signal must end that wait.
+
+    Args:
+        path: Name of the text in messages.
+        source: The text, still compressed.
+        stack: Closes what was opened.
+    """
+
+    def __init__(self, path: Path, source: _Counted, stack: ExitStack) -> None:
+        self._path = path
+        self._source = source
+        self._stack = stack
+        self._text: io.BufferedReader | None = None
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at most the buffer's size; return the number of bytes, 0 at the end."""
+        if self._text is None:
+            opened = open_text(self._path, stream=io.BufferedReader(self._source))
+            self._text = self._stack.enter_context(opened)
+        return self._text.readinto1(buffer)
+
+
 @contextmanager
-def open_prompt(
-    text: str | None, file: str | None, *, while_waiting: Callable[[], bool] | None = None
-) -> Iterator[InputText]:
+def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
     """Open a prompt, which may not fit in memory.
 
     Args:
         text: The prompt itself. None: empty, unless there is a file.
         file: File with the prompt; "-" reads stdin.
-        while_waiting: As for `open_input`.
 
     Yields:
         The prompt.
@@ -116,7 +141,7 @@ def open_prompt(
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
     if file is not None:
-        with open_input(file, option="--prompt_file ", while_waiting=while_waiting) as opened:
+        with open_input(file, option="--prompt_file ") as opened:
             yield opened
         return
     # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.
@@ -126,14 +151,13 @@ def open_prompt(
 
 
 @contextmanager
-def open_input(file: str, *, option: str = "", while_waiting: Callable[[], bool] | None = None) -> Iterator[InputText]:
+def open_input(file: str, *, option: str = "", while_waiting: Callable[[], None] | None = None) -> Iterator[InputText]:
     """Open a text, which may never end.
 
     Args:
         file: The file; "-" reads stdin.
         option: Option that names the file, with a space, for messages.
-        while_waiting: Called about once a second while a pipe has no data; False ends the text. None: nothing is
-            called.
+        while_waiting: Called about once a second while a pipe has no data. None: nothing is called.
 
     Yields:
         The text.
@@ -146,9 +170,8 @@ def open_input(file: str, *, option: str = "", while_waiting: Callable[[], bool]
     with ExitStack() as stack:
         name, stream = ("stdin", sys.stdin.buffer) if file == "-" else (file, stack.enter_context(_open(file)))
         source = _Counted(stream, while_waiting)
-        # A buffered stream, because `open_text` reads the beginning before it knows how to read the rest.
-        opened = stack.enter_context(open_text(user_path(name), stream=io.BufferedReader(source)))
-        yield InputText(opened, name, source, size=_file_size(stream))
+        opened = _OpenedAtFirstRead(user_path(name), source, stack)
+        yield InputText(io.BufferedReader(opened), name, source, size=_file_size(stream))
 
 
 def _open(file: str) -> Any:

@@ -1,39 +1,16 @@
 """Reading of a long prompt into a session, which is saved at intervals, so that a kill costs minutes."""
 
-import zlib
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from memformer.cli.positions import Position, TokenIds, take_up_to
 from memformer.cli.saving import Saving
-from memformer.errors import CheckpointError, InputError
+from memformer.errors import CheckpointError
 from memformer.generation.session import Session
 from memformer.utils.files import read_tensors_and_metadata
 
-TokenIds = NDArray[np.integer[Any]]
-
 _NUM_TOKENS_KEY = "prompt_tokens"
 _CHECKSUM_KEY = "prompt_crc32"
-
-
-class Position(NamedTuple):
-    """A position in a prompt.
-
-    Attributes:
-        num_tokens: Number of tokens before it.
-        checksum: CRC-32 of these tokens, by which another prompt is recognized.
-    """
-
-    num_tokens: int = 0
-    checksum: int = 0
-
-    def after(self, part: TokenIds) -> "Position":
-        """Return the position after the next tokens."""
-        return Position(self.num_tokens + len(part), zlib.crc32(part.astype("<i8").tobytes(), self.checksum))
 
 
 class Reading:
@@ -75,7 +52,7 @@ class Reading:
             InputError: The session's state is not finite.
             SaveError: The file cannot be written.
         """
-        position = {_NUM_TOKENS_KEY: str(self.position.num_tokens), _CHECKSUM_KEY: str(self.position.checksum)}
+        position = {_NUM_TOKENS_KEY: str(self.position.length), _CHECKSUM_KEY: str(self.position.checksum)}
         self._saving.save({} if self.is_finished else position)
 
 
@@ -100,21 +77,5 @@ def skip_to(position: Position, parts: Iterator[TokenIds]) -> Iterator[TokenIds]
     Raises:
         InputError: The prompt is shorter, or begins with other tokens than those read before.
     """
-    skipped = Position()
-    while skipped.num_tokens < position.num_tokens:
-        part = next(parts, None)
-        if part is None:
-            raise InputError(
-                f"the prompt has {skipped.num_tokens:,} tokens, but the saved session has read "
-                f"{position.num_tokens:,} of its prompt; give the same prompt"
-            )
-        end = position.num_tokens - skipped.num_tokens
-        skipped = skipped.after(part[:end])
-        if len(part) > end:
-            parts = chain([part[end:]], parts)
-    if skipped != position:
-        raise InputError(
-            f"the first {position.num_tokens:,} tokens of the prompt are not those that the saved session has read; "
-            "give the same prompt"
-        )
+    yield from take_up_to(position, parts, text="prompt", unit="tokens", done="read")
     yield from parts

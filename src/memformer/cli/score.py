@@ -9,10 +9,11 @@ from jsonargparse import ArgumentParser
 
 from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse
+from memformer.cli.positions import Position, take_up_to
 from memformer.cli.prompts import InputText, open_input
 from memformer.cli.saving import Saving, add_saving_arguments, check_saving_options
 from memformer.cli.score_output import ScoreOutput
-from memformer.cli.scoring import BytePosition, Scoring, blocks_up_to, skip_to
+from memformer.cli.scoring import Scoring, blocks_up_to
 from memformer.data import PixelTokenizer
 from memformer.data.lines import LineReader, TextPart
 from memformer.errors import InputError
@@ -119,7 +120,7 @@ def run_score(argv: list[str]) -> int:
         scoring.save()
     if signals.received:
         what_now = "" if file is None else f"; session saved to {file}, continue with --resume"
-        num_bytes = scoring.position.num_bytes
+        num_bytes = scoring.position.length
         raise Interrupted(signals.received[0], f"{num_bytes:,} bytes scored{what_now}")
     return int(options.threshold is not None and scoring.totals.most_bits > options.threshold)
 
@@ -158,7 +159,7 @@ def _start(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -
         position = scoring.restore(source, resumes=options.resume)
         if position is not None and not options.resume:
             print_warning(
-                f"{source} was saved after {position.num_bytes:,} bytes of a text, before its end; --save_session "
+                f"{source} was saved after {position.length:,} bytes of a text, before its end; --save_session "
                 "with --resume would score the rest of that text"
             )
     return scoring
@@ -166,13 +167,8 @@ def _start(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -
 
 def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, signals: Signals) -> None:
     """Score the text until a signal arrives, and print what is known."""
-
-    def save_while_waiting() -> bool:
-        scoring.save_if_due()
-        return not signals.received
-
     with (
-        open_input(options.file, option="FILE ", while_waiting=save_while_waiting) as text,
+        open_input(options.file, option="FILE ", while_waiting=scoring.save_if_due) as text,
         ProgressBar("scoring", text.size, unit="byte") as progress,
     ):
         reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held)
@@ -181,10 +177,10 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
 
         def bytes_scored() -> int:
             # Before decompression, of which only the bytes read are known: those scored are about the same share.
-            return text.num_bytes_read * scoring.position.num_bytes // max(start.num_bytes + reader.num_bytes_read, 1)
+            return text.num_bytes_read * scoring.position.length // max(start.length + reader.num_bytes_read, 1)
 
         for number, part in enumerate(signals.until_signalled(_from(start, parts, text, run), waits=True)):
-            if start.num_bytes and not number:
+            if start.length and not number:
                 progress.begin_at(bytes_scored())
             first_line = scoring.sums.line.number
             nll, lines = scoring.score(part)
@@ -201,10 +197,12 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
             output.lines(scoring.end_line())
 
 
-def _from(position: BytePosition, parts: Iterator[TextPart], text: InputText, run: LoadedRun) -> Iterator[TextPart]:
+def _from(position: Position, parts: Iterator[TextPart], text: InputText, run: LoadedRun) -> Iterator[TextPart]:
     """Yield the parts of a text from a position on, at which a part ended."""
+    before: Iterator[bytes]
     if run.tokenizer.kind == "pretrained":  # the tokens depend on the whole text
-        skip_to(position, (part.content for part in parts))
+        before = (part.content for part in parts)
     else:
-        skip_to(position, blocks_up_to(position.num_bytes, text.stream))
+        before = blocks_up_to(position.length, text.stream)
+    take_up_to(position, before, text="text", unit="bytes", done="scored", ends_part=True)
     yield from parts

@@ -1,4 +1,4 @@
-"""What `memformer score` prints: lines, tokens, totals and the most surprising lines, as text or as JSON lines."""
+"""Output of `memformer score`: lines, tokens, totals and the most surprising lines, as text or as JSON lines."""
 
 import json
 import math

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memformer.cli.positions import Position
 from memformer.cli.saving import Saving
 from memformer.data.lines import TextPart
 from memformer.errors import CheckpointError, InputError
@@ -22,22 +23,6 @@ from memformer.utils.files import read_tensors_and_metadata
 STATE_KEY = "scoring"
 _CHECKSUM_KEY = "scoring_crc32"
 _BLOCK_BYTES = 1 << 20
-
-
-class BytePosition(NamedTuple):
-    """A position in a text.
-
-    Attributes:
-        num_bytes: Number of bytes before it.
-        checksum: CRC-32 of these bytes, by which another text is recognized.
-    """
-
-    num_bytes: int = 0
-    checksum: int = 0
-
-    def after(self, content: bytes) -> "BytePosition":
-        """Return the position after the next bytes."""
-        return BytePosition(self.num_bytes + len(content), zlib.crc32(content, self.checksum))
 
 
 @dataclass
@@ -84,7 +69,7 @@ class Scoring:
         self.sums = LineSums(unit=unit)
         self.totals = Totals()
         self.surprising = SurprisingLines(top, context=context)
-        self.position = BytePosition()
+        self.position = Position()
         self.held = b""
         self.is_finished = False
         self._saving = saving
@@ -153,7 +138,7 @@ class Scoring:
         self._saving.save({STATE_KEY: text, _CHECKSUM_KEY: str(zlib.crc32(text.encode()))})
         self._is_saved = True
 
-    def restore(self, file: Path, *, resumes: bool) -> BytePosition | None:
+    def restore(self, file: Path, *, resumes: bool) -> Position | None:
         """Continue the scoring that was saved with the session.
 
         Args:
@@ -187,8 +172,8 @@ class Scoring:
                 count, context = self._options
                 self.totals = Totals(**text["totals"])
                 self.surprising = SurprisingLines.from_state(text["surprising"], count, context=context)
-                self.position = BytePosition(*text["position"])
-            return None if text is None else BytePosition(*text["position"])
+                self.position = Position(*text["position"])
+            return None if text is None else Position(*text["position"])
 
 
 @contextmanager
@@ -228,25 +213,3 @@ def blocks_up_to(num_bytes: int, stream: io.BufferedIOBase) -> Iterator[bytes]:
     while num_bytes and (block := stream.read(min(_BLOCK_BYTES, num_bytes))):
         num_bytes -= len(block)
         yield block
-
-
-def skip_to(position: BytePosition, blocks: Iterator[bytes]) -> None:
-    """Take the blocks of a text up to a position.
-
-    Raises:
-        InputError: The text is shorter, or begins with other bytes than those scored before.
-    """
-    skipped = BytePosition()
-    while skipped.num_bytes < position.num_bytes:
-        block = next(blocks, None)
-        if block is None:
-            raise InputError(
-                f"the text has {skipped.num_bytes:,} bytes, but the saved session has scored "
-                f"{position.num_bytes:,} of its text; give the same text"
-            )
-        skipped = skipped.after(block)
-    if skipped != position:
-        raise InputError(
-            f"the first {position.num_bytes:,} bytes of the text are not those that the saved session has scored; "
-            "give the same text"
-        )

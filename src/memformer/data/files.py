@@ -69,7 +69,7 @@ def _locate(name: str) -> list[SourceFile]:
     if not glob.has_magic(name):
         raise InputError(f"path ({name}) does not exist")
     # Path.glob does not accept absolute patterns.
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207  an absolute pattern
+    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207  Path.glob refuses absolute patterns
     found = sorted(match for match in matches if has_content(match))
     if not found:
         raise InputError(f"path ({name}) matches no file to read; hidden and empty files are skipped")

@@ -3,7 +3,9 @@
 import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +66,10 @@ def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -
     if columns is not None:
         return list(columns)
     path = files[0].path
-    return _read_numpy(path)[0] if _is_numpy(path) else _read_csv(path, None)[0]
+    if _is_numpy(path):
+        return _read_numpy(path)[0]
+    with _csv_rows(path) as reader:
+        return next((_names_of(fields) for fields in reader if fields), [])
 
 
 def parse_row(fields: Sequence[str], *, where: str) -> list[float]:
@@ -127,28 +132,37 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
     Raises:
         InputError: The file is not CSV, a value is not a number, or two columns have the same name.
     """
-    with open_text(path) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline=""))
-        names: list[str] = []
-        found: list[list[float]] = []
-        read: list[int] = []
-        try:
-            for fields in reader:
-                if not fields:
+    names: list[str] = []
+    found: list[list[float]] = []
+    read: list[int] = []
+    with _csv_rows(path) as reader:
+        for fields in reader:
+            if not fields:
+                continue
+            if not names:
+                names = _names_of(fields)
+                read = [index for index, name in enumerate(names) if columns is None or name in columns]
+                if is_header(fields):
                     continue
-                is_first = not names
-                if is_first:
-                    has_header = is_header(fields)
-                    names = [f.strip() for f in fields] if has_header else [str(index) for index in range(len(fields))]
-                    read = [index for index, name in enumerate(names) if columns is None or name in columns]
-                    if has_header:
-                        continue
-                found.append(_row(path, reader.line_num, fields, names, read))
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
+            found.append(_row(path, reader.line_num, fields, names, read))
     if len(set(names)) < len(names):
         raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
     return names, np.array(found, np.float64).reshape(len(found), len(names))
+
+
+@contextmanager
+def _csv_rows(path: Path) -> Iterator[Any]:
+    with open_text(path) as stream:
+        reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", newline=""))
+        try:
+            yield reader
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
+
+
+def _names_of(fields: list[str]) -> list[str]:
+    """Return the names of the columns, by the fields of the first line."""
+    return [field.strip() for field in fields] if is_header(fields) else [str(index) for index in range(len(fields))]
 
 
 def _row(path: Path, line: int, fields: list[str], names: list[str], read: list[int]) -> list[float]:

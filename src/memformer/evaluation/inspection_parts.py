@@ -80,7 +80,7 @@ class _Mark(NamedTuple):
 
 
 class SlotHistory:
-    """What each slot did so far.
+    """Writes and kept shares of each slot so far.
 
     Args:
         num_slots: Number of slots K.

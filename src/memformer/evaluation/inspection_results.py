@@ -30,7 +30,7 @@ def rounded(array: Array) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedTimestep:
-    """What the memory did in one timestep of the stream. All weights are averages over heads (`AttentionRecord`).
+    """One timestep of the stream. All weights are averages over heads (`AttentionRecord`).
 
     Attributes:
         index: Number of timesteps of the stream before this one.
@@ -205,7 +205,7 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model's memory did in a stream of documents.
+    """Results of an inspection: how a model's memory was used while it read a stream of documents.
 
     Attributes:
         num_documents: Number of documents.

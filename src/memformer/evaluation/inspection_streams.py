@@ -99,7 +99,7 @@ class TokenTexts:
             for token in [*context, *ids]:
                 taken += 1
                 yield token
-            # What arrives now is a character that is not complete: it belongs to the tokens that follow.
+            # Text after the last token is an incomplete character, which belongs to the tokens that follow.
             taken += 1
 
         for text in tokenizer.decode_stream(counted()):

@@ -45,7 +45,7 @@ def _run(argv: list[str]) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    from memformer.lm_eval import backend  # noqa: F401  registers the model
+    from memformer.lm_eval import backend  # noqa: F401  importing it registers the model with the harness
 
     setup_logging()
     sys.argv = ["python -m memformer.lm_eval", *argv]

@@ -125,7 +125,7 @@ class Pretrained(nn.Module):
     @classmethod
     def _count_layers(cls, config: Any) -> Mapping[str, int]:
         """Return the number of layers of each stack in a config; keys are the name prefixes of their weights."""
-        raise NotImplementedError
+        raise NotImplementedError  # every model defines it
 
 
 def _default(config: ModelConfig, name: str) -> Any:

@@ -62,4 +62,4 @@ class TokenModel(Pretrained, RecurrentModel):
 
     def _count_residual_parts(self, name: str) -> int:
         """Return the number of sub-layer outputs in the residual stream that this linear layer adds to."""
-        raise NotImplementedError
+        raise NotImplementedError  # every model defines it

@@ -198,6 +198,8 @@ def processes_started(device_type: str) -> Iterator[Processes]:
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:
+        if backend == "gloo":
+            dist.barrier()  # a process that ended while another still connected to it would break the other's start
         yield Processes()
     finally:
         dist.destroy_process_group()

@@ -47,16 +47,6 @@ class Signals:
         if self._is_waiting:
             raise _StopWaiting
 
-    def keep_waiting(self) -> bool:
-        """Return True, unless a signal arrived: it may have been delivered to a thread that is not waiting.
-
-        Raises:
-            _StopWaiting: A signal arrived; it ends `until_signalled`, in which this must be called.
-        """
-        if self.received:
-            raise _StopWaiting
-        return True
-
     def until_signalled(self, items: Iterable[Item], *, waits: bool = False) -> Iterator[Item]:
         """Yield items until a signal arrives.
 

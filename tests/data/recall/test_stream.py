@@ -181,7 +181,7 @@ def test_the_curriculum_advances_when_the_loss_stays_small_and_ends_at_the_full_
 def test_until_the_curriculum_ends_half_of_the_rollouts_have_the_most_facts():
     easy_start = dataclasses.replace(CURRICULUM, curriculum=CurriculumConfig(start_facts=4, start_distance=1))
     for config, share in ((easy_start, 1 / 2 + 1 / 8), (dataclasses.replace(easy_start, curriculum=None), 1 / 4)):
-        stream = make_stream(config)
+        stream = make_stream(config, num_lanes=1)
         counts = []
         for _ in range(160):
             (count,) = {
