@@ -1,20 +1,50 @@
-"""Compare reading a stream with a session, uncompiled and compiled, with a small model and short segments.
+"""Compare reading a stream with a session, compiled reading, and scoring every token, with two small models.
 
     python benchmarks/reading.py          # table; JSON to benchmarks/results/reading.json
 
-The two alternate in one process, and the ratio compares the same round.
+The three alternate in one process, and a ratio compares the same round.
 """
 
 import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe_machine
 from turns import spread
 
 from memformer import Memformer, MemformerConfig, Session
+
+SIZES = {
+    "segments of 16, width 48": {
+        "d_model": 48,
+        "d_ff": 128,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "segment_length": 16,
+        "num_slots": 16,
+    },
+    # As experiments/text.yaml.
+    "segments of 16, width 192": {
+        "d_model": 192,
+        "d_ff": 768,
+        "num_heads": 4,
+        "num_encoder_layers": 3,
+        "num_decoder_layers": 4,
+        "segment_length": 16,
+        "num_slots": 16,
+    },
+    "segments of 64, width 128": {
+        "d_model": 128,
+        "d_ff": 512,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 3,
+        "segment_length": 64,
+        "num_slots": 32,
+    },
+}
 
 
 def main() -> None:
@@ -26,34 +56,49 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/reading.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config = MemformerConfig(
-        d_model=48, d_ff=128, num_encoder_layers=2, num_decoder_layers=2, segment_length=16, num_slots=16
+    print(
+        "| model | reading, tokens/s | compiled reading / reading | time of scoring / of reading |\n|---|---|---|---|"
     )
-    model = Memformer(config).eval()
-    stream = torch.randint(0, 256, (options.tokens,))
-    sessions = {name: Session(model, compiled=name == "compiled") for name in ("uncompiled", "compiled")}
-    speeds: dict[str, list[float]] = {name: [] for name in sessions}
-    for count in range(options.rounds + 1):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session.feed(stream)
-            if count:  # the first round warms up, and compiles
-                speeds[name].append(options.tokens / (time.perf_counter() - started))
-    ratio = spread([own / base for own, base in zip(speeds["compiled"], speeds["uncompiled"], strict=True)])
-    rows = {name: spread(values) for name, values in speeds.items()}
-    print("| session | tokens/s |\n|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['median']:,.0f} ({row['low']:,.0f}-{row['high']:,.0f}) |")
-    print(f"\ncompiled / uncompiled: x{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})")
-    result = {
-        "machine": describe_machine(options.threads),
-        "parameters": model.num_parameters,
-        "config": config.to_dict(),
-        "tokens_per_second": rows,
-        "ratio": ratio,
-    }
+    result = {"machine": describe_machine(options.threads), "tokens": options.tokens, "models": {}}
+    for name, size in SIZES.items():
+        result["models"][name] = row = measure(size, options.tokens, options.rounds)
+        print(
+            f"| {name} | {in_words(row['tokens_per_second']['reading'], ',.0f')} "
+            f"| x{in_words(row['compiled'], '.2f')} | x{in_words(row['scoring'], '.2f')} |"
+        )
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any]:
+    """Return the tokens per second of each way to go over a stream, and the ratios."""
+    torch.manual_seed(0)
+    model = Memformer(MemformerConfig(**size)).eval()
+    stream = torch.randint(0, 256, (num_tokens,))
+    ways = {
+        "reading": Session(model).feed,
+        "compiled": Session(model, compiled=True).feed,
+        "scoring": Session(model).score,
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for count in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way(stream)
+            if count:  # the first round warms up, and compiles
+                speeds[name].append(num_tokens / (time.perf_counter() - started))
+    base = speeds["reading"]
+    return {
+        "parameters": model.num_parameters,
+        "config": model.config.to_dict(),
+        "tokens_per_second": {name: spread(values) for name, values in speeds.items()},
+        "compiled": spread([own / other for own, other in zip(speeds["compiled"], base, strict=True)]),
+        "scoring": spread([other / own for own, other in zip(speeds["scoring"], base, strict=True)]),
+    }
+
+
+def in_words(values: dict[str, float], form: str) -> str:
+    """Return the median with the lowest and the highest value."""
+    return f"{values['median']:{form}} ({values['low']:{form}}-{values['high']:{form}})"
 
 
 if __name__ == "__main__":
