@@ -23,7 +23,7 @@ from tests.helpers import tiny_model
 
 @pytest.fixture(autouse=True)
 def fast_training(monkeypatch):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_further_updates_need_no_recompilation():
 
 
 def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tmp_path, monkeypatch):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     compile_modules = Memformer.compile
     # This backend only traces: code generation by torch is not tested here.
     monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="eager"))

@@ -12,7 +12,7 @@ from tests.training.runs import config_file, run_config, write_documents
 def without_report():
     """Skip the HTML summary, which takes longer than these runs and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+        patch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
         yield
 
 

@@ -44,7 +44,7 @@ def write_run(folder, recall, tokenizer, *, segment_length):
 
 @pytest.mark.parametrize("task", ["passkey", "babi"])
 def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder: folder / "summary.html")
+    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     if task == "babi":
         path = write_stories(tmp_path)
         held_out = write_stories(tmp_path, STORIES.replace("Mary", "Sandra"), "held_out.txt")

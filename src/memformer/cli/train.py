@@ -18,7 +18,7 @@ from memformer.data import (
     save_tokenizer,
 )
 from memformer.errors import CheckpointError, InputError
-from memformer.models import build_model
+from memformer.models import build_model, load_model
 from memformer.models.config import MemformerConfig
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import RunConfig
@@ -28,6 +28,7 @@ from memformer.training.run_data import (
     prepare_data,
 )
 from memformer.training.run_folder import (
+    BEST,
     CHECKPOINTS,
     owned_run_folder,
     read_run_config,
@@ -73,6 +74,7 @@ def _train(config: RunConfig, options: Any, device: torch.device, processes: Pro
 def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.device, processes: Processes) -> None:
     from memformer.training.loop import train
     from memformer.training.report import write_report
+    from memformer.training.run_memory import read_memory
 
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     resume = options.resume or (started_before and were_restarted())
@@ -108,7 +110,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     result = train(config, data, model, resume=resume, processes=processes)
     if result is None:
         return
-    summary = write_report(folder)
+    summary = write_report(folder, memory=lambda: read_memory(load_model(folder / BEST, device=device), data))
     if options.json:
         print(json.dumps({"run": str(folder), **result.to_dict()}))
     else:

@@ -198,10 +198,9 @@ class _Inspector:
         tokens = slice(None) if padding is None else ~padding[0]
         assert record.writer is not None
         writer = record.writer[0].double().mean(dim=0)  # (K, 1 + S)
-        left = torch.ones_like(writer[:, 0]) if record.left is None else record.left[0].double()
         return _Reading(
             own_of_heads=record.writer[0, :, :, 0].double().cpu().numpy(),
-            kept=(writer[:, 0] * left).cpu().numpy(),
+            kept=kept_share(record).cpu().numpy(),
             writer=torch.cat([writer[:, :1], writer[:, 1:][:, tokens]], dim=1).cpu().numpy(),
             readers=torch.stack([reader[0].double().mean(dim=0)[tokens] for reader in record.reader]).cpu().numpy(),
             hidden=hidden,
@@ -307,6 +306,13 @@ class _Inspector:
             num_probed_slots=len(self._lifetimes.slots),
             image_width=self._texts.image_width,
         )
+
+
+def kept_share(record: AttentionRecord) -> Tensor:
+    """Return the share of itself that each slot of the first row keeps, (K,); see `InspectedTimestep.kept`."""
+    assert record.writer is not None
+    own = record.writer[0, :, :, 0].double().mean(dim=0)
+    return own if record.left is None else own * record.left[0].double()
 
 
 def _affordable_timesteps(model: SlotModel) -> int:

@@ -7,9 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memformer.data.sources import unit_of_kind
-from memformer.evaluation.plots import put_legend_below, use_whole_numbers
+from memformer.evaluation.plots import arrange_panels, make_logarithmic, use_plain_numbers, use_whole_numbers
 
 LogLines = Sequence[Mapping[str, Any]]
+
+# A panel whose largest value is at least this many times its smallest has a logarithmic axis.
+_LOGARITHMIC_FROM = 10
 
 
 class Metric(NamedTuple):
@@ -49,9 +52,9 @@ def draw_run(lines: LogLines, metric: Metric) -> Figure:
     evaluations = [line for line in lines if metric.key in line]
     is_same_unit = all(line.get("bits_per_token", line[metric.key]) == line[metric.key] for line in evaluations)
     is_same_unit &= not metric.is_better_if_higher
-    figure = Figure(figsize=(8, 4.2) if is_same_unit else (8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 3.2) if is_same_unit else (8, 4.8))
     axes = figure.subplots(1 if is_same_unit else 2, 1, sharex=True, squeeze=False)[:, 0]
-    plot_training(axes[0], lines, label="training", color="0.75")
+    plot_training(axes[0], lines, label="training", color="0.6")
     plot_held_out(axes[-1], lines, metric, metric.key, "o-", color="C0", label="held out, with memory")
     plot_held_out(axes[-1], lines, metric, metric.key_erased, "s--", color="C1", label="held out, memory erased")
     axes[0].set_ylabel(metric.label if is_same_unit and evaluations else "bits per token")
@@ -66,15 +69,16 @@ def draw_comparison(runs: Sequence[tuple[str, LogLines, Metric]]) -> Figure:
         runs: Name, log lines and metric of each run.
     """
     metrics = list(dict.fromkeys(metric for _, _, metric in runs))
-    figure = Figure(figsize=(9, 3.4 * (1 + len(metrics))), layout="constrained")
+    figure = Figure(figsize=(8, 2.6 * (1 + len(metrics))))
     axes = figure.subplots(1 + len(metrics), 1, sharex=True)
     for number, (name, lines, metric) in enumerate(runs):
         color = f"C{number % 10}"
-        plot_training(axes[0], lines, label=name, color=color)
+        # Matplotlib hides labels that begin with an underscore.
+        plot_training(axes[0], lines, label=f"./{name}" if name.startswith("_") else name, color=color)
         plot_held_out(axes[1 + metrics.index(metric)], lines, metric, metric.key, "o-", color=color, label=None)
     axes[0].set_ylabel("training, bits per token")
     for metric, own in zip(metrics, axes[1:], strict=True):
-        own.set_ylabel(f"held out, {metric.label}")
+        own.set_ylabel(_in_lines(f"held out, {metric.label}"))
     finish(figure)
     return figure
 
@@ -94,15 +98,29 @@ def plot_held_out(
     if measured:
         updates = [line["update"] for line in measured]
         axes.plot(updates, [line[key] for line in measured], style, color=color, label=label, ms=4)
-        axes.set_ylabel(metric.label)
+        axes.set_ylabel(_in_lines(metric.label))
     if metric.is_better_if_higher:
         axes.set_ylim(-0.03, 1.03)
 
 
+def _in_lines(label: str) -> str:
+    """Return a label with what is in brackets in a second line, so that it is not longer than a panel is high."""
+    return label.replace(" (", "\n(")
+
+
 def finish(figure: Figure) -> None:
-    """Label the x axis with updates, and add grids and the legend."""
+    """Label the x axis with updates, choose the scales of the others, and add grids and the legend."""
     for axes in figure.axes:
         axes.grid(alpha=0.3)
+        if axes.get_autoscaley_on() and _spans_magnitudes(axes):
+            make_logarithmic(axes, "y")
+        else:
+            use_plain_numbers(axes.yaxis)
     figure.axes[-1].set_xlabel("update")
     use_whole_numbers(figure.axes[-1].xaxis)
-    put_legend_below(figure)
+    arrange_panels(figure)
+
+
+def _spans_magnitudes(axes: Axes) -> bool:
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    return bool(values) and min(values) > 0 and max(values) >= _LOGARITHMIC_FROM * min(values)

@@ -1,0 +1,43 @@
+"""The memory of a run's model on its held-out data, for the page of the run."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from memformer.data import LaneStream, RecallStream
+from memformer.errors import InputError
+from memformer.evaluation.inspection import check_can_inspect
+from memformer.evaluation.kept_shares import KeptShares, read_kept_shares
+from memformer.models import LanguageModel
+from memformer.models.recurrence import RecurrentModel
+from memformer.rollout import Rollout
+from memformer.training.run_data import DocumentData, RecallData, RunData, first_documents
+
+MAX_TIMESTEPS = 48
+_ROLLOUT_TIMESTEPS = 16
+
+
+def read_memory(model: LanguageModel, data: RunData) -> KeptShares:
+    """Return what each slot keeps of itself during the first timesteps of held-out documents, or of an episode.
+
+    Args:
+        model: The run's model.
+        data: The run's data.
+
+    Raises:
+        InputError: The model has no slots, or the data is neither documents nor a recall task.
+    """
+    stream, description = _held_out(check_can_inspect(model), data)
+    return read_kept_shares(model, stream, max_timesteps=MAX_TIMESTEPS, description=description)
+
+
+def _held_out(model: RecurrentModel, data: RunData) -> tuple[Iterator[Rollout], str]:
+    shape = {"num_lanes": 1, "segment_length": model.segment_length, "bos_token_id": model.bos_token_id}
+    if isinstance(data, DocumentData):
+        chosen = first_documents(data.test, MAX_TIMESTEPS * model.segment_length)
+        stream = LaneStream(chosen, **shape, rollout_length=_ROLLOUT_TIMESTEPS, num_epochs=1)
+        return stream, "the held-out documents"
+    if isinstance(data, RecallData):
+        config = dataclasses.replace(data.config, curriculum=None)
+        episodes = RecallStream(data.validation, config, **shape, rollout_length=MAX_TIMESTEPS, seed=0)
+        return iter([next(episodes)]), f"an episode of the recall task {data.config.task!r}"
+    raise InputError(f"the data is a {type(data).__name__}; only documents and recall tasks can be read")
