@@ -38,8 +38,12 @@ def test_a_run_is_trained_evaluated_and_resumed_without_the_file(trained, base):
 def test_what_cannot_be_used_is_refused_in_one_sentence(base, tmp_path):
     word_piece().save(str(tmp_path / "tokenizer.json"))
     config = (base / "config.yaml", "--folder", tmp_path / "run", "--data.tokenizer.kind", "pretrained")
-    message = f"{tmp_path / 'tokenizer.json'} cannot be used: the tokenizer has no tokens for 'T', which would be lost"
+    file = tmp_path / "tokenizer.json"
+    message = f"data.tokenizer.path: {file} cannot be used: the tokenizer has no tokens for 'T', which would be lost"
     assert message in refused("train", *config, "--data.tokenizer.path", tmp_path)
+    missing = tmp_path / "none"
+    message = f"data.tokenizer.path: {missing} cannot be read: No such file or directory"
+    assert message in refused("train", *config, "--data.tokenizer.path", missing)
     assert "path must be given for kind 'pretrained'" in refused("train", *config)
     path = ("--data.tokenizer.path", tmp_path, "--data.recall.task", "passkey")
     assert "data.recall needs data.tokenizer.kind 'bytes', 'bpe' or 'word', not 'pretrained'" in refused(

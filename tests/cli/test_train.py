@@ -159,9 +159,9 @@ def test_a_folder_with_other_files_is_refused(base, tmp_path):
     (tmp_path / "letters" / ".hidden").write_text("")
     (tmp_path / "letters" / "dear.txt").write_text("Dear")
     message = refused("train", base / "config.yaml", "--folder", tmp_path / "letters")
-    assert message.endswith("letters contains 'dear.txt' but no run; choose an empty or a new folder for the run")
+    assert message.endswith("letters) contains 'dear.txt' but no run; choose an empty or a new folder for the run")
     message = refused("train", base / "config.yaml", "--folder", tmp_path / "letters" / "dear.txt")
-    assert message.endswith("dear.txt is a file; a run needs a folder")
+    assert message.endswith("dear.txt) is a file; a run needs a folder")
     assert sorted(file.name for file in (tmp_path / "letters").iterdir()) == [".hidden", "dear.txt"]
 
 
@@ -236,7 +236,9 @@ def test_refused_configs(tmp_path, content, message):
             ["--model.vocab_size", "300"],
             ["--model.vocab_size cannot be set: it is derived from the tokenizer and the tasks of the data"],
         ),
-        (["--data.train.path", "/no/such/file"], ["path (/no/such/file) does not exist"]),
+        (["--data.train.path", "/no/such/file"], ["data.train.path (/no/such/file) does not exist"]),
+        (["--data.validation.path", "/no/such/file"], ["data.validation.path (/no/such/file) does not exist"]),
+        (["--data.test.path", "{bad}/*.png"], ["data.test.path ({bad}/*.png) matches no file to read"]),
         (["--data.train.path", "{bad}/empty.txt"], ["{bad}/empty.txt is empty"]),
         (
             ["--data.train.path", "{bad}/short", "--training.num_lanes", "1"],
@@ -248,8 +250,8 @@ def test_refused_configs(tmp_path, content, message):
             ["--data.train.path", "{bad}/latin", "--data.tokenizer.kind=bpe", "--data.tokenizer.vocab_size=300"],
             ["{bad}/latin/a.txt", "UTF-8"],
         ),
-        (["--data.cache", "{bad}/empty.txt/cache"], ["{bad}/empty.txt/cache could not be written"]),
-        (["--folder", "{bad}/empty.txt"], ["{bad}/empty.txt is a file; a run needs a folder"]),
+        (["--data.cache", "{bad}/empty.txt/cache"], ["data.cache ({bad}/empty.txt/cache) could not be written"]),
+        (["--folder", "{bad}/empty.txt"], ["folder ({bad}/empty.txt) is a file; a run needs a folder"]),
     ],
     ids=lambda value: " ".join(value[:2]) if value and value[0].startswith("--") else "",
 )

@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 from memformer import InputError, Session
 from memformer.generation import onnx_export
 from memformer.generation.onnx_export import DECODING_STEP_FILE, SIZES_FILE, TIMESTEP_FILE, export_onnx
-from tests.cli.calls import call_json, refused
+from tests.cli.calls import call, refused
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
 
@@ -77,7 +77,11 @@ def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     model = make(**request.param)
     model.save_pretrained(folder / "model")
-    found = call_json("export", folder / "model", "--onnx", folder / "exported" / "graphs")
+    status, out, error = call("export", folder / "model", "--onnx", folder / "exported" / "graphs", "--json")
+    assert status == 0, error
+    # Each takes seconds, so the command says what it does.
+    assert error.splitlines() == [f"exporting {TIMESTEP_FILE}", f"exporting {DECODING_STEP_FILE}"]
+    found = json.loads(out)
     assert found["files"] == [DECODING_STEP_FILE, SIZES_FILE, TIMESTEP_FILE]
     return model, Path(found["folder"])
 

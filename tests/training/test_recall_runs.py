@@ -73,6 +73,15 @@ def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys)
     assert f"{key} has changed since the run began: {changed} " in capsys.readouterr().err
 
 
+def test_missing_stories_are_named_with_their_option(tmp_path, capsys):
+    stories, missing = write_stories(tmp_path), str(tmp_path / "none.txt")
+    file = write_run(
+        tmp_path, {"task": "babi", "path": stories, "validation_path": missing}, {"kind": "word"}, segment_length=8
+    )
+    assert main(["train", file]) == 2
+    assert f"error: data.recall.validation_path ({missing}) does not exist\n" in capsys.readouterr().err
+
+
 def test_a_run_whose_segments_are_too_short_is_refused_before_it_trains(tmp_path, capsys):
     path = write_stories(tmp_path)
     longer = write_stories(tmp_path, STORIES.replace("Where is", "Where in the garden is"), "longer.txt")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,18 @@ def test_a_refused_run_leaves_no_folder(base, capsys):
     assert "refused/config.yaml cannot be read" in capsys.readouterr().err
 
 
+def test_a_start_that_was_killed_early_does_not_stand_in_the_way_of_the_next(base, capsys):
+    """A process that is killed while it prepares the data leaves a folder with its lock alone."""
+    config = run_config(base, "early", num_updates=1)
+    folder = Path(config.folder)
+    folder.mkdir()
+    (folder / ".lock").write_text("process 1 on a machine that was switched off")
+    assert main(["train", config_file(config)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert not (folder / ".lock").exists()
+    assert newest_checkpoint(folder).name == "update-000000001"
+
+
 def test_copies_of_checkpoints_survive_a_resumed_run(copied, capsys):
     """A user's copies of checkpoints are neither resumed from nor deleted."""
     copies = [checkpoint_of(copied, 3).with_name(name) for name in ("update-best", "update-000000003-good")]
@@ -95,7 +108,7 @@ def test_a_folder_with_a_file_of_the_user_is_not_taken_for_a_run(base, tmp_path,
     """A user's config or tokenizer is not overwritten by a run."""
     (tmp_path / name).write_text(content)
     assert main(["train", config_file(run_config(base, "foreign")), "--folder", str(tmp_path)]) == 2
-    assert f"{tmp_path} contains '{name}' but no run" in capsys.readouterr().err
+    assert f"folder ({tmp_path}) contains '{name}' but no run" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
 

@@ -6,16 +6,12 @@ import time
 
 from jsonargparse import ArgumentParser
 
-from memformer.cli.loading import load_run_of, prepare_data_of, run_config_of
+from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.data import (
     SourceConfig,
 )
 from memformer.evaluation.likelihood import Result, content_unit, evaluate
-from memformer.training.config import DataConfig
-from memformer.training.run_data import (
-    open_corpus,
-)
 from memformer.utils.progress import ProgressBar
 
 EVALUATE_HELP = """Evaluate a model on held-out documents: perplexity, bits per token and bits per byte.
@@ -67,13 +63,7 @@ def run_evaluate(argv: list[str]) -> None:
         with ProgressBar("evaluating", num_tokens, unit="token") as progress:
             result = data.evaluate(run.model, training, is_final=True, progress=progress.advance_to)
     else:
-        data_config = DataConfig() if run.run_config is None else run_config_of(run).data
-        corpus = open_corpus(
-            dataclasses.replace(data_config, max_document_tokens=None),
-            options.data,
-            tokenizer=run.tokenizer,
-            shows_progress=True,
-        )
+        corpus = open_given(run, options.data)
         started = time.monotonic()
         with ProgressBar("evaluating", corpus.num_tokens, unit="token") as progress:
             result = evaluate(

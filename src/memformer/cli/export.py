@@ -1,6 +1,7 @@
 """The `memformer export` command."""
 
 import json
+import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -74,7 +75,8 @@ def _export_onnx(options: Any) -> None:
     from memformer.generation.onnx_export import export_onnx  # slow to import
 
     weights, _ = find_weights(find_model_folder(options.run), which=options.checkpoint, warn=print_warning)
-    folder = export_onnx(load_model(weights, num_slots=options.num_slots), options.onnx)
+    model = load_model(weights, num_slots=options.num_slots)
+    folder = export_onnx(model, options.onnx, progress=lambda graph: print(f"exporting {graph}", file=sys.stderr))
     files = sorted(file.name for file in folder.iterdir())
     print(json.dumps({"folder": str(folder), "files": files}) if options.json else folder)
 

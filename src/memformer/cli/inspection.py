@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from memformer.cli.loading import load_run_of, prepare_data_of, run_config_of
+from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import InputText, open_input
 from memformer.data import Corpus, LaneStream, PixelTokenizer, RecallStream, SourceConfig
@@ -17,8 +17,7 @@ from memformer.evaluation.inspection import InspectionOptions, check_can_inspect
 from memformer.evaluation.inspection_streams import read_stream
 from memformer.models.memformer import Memformer
 from memformer.rollout import Rollout
-from memformer.training.config import DataConfig
-from memformer.training.run_data import DocumentData, RecallData, open_corpus
+from memformer.training.run_data import DocumentData, RecallData
 from memformer.training.run_folder import LoadedRun
 from memformer.utils.checks import check_seed
 from memformer.utils.files import check_can_write, user_path, write_text
@@ -166,10 +165,7 @@ def _open_source(run: LoadedRun, options: Any) -> Iterator[_Source]:
             name = "stdin" if options.text == "-" else options.text
             yield _Source(_text_rollouts(run, prompt, name), f"Read from {name}.", None)
         elif options.data is not None:
-            config = DataConfig() if run.run_config is None else run_config_of(run).data
-            config = dataclasses.replace(config, max_document_tokens=None)
-            corpus = open_corpus(config, options.data, tokenizer=run.tokenizer, shows_progress=True)
-            yield _of_documents(run, corpus, options, "the given documents")
+            yield _of_documents(run, open_given(run, options.data), options, "the given documents")
         elif run.run_config is None:
             raise InputError(f"{run.folder} has no data of its own; give --text, or --data.kind and --data.path")
         else:

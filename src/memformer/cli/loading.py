@@ -1,13 +1,16 @@
 """Helpers shared by the commands that use a trained run: load its model, read its config, choose the device."""
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from memformer.cli.run_config import parse_run_config
+from memformer.data import Corpus, SourceConfig
+from memformer.data.sources import locate_source_files
 from memformer.errors import InputError
 from memformer.training.config import DataConfig, RunConfig
-from memformer.training.run_data import RunData, prepare_data
+from memformer.training.run_data import RunData, open_corpus, prepare_data
 from memformer.training.run_folder import (
     LoadedRun,
     load_run,
@@ -55,6 +58,18 @@ def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
         if change is not None:
             print_warning(f"{change}; the result is about other documents, some of which may have been trained on")
     return prepare_data(data, tokenizer=run.tokenizer, shows_progress=True)
+
+
+def open_given(run: LoadedRun, source: SourceConfig) -> Corpus:
+    """Return the whole documents of the option --data as token ids of the run's tokenizer.
+
+    Raises:
+        InputError: They cannot be read, or do not fit the run.
+    """
+    locate_source_files(source, section="data")  # here, so that a message about the path names the option
+    config = DataConfig() if run.run_config is None else run_config_of(run).data
+    config = dataclasses.replace(config, max_document_tokens=None)
+    return open_corpus(config, source, tokenizer=run.tokenizer, shows_progress=True)
 
 
 def prepare_torch(device: str, threads: int | None) -> torch.device:

@@ -26,7 +26,7 @@ class SourceFile(NamedTuple):
     is_explicit: bool
 
 
-def locate_files(path: str | list[str]) -> list[SourceFile]:
+def locate_files(path: str | list[str], *, option: str = "path") -> list[SourceFile]:
     """Return the files that `path` names; those of a folder or a pattern are sorted by name.
 
     Empty files are skipped, except a file that is named itself. Symbolic links are followed everywhere. A file that is
@@ -35,6 +35,7 @@ def locate_files(path: str | list[str]) -> list[SourceFile]:
     Args:
         path: A file, a folder (searched recursively, hidden files and folders skipped), a glob pattern (`**` is
             recursive), or a list of these in the order to read. `~` is the home folder.
+        option: Name of the option that holds the path, for messages.
 
     Raises:
         InputError: A path does not exist or cannot be read, or a folder or pattern contains no file.
@@ -42,9 +43,9 @@ def locate_files(path: str | list[str]) -> list[SourceFile]:
     found: list[SourceFile] = []
     for name in [path] if isinstance(path, str) else path:
         try:
-            found += _locate(name)
+            found += _locate(name, option)
         except OSError as error:
-            raise InputError(f"path ({name}) cannot be read: {error.filename}: {error.strerror}") from error
+            raise InputError(f"{option} ({name}) cannot be read: {error.filename}: {error.strerror}") from error
     return without_repetition(found)
 
 
@@ -56,23 +57,25 @@ def without_repetition(files: Iterable[SourceFile]) -> list[SourceFile]:
     return list(once.values())
 
 
-def _locate(name: str) -> list[SourceFile]:
+def _locate(name: str, option: str) -> list[SourceFile]:
     path = user_path(name)
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
         found = sorted(file for file in walk(path, skips=lambda name: name.startswith(".")) if has_content(file))
         if not found:
-            raise InputError(f"path ({name}) is a folder without any file to read; hidden and empty files are skipped")
+            raise InputError(
+                f"{option} ({name}) is a folder without any file to read; hidden and empty files are skipped"
+            )
         return [SourceFile(file, False) for file in found]
     if path.exists():
         return [SourceFile(path, True)]
     if not glob.has_magic(name):
-        raise InputError(f"path ({name}) does not exist")
+        raise InputError(f"{option} ({name}) does not exist")
     # Path.glob does not accept absolute patterns.
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207  Path.glob refuses absolute patterns
     found = sorted(match for match in matches if has_content(match))
     if not found:
-        raise InputError(f"path ({name}) matches no file to read; hidden and empty files are skipped")
+        raise InputError(f"{option} ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]
 
 

@@ -133,18 +133,23 @@ def describe_source(source: SourceConfig) -> str:
     return text if source.documents is None else f"{text} [{source.documents}]"
 
 
-def locate_source_files(source: SourceConfig) -> list[SourceFile]:
+def locate_source_files(source: SourceConfig, *, section: str | None = None) -> list[SourceFile]:
     """Return the local files of a source; an empty list for digits and for data sets of the hub.
+
+    Args:
+        source: The source.
+        section: Section of the config that describes the source, for messages.
 
     Raises:
         InputError: A path does not exist or contains no file.
     """
     if source.kind == "python":
         return locate_standard_library()
+    prefix = "" if section is None else f"{section}."
     if source.name is not None:
         folder = local_folder(source.name)
-        return [] if folder is None else locate_files(str(folder))
-    return [] if source.path is None else locate_files(source.path)
+        return [] if folder is None else locate_files(str(folder), option=f"{prefix}name")
+    return [] if source.path is None else locate_files(source.path, option=f"{prefix}path")
 
 
 def pin_revision(source: SourceConfig) -> SourceConfig:

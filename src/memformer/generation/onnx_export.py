@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def example_inputs(model: LanguageModel, rows: int = _EXAMPLE_ROWS) -> dict[str,
     return {TIMESTEP_FILE: timestep, DECODING_STEP_FILE: decoding_step}
 
 
-def export_onnx(model: LanguageModel, folder: str | Path) -> Path:
+def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[[str], object] | None = None) -> Path:
     """Write the timestep and, for a Memformer, the decoding step as ONNX graphs; return the folder.
 
     The folder also holds sizes.json: segment length, id of `[BOS]`, vocabulary, and the shapes of memory and caches for
@@ -158,6 +158,7 @@ def export_onnx(model: LanguageModel, folder: str | Path) -> Path:
     Args:
         model: A model on the CPU.
         folder: The folder; it must be new or empty.
+        progress: Called with the name of each graph before it is exported, which takes seconds.
 
     Raises:
         InputError: The packages onnx and onnxscript are missing, the model's positions are relative, the model is an
@@ -174,12 +175,15 @@ def export_onnx(model: LanguageModel, folder: str | Path) -> Path:
     with new_folder(folder) as partial, reading(model):
         examples = example_inputs(model)
         past = [name for name in examples.get(DECODING_STEP_FILE, {}) if name in _PAST]
-        _export(
-            Timestep(model), examples[TIMESTEP_FILE], ["next_memory", *(past or ["logits"])], partial / TIMESTEP_FILE
-        )
+        graphs: dict[str, tuple[nn.Module, list[str]]] = {
+            TIMESTEP_FILE: (Timestep(model), ["next_memory", *(past or ["logits"])])
+        }
         if isinstance(model, Memformer):
-            outputs = ["logits", *(f"next_{name}" for name in _CACHES)]
-            _export(DecodingStep(model), examples[DECODING_STEP_FILE], outputs, partial / DECODING_STEP_FILE)
+            graphs[DECODING_STEP_FILE] = DecodingStep(model), ["logits", *(f"next_{name}" for name in _CACHES)]
+        for name, (graph, outputs) in graphs.items():
+            if progress is not None:
+                progress(name)
+            _export(graph, examples[name], outputs, partial / name)
         (partial / SIZES_FILE).write_text(json.dumps(_sizes(model, examples), indent=2) + "\n", encoding="utf-8")
     return user_path(folder)
 

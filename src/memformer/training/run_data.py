@@ -32,11 +32,12 @@ from memformer.data.document_end import DocumentEndTokenizer
 from memformer.data.recall.stream import check_segment_length, task_text
 from memformer.data.series import series_columns
 from memformer.data.sources import locate_source_files, source_bytes
-from memformer.errors import InputError
+from memformer.errors import InputError, SaveError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
 from memformer.models.recurrence import RecurrentModel
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.run_inputs import locate_inputs
 from memformer.utils.files import user_path
 from memformer.utils.progress import ProgressBar
 
@@ -251,6 +252,7 @@ def prepare_data(config: DataConfig, *, tokenizer: Tokenizer | None = None, show
     if recall is not None and not recall.is_in_text:
         task = make_task(recall)
         return RecallData(recall, task, task)
+    locate_inputs(config)  # a wrong path is reported, with its option, before anything is read
     if recall is not None and image_shape(config.train) is not None:
         raise InputError(
             f"data.train.kind ({config.train.kind!r}) holds images; recall.task {recall.task!r} needs text"
@@ -296,11 +298,20 @@ def open_corpus(
         raise InputError(f"data of kind {source.kind!r} does not fit the run's tokenizer of kind {tokenizer.kind!r}")
     if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
         raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
-    cache = user_path(config.cache) if config.cache is not None else default_cache()
+    cache = default_cache() if config.cache is None else _make_cache(config.cache)
     with _reading("tokenizing", source, is_shown=shows_progress) as progress:
         return build_corpus(
             source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
         )
+
+
+def _make_cache(path: str) -> Path:
+    cache = user_path(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"data.cache ({cache}) could not be written: {error.strerror or error}") from error
+    return cache
 
 
 def _with_columns(source: SourceConfig, tokenizer: BinTokenizer) -> SourceConfig:
@@ -348,8 +359,13 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     documents = iterate_documents(config.train) if is_learned else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
     is_shown = shows_progress and is_learned
-    with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
-        tokenizer = train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
+    try:
+        with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
+            tokenizer = train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
+    except InputError as error:
+        if config.tokenizer.path is None:
+            raise
+        raise InputError(f"data.tokenizer.path: {error}") from error
     return DocumentEndTokenizer(tokenizer) if config.end_of_document else tokenizer
 
 

@@ -233,13 +233,15 @@ def check_run_folder(folder: Path) -> None:
         InputError: It is a file, or contains other files.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a run needs a folder")
+        raise InputError(f"folder ({folder}) is a file; a run needs a folder")
     if not folder.exists() or _holds_run(folder):
         return
     # `memformer reproduce` writes train.log.
     foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and file.name != TRAIN_LOG)
     if foreign:
-        raise InputError(f"{folder} contains {foreign[0]!r} but no run; choose an empty or a new folder for the run")
+        raise InputError(
+            f"folder ({folder}) contains {foreign[0]!r} but no run; choose an empty or a new folder for the run"
+        )
 
 
 def _holds_run(folder: Path) -> bool:

@@ -40,18 +40,26 @@ def describe_inputs(config: DataConfig, tokenizer: Tokenizer, *, known: dict[str
     return {
         "format_version": _FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
-        "files": {key: file_identities(files, known_files) for key, files in _files_of(config).items()},
+        "files": {key: file_identities(files, known_files) for key, files in locate_inputs(config).items()},
     }
 
 
-def _files_of(config: DataConfig) -> dict[str, list[SourceFile]]:
+def locate_inputs(config: DataConfig) -> dict[str, list[SourceFile]]:
+    """Return the local files of a run's data, for each section or key of the config that names any.
+
+    Raises:
+        InputError: A path does not exist or contains no file; the message names the option that holds it.
+    """
     if _generates_all_text(config):
         return {}
     recall = config.recall
     sources = {key: getattr(config, key) for key in _SOURCES}
-    found = {f"data.{key}": locate_source_files(source) for key, source in sources.items() if source is not None}
-    stories = {} if recall is None else {key: getattr(recall, key) for key in _STORIES}
-    return found | {f"data.recall.{key}": locate_files(path) for key, path in stories.items() if path is not None}
+    stories = {} if recall is None else {f"data.recall.{key}": getattr(recall, key) for key in _STORIES}
+    return {
+        f"data.{key}": locate_source_files(source, section=f"data.{key}")
+        for key, source in sources.items()
+        if source is not None
+    } | {key: locate_files(path, option=key) for key, path in stories.items() if path is not None}
 
 
 def _generates_all_text(config: DataConfig) -> bool:
