@@ -27,7 +27,7 @@ from memformer.utils.files import write_text
 Row = dict[str, Any]
 # The paper's Memformer first, then its ablations, then the others; the LSTM has no memory to show.
 _FIRST = "06-memformer"
-_TYPES = ("memformer", "transformer_xl", "lstm")
+_TYPES = ("memformer", "transformer_xl", "lstm", "compressive_transformer", "recurrent_memory_transformer")
 # Shorter slices would mostly load the data.
 _SHORTEST_SLICE_SECONDS = 30.0
 _INTERRUPTED = 128 + signal.SIGINT

@@ -1,5 +1,6 @@
 """Implementation of `memformer reproduce`: train the missing runs of a table and write the results."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from matplotlib.figure import Figure
 from memformer.errors import InputError
 from memformer.evaluation.plots import write_figure
 from memformer.reproduction.costs import costs_names, measure_costs
+from memformer.reproduction.headline import Headline, headline_names, measure_part, read_headline
+from memformer.reproduction.headline_results import draw_headline, headline_json, headline_markdown
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
 from memformer.reproduction.reuse import ParseConfig, check_finished
 from memformer.reproduction.runs import Run, check_data, finish_runs, plan_runs
-from memformer.reproduction.tables import Row, Table, read_table, table_names, tables_folder
+from memformer.reproduction.tables import Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
 from memformer.utils.files import user_path, write_json, write_text
 from memformer.utils.ownership import owned_folder
@@ -32,20 +35,23 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         InputError: The table, scale or row is unknown, a finished run was trained otherwise, or runs failed.
     """
     folder = tables_folder()
-    known = [*table_names(folder), *costs_names(folder)]
+    costs, headlines = costs_names(folder), headline_names(folder)
+    known = [*table_names(folder), *costs, *headlines]
     if options.table not in known:
         raise InputError(f"unknown table {options.table!r}; the tables are {', '.join(sorted(known))}")
     output = user_path(options.folder or f"runs/{options.table}-{options.scale}")
-    if options.table in costs_names(folder):
+    if options.table in costs:
         with owned_folder(output, option="--folder"):
             return _write_costs(folder / options.table, output, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
         check_integer(name, value, 1)
+    if options.table in headlines:
+        return _reproduce_headline(folder / options.table, output, options, train_options, parse)
     table = read_table(folder / options.table)
     data = str(user_path(options.data))
     runs = plan_runs(
         table,
-        _choose(table, options.rows, options.scale),
+        table.rows_at(options.scale) if options.rows is None else table.choose(options.rows),
         scale=options.scale,
         seeds=range(options.seeds),
         folder=output,
@@ -58,6 +64,41 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         check_finished(runs, options=train_options, parse=parse)
         finish_runs(runs, jobs=options.jobs, options=train_options)
         return _write_table(table, runs, output, options)
+
+
+def _reproduce_headline(
+    folder: Path, output: Path, options: Any, train_options: Sequence[str], parse: ParseConfig
+) -> str:
+    if options.rows is not None:
+        raise InputError(f"--rows ({' '.join(options.rows)}) is not an option of {options.table}, which has fixed rows")
+    headline = read_headline(folder, options.scale)
+    data = str(user_path(options.data))
+    # Beside the output folder are those of the tables, whose runs are used.
+    tables = output.absolute().parent
+    plans = [part.plan(seeds=range(options.seeds), folder=tables, data=data) for part in headline.parts]
+    if options.only_write:
+        return _write_headline(headline, plans, output, options)
+    for part, runs in zip(headline.parts, plans, strict=True):
+        check_data(runs, part.table, data=data, options=train_options)
+    with contextlib.ExitStack() as stack:
+        for owned in dict.fromkeys([output, *(part.folder_in(tables) for part in headline.parts)]):
+            stack.enter_context(owned_folder(owned, option="--folder"))
+        every = [run for runs in plans for run in runs]
+        check_finished(every, options=train_options, parse=parse)
+        finish_runs(every, jobs=options.jobs, options=train_options)
+        return _write_headline(headline, plans, output, options)
+
+
+def _write_headline(headline: Headline, plans: Sequence[Sequence[Run]], output: Path, options: Any) -> str:
+    folders = dict.fromkeys(str(run.folder.parent) for runs in plans for run in runs)
+    if not any(run.is_finished for runs in plans for run in runs):
+        raise InputError(f"no run in {' or '.join(folders)} is finished; there is nothing to write")
+    rounds = headline.rounds
+    measured = [
+        measure_part(part, runs, rounds=rounds, say=_say) for part, runs in zip(headline.parts, plans, strict=True)
+    ]
+    figures, markdown = headline_json(headline, measured), headline_markdown(headline, measured)
+    return _write(output, figures, markdown, draw_headline(headline, measured), is_json=options.json)
 
 
 def _write_table(table: Table, runs: Sequence[Run], output: Path, options: Any) -> str:
@@ -78,15 +119,6 @@ def _write(output: Path, figures: dict[str, Any], markdown: str, figure: Figure,
     write_json(output / "table.json", figures)
     write_figure(output / "table.png", figure)
     return json.dumps(figures) if is_json else f"{markdown}\nwrote {output}/table.md, table.json and table.png"
-
-
-def _choose(table: Table, keys: Sequence[str] | None, scale: str) -> list[Row]:
-    if keys is None:
-        return table.rows_at(scale)
-    known = {row.key: row for row in table.rows}
-    if unknown := [key for key in keys if key not in known]:
-        raise InputError(f"{table.key} has no row {unknown[0]!r}; it has {', '.join(known)}")
-    return [known[key] for key in keys]
 
 
 def _say(message: str) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,16 +72,30 @@ def measure_growth(setting: Setting, method_spec: MethodSpec) -> int:
 
 
 def _run_child(task: dict[str, Any]) -> Any:
+    return run_child("memformer.reproduction.measure", task, subject=task["setting"]["model_type"])
+
+
+def run_child(module: str, task: dict[str, Any], *, subject: str) -> Any:
+    """Return what a new process measures: it runs a module, which reads a task as JSON and prints the result as JSON.
+
+    Args:
+        module: The module.
+        task: The task. If its `rounds` are None, it measures memory.
+        subject: What is measured, for the message.
+
+    Raises:
+        InputError: The process failed.
+    """
     environment = dict(os.environ)
     if task["rounds"] is None:
         # Freed tensors are returned to the system at once, so that the peak does not include memory cached by the
         # allocator. This takes time, so it is not done when timing.
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, "-m", "memformer.reproduction.measure"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=json.dumps(task), check=False, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        raise InputError(f"measuring {task['setting']['model_type']} failed: {last[0]}")
+        raise InputError(f"measuring {subject} failed: {last[0]}")
     return json.loads(done.stdout)
 
 
@@ -92,10 +106,10 @@ def _measure_seconds(
     for count in range(rounds + 1):
         for method_spec, own in zip(methods, seconds, strict=True):
             model.zero_grad()
-            _wait(model.device)
+            wait_for(model.device)
             started = time.perf_counter()
             backpropagate(model, rollout, **method_spec._asdict())
-            _wait(model.device)
+            wait_for(model.device)
             if count:  # the first round warms up
                 own.append(time.perf_counter() - started)
     return seconds
@@ -105,15 +119,20 @@ def growth_of_update(model: LanguageModel, rollout: Rollout, method_spec: Method
     """Return the peak memory growth of one update in this process, in bytes; on a CPU, it must be a new process."""
     first = Rollout(inputs=rollout.inputs[:1, :1], targets=rollout.targets[:1, :1])
     backpropagate(model, first, **method_spec._asdict())  # loads kernels and allocates the gradients
+    return peak_growth(model.device, lambda: backpropagate(model, rollout, **method_spec._asdict()))
+
+
+def peak_growth(device: torch.device, action: Callable[[], object]) -> int:
+    """Return the peak memory growth during an action in bytes: resident memory on a CPU (Linux), else device memory."""
     gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        backpropagate(model, rollout, **method_spec._asdict())
-        return torch.cuda.max_memory_allocated(model.device) - before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _resident_bytes("VmRSS")
-    backpropagate(model, rollout, **method_spec._asdict())
+    action()
     return _resident_bytes("VmHWM") - before
 
 
@@ -122,7 +141,8 @@ def _resident_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -48,7 +48,7 @@ class RowFigures:
             "model_type": self.row.model_type,
             "parameters": self.parameters,
             "flops": self.flops,
-            metric: {"mean": statistics.mean(values), "deviation": _deviation(values), "seeds": len(values)},
+            metric: {"mean": statistics.mean(values), "deviation": deviation(values), "seeds": len(values)},
             "results": self.results,
             "paper": self.row.paper,
         }
@@ -114,7 +114,7 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
         results = row.results.values()
         cells = [
             row.row.name,
-            f"{statistics.mean(values):.4f}" + (f" ± {_deviation(values):.4f}" if len(values) > 1 else ""),
+            f"{statistics.mean(values):.4f}" + (f" ± {deviation(values):.4f}" if len(values) > 1 else ""),
             f"{len(values)}",
             f"{erased:.4f}",
             f"{row.parameters:,}",
@@ -166,9 +166,10 @@ def _draw_points(
     label: str | None = None,
 ) -> None:
     means = [statistics.mean(row.values(metric)) for _, row in points]
-    spreads = [_deviation(row.values(metric)) for _, row in points]
+    spreads = [deviation(row.values(metric)) for _, row in points]
     axes.errorbar([x for x, _ in points], means, yerr=spreads, fmt=style, color=color, capsize=3, label=label)
 
 
-def _deviation(values: Sequence[float]) -> float:
+def deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation over seeds; 0 for one seed."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

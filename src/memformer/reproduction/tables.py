@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -102,6 +102,18 @@ class Table:
         """
         return [row for row in self.rows if self._changes(row, scale) is not None]
 
+    def choose(self, keys: Iterable[str]) -> list[Row]:
+        """Return the rows with these keys.
+
+        Raises:
+            InputError: The table does not have such a row.
+        """
+        known = {row.key: row for row in self.rows}
+        keys = list(keys)
+        if unknown := [key for key in keys if key not in known]:
+            raise InputError(f"{self.key} has no row {unknown[0]!r}; it has {', '.join(known)}")
+        return [known[key] for key in keys]
+
     def _changes(self, row: Row, scale: str) -> dict[str, Any] | None:
         return row.scales.get(self.scale(scale).changes_of or scale)
 
@@ -136,7 +148,7 @@ def read_table(folder: Path) -> Table:
     fields = _checked(file, Table, without={"key", "rows"})
     scales = {}
     for name, shared in fields["scales"].items():
-        _check_keys(shared, valid=_names(ScaleConfig), owner=f"{file}, scale {name}")
+        check_keys(shared, kind=ScaleConfig, owner=f"{file}, scale {name}")
         if shared["metric"] not in get_args(Metric):
             raise InputError(f"{file}: metric ({shared['metric']!r}) must be one of {', '.join(get_args(Metric))}")
         scales[name] = ScaleConfig(**shared)
@@ -151,21 +163,28 @@ def read_table(folder: Path) -> Table:
 
 def _checked(file: Path, kind: type, *, without: set[str]) -> dict[str, Any]:
     fields = read_yaml(file)
-    valid = {name: field for name, field in _names(kind).items() if name not in without}
-    _check_keys(fields, valid=valid, owner=str(file))
+    check_keys(fields, kind=kind, without=without, owner=str(file))
     return fields
 
 
-def _check_keys(fields: Mapping[str, Any], *, valid: Mapping[str, dataclasses.Field[Any]], owner: str) -> None:
+def check_keys(fields: Mapping[str, Any], *, kind: Any, owner: str, without: Collection[str] = ()) -> None:
+    """Check that a mapping has the keys of a dataclass.
+
+    Args:
+        fields: The mapping.
+        kind: The dataclass.
+        owner: Where the mapping is, for the message.
+        without: Fields of the dataclass that are no keys.
+
+    Raises:
+        InputError: A key is unknown, or one without a default is missing.
+    """
+    valid = {field.name: field for field in dataclasses.fields(kind) if field.name not in without}
     refuse_unknown_keys(fields, valid=valid, owner=owner)
     for name, field in valid.items():
         is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_required and name not in fields:
             raise InputError(f"{owner} lacks {name!r}")
-
-
-def _names(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(kind)}
 
 
 def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
