@@ -147,8 +147,8 @@ def test_other_runs_are_drawn_beside_the_run_with_a_table(run_folder):
     (others[1] / "log.jsonl").write_text(json.dumps({**TRAINING, "update": 1}) + "\n" + json.dumps(line) + "\n")
     (others[1] / "evaluation.json").unlink()
     page = write_report(run_folder, others=[*others, run_folder, others[0] / ".." / "first"]).read_text()
-    folders = [str(folder).replace("<", "&lt;").replace(">", "&gt;") for folder in (run_folder, *others)]
-    shown = texts_of(page)
+    folders = [str(folder) for folder in (run_folder, *others)]
+    shown = [html.unescape(text) for text in texts_of(page)]
     assert [text for text in shown if text.startswith(str(run_folder.parent)[:20]) or text.startswith("…")] == [
         folder if len(folder) <= 88 else f"…{folder[-87:]}" for folder in folders
     ]
