@@ -87,6 +87,8 @@ def _protect(word: str) -> str:
 
 def _convert_word(option: str, word: str, hint: Any) -> str:
     """Return the value of an option, checked if its type is not a text; None as the type: unchanged."""
+    if get_origin(hint) is list and is_text(hint) and not word.lstrip().startswith("["):
+        return json.dumps(word.split(","))  # the parser reads lists as YAML only
     is_choice = get_origin(hint) is Literal
     if hint is None or (is_text(hint) and not is_choice):
         return word

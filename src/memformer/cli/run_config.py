@@ -47,14 +47,15 @@ override its keys:
   memformer train experiments/text.yaml --model_type transformer_xl --help
 
 The run folder contains config.yaml (all keys, with their values), versions.json, log.jsonl, tensorboard/, samples/,
-checkpoints/, best/ (the weights with the best score on held-out data), evaluation.json and summary.html.
+checkpoints/, best/ (the weights with the best score on held-out data), evaluation.json and summary.html. Weights &
+Biases and trackio get the numbers of log.jsonl with --logging.trackers tensorboard,wandb,trackio.
 """
 
 
 # Derived from the tokenizer and the tasks of the data, so they are not options; a saved config contains them.
 _DERIVED = ("vocab_size", "num_special_tokens")
 # Options of jsonargparse that duplicate a key or help shown elsewhere. They work, but are not listed in the help.
-_UNLISTED = ("config", "print_config", "data", "data.train", "data.tokenizer", "training", "model")
+_UNLISTED = ("config", "print_config", "data", "data.train", "data.tokenizer", "training", "model", "logging")
 _UNLISTED_HELP = ("data.validation.help", "data.test.help", "data.recall.help", "data.multitask.help")
 
 

@@ -43,6 +43,7 @@ from memformer.training.run_inputs import (
     read_inputs,
     write_inputs,
 )
+from memformer.training.trackers import check_trackers
 from memformer.utils.files import user_path
 
 
@@ -76,6 +77,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     from memformer.training.report import write_report
     from memformer.training.run_memory import read_memory
 
+    processes.do_in_first(lambda: check_trackers(config.logging.trackers))
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:

@@ -8,7 +8,8 @@ from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, Tokenize
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig, ModelConfig
 from memformer.training.replay import Method
-from memformer.utils.checks import check_integer, check_number, check_seed, check_threads
+from memformer.training.trackers import TRACKERS
+from memformer.utils.checks import check_choice, check_integer, check_number, check_seed, check_threads
 from memformer.utils.fields import convert_fields
 
 Sharding = Literal["none", "optimizer_state", "weights"]
@@ -206,6 +207,29 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where the numbers of a run are sent, besides log.jsonl.
+
+    Args:
+        trackers: Trackers that get the logged numbers and the sampled texts: tensorboard (event files in the run
+            folder), wandb (Weights & Biases) and trackio. The package of each must be installed. An empty list: none.
+        project: Project that the run belongs to in wandb and trackio.
+    """
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "memformer"
+
+    def __post_init__(self) -> None:
+        convert_fields(self, prefix="logging.")
+        for name in self.trackers:
+            check_choice("logging.trackers", name, TRACKERS)
+        if len(set(self.trackers)) < len(self.trackers):
+            raise InputError(f"logging.trackers ({self.trackers}) must name each tracker once")
+        if not self.project.strip():
+            raise InputError(f"logging.project ({self.project!r}) must be a name")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Run settings.
 
@@ -219,6 +243,7 @@ class RunConfig:
         model: Model settings; vocab_size is derived from the tokenizer.
         data: Data settings.
         training: Training settings.
+        logging: Trackers.
     """
 
     folder: str = "runs/memformer"
@@ -229,6 +254,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=MemformerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         convert_fields(self)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -122,5 +123,5 @@ def finish(figure: Figure) -> None:
 
 
 def _spans_magnitudes(axes: Axes) -> bool:
-    values = [value for line in axes.lines for value in line.get_ydata()]
+    values = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())]
     return bool(values) and min(values) > 0 and max(values) >= _LOGARITHMIC_FROM * min(values)

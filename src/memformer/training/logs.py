@@ -1,23 +1,26 @@
-"""Logging of a run: to the terminal, to TensorBoard, and to a file with one JSON line per event."""
+"""Logging of a run: to the terminal, to trackers, and to a file with one JSON line per event."""
 
+import contextlib
+import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from memformer.errors import CheckpointError
+from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.likelihood import Result
+from memformer.training.config import RunConfig
+from memformer.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerStates, numbers_of
 from memformer.utils.files import sync_handle, write_text
-from memformer.utils.progress import ProgressBar
+from memformer.utils.progress import ProgressBar, print_warning
 
 # Values are numbers, strings, or lists with one number per timestep.
 LoggedValues = dict[str, Any]
 
 LOG_FILE = "log.jsonl"
+SAMPLE = "sample"
 
 
 class LogSink(ABC):
@@ -80,37 +83,89 @@ class JsonLinesSink(LogSink):
         self._lines.close()
 
 
-class TensorBoardSink(LogSink):
-    """Writes the values of events as TensorBoard scalars; a list becomes one scalar per timestep.
+class TrackerSink(LogSink):
+    """Sends the numbers of events and the samples to a tracker, each of them once.
+
+    A tracker that fails while the run trains gets nothing more; the run goes on, with one warning.
 
     Args:
-        folder: The run folder.
-        num_updates: Updates already completed. TensorBoard hides later events of an existing log.
+        name: Name of the tracker, a key of `TRACKERS`.
+        run: The run; its id is that of `states`.
+        states: What the trackers have.
+
+    Raises:
+        InputError: The tracker's package is missing, or the tracker cannot start for a new run.
+        SaveError: The states cannot be written.
     """
 
-    def __init__(self, folder: Path, *, num_updates: int) -> None:
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=num_updates + 1)
+    def __init__(self, name: str, run: TrackedRun, states: TrackerStates) -> None:
+        self._name = name
+        self._states = states
+        self._tracker: Tracker | None = None
+        kind = TRACKERS[name]
+        self._rewinds = kind.rewinds
+        run_id, self._sent = ("", {}) if kind.rewinds else states.begin(name)
+        try:
+            self._tracker = kind(dataclasses.replace(run, id=run_id))
+        except InputError:
+            raise
+        # The packages have errors of their own for a missing login, network or disk.
+        except Exception as error:
+            if not run.num_updates:
+                raise InputError(f"the tracker {name!r} of logging.trackers cannot start: {error}") from error
+            self._give_up(error)
+            return
+        newest = max(self._sent.values(), default=0)
+        if newest > run.num_updates:
+            print_warning(
+                f"{name} has the numbers up to update {newest:,} from before; those of the updates repeated now "
+                "are not sent again"
+            )
 
     def record(self, kind: str, num_updates: int, values: LoggedValues) -> None:
-        """Write all numeric values as scalars."""
-        for name, value in values.items():
-            if isinstance(value, list):
-                for timestep, each in enumerate(value):
-                    self._writer.add_scalar(f"{kind}/{name}/{timestep}", each, num_updates)
-            elif isinstance(value, int | float):
-                self._writer.add_scalar(f"{kind}/{name}", value, num_updates)
+        """Send all numbers of an event."""
+        numbers = numbers_of(kind, values)
+        self._send(kind, num_updates, lambda tracker: tracker.log(num_updates, numbers))
 
     def sample(self, num_updates: int, text: str) -> None:
-        """Write the text."""
-        self._writer.add_text("sample", text, num_updates)
+        """Send the text."""
+        self._send(SAMPLE, num_updates, lambda tracker: tracker.log_text(num_updates, SAMPLE, text))
 
     def flush(self) -> None:
-        """Flush the files."""
-        self._writer.flush()
+        """Flush the tracker's files."""
+        self._try(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """Close the files."""
-        self._writer.close()
+        """Finish the tracker's run."""
+        if self._tracker is not None and self._try(lambda tracker: tracker.finish()):
+            self._end()
+
+    def _send(self, kind: str, num_updates: int, send: Callable[[Tracker], None]) -> None:
+        if num_updates > self._sent.get(kind, 0) and self._try(send):
+            self._sent[kind] = 0 if self._rewinds else num_updates
+
+    def _try(self, act: Callable[[Tracker], None]) -> bool:
+        """Return whether the tracker did it."""
+        if self._tracker is None:
+            return False
+        try:
+            act(self._tracker)
+        except Exception as error:
+            self._give_up(error)
+            return False
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        print_warning(
+            f"the tracker {self._name!r} failed and gets nothing more of this run, which goes on: "
+            f"{type(error).__name__}: {error}"
+        )
+        self._end()
+
+    def _end(self) -> None:
+        self._tracker = None
+        if not self._rewinds:
+            self._states.end(self._name, self._sent)
 
 
 class RunLog:
@@ -185,20 +240,49 @@ class RunLog:
             sink.record(kind, num_updates, values)
 
 
-def open_log(folder: Path, *, total_updates: int, num_updates: int) -> RunLog:
-    """Open the log of a run: terminal, log.jsonl and TensorBoard files.
+def open_log(folder: Path, *, total_updates: int, num_updates: int, config: RunConfig | None = None) -> RunLog:
+    """Open the log of a run: terminal, log.jsonl and the trackers of the config.
 
     Args:
         folder: The run folder.
         total_updates: Updates of the whole run.
         num_updates: Updates already completed.
+        config: The run's config. None: no trackers.
 
     Raises:
-        CheckpointError: The existing log is damaged.
+        InputError: A tracker's package is missing, or a tracker cannot start.
+        CheckpointError: The existing log or state of the trackers is damaged.
         SaveError: The log cannot be written.
     """
-    sinks = [JsonLinesSink(folder, num_updates=num_updates), TensorBoardSink(folder, num_updates=num_updates)]
+    with contextlib.ExitStack() as opened:
+        # What a killed process has logged tells what the trackers have, so it is read before it is cut.
+        trackers = [] if config is None else _open_trackers(config, folder, num_updates, opened)
+        sinks = [JsonLinesSink(folder, num_updates=num_updates), *trackers]
+        opened.pop_all()
     return RunLog(sinks, progress=ProgressBar("training", total_updates, unit="update", completed=num_updates))
+
+
+def _open_trackers(
+    config: RunConfig, folder: Path, num_updates: int, opened: contextlib.ExitStack
+) -> list[TrackerSink]:
+    logged: dict[str, int] = {}
+    for line in read_log(folder) if (folder / LOG_FILE).exists() else []:
+        logged[line["kind"]] = line["update"]
+    # Samples are no lines of the log; they follow evaluations.
+    states = TrackerStates(folder, logged={**logged, SAMPLE: logged.get("evaluation", 0)})
+    run = TrackedRun(
+        folder=folder,
+        name=folder.resolve().name,
+        project=config.logging.project,
+        config=config.to_dict(),
+        id="",
+        num_updates=num_updates,
+    )
+    sinks = []
+    for name in config.logging.trackers:
+        sinks.append(TrackerSink(name, run, states))
+        opened.callback(sinks[-1].close)
+    return sinks
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

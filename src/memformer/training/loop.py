@@ -215,7 +215,8 @@ class _Trainer:
     def _open_log(self) -> RunLog:
         if not self.processes.is_first:
             return RunLog()
-        return open_log(self.folder, total_updates=self.config.training.num_updates, num_updates=self.num_updates)
+        total = self.config.training.num_updates
+        return open_log(self.folder, total_updates=total, num_updates=self.num_updates, config=self.config)
 
     def _update(self, log: RunLog, received: list[int]) -> LoggedValues | None:
         """Make one optimizer step and return its log values; None if it was skipped or there were no targets.
