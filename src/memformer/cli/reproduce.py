@@ -8,16 +8,19 @@ REPRODUCE_HELP = """Train the models of one of the paper's tables and write the 
 
 Tables: table1 (MNIST), table2 (text; also --scale books and paper_bpe), v1 (ablations of the paper's first version:
 tasks, positions, memory slots, time horizons). table3 (training methods) and figure5 (compute and memory) are measured
-in one or two minutes, without training.
+in one or two minutes, without training. headline compares quality, memory and speed of models of table1 and table2.
 
 Finished runs are reused and interrupted runs are resumed, so the command can be repeated until all runs are finished.
 A finished run that was trained with other settings or on other data is refused.
 The output folder contains a run folder per row and seed, and the results as table.md, table.json and table.png.
 Options after -- are passed to every `memformer train`.
+headline uses the run folders of the tables, which are beside its output folder, and measures them in the end, also with
+--only_write: its times are comparable with each other, but not with those of another machine.
 
   memformer reproduce table1 --scale small --seeds 3 --jobs 2
   memformer reproduce table1 --scale paper --rows 06-memformer -- --device cuda
   memformer reproduce table1 --only_write
+  memformer reproduce headline --seeds 3 --jobs 2
 """
 
 
@@ -31,7 +34,9 @@ def reproduce_parser() -> ArgumentParser:
         help="Size of models and data: small (for a CPU), paper, or another scale that the table defines.",
     )
     parser.add_argument("--seeds", type=int, default=1, help="Number of seeds per row; the seeds are 0, 1, ...")
-    parser.add_argument("--rows", type=str, nargs="+", default=None, help="Keys of the rows to train. Default: all.")
+    parser.add_argument(
+        "--rows", type=str, nargs="+", default=None, help="Keys of the rows to train. Default: all. Not for headline."
+    )
     parser.add_argument("--jobs", type=int, default=1, help="Number of runs trained in parallel.")
     parser.add_argument("--data", type=str, default="data", help="Folder of the data sets; see experiments/README.md.")
     parser.add_argument("--folder", type=str, default=None, help="Output folder. Default: runs/TABLE-SCALE.")

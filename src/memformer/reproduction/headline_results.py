@@ -169,8 +169,14 @@ def _with_deviation(row: Measured) -> str:
 def _cost_cell(row: Measured, cost: Cost) -> str:
     unit = _WORDS[cost].unit
     spreads = {"evaluation_seconds": row.times.evaluation, "generation_seconds": row.times.generation}
-    rounds = f" ({min(spreads[cost]) / unit:,.4g} - {max(spreads[cost]) / unit:,.4g})" if cost in spreads else ""
-    return f"{row.cost(cost) / unit:,.4g}{rounds}"
+    rounds = (
+        f" ({_number(min(spreads[cost]) / unit)} - {_number(max(spreads[cost]) / unit)})" if cost in spreads else ""
+    )
+    return f"{_number(row.cost(cost) / unit)}{rounds}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _pairs_table(headline: Headline, rows: Sequence[Measured]) -> list[str]:
@@ -191,10 +197,8 @@ def _pair_cell(found: Comparison | None, words: _Words) -> str:
     if found is None:
         return "-"
     cell = _crossing_text(found, found.crossing, words)
-    if len(found.by_seed) > 1:
-        seeds = [_crossing_text(found, crossing, words) for crossing in found.by_seed.values()]
-        cell += f" (by seed: {'; '.join(seeds)})"
-    return cell
+    seeds = [_crossing_text(found, crossing, words) for crossing in found.by_seed.values()]
+    return cell if set(seeds) <= {cell} else f"{cell} (by seed: {'; '.join(seeds)})"
 
 
 def _crossing_text(found: Comparison, crossing: Crossing, words: _Words) -> str:
