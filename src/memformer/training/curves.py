@@ -124,4 +124,4 @@ def finish(figure: Figure) -> None:
 
 def _spans_magnitudes(axes: Axes) -> bool:
     values = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())]
-    return bool(values) and min(values) > 0 and max(values) >= _LOGARITHMIC_FROM * min(values)
+    return bool(values and min(values) > 0 and max(values) >= _LOGARITHMIC_FROM * min(values))
