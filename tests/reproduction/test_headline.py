@@ -15,8 +15,10 @@ from memformer.reproduction.headline import Measured, headline_names, read_headl
 from memformer.reproduction.headline_results import compare, draw_headline, headline_markdown
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth
 from memformer.reproduction.results import RowFigures
-from memformer.reproduction.tables import Row, tables_folder
+from memformer.reproduction.runs import plan_runs
+from memformer.reproduction.tables import Row, read_table, tables_folder
 from memformer.reproduction.trade_off import Crossing, Point, find_crossing
+from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, refused
 
 ATTENTION = {"d_model": 8, "num_heads": 2, "d_ff": 8, "segment_length": 4}
@@ -189,19 +191,29 @@ def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_p
     assert f"| Slots | {shown} (by seed: better than every Transformer-XL; " in text
     assert "| the paper's claim | 8.10 times less |  | 3.20 times faster |" in text
 
-    # The runs are those of the table's own command, and finished ones are not trained again.
-    own = call_json(
-        "reproduce", "tiny", "--only_write", "--folder", tmp_path / "out" / "tiny-small", "--data", tmp_path / "data"
-    )
-    assert [row["row"] for row in own["rows"]] == list(ROWS)
-    (tmp_path / "out" / "tiny-small" / "4-lstm-seed-1" / "evaluation.json").unlink()
-    trained.clear()
-    assert "7 of 8 runs are finished" in call("reproduce", *options, "--seeds", "2")[2]
-    assert trained == ["4-lstm-1"]
     (tmp_path / "out" / "tiny-small" / "3-slots-seed-0" / "evaluation.json").unlink()
     (part,) = call_json("reproduce", *options, "--only_write")["parts"]
     assert [row["row"] for row in part["rows"]] == ["2-long", "1-short", "4-lstm"]
-    assert (part["pairs"], trained) == ([], ["4-lstm-1"])
+    assert part["pairs"] == []
+
+
+def test_runs_are_those_of_the_tables_and_finished_ones_are_reused(options, tmp_path, trained, monkeypatch):
+    (part,) = read_headline(tmp_path / "configs" / "claim", "small").parts
+    planned = part.plan(seeds=[0, 1], folder=tmp_path / "out", data=str(tmp_path / "data"))
+    tiny = read_table(tmp_path / "configs" / "tiny")
+    own = {"folder": tmp_path / "out" / "tiny-small", "data": str(tmp_path / "data")}
+    assert sorted(planned, key=str) == sorted(plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], **own), key=str)
+    for run in planned[1:]:
+        finish(run)
+    checked = []
+    monkeypatch.setattr(command, "check_finished", lambda runs, *, options, parse: checked.extend([runs, options]))
+    monkeypatch.setattr(command, "_write_headline", lambda *_: "written")
+    message = call("reproduce", *options, "--seeds", "2", "--", "--training.num_lanes=3")[2]
+    assert "7 of 8 runs are finished" in message
+    assert trained == ["2-long-0"]
+    assert checked == [planned, ["--training.num_lanes=3"]]
+    with owned_folder(own["folder"], option="--folder"):  # the table's own command trains
+        assert f"{own['folder']} is in use by process " in refused("reproduce", *options)
 
 
 def test_the_plots_have_the_curve_in_the_order_of_the_cost(options, tmp_path):

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,10 +104,8 @@ def _times(models: Sequence[LanguageModel], workload: Workload, rounds: int) -> 
     ]
     for count in range(rounds + 1):
         for model, scored, generated, token_ids, times in turns:
-            scoring = _seconds(model.device, lambda session=scored, ids=token_ids: session.score(ids))
-            writing = _seconds(
-                model.device, lambda session=generated, seed=count: session.generate(workload.tokens, seed=seed)
-            )
+            scoring = _seconds(model.device, partial(scored.score, token_ids))
+            writing = _seconds(model.device, partial(generated.generate, workload.tokens, seed=count))
             if count:  # the first round warms up
                 times.evaluation.append(scoring / (workload.streams * workload.tokens))
                 times.generation.append(writing / workload.tokens)
