@@ -76,6 +76,7 @@ soak: setup
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
 	$(BIN)/python -m tests.soak.long_horizon
+	$(BIN)/python -m tests.soak.compiled_training
 	$(BIN)/python -m tests.soak.fuzz --cases 1000000
 
 # Builds the sdist and the wheel, and tests the installed wheel outside the source tree.
