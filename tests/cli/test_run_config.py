@@ -147,3 +147,18 @@ def test_a_slice_of_an_optional_section_is_no_mapping(read):
         options = [f"--data.validation.documents={number}", "--data.validation.kind", "python"]
         config, _ = read({}, *options, f"--data.train.documents={number}")
         assert (config.data.validation.documents, config.data.train.documents) == (number, number)
+
+
+@pytest.mark.parametrize("options", [["tensorboard,wandb"], ["[tensorboard, wandb]"], ['["tensorboard","wandb"]']])
+def test_a_list_of_words_needs_no_brackets(read, options):
+    for given in (["--logging.trackers", *options], [f"--logging.trackers={options[0]}"]):
+        assert read({"logging": {"trackers": ["trackio"]}}, *given)[0].logging.trackers == ["tensorboard", "wandb"]
+    assert read({}, "--logging.trackers", "wandb")[0].logging.trackers == ["wandb"]
+    assert read({}, "--logging.trackers", "[]")[0].logging.trackers == []
+    assert read({})[0].logging.trackers == ["tensorboard"]
+    with pytest.raises(InputError, match=r"logging\.trackers \(''\) must be one of tensorboard, wandb, trackio"):
+        read({}, "--logging.trackers", "")
+    assert read({"logging": {"trackers": ["wandb"]}}, "--logging.trackers+", "trackio")[0].logging.trackers == [
+        "wandb",
+        "trackio",
+    ]

@@ -102,7 +102,9 @@ def events_of(config):
 def scalars_of(config):
     """The numbers that TensorBoard shows."""
     events = events_of(config)
-    return {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    shown = [((event.step, tag), event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
+    assert len(dict(shown)) == len(shown)
+    return dict(shown)
 
 
 def logged_once(config):

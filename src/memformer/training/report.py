@@ -79,7 +79,7 @@ def write_report(
     return folder / SUMMARY_FILE
 
 
-# The one in C takes a tenth of the time; it is part of PyYAML where that was built with libyaml.
+# The one in C is several times as fast; it is part of PyYAML where that was built with libyaml.
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
