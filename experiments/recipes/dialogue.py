@@ -283,7 +283,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     right.set(title="names of the speakers", ylabel="bits/name")
     for axes in (left, right):
         axes.set(xlabel="turn of the conversation", xticks=places, xticklabels=labels)
-        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="x", labelsize=8, rotation=30)
         axes.grid(alpha=0.3)
     right.legend(fontsize=8)
     canvas.savefig(file, dpi=80)
