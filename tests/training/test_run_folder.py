@@ -13,7 +13,7 @@ from memformer.training import processes as processes_module
 from memformer.training.checkpoint import check_checkpoint
 from memformer.training.optimizer import learning_rate_at
 from memformer.training.processes import Processes
-from memformer.training.report import _newest_sample
+from memformer.training.report import _read_samples
 from memformer.training.run_folder import check_run_folder, newest_checkpoint
 from memformer.utils.ownership import owned_folder
 from tests.training.runs import checkpoint_of, config_file, logged, run_config
@@ -93,11 +93,11 @@ def test_copies_of_checkpoints_survive_a_resumed_run(copied, capsys):
         check_checkpoint(copy)
 
 
-def test_a_file_of_the_user_is_not_shown_as_the_newest_sample(tmp_path):
+def test_a_file_of_the_user_is_not_shown_as_a_sample(tmp_path):
     """Only files with the name of a sample are samples."""
     for name in ("update-000000005.txt", "update-000000010.txt", "update-notes.txt", "update-000000010 (copy).txt"):
         (tmp_path / name).write_text(name)
-    assert _newest_sample(tmp_path) == {"text": "update-000000010.txt"}
+    assert [sample.text for sample in _read_samples(tmp_path)] == ["update-000000005.txt", "update-000000010.txt"]
 
 
 @pytest.mark.parametrize(
