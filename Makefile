@@ -8,10 +8,9 @@ TEXT_DEMO := runs/demo
 
 setup: .venv/.complete
 
-# Not compiled to bytecode when installed, which takes over a minute: Python does so at the first import.
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
 # Trains a model that recalls one fact after 10,000 segments; takes about two minutes on a CPU.
@@ -48,7 +47,7 @@ test-oldest: .venv-oldest/.complete
 .venv-oldest/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^torch==.*/torch==2.11.0/; s/^setuptools==.*/setuptools<82/' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint .venv-oldest/constraints.txt --editable '.[dev]'
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[dev]'
 	touch $@
 
 # Laws and measurements on a machine with one GPU, without a network: torch and the few packages that the library
@@ -63,7 +62,7 @@ docs: .venv/.docs
 	$(BIN)/python docs/make_site.py
 
 .venv/.docs: .venv/.complete
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 check: setup

@@ -23,7 +23,7 @@ def test_next_token_distribution_matches_the_whole_document(variant):
         session.feed([token])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_split_gives_the_same_state(data):
     model = tiny_model()
