@@ -23,6 +23,18 @@ def stream_of(corpus: Corpus, lanes: int = 2, segment: int = 4, rollout: int = 3
     )
 
 
+def one_lane(model, corpus: Corpus, rollout_length: int = 3) -> LaneStream:
+    """Return a stream that reads the documents of a corpus once, one after another."""
+    return LaneStream(
+        corpus,
+        num_lanes=1,
+        segment_length=model.segment_length,
+        rollout_length=rollout_length,
+        bos_token_id=model.bos_token_id,
+        num_epochs=1,
+    )
+
+
 def padding_of(mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool) if mask is None else mask
 

@@ -12,29 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import AttentionRecord, InputError, Rollout, evaluate
-from memformer.data import ByteTokenizer, LaneStream, PixelTokenizer, corpus_from_arrays
+from memformer.data import ByteTokenizer, PixelTokenizer, corpus_from_arrays
 from memformer.evaluation import inspection_streams
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
 from memformer.evaluation.inspection_page import json_in_html
 from memformer.evaluation.inspection_parts import Sampler
 from memformer.evaluation.inspection_results import HOLDING_FROM, KINDS, InspectedTimestep, kind_of
 from memformer.evaluation.inspection_streams import TokenTexts, read_stream
+from tests.data.streams import one_lane
 from tests.evaluation.corpora import documents
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import TYPES, tiny_baseline
 
 LENGTH = 9 * SEGMENT_LENGTH + 2
-
-
-def lanes(model, corpus, rollout_length=3):
-    return LaneStream(
-        corpus,
-        num_lanes=1,
-        segment_length=SEGMENT_LENGTH,
-        rollout_length=rollout_length,
-        bos_token_id=model.bos_token_id,
-        num_epochs=1,
-    )
 
 
 def stream_of(model, pieces):
@@ -106,7 +96,7 @@ def test_a_recurrent_memory_transformer_has_weights_but_no_forgetting_vectors(na
 def test_surprisals_sum_to_what_evaluate_says(lengths):
     model = tiny_model()
     corpus = corpus_from_arrays(documents(lengths), VOCAB_SIZE)
-    found = inspect_memory(model, lanes(model, corpus))
+    found = inspect_memory(model, one_lane(model, corpus))
     expected = evaluate(model, corpus)
     assert found.num_tokens == expected.with_memory.num_tokens == sum(lengths)
     assert found.num_documents == len(lengths)
@@ -141,7 +131,7 @@ def test_any_split_into_pieces_and_rollouts_gives_the_same(array, monkeypatch):
         assert_same(inspect_memory(model, stream_of(model, pieces)).to_dict(), expected)
     corpus = corpus_from_arrays([array], VOCAB_SIZE)
     for rollout_length in (1, 4, 20):
-        assert_same(inspect_memory(model, lanes(model, corpus, rollout_length)).to_dict(), expected)
+        assert_same(inspect_memory(model, one_lane(model, corpus, rollout_length)).to_dict(), expected)
 
 
 def test_a_window_and_samples_keep_the_same_timesteps(array):
@@ -235,7 +225,7 @@ def test_a_new_document_has_no_earlier_writes():
     first, second = documents([5 * SEGMENT_LENGTH, 2 * SEGMENT_LENGTH])
     corpus = corpus_from_arrays([first, second], VOCAB_SIZE)
     options = InspectionOptions(num_passages=50, passage_tokens=2)
-    found = inspect_memory(model, lanes(model, corpus), options=options)
+    found = inspect_memory(model, one_lane(model, corpus), options=options)
     alone = inspected(model, second, num_passages=50, passage_tokens=2)
     assert found.num_documents == 2
     assert [(step.document, step.timestep) for step in found.timesteps] == [(0, t) for t in range(5)] + [(1, 0), (1, 1)]

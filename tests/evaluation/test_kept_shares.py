@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from memformer import InputError, Rollout
-from memformer.data import LaneStream, corpus_from_arrays
+from memformer.data import corpus_from_arrays
 from memformer.evaluation.inspection import inspect_memory
 from memformer.evaluation.kept_shares import KeptShares, draw_kept_shares, read_kept_shares
 from memformer.evaluation.plots import to_svg
+from tests.data.streams import one_lane
 from tests.evaluation.corpora import documents
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
@@ -22,24 +23,13 @@ CORPUS = corpus_from_arrays(documents([3 * SEGMENT_LENGTH + 1, 2, 5 * SEGMENT_LE
 STARTS = [0, 4, 5]  # of a document of n tokens, ceil(n / S) timesteps
 
 
-def stream_of(model, rollout_length=3):
-    return LaneStream(
-        CORPUS,
-        num_lanes=1,
-        segment_length=SEGMENT_LENGTH,
-        rollout_length=rollout_length,
-        bos_token_id=model.bos_token_id,
-        num_epochs=1,
-    )
-
-
 def shares_of(num_timesteps, num_slots):
     shares = np.linspace(0, 1, num_timesteps * num_slots).reshape(num_timesteps, num_slots)
     return KeptShares(shares, [0], "a text")
 
 
 def read(model, *, rollout_length=3, most=99):
-    stream = stream_of(model, rollout_length)
+    stream = one_lane(model, CORPUS, rollout_length)
     return read_kept_shares(model, stream, max_timesteps=most, description="texts")
 
 
@@ -49,7 +39,7 @@ def read(model, *, rollout_length=3, most=99):
 def test_shares_are_those_of_an_inspection(make):
     model = make()
     model.train()
-    expected = inspect_memory(model, stream_of(model))
+    expected = inspect_memory(model, one_lane(model, CORPUS))
     for rollout_length in (1, 3, 20):
         found = read(model, rollout_length=rollout_length)
         np.testing.assert_allclose(found.shares, [timestep.kept for timestep in expected.timesteps], atol=1e-12)
@@ -63,7 +53,7 @@ def test_only_the_first_timesteps_are_read(most):
 
     def counted():
         nonlocal taken
-        for rollout in stream_of(model, 2):
+        for rollout in one_lane(model, CORPUS, 2):
             taken += rollout.num_timesteps
             yield rollout
 
@@ -87,9 +77,8 @@ def test_the_picture_has_one_pixel_per_slot_and_timestep_in_the_colour_of_its_sh
 
 def test_streams_that_cannot_be_read_are_refused():
     model = tiny_model()
-    rows = Rollout(
-        inputs=next(stream_of(model)).inputs.repeat(1, 2, 1), targets=next(stream_of(model)).targets.repeat(1, 2, 1)
-    )
+    one = next(one_lane(model, CORPUS))
+    rows = Rollout(inputs=one.inputs.repeat(1, 2, 1), targets=one.targets.repeat(1, 2, 1))
     for stream, message in (
         ([], "the stream has no timestep"),
         ([rows], "a rollout has 2 rows; the stream must have 1"),

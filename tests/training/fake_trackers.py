@@ -34,7 +34,7 @@ class FakeRun:
         self.is_open = False
 
     def numbers(self):
-        """What was logged, except texts."""
+        """All logged numbers, without the texts."""
         return sorted(entry for entry in self.entries if not isinstance(entry[2], str))
 
     def texts(self):

@@ -135,7 +135,7 @@ def fail_on_files(handle):
 def write_all_kinds(folder):
     """Write a file in each way that the library has."""
     write_tensors(folder / "t.safetensors", {"a": torch.ones(3)})
-    log = JsonLinesSink(folder, num_updates=0)
+    log = JsonLinesSink(folder, lines=[], num_updates=0)
     try:
         log.record("training", 1, {})
         log.flush()

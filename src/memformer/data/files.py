@@ -71,9 +71,8 @@ def _locate(name: str, option: str) -> list[SourceFile]:
         return [SourceFile(path, True)]
     if not glob.has_magic(name):
         raise InputError(f"{option} ({name}) does not exist")
-    # Path.glob does not accept absolute patterns.
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207  Path.glob refuses absolute patterns
-    found = sorted(match for match in matches if has_content(match))
+    found_paths = glob.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob refuses absolute patterns
+    found = sorted(match for match in map(Path, found_paths) if has_content(match))
     if not found:
         raise InputError(f"{option} ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]

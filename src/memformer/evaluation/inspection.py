@@ -14,9 +14,9 @@ from memformer.errors import InputError
 from memformer.evaluation.inspection_parts import Lifetimes, PassageList, Sampler, SlotHistory
 from memformer.evaluation.inspection_results import InspectedTimestep, Inspection
 from memformer.evaluation.inspection_streams import TokenTexts
-from memformer.evaluation.likelihood import encode_erased
+from memformer.evaluation.token_surprisal import target_surprisal
 from memformer.models.memformer import Memformer
-from memformer.models.recurrence import RecurrentModel, reading, unwrapped
+from memformer.models.recurrence import reading, unwrapped
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.nn.attention import AttentionRecord
 from memformer.rollout import Rollout
@@ -182,7 +182,7 @@ class _Inspector:
             self._timestep = 0 if is_new else self._timestep + 1
             places.append((self._document, self._timestep))
             readings.append(self._read_segment(rollout, index, is_new=is_new))
-        nll = self._read_out(rollout, torch.cat([reading.hidden for reading in readings]))
+        nll = target_surprisal(self._model, rollout, torch.cat([reading.hidden for reading in readings]))
         for index, (document, timestep) in enumerate(places):
             self._collect(cpu_rollout, index, document, timestep, readings[index], nll[:, index])
 
@@ -205,20 +205,6 @@ class _Inspector:
             readers=torch.stack([reader[0].double().mean(dim=0)[tokens] for reader in record.reader]).cpu().numpy(),
             hidden=hidden,
         )
-
-    def _read_out(self, rollout: Rollout, hidden: Tensor) -> NDArray[np.float64]:
-        """Return the surprisal of the targets in nats with memory and with it erased, (2, N, T).
-
-        Raises:
-            InputError: It is not finite.
-        """
-        padding = None if rollout.input_padding is None else rollout.input_padding[:, 0]
-        (erased,) = encode_erased(self._model, rollout.inputs[:, 0], padding)
-        nll = [_token_nll(self._model, rollout, states, padding) for states in (hidden, erased)]
-        found = torch.stack(nll).double().cpu().numpy()
-        if not np.isfinite(found).all():
-            raise InputError("the model's negative log-likelihood is not finite: the model's weights are broken")
-        return found
 
     def _collect(
         self,
@@ -319,16 +305,6 @@ def _affordable_timesteps(model: SlotModel) -> int:
     num_layers = len(model.encoder.layers if isinstance(model, Memformer) else model.layers)
     per_timestep = model.memory_shape[0] * (1 + model.segment_length) * (1 + num_layers)
     return min(_MOST_TIMESTEPS, max(4, _KEPT_WEIGHTS // per_timestep))
-
-
-def _token_nll(model: RecurrentModel, rollout: Rollout, hidden: Tensor, padding: Tensor | None) -> Tensor:
-    """Return the negative log-likelihood of the targets of a rollout of one row in nats, (N, T)."""
-    return model.token_nll(
-        rollout.targets[:, 0],
-        hidden=hidden,
-        hidden_padding_mask=padding,
-        target_padding_mask=None if rollout.target_padding is None else rollout.target_padding[:, 0],
-    )
 
 
 def _ids(tokens: Tensor, padding: Tensor | None, index: int) -> list[int]:

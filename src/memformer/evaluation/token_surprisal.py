@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from memformer.errors import InputError
 from memformer.evaluation.inspection_streams import read_stream
 from memformer.evaluation.likelihood import encode_erased
 from memformer.models import LanguageModel
-from memformer.models.recurrence import reading
+from memformer.models.recurrence import RecurrentModel, reading
+from memformer.rollout import Rollout
 
 
 def token_surprisal(
@@ -37,21 +39,39 @@ def token_surprisal(
         memory = model.initial_memory(1)
         for rollout in read_stream(pieces, segment_length=model.segment_length, bos_token_id=model.bos_token_id):
             rollout = model.align_inputs(rollout).to(model.device)
-            padding = None if rollout.input_padding is None else rollout.input_padding[:, 0]
             hiddens = []
             for index, segment in enumerate(rollout.inputs):
                 mask = None if rollout.input_padding is None else rollout.input_padding[index]
                 hidden, memory = model.encode(segment, memory=memory, padding_mask=mask)
                 hiddens.append(hidden)
-            (erased,) = encode_erased(model, rollout.inputs[:, 0], padding)
-            targets = rollout.targets[:, 0]
-            nll = [
-                model.token_nll(targets, hidden=states, hidden_padding_mask=padding)
-                for states in (torch.cat(hiddens), erased)
-            ]
-            counts = slice(None) if rollout.target_padding is None else ~rollout.target_padding[:, 0]
-            found.append(torch.stack([values[counts].flatten() for values in nll]).double().cpu().numpy())
+            values = target_surprisal(model, rollout, torch.cat(hiddens))
+            padding = rollout.target_padding
+            found.append(values.reshape(2, -1) if padding is None else values[:, ~padding[:, 0].cpu().numpy()])
     with_memory, memory_erased = np.concatenate(found, axis=1)
-    if not (np.isfinite(with_memory).all() and np.isfinite(memory_erased).all()):
-        raise InputError("the negative log-likelihood is not finite: the model's weights are broken")
     return with_memory, memory_erased
+
+
+def target_surprisal(model: RecurrentModel, rollout: Rollout, hidden: Tensor) -> NDArray[np.float64]:
+    """Return the surprisal of the targets of a rollout of one row in nats with memory and with it erased, (2, N, T).
+
+    Args:
+        model: The model.
+        rollout: The rollout, on the model's device.
+        hidden: (N, R, D), the hidden states of its timesteps with memory.
+
+    Raises:
+        InputError: A value is not finite, because the model's weights are broken.
+    """
+    padding = None if rollout.input_padding is None else rollout.input_padding[:, 0]
+    target_padding = None if rollout.target_padding is None else rollout.target_padding[:, 0]
+    (erased,) = encode_erased(model, rollout.inputs[:, 0], padding)
+    nll = [
+        model.token_nll(
+            rollout.targets[:, 0], hidden=states, hidden_padding_mask=padding, target_padding_mask=target_padding
+        )
+        for states in (hidden, erased)
+    ]
+    found = torch.stack(nll).double().cpu().numpy()
+    if not np.isfinite(found).all():
+        raise InputError("the model's negative log-likelihood is not finite: the model's weights are broken")
+    return found

@@ -13,7 +13,7 @@ from memformer.models import load_model
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth, measure_times
 from memformer.reproduction.results import RowFigures, collect
 from memformer.reproduction.runs import Run, plan_runs
-from memformer.reproduction.tables import Table, check_keys, read_table
+from memformer.reproduction.tables import Table, check_keys, check_names, read_table
 from memformer.training.run_folder import BEST
 from memformer.utils.checks import check_integer, refuse_unknown_keys
 from memformer.utils.yaml_files import read_yaml
@@ -79,7 +79,7 @@ class Part:
 
     @property
     def workload(self) -> Workload:
-        """What is read and generated in the measurements, on the device of the table's runs."""
+        """The amount to read and to generate when costs are measured, and the device of the table's runs."""
         run = self.table.scale(self.scale).run
         settings = {name: run[name] for name in ("device", "threads") if name in run}
         return Workload(streams=self.streams, tokens=self.tokens, **settings)
@@ -112,7 +112,7 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What was found out about one row.
+    """The results and costs of one row.
 
     Attributes:
         group: Group of the row.
@@ -164,13 +164,13 @@ def read_headline(folder: Path, scale: str) -> Headline:
     """
     file = folder / HEADLINE_FILE
     given = read_yaml(file)
-    _check_names(given, ("title", "paper", "scales"), owner=str(file))
-    _check_names(given["paper"], ("text", "ratios"), owner=f"{file}, paper")
+    check_names(given, required=("title", "paper", "scales"), owner=str(file))
+    check_names(given["paper"], required=("text", "ratios"), owner=f"{file}, paper")
     refuse_unknown_keys(given["paper"]["ratios"], valid=COSTS, owner=f"{file}, paper.ratios")
     if scale not in given["scales"]:
         raise InputError(f"{folder.name} has no scale {scale!r}; it has {', '.join(given['scales'])}")
     shared, owner = given["scales"][scale], f"{file}, scale {scale}"
-    _check_names(shared, ("note", "rounds", "parts"), owner=owner)
+    check_names(shared, required=("note", "rounds", "parts"), owner=owner)
     check_integer(f"rounds of {owner}", shared["rounds"], 1)
     parts = [_read_part(part, folder.parent, owner=f"{owner}, part {n}") for n, part in enumerate(shared["parts"], 1)]
     return Headline(
@@ -193,12 +193,6 @@ def _read_part(fields: dict[str, Any], tables: Path, *, owner: str) -> Part:
     if len(part.labels) < len(part.transformer_xl) + len(part.memformer) + len(part.others):
         raise InputError(f"{owner}: a row is in more than one of transformer_xl, memformer and others")
     return part
-
-
-def _check_names(given: dict[str, Any], names: Sequence[str], *, owner: str) -> None:
-    refuse_unknown_keys(given, valid=names, owner=owner)
-    if missing := [name for name in names if name not in given]:
-        raise InputError(f"{owner} lacks {missing[0]!r}")
 
 
 def measure_part(part: Part, runs: Sequence[Run], *, rounds: int, say: Callable[[str], None]) -> list[Measured]:

@@ -19,7 +19,7 @@ from memformer.utils.machine import choose_device
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What the models read and generate.
+    """The amount that the models read and generate when they are measured.
 
     Attributes:
         streams: Token streams that are scored side by side; one stream is generated.

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -179,12 +179,29 @@ def check_keys(fields: Mapping[str, Any], *, kind: Any, owner: str, without: Col
     Raises:
         InputError: A key is unknown, or one without a default is missing.
     """
-    valid = {field.name: field for field in dataclasses.fields(kind) if field.name not in without}
-    refuse_unknown_keys(fields, valid=valid, owner=owner)
-    for name, field in valid.items():
-        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if is_required and name not in fields:
-            raise InputError(f"{owner} lacks {name!r}")
+    valid = [field for field in dataclasses.fields(kind) if field.name not in without]
+    required = [each for each in valid if each.default is each.default_factory is dataclasses.MISSING]
+    check_names(fields, required=[each.name for each in required], valid=[each.name for each in valid], owner=owner)
+
+
+def check_names(
+    given: Iterable[str], *, required: Sequence[str], valid: Sequence[str] | None = None, owner: str
+) -> None:
+    """Check the keys of a mapping.
+
+    Args:
+        given: The keys.
+        required: Keys that must be there.
+        valid: Keys that may be there. None: only the required ones.
+        owner: Where the mapping is, for the message.
+
+    Raises:
+        InputError: A key is unknown or missing.
+    """
+    given = list(given)
+    refuse_unknown_keys(given, valid=required if valid is None else valid, owner=owner)
+    if missing := [name for name in required if name not in given]:
+        raise InputError(f"{owner} lacks {missing[0]!r}")
 
 
 def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,15 +54,15 @@ class JsonLinesSink(LogSink):
 
     Args:
         folder: The run folder.
-        num_updates: Updates already completed. Later lines of an existing log are deleted, because the resumed run
-            repeats them.
+        lines: Entries of the existing log (`read_log`), which is written again without later ones.
+        num_updates: Updates already completed. Entries of later updates are deleted, because the resumed run repeats
+            them.
     """
 
-    def __init__(self, folder: Path, *, num_updates: int) -> None:
+    def __init__(self, folder: Path, *, lines: Sequence[LoggedValues], num_updates: int) -> None:
         file = folder / LOG_FILE
         if file.exists():
-            kept = [line for line in read_log(folder) if line["update"] <= num_updates]
-            write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(file, "".join(json.dumps(line) + "\n" for line in lines if line["update"] <= num_updates))
         self._lines = file.open("a", encoding="utf-8")
 
     def record(self, kind: str, num_updates: int, values: LoggedValues) -> None:
@@ -255,19 +255,22 @@ def open_log(folder: Path, *, total_updates: int, num_updates: int, config: RunC
         SaveError: The log cannot be written.
     """
     with contextlib.ExitStack() as opened:
-        # What a killed process has logged tells what the trackers have, so it is read before it is cut.
-        trackers = [] if config is None else _open_trackers(config, folder, num_updates, opened)
-        sinks = [JsonLinesSink(folder, num_updates=num_updates), *trackers]
+        # The log of a killed process shows how much the trackers have received, so they are opened before it is cut.
+        lines = read_log(folder) if (folder / LOG_FILE).exists() else []
+        trackers = [] if config is None else _open_trackers(config, folder, num_updates, lines, opened)
+        sinks = [JsonLinesSink(folder, lines=lines, num_updates=num_updates), *trackers]
         opened.pop_all()
     return RunLog(sinks, progress=ProgressBar("training", total_updates, unit="update", completed=num_updates))
 
 
 def _open_trackers(
-    config: RunConfig, folder: Path, num_updates: int, opened: contextlib.ExitStack
+    config: RunConfig,
+    folder: Path,
+    num_updates: int,
+    lines: Sequence[LoggedValues],
+    opened: contextlib.ExitStack,
 ) -> list[TrackerSink]:
-    logged: dict[str, int] = {}
-    for line in read_log(folder) if (folder / LOG_FILE).exists() else []:
-        logged[line["kind"]] = line["update"]
+    logged: dict[str, int] = {line["kind"]: line["update"] for line in lines}
     # Samples are no lines of the log; they follow evaluations.
     states = TrackerStates(folder, logged={**logged, SAMPLE: logged.get("evaluation", 0)})
     run = TrackedRun(

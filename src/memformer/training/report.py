@@ -110,7 +110,7 @@ class _Picture(NamedTuple):
     def of(cls, read: Callable[[], KeptShares] | None) -> "_Picture":
         if read is None:
             return cls(None, "the page was written without the run's data; memformer report reads it")
-        # Whatever goes wrong here, the rest of the page is worth having, and the reader of the page is told.
+        # An error must not cost the rest of the page: the page says which one it was.
         try:
             kept = read()
             return cls(to_svg(draw_kept_shares(kept)), kept.description, len(kept.shares), len(kept.starts))

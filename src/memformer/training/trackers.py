@@ -61,7 +61,7 @@ class Tracker(ABC):
     def log_text(self, num_updates: int, name: str, text: str) -> None:
         """Log a text after an update."""
 
-    def flush(self) -> None:  # noqa: B027  most trackers send by themselves
+    def flush(self) -> None:  # noqa: B027  empty on purpose: only a tracker with files overrides it
         """Write what was logged to disk, if the tracker has files that can be flushed."""
 
     @abstractmethod
@@ -196,7 +196,7 @@ def numbers_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TrackerStates:
-    """What the trackers of a run have, in `trackers.json` in the run folder, so that a resumed run continues there.
+    """How much of a run each tracker has received, in `trackers.json` in the run folder; a resumed run goes on there.
 
     A tracker has the events of a kind up to an update. While it is in use this is not written down for every event: if
     the process is killed, the run's own log tells what the tracker has, because an event is written there first.
