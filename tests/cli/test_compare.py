@@ -9,7 +9,7 @@ import yaml
 from tests.cli.calls import call, call_json, refused
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair(base):
     """Run folders of a Memformer and a Transformer-XL, trained by two commands that differ in one word."""
     folders = []

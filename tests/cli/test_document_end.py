@@ -12,7 +12,7 @@ from tests.cli.calls import call, call_json, refused
 GREEDY = ("--temperature", "0")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ended(base):
     """A run on words with the token: few words, so that it is generated soon."""
     argv = ["train", base / "config.yaml", "--folder", base / "ended", "--data.end_of_document", "true"]

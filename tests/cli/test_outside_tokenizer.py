@@ -10,7 +10,7 @@ from tests.cli.calls import call, call_json, refused
 from tests.data.outside import byte_level, word_piece
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(base):
     (base / "outside").mkdir()
     byte_level().save(str(base / "outside" / "tokenizer.json"))

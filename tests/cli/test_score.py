@@ -27,7 +27,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(lines_module, "_PART_TOKENS", 7)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(base, run_folder):
     """Runs with one kind of tokenizer each."""
     (base / "tokenizer").mkdir()

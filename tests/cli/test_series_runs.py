@@ -34,13 +34,13 @@ def write_csv(file, values):
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def values():
     time = np.arange(300)
     return np.stack([np.sin(time / 5), np.cos(time / 3) * 100], axis=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def series(base, values):
     file = write_csv(base / "series.csv", values)
     return base / "series-run", call_json(*arguments(base, file, base / "series-run")), file
