@@ -33,7 +33,8 @@ demo-text: setup
 	@echo "  $(BIN)/memformer generate $(TEXT_DEMO) --prompt_file FILE --save_session STATE  save the memory for later"
 
 # The tests of the parts check shapes and types at every call; the rest runs without (tests/conftest.py).
-CHECKED = -n 2 --dist worksteal --part checked --jaxtyping-packages=memformer,beartype.beartype
+SHAPES = --jaxtyping-packages=memformer,beartype.beartype
+CHECKED = -n 2 --dist worksteal --part checked $(SHAPES)
 REST = -n 2 --dist worksteal --part rest
 test: setup
 	$(BIN)/pytest $(CHECKED)
@@ -72,6 +73,7 @@ check: setup
 
 # Long-running tests: kills at random times, documents of growing length, long streams, damaged files.
 soak: setup
+	$(BIN)/pytest -n 2 --dist worksteal $(SHAPES) tests/evaluation tests/generation tests/training
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
 	$(BIN)/python -m tests.soak.long_horizon

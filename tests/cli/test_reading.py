@@ -13,13 +13,15 @@ from memformer.cli import prompts
 from memformer.utils.files import read_tensors_and_metadata
 from memformer.utils.ownership import owned_file
 from tests.cli.calls import call, call_json, refused
+from tests.training.jobs import run_job
 
+PIECE_TOKENS = 5
 PROMPT = "the cat sat on a mat while dogs ran on the cat; "
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(prompts, "_PIECE_TOKENS", 5)
+    monkeypatch.setattr(prompts, "_PIECE_TOKENS", PIECE_TOKENS)
 
 
 def arguments(run_folder, *options):
@@ -27,23 +29,21 @@ def arguments(run_folder, *options):
 
 
 def generate_and_die(argv, num_tokens):
-    """Run the command in a forked process that is killed when the session has read so many tokens."""
-    child = os.fork()
-    if not child:
-        feed = Session.feed
+    """Run the command in a process that is killed when the session has read so many tokens."""
+    assert run_job(generate_until_killed, argv, num_tokens, count=1).status == -signal.SIGKILL
 
-        def feed_and_die(session, part):
-            feed(session, part)
-            if session.num_tokens[0] >= num_tokens:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-        try:
-            Session.feed = feed_and_die
-            call(*argv)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+def generate_until_killed(argv, num_tokens):
+    feed = Session.feed
+
+    def feed_and_die(session, part):
+        feed(session, part)
+        if session.num_tokens[0] >= num_tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Session.feed = feed_and_die
+    prompts._PIECE_TOKENS = PIECE_TOKENS
+    call(*argv)
 
 
 def num_read(run_folder, file):

@@ -13,18 +13,21 @@ import pytest
 
 from memformer import Session
 from memformer.cli import prompts
+from memformer.cli.main import main
 from memformer.data import lines as lines_module
 from memformer.training.run_folder import load_run
 from memformer.utils.ownership import owned_file
 from tests.cli.calls import call, call_json, make_text, refused
 from tests.data.outside import byte_level
+from tests.training.jobs import run_job
 
+PART_TOKENS = 7
 TEXT = "the cat sat on a mat\nwhile dogs ran\n\nxQ%9 \u65e5\u672c zz!\nthe cat sat\nthe cat ran on"
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(lines_module, "_PART_TOKENS", 7)
+    monkeypatch.setattr(lines_module, "_PART_TOKENS", PART_TOKENS)
 
 
 @pytest.fixture(scope="session")
@@ -135,43 +138,33 @@ def test_the_session_of_an_unfinished_line_of_subwords_warns_generate(runs, tmp_
 
 
 def score_and_die(argv, num_tokens, *, after_save=False):
-    """Run the command in a forked process, killed once the session has read so many tokens; return stdout.
+    """Run the command in a process that is killed once the session has read so many tokens; return what it printed.
 
     It is killed before it scores more, or after it has saved the session.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        score, save = Session.score, Session.save
+    done = run_job(score_until_killed, [str(argument) for argument in argv], num_tokens, after_save, count=1)
+    assert done.status == -signal.SIGKILL, done.output
+    return done.output
 
-        def kill(session):
-            if session.num_tokens[0] >= num_tokens:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-        def kill_and_score(session, part):
-            kill(session)
-            return score(session, part)
+def score_until_killed(argv, num_tokens, after_save):
+    score, save = Session.score, Session.save
 
-        def save_and_kill(session, *args, **kwargs):
-            save(session, *args, **kwargs)
-            kill(session)
+    def kill(session):
+        if session.num_tokens[0] >= num_tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        try:
-            Session.score, Session.save = (score, save_and_kill) if after_save else (kill_and_score, save)
-            import sys
+    def kill_and_score(session, part):
+        kill(session)
+        return score(session, part)
 
-            with os.fdopen(writer, "w") as sys.stdout:
-                from memformer.cli.main import main
+    def save_and_kill(session, *args, **kwargs):
+        save(session, *args, **kwargs)
+        kill(session)
 
-                main([str(argument) for argument in argv])
-        finally:
-            os._exit(1)
-    os.close(writer)
-    with os.fdopen(reader) as out:
-        printed = out.read()
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    return printed
+    lines_module._PART_TOKENS = PART_TOKENS
+    Session.score, Session.save = (score, save_and_kill) if after_save else (kill_and_score, save)
+    main(argv)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Training: gradients that add up in any order and over processes, and the Trainer of transformers."""
 
 import dataclasses
-import multiprocessing
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="needs the extra hf")
@@ -14,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from memformer import Session, backpropagate, load_model
+from memformer.training.processes import processes_started
 from tests.helpers import SEGMENT_LENGTH, assert_close
 from tests.hf.models import make_hf, rollout_of, texts
+from tests.training.jobs import run_job
 
 LENGTH = 2 * SEGMENT_LENGTH
 # For tests with many updates.
@@ -83,42 +83,38 @@ def test_autocast_applies_to_the_replay():
 
 
 # The second model has a parameter that gets no gradient.
-@pytest.mark.parametrize("kind", ["default", "without memory"])
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_share_their_gradients(kind, tmp_path):
-    # Forked, so that nothing is imported again.
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, kind, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    expected = one_batch_gradients(batch(4), kind)
-    later = one_batch_gradients(batch(4, seed=8), kind)
-    found = load_file(tmp_path / "once")
-    assert_same(found, expected)
-    assert_same(load_file(tmp_path / "accumulated"), {name: grad + later[name] for name, grad in expected.items()})
+KINDS = ["default", "without memory"]
 
 
-def work(rank, kind, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = make_hf(kind).train()
-    # As the Trainer does it.
-    parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    first, second = (each[2 * rank : 2 * rank + 2] for each in (batch(4), batch(4, seed=8)))
-    parallel(input_ids=first, labels=first)
-    parallel(input_ids=first, labels=first).loss.backward()
-    once = gradients(model)
-    model.zero_grad()
-    with parallel.no_sync():
-        parallel(input_ids=first, labels=first).loss.backward()
-    parallel(input_ids=second, labels=second).loss.backward()
-    if rank == 0:
-        save_file(once, folder / "once")
-        save_file(gradients(model), folder / "accumulated")
-    dist.barrier()
-    dist.destroy_process_group()
+def test_processes_share_their_gradients(tmp_path):
+    done = run_job(share_gradients, tmp_path)
+    assert done.status == 0, done.output
+    for kind in KINDS:
+        expected = one_batch_gradients(batch(4), kind)
+        later = one_batch_gradients(batch(4, seed=8), kind)
+        assert_same(load_file(tmp_path / f"{kind}, once"), expected)
+        added = {name: grad + later[name] for name, grad in expected.items()}
+        assert_same(load_file(tmp_path / f"{kind}, accumulated"), added)
+
+
+def share_gradients(folder):
+    with processes_started("cpu") as processes:
+        for kind in KINDS:
+            model = make_hf(kind).train()
+            # As the Trainer does it.
+            parallel = DistributedDataParallel(model, find_unused_parameters=True)
+            rows = slice(2 * processes.rank, 2 * processes.rank + 2)
+            first, second = batch(4)[rows], batch(4, seed=8)[rows]
+            parallel(input_ids=first, labels=first)
+            parallel(input_ids=first, labels=first).loss.backward()
+            once = gradients(model)
+            model.zero_grad()
+            with parallel.no_sync():
+                parallel(input_ids=first, labels=first).loss.backward()
+            parallel(input_ids=second, labels=second).loss.backward()
+            if processes.is_first:
+                save_file(once, folder / f"{kind}, once")
+                save_file(gradients(model), folder / f"{kind}, accumulated")
 
 
 class Recorder:

@@ -71,11 +71,15 @@ def test_memory_growth_is_larger_for_bptt_than_for_replay():
     assert growth["bptt"] > 2 * growth["replay"] > 0
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_invalid_input_gives_one_error_line(tmp_path, monkeypatch):
     models = {"memformer": {**MEMFORMER, "segment_length": 0}}
     options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2])
     assert "segment_length (0) must be at least 1" in refused("reproduce", *options)
     assert "costs has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
+
+
+def test_a_measurement_that_fails_in_its_process_is_an_input_error():
     with pytest.raises(InputError, match="measuring lstm failed"):
         measure_growth(
             Setting(model_type="lstm", model={"d_modle": 3}, batch_size=1, num_timesteps=1), MethodSpec("replay")

@@ -33,9 +33,8 @@ def load_run_of(options: Any) -> LoadedRun:
     )
     if device.type == "cpu" and run.model.memory_dtype != next(run.model.parameters()).dtype:
         run.model.float()
-    trained_with = None if run.run_config is None else run_config_of(run).threads
-    if options.threads is None and trained_with is not None:
-        torch.set_num_threads(trained_with)
+    if options.threads is None and run.run_config is not None:
+        _set_threads(run.run_config.get("threads"))
     return run
 
 
@@ -78,7 +77,11 @@ def prepare_torch(device: str, threads: int | None) -> torch.device:
     Raises:
         InputError: The number of threads is out of range, or the device does not exist.
     """
-    check_threads(threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     return choose_device(device)
+
+
+def _set_threads(threads: object) -> None:
+    number = check_threads(threads)
+    if number is not None:
+        torch.set_num_threads(number)

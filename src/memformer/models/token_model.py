@@ -49,6 +49,8 @@ class TokenModel(Pretrained, RecurrentModel):
 
     def _initialise(self) -> None:
         """Draw the weights of linear layers and embeddings at random; biases start at 0."""
+        if next(self.parameters()).is_meta:
+            return  # loaded weights follow
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
