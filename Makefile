@@ -34,8 +34,9 @@ demo-text: setup
 
 # The tests of the parts check shapes and types at every call; the rest runs without (tests/conftest.py).
 SHAPES = --jaxtyping-packages=memformer,beartype.beartype
-CHECKED = -n 2 --dist worksteal --part checked $(SHAPES)
-REST = -n 2 --dist worksteal --part rest
+# Three processes for two cores, because some tests wait.
+CHECKED = -n 3 --dist worksteal --part checked $(SHAPES)
+REST = -n 3 --dist worksteal --part rest
 test: setup
 	$(BIN)/pytest $(CHECKED)
 	$(BIN)/pytest $(REST)

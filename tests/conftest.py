@@ -41,6 +41,11 @@ def pytest_ignore_collect(collection_path, config):
     return True if is_checked != (part == "checked") else None
 
 
+def pytest_collection_modifyitems(items):
+    # The longest tests first, so that no process works on one of them while the others have nothing left to do.
+    items.sort(key=lambda item: "compiled" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     torch.manual_seed(0)
@@ -49,6 +54,12 @@ def _repeatable():
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def variant(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """No test survives a power cut, so none waits until the disk has what was written."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
