@@ -32,11 +32,12 @@ demo-text: setup
 	@echo "  $(BIN)/memformer train $(TEXT_DEMO) --resume --training.num_updates 2000     continue training"
 	@echo "  $(BIN)/memformer generate $(TEXT_DEMO) --prompt_file FILE --save_session STATE  save the memory for later"
 
-# The tests of the parts check shapes and types at every call; the rest runs without (tests/conftest.py).
-SHAPES = --jaxtyping-packages=memformer,beartype.beartype
 # Three processes for two cores, because some tests wait.
-CHECKED = -n 3 --dist worksteal --part checked $(SHAPES)
-REST = -n 3 --dist worksteal --part rest
+PARALLEL = -n 3 --dist worksteal
+SHAPES = --jaxtyping-packages=memformer,beartype.beartype
+# The tests of the parts check shapes and types at every call; the rest runs without (tests/conftest.py).
+CHECKED = $(PARALLEL) --part checked $(SHAPES)
+REST = $(PARALLEL) --part rest
 test: setup
 	$(BIN)/pytest $(CHECKED)
 	$(BIN)/pytest $(REST)
@@ -72,9 +73,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Long-running tests: kills at random times, documents of growing length, long streams, damaged files.
+# Long-running tests: more tests with the checks of shapes and types, kills at random times, documents of growing
+# length, long streams, damaged files.
 soak: setup
-	$(BIN)/pytest -n 2 --dist worksteal $(SHAPES) tests/evaluation tests/generation tests/training
+	$(BIN)/pytest $(PARALLEL) $(SHAPES) tests/data tests/generation tests/utils
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
 	$(BIN)/python -m tests.soak.long_horizon

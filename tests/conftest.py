@@ -16,11 +16,10 @@ from tests.helpers import VARIANTS, tiny_model
 torch.set_num_threads(1)
 
 
-# Tests of the parts of the package that `make test` runs with the annotated shapes and types checked at every call; the
-# checks double their time. `make soak` runs more tests with them.
+# Tests of the parts of the package: `make test` runs them with the annotated shapes and types checked at every call,
+# which doubles their time. `make soak` runs more tests with the checks.
 CHECKED_FOLDERS = {"evaluation", "models", "nn"}
-CHECKED_FILES = {"test_engine.py", "test_rollout.py"}
-UNCHECKED_FILES = {"test_document_retention.py", "test_inspection.py", "test_recall.py"}
+CHECKED_FILES = {"test_engine.py", "test_rollout.py", "test_session.py"}
 
 
 def pytest_addoption(parser):
@@ -36,8 +35,7 @@ def pytest_ignore_collect(collection_path, config):
     if part is None or collection_path.is_dir():
         return None
     folder = collection_path.relative_to(Path(__file__).parent).parts[0]
-    name = collection_path.name
-    is_checked = name in CHECKED_FILES or (folder in CHECKED_FOLDERS and name not in UNCHECKED_FILES)
+    is_checked = folder in CHECKED_FOLDERS or collection_path.name in CHECKED_FILES
     return True if is_checked != (part == "checked") else None
 
 

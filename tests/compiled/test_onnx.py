@@ -15,20 +15,22 @@ from memformer import InputError, Session
 from memformer.generation import onnx_export
 from memformer.generation.onnx_export import DECODING_STEP_FILE, SIZES_FILE, TIMESTEP_FILE, export_onnx
 from tests.cli.calls import call, refused
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
 
 S = SEGMENT_LENGTH
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "onnx.md"
-# All that changes the graphs in one model, because to export one takes many seconds.
-OPTIONS = {
-    "decoder_starts_from_last_token": True,
-    "convolution_kernel": 3,
-    "write_normalizer": "entmax15",
-    "write_competition": True,
-    "forgetting_when_written": True,
-    "free_slot_bias": 1.0,
-    "adaptive_cutoffs": (4, 8),
+MEMFORMERS = {
+    "default": {},
+    "options": {
+        "decoder_starts_from_last_token": True,
+        "convolution_kernel": 3,
+        "write_normalizer": "entmax15",
+        "write_competition": True,
+        "forgetting_when_written": True,
+        "free_slot_bias": 1.0,
+        "adaptive_cutoffs": (4, 8),
+    },
 }
 
 
@@ -69,11 +71,11 @@ class Graphs:
         return self.run(TIMESTEP_FILE, inputs)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=MEMFORMERS.values(), ids=MEMFORMERS.keys())
+def exported(request, tmp_path_factory):
     """A model, and the folder of its graphs as the command writes it."""
     folder = tmp_path_factory.mktemp("onnx")
-    model = make(**OPTIONS)
+    model = make(**request.param)
     model.save_pretrained(folder / "model")
     status, out, error = call("export", folder / "model", "--onnx", folder / "exported" / "graphs", "--json")
     assert status == 0, error
@@ -108,25 +110,6 @@ def test_steps_equal_a_session_for_any_number_of_rows(exported):
                 np.testing.assert_allclose(state["next_memory"], session.memory, rtol=1e-4, atol=1e-5)
 
 
-def test_the_modules_of_a_model_without_a_start_equal_a_session():
-    """The default model's timestep has one result less; exporting it too would take a quarter of a minute."""
-    model = make()
-    examples = onnx_export.example_inputs(model, rows=3)
-    assert "start" not in examples[DECODING_STEP_FILE]
-    segment = torch.randint(0, VOCAB_SIZE, (3, S))
-    session = Session(model, batch_size=3)
-    session.feed(segment.tolist())
-    with torch.no_grad():
-        begun = onnx_export.Timestep(model)(**examples[TIMESTEP_FILE])
-        unpadded = torch.zeros(3, S, dtype=torch.bool)
-        read = onnx_export.Timestep(model)(segment, unpadded, begun[0], torch.zeros(3, dtype=torch.bool))
-        assert_close(read[0], session.memory, relative=1e-5)
-        names = ("past_keys", "past_values", "past_keep_mask")
-        inputs = {**examples[DECODING_STEP_FILE], **dict(zip(names, read[1:], strict=True))}
-        logits = onnx_export.DecodingStep(model)(**inputs)[0]
-    assert_close(logits, session.next_token_logits(), relative=1e-5)
-
-
 def test_the_example_of_the_documentation_generates_what_a_session_does(exported, monkeypatch):
     model, folder = exported
     monkeypatch.chdir(folder.parents[1])
@@ -138,7 +121,7 @@ def test_the_example_of_the_documentation_generates_what_a_session_does(exported
 
 @pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory"])
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
-    model = tiny_baseline(name, num_layers=1).float().eval()
+    model = tiny_baseline(name).float().eval()
     graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
     assert list(graphs.graphs) == [TIMESTEP_FILE]
     rows, length = 3, model.segment_length

@@ -23,7 +23,7 @@ def test_next_token_distribution_matches_the_whole_document(variant):
         session.feed([token])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     length=st.integers(0, 5 * SEGMENT_LENGTH),
     parts=st.lists(st.tuples(st.integers(0, 2 * SEGMENT_LENGTH + 1), st.booleans()), max_size=8),

@@ -49,6 +49,7 @@ def test_another_distribution_of_the_same_import_name_is_named(tmp_path):
     done = run(f"import sys; sys.path.append({str(tmp_path)!r}); import memformer")
     assert done.returncode == 0, done.stderr
     assert "the distribution memformer 0.3.1 is installed together with memformer-lm" in done.stderr
+    assert "memformer 0.3.1" not in run("import memformer").stderr
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps"])
