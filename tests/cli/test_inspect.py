@@ -133,7 +133,7 @@ def test_the_page_of_a_run_goes_into_its_folder(copied, text):
     assert (copied / "inspect.html").exists()
     for shown in ("holding", "aggregating", "fast turnover", "60-80 %", "memory gain", "timesteps is kept in full"):
         assert shown in out
-    assert "Every 8th of the stream" in (copied / "inspect.html").read_text(encoding="utf-8")
+    assert "One in 8 of the stream" in (copied / "inspect.html").read_text(encoding="utf-8")
 
 
 def test_without_a_text_a_run_reads_its_own_data(run_folder, digits):

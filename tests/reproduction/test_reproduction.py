@@ -114,6 +114,19 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, 
     result = json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])
     assert result["rows"][0]["row"] == "2-memory"
     check_what_is_reused(table, tmp_path, run=out / "2-memory-seed-0")
+    check_damaged_results(table, run=out / "2-memory-seed-0")
+
+
+def check_damaged_results(table, *, run):
+    """Results that lack a value are named; nothing is written from them."""
+    for name, content in {
+        "log.jsonl": b'{"kind": "evaluation", "update": 2}\n',
+        "evaluation.json": b'{"num_tokens": 1}',
+    }.items():
+        intact = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        assert f"in {run} lacks a value" in refused("reproduce", *table, "--only_write")
+        (run / name).write_bytes(intact)
 
 
 def check_what_is_reused(table, tmp_path, *, run):

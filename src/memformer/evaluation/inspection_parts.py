@@ -64,9 +64,9 @@ class Sampler:
                 f"({len(self.timesteps):,} timesteps); sums, slots and passages cover all of them."
             )
         return (
-            f"Every {self._distance:,}th of the stream's {num_timesteps:,} timesteps is kept in full "
+            f"One in {self._distance:,} of the stream's {num_timesteps:,} timesteps is kept in full "
             f"({len(self.timesteps):,} timesteps); sums, slots and passages cover all of them."
-        ).replace(" 2th ", " 2nd ")
+        )
 
 
 class _Mark(NamedTuple):

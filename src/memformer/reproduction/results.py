@@ -70,7 +70,7 @@ def collect(runs: Sequence[Run], scale: ScaleConfig) -> list[RowFigures]:
                 row=row,
                 parameters=model.num_parameters,
                 flops=flops_per_token(model) * scale.flops_tokens,
-                results={run.seed: run.result() for run in finished},
+                results={run.seed: run.result(scale.metric) for run in finished},
             )
         )
     return found

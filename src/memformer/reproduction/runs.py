@@ -19,7 +19,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import TrainingConfig
-from memformer.training.logs import read_log
+from memformer.training.logs import LOG_FILE, read_log
 from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
 from memformer.utils.progress import ProgressBar
@@ -48,18 +48,24 @@ class Run:
         """Whether the run was trained to its end and evaluated."""
         return (self.folder / RESULT_FILE).is_file()
 
-    def result(self) -> dict[str, Any]:
+    def result(self, metric: str) -> dict[str, Any]:
         """Return the final evaluation, with the number of training tokens and the training time in seconds.
 
+        Args:
+            metric: The metric that the evaluation must have.
+
         Raises:
-            CheckpointError: A file of the run is missing or damaged.
+            CheckpointError: A file of the run is missing or damaged, or lacks a value.
         """
-        training = [line for line in read_log(self.folder) if line["kind"] == "training"][-1]
-        return {
-            **read_json(self.folder / RESULT_FILE),
-            "tokens_trained": training["num_tokens"],
-            "training_seconds": training["seconds"],
-        }
+        training = [line for line in read_log(self.folder) if line["kind"] == "training"]
+        result = read_json(self.folder / RESULT_FILE)
+        try:
+            for memory in ("with_memory", "memory_erased"):
+                float(result[memory][metric])
+            last = training[-1]
+            return {**result, "tokens_trained": last["num_tokens"], "training_seconds": last["seconds"]}
+        except (IndexError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {self.folder} lacks a value: {error}") from error
 
 
 def plan_runs(
