@@ -34,6 +34,8 @@ VARIANTS = {
     "content addressing": {"content_addressing": True, "convolution_kernel": 3},
     "position embedding": {"position_embedding": True},
     "one slot": {"num_slots": 1},
+    "narrow slots": {"slot_width": 6},
+    "narrow slots, content addressing": {"slot_width": 4, "content_addressing": True, "write_normalizer": "entmax15"},
     "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
     "all options": {
         "positions": "relative",

@@ -9,7 +9,7 @@
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |
-| W | width of a memory slot, in code for models where it is not always D |
+| W | width of a memory slot: D, unless the model has slots of another width |
 | H | attention heads; one head is D/H wide |
 | F | feed-forward width |
 | V | vocabulary |
@@ -26,7 +26,6 @@ Targets = Int64[Tensor, "B T"]
 DecoderStartIds = Int64[Tensor, " B"]
 SegmentPadding = Bool[Tensor, "B S"]
 TargetPadding = Bool[Tensor, "B T"]
-Memory = Float[Tensor, "B K D"]
-AnyMemory = Float[Tensor, "B K W"]
+Memory = Float[Tensor, "B K W"]
 Hidden = Float[Tensor, "B R D"]
 Logits = Float[Tensor, "B T V"]

@@ -101,8 +101,15 @@ def test_batched_generation_gives_a_list_for_each_row():
     assert rows[1] == _generate_greedily(session.model, random_tokens(9), SEGMENT_LENGTH + 2)
 
 
-def test_state_does_not_grow():
-    session = Session(tiny_model())
+def test_narrow_slots_take_less_of_the_state():
+    wide, narrow = Session(tiny_model()), Session(tiny_model(slot_width=4))
+    num_slots, width = wide.model.memory_shape
+    assert narrow.state_bytes == wide.state_bytes - 8 * num_slots * (width - 4)  # float64
+
+
+@pytest.mark.parametrize("slot_width", [None, 4])
+def test_state_does_not_grow(slot_width):
+    session = Session(tiny_model(slot_width=slot_width))
     at_start = session.state_bytes
     for _ in range(50):
         session.feed(random_tokens(37))

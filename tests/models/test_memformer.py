@@ -210,21 +210,25 @@ def test_bfloat16_parameters_keep_the_memory_in_float32():
     assert hidden.dtype == torch.bfloat16
 
 
-def test_content_addressing_starts_with_tokens_that_attend_to_slots_with_their_content():
+@pytest.mark.parametrize("slot_width", [64, 32])
+def test_content_addressing_starts_with_tokens_that_attend_to_slots_with_their_content(slot_width):
     """Each slot holds one token as the first reader sees it; that token must attend to it most."""
-    changes = {"d_model": 64, "num_encoder_layers": 1, "num_slots": VOCAB_SIZE}
+    changes = {"d_model": 64, "num_encoder_layers": 1, "num_slots": VOCAB_SIZE, "slot_width": slot_width}
     found = {}
     for content_addressing in (True, False):
         model = tiny_model(**changes, content_addressing=content_addressing)
         reader = model.encoder.layers[0].memory_reader.attention
         contents = torch.nn.functional.layer_norm(model.embedding.weight[:VOCAB_SIZE], (64,))
-        keys, _ = reader.key_value(contents).chunk(2, dim=-1)
+        projection = model.memory_writer.token_projection
+        slots = contents if projection is None else projection(contents)
+        keys, _ = reader.key_value(torch.nn.functional.layer_norm(slots, (slot_width,))).chunk(2, dim=-1)
         query = reader.query(contents).unflatten(-1, (2, 32))
         scores = torch.einsum("qhw,khw->hqk", query, keys.unflatten(-1, (2, 32)))
         found[content_addressing] = (scores.argmax(-1) == torch.arange(VOCAB_SIZE)).double().mean()
-        copies = torch.equal(model.memory_writer.value(contents), contents)
+        copies = torch.equal(model.memory_writer.value(slots), slots)
         assert copies == content_addressing
-    assert found[True] == 1.0
+    # A projection to fewer dimensions keeps the contents apart only nearly.
+    assert found[True] >= (1.0 if slot_width == 64 else 0.9)
     assert found[False] < 0.5
 
 

@@ -17,7 +17,9 @@ TERMINAL = torch.ones(K, D)  # used only with a free-slot bias
 
 def write_by_hand(writer, memory, hidden, padding):
     """m_i' = softmax([q_i.k_i ; q_i K_x] / (sqrt(d_h) tau)) [m_i ; V_x], one slot and one head at a time."""
-    width = D // writer.num_heads
+    if writer.token_projection is not None:
+        hidden = hidden @ writer.token_projection.weight.mT
+    width = memory.shape[-1] // writer.num_heads
     result = torch.zeros_like(memory)
     for b in range(memory.shape[0]):
         for i in range(memory.shape[1]):
@@ -37,9 +39,11 @@ def write_by_hand(writer, memory, hidden, padding):
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_writer_matches_the_papers_equation(num_heads, padded):
-    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25).double()
-    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
+@pytest.mark.parametrize("width", [D, 6])
+def test_writer_matches_the_papers_equation(num_heads, padded, width):
+    writer = MemoryWriter(width, token_width=D, num_heads=num_heads, temperature=0.25).double()
+    assert (writer.token_projection is None) == (width == D)
+    memory, hidden = torch.randn(B, K, width).double(), torch.randn(B, S, D).double()
     padding = None
     if padded:
         padding = torch.zeros(B, S, dtype=torch.bool)
@@ -49,7 +53,7 @@ def test_writer_matches_the_papers_equation(num_heads, padded):
 
 
 def test_slots_do_not_interact_in_the_writer():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
+    writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     before, _ = writer(memory, terminal=TERMINAL, hidden=hidden)
     changed = memory.clone()
@@ -61,7 +65,7 @@ def test_slots_do_not_interact_in_the_writer():
 
 
 def test_a_slot_that_attends_only_to_itself_keeps_its_content_exactly():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25)
+    writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
     everything = torch.ones(B, S, dtype=torch.bool)
     updated, written = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=everything)
@@ -71,7 +75,7 @@ def test_a_slot_that_attends_only_to_itself_keeps_its_content_exactly():
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_competing_slots_attend_to_themselves_and_to_their_matched_token(num_heads):
-    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, competition=True).double()
+    writer = MemoryWriter(D, token_width=D, num_heads=num_heads, temperature=0.25, competition=True).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     record = AttentionRecord()
     writer(memory, terminal=TERMINAL, hidden=hidden, record=record)
@@ -105,8 +109,8 @@ def greedy_matching(preference):
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_free_slot_bias_lowers_own_scores_by_the_cosine_with_the_terminal_state(num_heads, shared):
-    plain = MemoryWriter(D, num_heads=num_heads, temperature=0.25).double()
-    biased = MemoryWriter(D, num_heads=num_heads, temperature=0.25, free_slot_bias=2.0).double()
+    plain = MemoryWriter(D, token_width=D, num_heads=num_heads, temperature=0.25).double()
+    biased = MemoryWriter(D, token_width=D, num_heads=num_heads, temperature=0.25, free_slot_bias=2.0).double()
     biased.load_state_dict(plain.state_dict(), strict=False)
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     terminal = torch.randn(1 if shared else K, D).double()
@@ -126,7 +130,7 @@ def test_the_free_slot_bias_lowers_own_scores_by_the_cosine_with_the_terminal_st
 
 
 def test_padding_is_matched_to_no_slot():
-    writer = MemoryWriter(D, num_heads=1, temperature=0.25, competition=True).double()
+    writer = MemoryWriter(D, token_width=D, num_heads=1, temperature=0.25, competition=True).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = torch.arange(S).expand(B, S) >= 2
     padded, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
@@ -138,7 +142,9 @@ def test_padding_is_matched_to_no_slot():
 @pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
 @pytest.mark.parametrize("competition", [False, True])
 def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_heads, normalizer, competition):
-    writer = MemoryWriter(D, num_heads=num_heads, temperature=0.25, normalizer=normalizer, competition=competition)
+    writer = MemoryWriter(
+        D, token_width=D, num_heads=num_heads, temperature=0.25, normalizer=normalizer, competition=competition
+    )
     writer = writer.double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = torch.arange(S).expand(B, S) >= torch.tensor([[2], [S]])
@@ -160,7 +166,7 @@ def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_head
 
 
 def test_a_write_penalty_of_zero_means_that_nothing_is_written():
-    writer = MemoryWriter(D, num_heads=1, temperature=0.25, normalizer="entmax15").double()
+    writer = MemoryWriter(D, token_width=D, num_heads=1, temperature=0.25, normalizer="entmax15").double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     with torch.no_grad():
         writer.key.weight.copy_(writer.query.weight)  # a slot's own score is its query's square, never negative
@@ -173,7 +179,7 @@ def test_a_write_penalty_of_zero_means_that_nothing_is_written():
 
 
 def test_a_write_penalty_with_the_softmax_is_refused():
-    writer = MemoryWriter(D, num_heads=1, temperature=0.25)
+    writer = MemoryWriter(D, token_width=D, num_heads=1, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
     with pytest.raises(
         InputError,
@@ -183,7 +189,7 @@ def test_a_write_penalty_with_the_softmax_is_refused():
 
 
 def test_record_of_the_writer_sums_to_one_and_gives_the_result():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25).double()
+    writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25).double()
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     record = AttentionRecord()
     result, written = writer(memory, terminal=TERMINAL, hidden=hidden, record=record)
@@ -197,7 +203,7 @@ def test_record_of_the_writer_sums_to_one_and_gives_the_result():
 
 
 def test_record_of_the_reader_sums_to_one_and_changes_nothing():
-    reader = MemoryReader(D, num_heads=H, dropout=0.0).double()
+    reader = MemoryReader(D, slot_width=D, num_heads=H, dropout=0.0).double()
     hidden, slots = torch.randn(B, S, D).double(), torch.randn(B, K, D).double()
     record = AttentionRecord()
     assert torch.equal(reader(hidden, slots=slots, record=record), reader(hidden, slots=slots))
@@ -272,7 +278,7 @@ def test_forgetting_only_when_written_keeps_an_unwritten_slot_forever():
 
 
 def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sphere():
-    writer = MemoryWriter(D, num_heads=H, temperature=0.25)
+    writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25)
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 1e-5))
     memory = normalization.initial_memory(1).detach()
     with torch.no_grad():

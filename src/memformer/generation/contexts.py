@@ -12,7 +12,7 @@ from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
-from memformer.shapes import AnyMemory, Hidden
+from memformer.shapes import Hidden, Memory
 
 Rows = Int64[Tensor, " R"] | slice
 PendingTokens = Int64[Tensor, "B S"]
@@ -163,7 +163,7 @@ class SegmentContext:
             self._decoding.select_rows(rows)
 
     def next_token_logits(
-        self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
+        self, tokens: PendingTokens, num_pending: list[int], *, memory: Memory
     ) -> Float[Tensor, "B V"]:
         """Return the next-token logits after the pending tokens of each row."""
         del memory  # the decoder sees the past only through the hidden states
@@ -231,7 +231,7 @@ class TokenContext:
         self.reader.resize(len(rows))
 
     def next_token_logits(
-        self, tokens: PendingTokens, num_pending: list[int], *, memory: AnyMemory
+        self, tokens: PendingTokens, num_pending: list[int], *, memory: Memory
     ) -> Float[Tensor, "B V"]:
         """Return the next-token logits after the pending tokens of each row."""
         inputs = torch.cat([self.previous, tokens[:, : max(num_pending)].to(self.model.device)], dim=1)
@@ -240,7 +240,7 @@ class TokenContext:
         hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.model.decode(torch.zeros_like(last), hidden=hidden)[:, 0]
 
-    def _encode_first(self, inputs: Int64[Tensor, "B S"], num_tokens: list[int], memory: AnyMemory) -> Hidden:
+    def _encode_first(self, inputs: Int64[Tensor, "B S"], num_tokens: list[int], memory: Memory) -> Hidden:
         """Return the hidden states of the first tokens of each row; the rest is padding."""
         index = torch.arange(inputs.shape[1], device=self.model.device)
         padding = index >= torch.tensor(num_tokens, device=self.model.device)[:, None]

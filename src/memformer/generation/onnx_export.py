@@ -25,7 +25,7 @@ from memformer.errors import InputError
 from memformer.models import LSTM, LanguageModel, Memformer
 from memformer.models.decoder import Past
 from memformer.models.recurrence import reading
-from memformer.shapes import AnyMemory, Segment, SegmentPadding
+from memformer.shapes import Memory, Segment, SegmentPadding
 from memformer.utils.files import new_folder, user_path
 
 TIMESTEP_FILE = "timestep.onnx"
@@ -53,7 +53,7 @@ class Timestep(nn.Module):
         self.model = model
 
     def forward(
-        self, segment: Segment, padding_mask: SegmentPadding, memory: AnyMemory, reset: Bool[Tensor, " B"]
+        self, segment: Segment, padding_mask: SegmentPadding, memory: Memory, reset: Bool[Tensor, " B"]
     ) -> tuple[Tensor, ...]:
         """Return the next memory and, for a Memformer, the past of a decoding step, else the logits (B, S, V).
 

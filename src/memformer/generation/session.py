@@ -16,7 +16,7 @@ from memformer.generation.streams import Streams
 from memformer.generation.token_ids import TokenIds, check_token_rows, in_chunks
 from memformer.models import LanguageModel
 from memformer.models.recurrence import reading, unwrapped
-from memformer.shapes import AnyMemory
+from memformer.shapes import Memory
 from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
 from memformer.utils.files import user_path
 
@@ -64,7 +64,7 @@ class Session:
         return self._streams.batch_size
 
     @property
-    def memory(self) -> AnyMemory:
+    def memory(self) -> Memory:
         """Copy of the memory after the last full segment."""
         return self._streams.memory.clone()
 

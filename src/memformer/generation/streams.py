@@ -10,7 +10,7 @@ from memformer.generation.contexts import PredictingStates, Rows, make_context
 from memformer.generation.session_files import State
 from memformer.models import LanguageModel
 from memformer.models.recurrence import reading
-from memformer.shapes import AnyMemory
+from memformer.shapes import Memory
 
 Readout = Callable[..., Tensor]
 
@@ -200,7 +200,7 @@ class Streams:
             return slice(None), self.tokens.to(device, copy=True)
         return torch.tensor(rows, device=device), self.tokens[rows].to(device)
 
-    def _begin_segment(self, rows: list[int], chosen: Rows, memory: AnyMemory) -> None:
+    def _begin_segment(self, rows: list[int], chosen: Rows, memory: Memory) -> None:
         """Set the memory of rows whose segment was read."""
         self.memory[chosen] = memory
         for row in rows:

@@ -24,7 +24,7 @@ from memformer.models.transformer_xl import (
     make_slots,
 )
 from memformer.nn.auxiliary import AuxiliaryLoss
-from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding
+from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
 
 
 class CompressiveTransformer(TransformerXL):
@@ -81,10 +81,10 @@ class CompressiveTransformer(TransformerXL):
         self,
         segment: Segment,
         *,
-        memory: AnyMemory | None = None,
+        memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         auxiliary: AuxiliaryLoss | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         """Read one segment; return the hidden state of each token and the next memory.
 
         Args:
@@ -105,10 +105,10 @@ class CompressiveTransformer(TransformerXL):
         self,
         x: Hidden,
         *,
-        memory: AnyMemory,
+        memory: Memory,
         num_tokens: TokenCounts | None,
         auxiliary: AuxiliaryLoss | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         memory = memory.detach()
         hidden, slots = self._run_layers(x, memory)
         if num_tokens is None:

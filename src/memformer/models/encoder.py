@@ -23,7 +23,7 @@ class Encoder(nn.Module):
         self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
         self.position_embedding = nn.Embedding(config.segment_length, width) if config.position_embedding else None
         self.positions = make_positions(config)
-        self.memory_norm = nn.LayerNorm(width) if config.num_slots else None
+        self.memory_norm = nn.LayerNorm(config.memory_width) if config.num_slots else None
         self.layers = nn.ModuleList(
             EncoderLayer(config, bias=self.positions.biased_projections) for _ in range(config.num_encoder_layers)
         )

@@ -46,7 +46,11 @@ class EncoderLayer(nn.Module):
         self.self_attention_norm = nn.LayerNorm(width)
         self.self_attention = SelfAttention(width, num_heads=heads, dropout=dropout, bias=bias)
         self.memory_reader_norm = nn.LayerNorm(width) if reads_memory else None
-        self.memory_reader = MemoryReader(width, num_heads=heads, dropout=dropout) if reads_memory else None
+        self.memory_reader = (
+            MemoryReader(width, slot_width=config.memory_width, num_heads=heads, dropout=dropout)
+            if reads_memory
+            else None
+        )
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, d_ff=config.d_ff)
         self.dropout = nn.Dropout(config.dropout)

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from memformer.models.baseline_configs import LSTMConfig
 from memformer.models.next_token import NextTokenModel, TokenCounts
-from memformer.shapes import AnyMemory, Hidden
+from memformer.shapes import Hidden, Memory
 
 
 class LSTM(NextTokenModel):
@@ -54,7 +54,7 @@ class LSTM(NextTokenModel):
         """Number of slots, two per layer, and the width D."""
         return 2 * self.config.num_layers, self.config.d_model
 
-    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+    def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
         dtype, length = next(self.layers.parameters()).dtype, x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             states = memory.to(dtype).transpose(0, 1).contiguous()  # (K, B, D)

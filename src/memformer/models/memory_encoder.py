@@ -61,7 +61,8 @@ class MemoryEncoder(TokenModel):
         if not config.num_slots:
             return
         self.memory_writer = MemoryWriter(
-            config.d_model,
+            config.memory_width,
+            token_width=config.d_model,
             num_heads=config.num_writer_heads or config.num_heads,
             temperature=config.write_temperature,
             normalizer=config.write_normalizer,
@@ -71,7 +72,7 @@ class MemoryEncoder(TokenModel):
         )
         self.memory_normalization = MemoryNormalization(
             config.num_slots,
-            width=config.d_model,
+            width=config.memory_width,
             forgetting_speeds=config.forgetting_speeds,
             exchangeable=config.exchangeable_slots,
             forgetting=config.forgetting,
@@ -93,9 +94,16 @@ class MemoryEncoder(TokenModel):
     @torch.no_grad()
     def _address_by_content(self) -> None:
         nn.init.eye_(self.memory_writer.value.weight)
+        projection, width = self.memory_writer.token_projection, self.config.d_model
+        if projection is not None:
+            nn.init.orthogonal_(projection.weight)
         for module in self.encoder.modules():
             if isinstance(module, MemoryReader):
-                module.attention.key_value.weight[: self.config.d_model] = module.attention.query.weight
+                key = module.attention.query.weight
+                if projection is not None:
+                    # Back to the model's width, scaled so that a token's score for its own content is as in that width.
+                    key = width / self.config.memory_width * key @ projection.weight.T
+                module.attention.key_value.weight[:width] = key
         if self.encoder.convolution is not None:
             # Preceding tokens only: a key that also contained its value would be written to a second slot as well.
             centre = self.config.convolution_kernel // 2
@@ -104,8 +112,8 @@ class MemoryEncoder(TokenModel):
 
     @property
     def memory_shape(self) -> tuple[int, int]:
-        """Number of slots K and their width D."""
-        return self.config.num_slots, self.config.d_model
+        """Number of slots K and their width W."""
+        return self.config.num_slots, self.config.memory_width
 
     def check_auxiliary_loss(self) -> None:
         """Check that a write penalty is possible.

@@ -13,10 +13,10 @@ from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout, check_mask
-from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Segment, SegmentPadding, Targets
+from memformer.shapes import DecoderStartIds, Hidden, Memory, Segment, SegmentPadding, Targets
 
 TokenCounts = Int64[Tensor, " B"]
-Read = Callable[..., tuple[Hidden, AnyMemory]]
+Read = Callable[..., tuple[Hidden, Memory]]
 
 
 class NextTokenModel(LanguageModel):
@@ -31,7 +31,7 @@ class NextTokenModel(LanguageModel):
         """Return a rollout with the same targets, each with the preceding token as its input."""
         return rollout.shifted_by_one_token()
 
-    def initial_memory(self, batch_size: int) -> AnyMemory:
+    def initial_memory(self, batch_size: int) -> Memory:
         """Return an all-zero memory for each row, in float32 (float64 if the model is float64)."""
         return torch.zeros((batch_size, *self.memory_shape), dtype=self.memory_dtype, device=self.device)
 
@@ -39,10 +39,10 @@ class NextTokenModel(LanguageModel):
         self,
         segment: Segment,
         *,
-        memory: AnyMemory | None = None,
+        memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         auxiliary: AuxiliaryLoss | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         """Read one segment; return the hidden state of each token and the next memory.
 
         The memory of a row that is all padding does not change. Hidden states at padding are finite but meaningless.
@@ -62,8 +62,8 @@ class NextTokenModel(LanguageModel):
         return self._encode(segment, memory, padding_mask, self._read)
 
     def _encode(
-        self, segment: Segment, memory: AnyMemory | None, padding_mask: SegmentPadding | None, read: Read
-    ) -> tuple[Hidden, AnyMemory]:
+        self, segment: Segment, memory: Memory | None, padding_mask: SegmentPadding | None, read: Read
+    ) -> tuple[Hidden, Memory]:
         check_tokens(segment, largest=self.bos_token_id, name="segment")
         check_mask(padding_mask, shape=segment.shape, name="padding_mask")
         memory = self._enter(memory, batch_size=segment.shape[0])
@@ -81,7 +81,7 @@ class NextTokenModel(LanguageModel):
         return hidden, torch.where((num_tokens == 0)[:, None, None], memory, next_memory)
 
     @abstractmethod
-    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+    def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
         """Return the hidden states of embedded tokens, and the next memory.
 
         Args:

@@ -22,7 +22,7 @@ from memformer.errors import InputError, InputTypeError
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.linear import is_transformed
 from memformer.rollout import Rollout
-from memformer.shapes import AnyMemory, DecoderStartIds, Hidden, Logits, Segment, SegmentPadding, TargetPadding, Targets
+from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
 from memformer.utils.checks import check_type
 
 # Target id that PyTorch's losses ignore by default; here a mask marks the targets that are not counted.
@@ -62,7 +62,7 @@ class RecurrentModel(nn.Module, ABC):
         return torch.promote_types(next(self.parameters()).dtype, torch.float32)
 
     @abstractmethod
-    def initial_memory(self, batch_size: int) -> AnyMemory:
+    def initial_memory(self, batch_size: int) -> Memory:
         """Return the memory at the start of a document, for each row."""
 
     def align_inputs(self, rollout: Rollout) -> Rollout:
@@ -85,10 +85,10 @@ class RecurrentModel(nn.Module, ABC):
         self,
         segment: Segment,
         *,
-        memory: AnyMemory | None = None,
+        memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         auxiliary: AuxiliaryLoss | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         """Read one segment; return its hidden states and the next memory.
 
         Args:
@@ -155,11 +155,11 @@ class RecurrentModel(nn.Module, ABC):
         """Number of parameters; shared ones are counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def reset_memory(self, memory: AnyMemory, reset: Bool[Tensor, " B"]) -> AnyMemory:
+    def reset_memory(self, memory: Memory, reset: Bool[Tensor, " B"]) -> Memory:
         """Return the memory with the rows in `reset` set to the initial memory."""
         return torch.where(reset[:, None, None], self.initial_memory(memory.shape[0]), memory)
 
-    def _enter(self, memory: AnyMemory | None, *, batch_size: int) -> AnyMemory:
+    def _enter(self, memory: Memory | None, *, batch_size: int) -> Memory:
         """Return the checked memory, or the initial memory if None is given.
 
         Raises:

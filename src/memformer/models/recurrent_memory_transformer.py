@@ -13,7 +13,7 @@ from memformer.models.next_token import NextTokenModel, TokenCounts
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
-from memformer.shapes import AnyMemory, Hidden, Segment, SegmentPadding
+from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
 
 
 class RecurrentMemoryTransformer(NextTokenModel):
@@ -57,7 +57,7 @@ class RecurrentMemoryTransformer(NextTokenModel):
         """Number of memory tokens M and their width D."""
         return self.config.num_memory_tokens, self.config.d_model
 
-    def initial_memory(self, batch_size: int) -> AnyMemory:
+    def initial_memory(self, batch_size: int) -> Memory:
         """Return the learned memory tokens for each row, in float32 (float64 if the model is float64)."""
         return self.memory_tokens.to(self.memory_dtype).expand(batch_size, -1, -1)
 
@@ -65,11 +65,11 @@ class RecurrentMemoryTransformer(NextTokenModel):
         self,
         segment: Segment,
         *,
-        memory: AnyMemory | None = None,
+        memory: Memory | None = None,
         padding_mask: SegmentPadding | None = None,
         attention: AttentionRecord | None = None,
         auxiliary: AuxiliaryLoss | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         """Read one segment; return the hidden state of each token and the next memory.
 
         Args:
@@ -93,10 +93,10 @@ class RecurrentMemoryTransformer(NextTokenModel):
         self,
         x: Hidden,
         *,
-        memory: AnyMemory,
+        memory: Memory,
         num_tokens: TokenCounts | None,
         attention: AttentionRecord | None = None,
-    ) -> tuple[Hidden, AnyMemory]:
+    ) -> tuple[Hidden, Memory]:
         num_memory, length = memory.shape[1], x.shape[1]
         memory_tokens = memory.to(x.dtype)
         positions, keep_mask = self._make_positions_and_mask(length, num_tokens)

@@ -11,7 +11,7 @@ from memformer.models.baseline_configs import TransformerXLConfig
 from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, TokenCounts
 from memformer.nn.distances import Distances, descending_sinusoids
-from memformer.shapes import AnyMemory, Hidden
+from memformer.shapes import Hidden, Memory
 
 TokenSlots = Float[Tensor, "B J W"]
 
@@ -52,12 +52,12 @@ class TransformerXL(NextTokenModel):
         """Number of slots M, one per remembered token, and their width, num_layers * D + 1."""
         return self.config.memory_length, self.config.num_layers * self.config.d_model + 1
 
-    def _read(self, x: Hidden, *, memory: AnyMemory, num_tokens: TokenCounts | None) -> tuple[Hidden, AnyMemory]:
+    def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
         memory = memory.detach()
         hidden, slots = self._run_layers(x, memory)
         return hidden, append_slots(memory, slots, num_new=num_tokens)
 
-    def _run_layers(self, x: Hidden, memory: AnyMemory) -> tuple[Hidden, TokenSlots]:
+    def _run_layers(self, x: Hidden, memory: Memory) -> tuple[Hidden, TokenSlots]:
         """Return the hidden states of the tokens, and a detached slot for each token."""
         num_slots, length, width = memory.shape[1], x.shape[1], self.config.d_model
         sines = descending_sinusoids(num_slots + length, width=width, like=x)
@@ -75,12 +75,12 @@ def make_slots(states: list[Float[Tensor, "B J D"]]) -> TokenSlots:
     return torch.cat([*states, torch.ones_like(states[0][..., :1])], dim=-1)
 
 
-def is_present(memory: AnyMemory) -> Bool[Tensor, "B K"]:
+def is_present(memory: Memory) -> Bool[Tensor, "B K"]:
     """Return True at slots that hold a token."""
     return memory[..., -1] > 0
 
 
-def append_slots(memory: AnyMemory, slots: TokenSlots, *, num_new: TokenCounts | None) -> AnyMemory:
+def append_slots(memory: Memory, slots: TokenSlots, *, num_new: TokenCounts | None) -> Memory:
     """Return the memory with the first `num_new` slots (None: all) appended and as many of its oldest removed."""
     num_slots, both = memory.shape[1], torch.cat([memory, slots], dim=1)
     if num_new is None:
@@ -88,6 +88,6 @@ def append_slots(memory: AnyMemory, slots: TokenSlots, *, num_new: TokenCounts |
     return gather_slots(both, num_new[:, None] + torch.arange(num_slots, device=memory.device))
 
 
-def gather_slots(slots: TokenSlots, places: Int64[Tensor, "B K"]) -> AnyMemory:
+def gather_slots(slots: TokenSlots, places: Int64[Tensor, "B K"]) -> Memory:
     """Return the slots at these indices of each row."""
     return slots.gather(1, places[..., None].expand(-1, -1, slots.shape[-1]))

@@ -184,17 +184,20 @@ class CrossAttention(nn.Module):
         num_heads: Number of heads H, a divisor of `width`.
         dropout: Probability of dropping an attention weight in training.
         bias: Whether the projections of queries, keys and values have biases.
+        source_width: Width of the other sequence. None: `width`.
     """
 
-    def __init__(self, width: int, *, num_heads: int, dropout: float, bias: bool) -> None:
+    def __init__(
+        self, width: int, *, num_heads: int, dropout: float, bias: bool, source_width: int | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.query = Linear(width, width, bias=bias)
-        self.key_value = Linear(width, 2 * width, bias=bias)
+        self.key_value = Linear(width if source_width is None else source_width, 2 * width, bias=bias)
         self.output = Linear(width, width, bias=bias)
 
-    def project(self, source: Float[Tensor, "B J D"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+    def project(self, source: Float[Tensor, "B J W"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
         """Return the keys, with positions applied, and the values of `source`, so that they can be reused."""
         key, value = (split_heads(part, self.num_heads) for part in self.key_value(source).chunk(2, dim=-1))
         return frame.apply_to_keys(key), value

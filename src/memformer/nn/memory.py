@@ -25,17 +25,21 @@ _MARGIN = 1.0
 class MemoryReader(nn.Module):
     """Cross-attention from tokens (queries) to memory slots (keys and values), v2 Eq. 1-3.
 
-    Every token attends to every slot, so there is no mask. Time O(S*K*D) per layer. No departure from the paper.
+    Every token attends to every slot, so there is no mask. Time O(S*K*D) per layer. Departure: slots may have another
+    width than tokens; keys and values have the model's width.
 
     Args:
         width: Model width D.
+        slot_width: Width W of a slot; D in the paper.
         num_heads: Number of heads H, a divisor of `width`.
         dropout: Probability of dropping an attention weight in training.
     """
 
-    def __init__(self, width: int, *, num_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, *, slot_width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.attention = CrossAttention(width, num_heads=num_heads, dropout=dropout, bias=False)
+        self.attention = CrossAttention(
+            width, num_heads=num_heads, dropout=dropout, bias=False, source_width=slot_width
+        )
 
     def forward(
         self, hidden: Float[Tensor, "B Q D"], *, slots: Memory, record: AttentionRecord | None = None
@@ -51,7 +55,7 @@ class MemoryWriter(nn.Module):
     """Slot attention: every slot attends to itself and to the segment's tokens, never to another slot.
 
         q_i, k_i = m_i W_Q, m_i W_K ;  K_x, V_x = x W_K, x W_V
-        a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(D/H) tau)) ;  m_i' = a_i [m_i ; V_x]
+        a_i = softmax([q_i.k_i ; q_i K_x^T] / (sqrt(W/H) tau)) ;  m_i' = a_i [m_i ; V_x]
 
     The slot's own value is m_i itself, and there is no output projection. So a slot that attends only to itself keeps
     its content exactly in this step (forgetting follows). Computed in the memory's dtype, even under autocast.
@@ -68,6 +72,8 @@ class MemoryWriter(nn.Module):
       compete within that slot, and fewer slots are written, but facts of one segment may be mixed.
     - `free_slot_bias`: a slot's score for itself is lowered by a learned number times its cosine similarity to its
       initial state, so that facts are written to slots that hold nothing yet.
+    - `width` other than `token_width`: a linear layer without bias first brings tokens to the width of slots. The rest
+      is the same: the paper's W is D.
 
     The auxiliary loss is the write penalty ln(1 + e), summed over tokens and averaged over heads, with
     e = max(0, max_i(score of slot i for the token - score of slot i for itself) + support width + 1). The support width
@@ -77,7 +83,8 @@ class MemoryWriter(nn.Module):
     write has a smaller penalty than two half writes.
 
     Args:
-        width: Model width D.
+        width: Width W of a slot.
+        token_width: Width D of the tokens' hidden states.
         num_heads: Number of heads H, a divisor of `width`.
         temperature: Softmax temperature tau; values below 1 sharpen the weights.
         normalizer: Function that turns scores into weights.
@@ -90,6 +97,7 @@ class MemoryWriter(nn.Module):
         self,
         width: int,
         *,
+        token_width: int,
         num_heads: int,
         temperature: float,
         normalizer: Normalizer = "softmax",
@@ -104,6 +112,7 @@ class MemoryWriter(nn.Module):
         self.competition = competition
         self.sharing = sharing
         self.free_slot_bias = nn.Parameter(torch.tensor(float(free_slot_bias))) if free_slot_bias else None
+        self.token_projection = None if token_width == width else Linear(token_width, width, bias=False)
         self.query = Linear(width, width, bias=False)
         self.key = Linear(width, width, bias=False)
         self.value = Linear(width, width, bias=False)
@@ -113,7 +122,7 @@ class MemoryWriter(nn.Module):
         memory: Memory,
         *,
         hidden: Hidden,
-        terminal: Float[Tensor, "slots D"],
+        terminal: Float[Tensor, "slots W"],
         padding_mask: Bool[Tensor, "B S"] | None = None,
         record: AttentionRecord | None = None,
         auxiliary: AuxiliaryLoss | None = None,
@@ -136,6 +145,8 @@ class MemoryWriter(nn.Module):
             self.check_auxiliary_loss()
         with torch.autocast(memory.device.type, enabled=False):
             hidden = hidden.to(memory.dtype)
+            if self.token_projection is not None:
+                hidden = called_in_dtype(self.token_projection, hidden)
             query = self._project(memory, self.query) / (
                 math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature
             )
@@ -180,12 +191,12 @@ class MemoryNormalization(nn.Module):
 
         m_i <- radius (m_i' + v_i) / ||m_i' + v_i|| ;  M_0: m_i = radius v_i / ||v_i||
 
-    Departure: the radius is sqrt(D) instead of 1, so that slots have RMS 1, like activations after LayerNorm. The model
+    Departure: the radius is sqrt(W) instead of 1, so that slots have RMS 1, like activations after LayerNorm. The model
     is the same up to a rescaling of V_x and v_i. With radius 1 a written value would outweigh the slot immediately.
 
     Args:
         num_slots: Number of slots K.
-        width: Model width D.
+        width: Width W of a slot.
         forgetting_speeds: ||v_i|| / radius at initialization for the first and the last slot, log-uniform in between.
         exchangeable: Use one v for all slots. Departure: in the paper every slot has its own.
         forgetting: False: v_i is not added in the update, but it is still the initial state.
@@ -229,7 +240,7 @@ class MemoryNormalization(nn.Module):
             else:
                 self.slot_bias.copy_(self.radius * log_speeds.exp()[:, None] * F.normalize(self.slot_bias, dim=-1))
 
-    def forgetting_vectors(self) -> Float[Tensor, "vectors D"]:
+    def forgetting_vectors(self) -> Float[Tensor, "vectors W"]:
         """Return v_i of every slot, or the one v that all slots share."""
         if self.log_speed is None:
             return self.slot_bias
@@ -252,7 +263,7 @@ class MemoryNormalization(nn.Module):
         # A slot of length 0 to which nothing is added has nothing that could be left.
         return length / (length + self._added(memory, written).norm(dim=-1)).clamp(min=torch.finfo(length.dtype).tiny)
 
-    def _added(self, memory: Memory, written: WrittenShare) -> Float[Tensor, "#B #K D"]:
+    def _added(self, memory: Memory, written: WrittenShare) -> Float[Tensor, "#B #K W"]:
         """Return what forgetting adds to each slot."""
         forgetting = self.forgetting_vectors().to(memory.dtype)[None]
         if self.only_when_written:
