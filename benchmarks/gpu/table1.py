@@ -55,6 +55,7 @@ _TINY = (
 def table1(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Yield the look for the data, and then each run's name and next slice."""
     table = read_table(tables_folder() / "table1")
+    metric = table.scale("paper").metric
     rows = sorted(table.rows_at("paper"), key=_order)
     folder, data = options.output / "table1", str(options.data)
     runs = plan_runs(table, rows[:1] if options.smoke else rows, scale="paper", seeds=[0], folder=folder, data=data)
@@ -67,7 +68,7 @@ def table1(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]
         if not run.is_finished and options.deadline - time.monotonic() < _SHORTEST_SLICE_SECONDS:
             print(f"table1: no time is left for {run.row.key}", flush=True)
             return
-        yield run.row.key, partial(train_on, run, train_options, options.deadline)
+        yield run.row.key, partial(train_on, run, train_options, options.deadline, metric=metric)
 
 
 def _order(row: TableRow) -> tuple[bool, int, str]:
@@ -83,7 +84,7 @@ def look_for_data(table: Table, runs: list[Run], data: str) -> Row:
     return {"folder": data}
 
 
-def train_on(run: Run, options: tuple[str, ...], deadline: float) -> Row:
+def train_on(run: Run, options: tuple[str, ...], deadline: float, *, metric: str) -> Row:
     """Train a run until it is finished or the time is up; return its result, or how far it is.
 
     Raises:
@@ -97,7 +98,7 @@ def train_on(run: Run, options: tuple[str, ...], deadline: float) -> Row:
         command.append("--resume")
     status = _stopped_after(deadline - time.monotonic(), lambda: memformer(command))
     if run.is_finished:
-        return {"paper": run.row.paper, **run.result()}
+        return {"paper": run.row.paper, **run.result(metric)}
     if status != _INTERRUPTED:
         raise InputError(f"memformer {' '.join(command)} ended with status {status}")
     last = {line["kind"]: line for line in read_log(run.folder)}

@@ -48,7 +48,7 @@ def test_writer_matches_the_papers_equation(num_heads, padded, width):
     if padded:
         padding = torch.zeros(B, S, dtype=torch.bool)
         padding[0, 3:] = True
-    updated, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
+    updated, _ = writer(memory, terminal=TERMINAL[:, :width], hidden=hidden, padding_mask=padding)
     assert_close(updated, write_by_hand(writer, memory, hidden, padding))
 
 
