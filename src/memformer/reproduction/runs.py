@@ -19,7 +19,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import TrainingConfig
-from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.logs import missing_value_sentence, read_log
 from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
 from memformer.utils.progress import ProgressBar
@@ -57,15 +57,15 @@ class Run:
         Raises:
             CheckpointError: A file of the run is missing or damaged, or lacks a value.
         """
-        training = [line for line in read_log(self.folder) if line["kind"] == "training"]
+        newest = {line["kind"]: line for line in read_log(self.folder)}
         result = read_json(self.folder / RESULT_FILE)
         try:
             for memory in ("with_memory", "memory_erased"):
                 float(result[memory][metric])
-            last = training[-1]
-            return {**result, "tokens_trained": last["num_tokens"], "training_seconds": last["seconds"]}
-        except (IndexError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {self.folder} lacks a value: {error}") from error
+            training = newest["training"]
+            return {**result, "tokens_trained": training["num_tokens"], "training_seconds": training["seconds"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(missing_value_sentence(self.folder, error)) from error
 
 
 def plan_runs(

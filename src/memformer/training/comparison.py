@@ -10,7 +10,7 @@ from memformer.generation.session import Session
 from memformer.models import load_model
 from memformer.models.loading import MODELS
 from memformer.training.curves import Metric, metric_of
-from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
 from memformer.training.run_folder import BEST, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
 from memformer.training.run_inputs import LOCATION_KEYS, file_contents, read_inputs
 from memformer.utils.files import read_json
@@ -94,7 +94,7 @@ def summarize_run(folder: Path, *, warn: Callable[[str], None] | None = None) ->
     try:
         return _summarize(folder, config, lines, result, num_parameters=num_parameters, state_bytes=state_bytes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}") from error
+        raise CheckpointError(missing_value_sentence(folder, error)) from error
 
 
 def _summarize(

@@ -12,6 +12,7 @@ from typing import Any
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.likelihood import Result
 from memformer.training.config import RunConfig
+from memformer.training.run_folder import RESULT_FILE
 from memformer.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerStates, numbers_of
 from memformer.utils.files import sync_handle, write_text
 from memformer.utils.progress import ProgressBar, print_warning
@@ -310,3 +311,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         elif number < len(raw_lines):
             raise CheckpointError(f"{file}: line {number} is damaged")
     return lines
+
+
+def missing_value_sentence(folder: Path, error: Exception) -> str:
+    """Return the message about a run whose log or evaluation lacks a value, which `error` names."""
+    return f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}"

@@ -17,7 +17,7 @@ from memformer.evaluation.plots import arrange_panels, make_logarithmic, to_svg,
 from memformer.training.checkpoint import is_checkpoint_name
 from memformer.training.comparison import RunSummary, summarize_run, to_table
 from memformer.training.curves import draw_comparison, draw_run, metric_of
-from memformer.training.logs import LOG_FILE, read_log
+from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
 from memformer.training.run_folder import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
 from memformer.utils.files import read_json, user_path, write_text
 
@@ -74,7 +74,7 @@ def write_report(
             )
         )
     except (KeyError, jinja2.UndefinedError) as error:
-        raise CheckpointError(f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}") from error
+        raise CheckpointError(missing_value_sentence(folder, error)) from error
     write_text(folder / SUMMARY_FILE, page)
     return folder / SUMMARY_FILE
 
