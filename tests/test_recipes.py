@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import lzma
 import random
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call
@@ -21,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 # The commands of the pages train for minutes; the sizes are no part of what they show.
 SMALL = """--threads 1 --device cpu --data.cache cache --training.num_updates 2 --training.num_lanes 2
 --training.rollout_length 2 --training.sample_tokens 0 --training.warmup_updates 0 --model.d_model 16
---model.num_heads 2 --model.d_ff 16 --model.num_encoder_layers 1 --model.num_decoder_layers 1 --model.num_slots 3
---data.tokenizer.vocab_size 300"""
+--model.num_heads 2 --model.d_ff 16 --model.num_encoder_layers 1 --model.num_decoder_layers 1 --model.num_slots 3"""
+SMALL_TEXT = f"{SMALL} --data.tokenizer.vocab_size 300"
 MODULE = '''"""A made module."""
 
 def measure(values, threshold):
@@ -48,13 +50,14 @@ def load_script(name):
     return script
 
 
-source_code, dialogue = load_script("source_code"), load_script("dialogue")
-SCRIPTS = {"experiments/recipes/source_code.py": source_code, "experiments/recipes/dialogue.py": dialogue}
+source_code, dialogue, logs, sensors = map(load_script, ["source_code", "dialogue", "logs", "sensors"])
+SCRIPTS = {Path("experiments/recipes", Path(script.__file__).name): script
+           for script in (source_code, dialogue, logs, sensors)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the commands of both pages have run, with made data and small sizes."""
+    """A folder for the commands of the pages, with made data."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "experiments").symlink_to(ROOT / "experiments")
     (folder / "modules").mkdir()
@@ -62,7 +65,18 @@ def folder(tmp_path_factory):
         (folder / "modules" / f"{name}.py").write_text(MODULE.format(number=number) * (1 + number % 3))
     (folder / "data" / "tinyshakespeare").mkdir(parents=True)
     (folder / "data" / "tinyshakespeare" / "input.txt").write_text(plays(12))
+    (folder / "data" / "logs").mkdir()
+    for system in ("BGL", "HDFS", "Spark", "Zookeeper"):
+        with lzma.open(folder / "data" / "logs" / f"{system}.log.xz", "wt", encoding="utf-8") as stream:
+            stream.writelines(log_lines(system))
     return folder
+
+
+def log_lines(system, num_lines=80):
+    """Lines of a log. BGL's begin with a label, and every tenth of them is marked as a failure."""
+    for number in range(num_lines):
+        label = {"BGL": "KERNDTLB " if number % 10 == 9 else "- "}.get(system, "")
+        yield f"{label}{number:05d} {system} node {number % 7}: übung {number % 3} done\n"
 
 
 def plays(num_scenes):
@@ -73,8 +87,8 @@ def plays(num_scenes):
 
 def run_page(page, more):
     """Run the commands of a page, with more arguments for those that begin like a key of `more`; return outputs."""
-    text = (ROOT / "docs" / "recipes" / page).read_text(encoding="utf-8")
-    lines = re.findall(r"^ {4}((?:memformer|python) (?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
+    text = without_loops((ROOT / "docs" / "recipes" / page).read_text(encoding="utf-8"))
+    lines = re.findall(r"^ {4,8}((?:memformer|python) (?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
     outputs = {}
     for line in lines:
         line, _, target = line.replace("\\\n", " ").partition(" > ")
@@ -92,10 +106,20 @@ def run_page(page, more):
     return outputs
 
 
+def without_loops(text):
+    """Return a page with the body of each loop of the shell once for every value of its variable."""
+
+    def repeat(loop):
+        return "".join(loop["body"].replace(f"${loop['name']}", value) for value in loop["values"].split())
+
+    loop = r"^ {4}for (?P<name>\w+) in (?P<values>[^;]+); do\n(?P<body>.*?)^ {4}done$"
+    return re.sub(loop, repeat, text, flags=re.MULTILINE | re.DOTALL)
+
+
 def run_script(file, *argv):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(sys, "argv", [file, *argv])
-        SCRIPTS[file].main()
+        SCRIPTS[Path(file)].main()
     return out.getvalue()
 
 
@@ -105,7 +129,7 @@ def source_outputs(folder):
     more = {
         "python experiments/recipes/source_code.py prepare": "--modules modules --num_tested 3 --num_validation 2 "
         "--lines 1 15",
-        "memformer train": SMALL,
+        "memformer train": SMALL_TEXT,
         "memformer generate": "--max_new_tokens 3",
     }
     with contextlib.chdir(folder):
@@ -116,12 +140,24 @@ def source_outputs(folder):
 @pytest.fixture(scope="module")
 def dialogue_outputs(folder):
     more = {
-        "memformer train": SMALL,
+        "memformer train": SMALL_TEXT,
         "python experiments/recipes/dialogue.py time": "--turns 1 3 50",
         "memformer generate": "--max_new_tokens 3",
     }
     with contextlib.chdir(folder):
         return run_page("dialogue.md", more)
+
+
+@pytest.fixture(scope="module")
+def logs_outputs(folder):
+    with contextlib.chdir(folder):
+        return run_page("logs.md", {"memformer train": f"{SMALL_TEXT} --data.max_document_tokens 64"})
+
+
+@pytest.fixture(scope="module")
+def sensors_outputs(folder):
+    with contextlib.chdir(folder):
+        return run_page("sensors.md", {"memformer train": SMALL})
 
 
 def test_the_commands_of_the_source_code_page_run(source_outputs, folder):
@@ -236,3 +272,56 @@ def test_turns_are_measured_by_three_readings(dialogue_outputs, folder):
         assert row["nats"][2] == pytest.approx(float(run.session().score(ids).sum()), rel=1e-4)
         assert row["name nats"][2] == pytest.approx(float(run.session().score(name).sum()), rel=1e-4)
     assert rows[0]["nats"][0] == pytest.approx(rows[0]["nats"][2], rel=1e-6)
+
+
+def test_the_commands_of_the_logs_page_run(logs_outputs, folder):
+    (report,) = (out for line, out in logs_outputs.items() if ".py report" in line)
+    (prepared,) = (out for line, out in logs_outputs.items() if ".py prepare" in line)
+    assert [line.startswith("memformer train") for line in logs_outputs].count(True) == len(logs.SYSTEMS)
+    assert prepared.splitlines() == [
+        "logs/bgl: 32 lines, 40 to test, 4 of them anomalous",
+        "logs/zookeeper: 32 lines, 90 to test, 50 of them anomalous",
+        "logs/hdfs: 32 lines, 90 to test, 50 of them anomalous",
+    ]
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]]
+            for line in report.splitlines() if line.startswith("|")) if cells[0] in logs.SYSTEMS}  # fmt: skip
+    for system in logs.SYSTEMS:
+        labels = (folder / "logs" / system / "labels.txt").read_text().splitlines()
+        records = read_records(folder / "logs" / system / "test.jsonl", kind="line")
+        assert len(records) == len(labels)
+        # Labels are no part of the lines that the model reads, and injected lines come from other systems.
+        texts = (folder / "logs" / system / "test.log").read_text().splitlines()
+        assert all(re.match(r"\d{5} ", text) for text in texts)
+        names = {"bgl": "BGL", "zookeeper": "Zookeeper", "hdfs": "HDFS"}
+        foreign = [names[system] not in text for text in texts]
+        assert foreign == [label == logs.INJECTED for label in labels]
+        scores = np.array([record["bits_per_byte"] for record in records])
+        expected = average_precision_score([label != logs.NORMAL for label in labels], scores)
+        assert rows[system][6] == f"{expected:.3f}"
+    assert (folder / "logs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commands_of_the_sensors_page_run(sensors_outputs, folder):
+    (report,) = (out for line, out in sensors_outputs.items() if ".py report" in line)
+    labels = (folder / "sensors" / "labels.txt").read_text().splitlines()
+    scores = np.array([record["bits_per_value"]
+                       for record in read_records(folder / "sensors" / "test.jsonl", kind="line")
+                       if record["values"]])  # fmt: skip
+    assert len(scores) == len(labels) == sensors.NUM_TEST
+    anomalous = sum(count for places in sensors.ANOMALIES.values() for _, count in places)
+    assert f" alerts in 1000 rows, {anomalous} of them anomalous" in report
+    spikes = scores[[start for start, _ in sensors.ANOMALIES["spike"]]]
+    assert f"of 4 found; mean {spikes.mean():.3f} bits/value" in report
+    assert (folder / "sensors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def read_records(file, *, kind):
+    return [record for record in map(json.loads, file.read_text().splitlines()) if record["kind"] == kind]
+
+
+def test_average_precision_counts_equal_scores_as_one_step():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = generator.integers(0, 5, 30).astype(float), generator.random(30) < 0.3
+        labels[0] = True
+        assert logs.average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores))
