@@ -1,12 +1,15 @@
 """Error messages for invalid arguments without the run-time type checks that other tests enable."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from memformer import InputError, InputTypeError, Session
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
+from tests.models.classifiers import tiny_classifier
 
 B, S = 3, SEGMENT_LENGTH
 TOKENS = torch.arange(B * S).view(B, S) % VOCAB_SIZE
@@ -40,7 +43,7 @@ def test_the_error_names_an_invalid_mask_or_hidden_state(make):
     model.decode(TOKENS, hidden=hidden, hidden_padding_mask=none)
 
 
-@pytest.mark.parametrize("wrong", [5, None, iter([1]), {1: 2}, "text"])
+@pytest.mark.parametrize("wrong", [5, None, iter([1]), {1: 2}, {1, 2}, "text"])
 def test_token_ids_that_are_no_list_are_refused(wrong):
     with pytest.raises(InputTypeError, match=f"token ids are a {type(wrong).__name__}; they must be a list"):
         Session(tiny_model()).feed(wrong)
@@ -50,3 +53,59 @@ def test_token_ids_that_are_no_list_are_refused(wrong):
 def test_what_is_no_model_is_refused_in_one_sentence(other):
     with pytest.raises(InputTypeError, match=f"model is a {type(other).__name__}; it must be a memformer model"):
         Session(other)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ([1, [2, 3]], InputError, r"token ids \(\[1, \[2, 3\]\]\) must be one-dimensional"),
+        (
+            torch.ones(2, dtype=torch.bfloat16),
+            InputTypeError,
+            "token ids have dtype bfloat16; they must be integers",
+        ),
+        (torch.tensor(3), InputTypeError, "token ids are a Tensor; they must be a list"),
+    ],
+)
+def test_token_ids_of_a_wrong_kind_are_refused(wrong, error, message):
+    session = Session(tiny_model())
+    with pytest.raises(error, match=message):
+        session.feed(wrong)
+    with pytest.raises(InputError):
+        Session(tiny_model(), batch_size=2).feed(wrong)
+    assert session.num_tokens == [0]
+
+
+def test_a_row_of_single_tokens_is_not_taken_for_rows():
+    session = Session(tiny_model())
+    session.feed(list(torch.tensor([1, 2, 3])))
+    assert session.num_tokens == [3]
+
+
+def test_start_ids_and_labels_of_a_wrong_kind_are_refused():
+    model, rollout = tiny_model(), random_rollout(1, B)
+    hidden, _ = model.encode(TOKENS)
+    for wrong, error, message in (
+        ([1, 2, 3], InputTypeError, "decoder_start_ids is of class list; it must be a Tensor"),
+        (torch.zeros(B + 1, dtype=torch.int64), InputError, r"decoder_start_ids have shape \(4,\); it must be \(3,\)"),
+    ):
+        with pytest.raises(error, match=message):
+            model.token_nll(TOKENS, hidden=hidden, decoder_start_ids=wrong)
+    with pytest.raises(InputTypeError, match="rollout decoder_start_ids is of class list"):
+        dataclasses.replace(rollout, decoder_start_ids=[[1] * B])
+    classifier = tiny_classifier()
+    state, _ = classifier.encode(TOKENS)
+    with pytest.raises(InputTypeError, match=r"labels \(targets\) is of class list"):
+        classifier.decode([[1]], hidden=state)
+    with pytest.raises(InputTypeError, match="hidden is of class list"):
+        classifier.decode(torch.zeros(B, 1, dtype=torch.int64), hidden=[1])
+    for documents, labels in (([[1]], 1), (5, [1]), ("text", [1])):
+        with pytest.raises(InputTypeError, match="must be a list with one item for each document"):
+            classifier.make_rollout(documents, labels)
+
+
+def test_numbers_beyond_the_range_of_floats_are_refused():
+    with pytest.raises(InputError, match=r"write_temperature \(inf\) must be .* finite"):
+        tiny_model(write_temperature=10**400)
+    with pytest.raises(InputError, match="d_model .* must be at most"):
+        tiny_model(d_model=10**400)

@@ -15,3 +15,9 @@ class CheckpointError(InputError):
 
 class SaveError(InputError):
     """Writing failed (full disk, no permission); any earlier file is intact."""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's or warning's message, or the name of its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

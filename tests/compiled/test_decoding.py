@@ -107,5 +107,5 @@ def test_a_missing_compiler_is_an_input_error():
 
 
 def test_relative_positions_are_refused():
-    with pytest.raises(InputError, match=r"positions \('relative'\) must be 'rotary' to compile the decoding step"):
-        make_pair(positions="relative")[1].next_token_logits()
+    with pytest.raises(InputError, match=r"positions \('relative'\) must be 'rotary' to compile a session"):
+        make_pair(positions="relative")

@@ -119,6 +119,20 @@ def test_the_example_of_the_documentation_generates_what_a_session_does(exported
     assert names["generated"] == Session(model).generate(3 * S, temperature=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_exported_in_float32(dtype, tmp_path):
+    model = make().to(dtype)
+    graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
+    assert next(model.parameters()).dtype == dtype
+    state = graphs.begin(1)
+    caches = {name: graphs.zeros(name, 1) for name in ("cached_keys", "cached_values")}
+    past = {key: value for key, value in state.items() if key != "next_memory"}
+    bos = np.full((1, 1), graphs.sizes["bos_token_id"])
+    found = graphs.run(DECODING_STEP_FILE, {"tokens": bos, "positions": np.zeros((1, 1), int), **past, **caches})
+    expected = Session(model.float()).next_token_logits()
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory"])
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
     model = tiny_baseline(name).float().eval()

@@ -1,5 +1,7 @@
 """Sessions: the state depends only on the tokens, and predictions match those over whole documents."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from memformer import CheckpointError, InputError, InputTypeError, SaveError, Session
 from memformer.generation.sampling import sample
-from memformer.generation.session_files import FORMAT, FORMAT_VERSION, WEIGHTS
+from memformer.generation.session_files import FORMAT, FORMAT_VERSION, WEIGHTS, check_state
 from memformer.utils.files import write_tensors
 from tests.generation.sessions import assert_same_state, document_log_probabilities, random_tokens
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
@@ -304,3 +306,23 @@ def test_a_stopped_row_keeps_its_state_while_other_rows_continue():
         assert_close(together.next_token_logits()[number], alone.next_token_logits()[0])
     with pytest.raises(InputError, match=rf"stop token id \({VOCAB_SIZE}\) must be from 0 to {VOCAB_SIZE - 1}"):
         together.stream(1, stop_token_ids=[VOCAB_SIZE])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_session_goes_on_with_the_same_weights_in_another_dtype(tmp_path, dtype):
+    """A run in half precision is read in float32 on a CPU, so its sessions must move between devices."""
+    session = Session(tiny_model().to(dtype))
+    session.feed(random_tokens(20))
+    session.save(tmp_path / "state")
+    expected = {name: tensor.float() for name, tensor in session._streams.state().items() if tensor.is_floating_point()}
+    loaded = Session.load(tmp_path / "state", model=copy.deepcopy(session.model).float())
+    state = loaded._streams.state()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor)
+    assert loaded.next_token_logits().dtype == torch.float32
+    loaded.feed(random_tokens(20))
+    assert loaded.num_tokens == [40]
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["tokens"] = state["tokens"].int()
+    with pytest.raises(CheckpointError, match="tokens is .* torch.int32; this model's is .* torch.int64"):
+        check_state(tmp_path / "state", state, expected=loaded._streams.state(), model=loaded.model)

@@ -108,7 +108,9 @@ def test_a_cache_can_be_copied_selected_repeated_and_reset():
     cache.crop(0)
     with pytest.raises(InputError, match="2 tokens cannot be removed"):
         cache.crop(-2)
+    cache.session.stop_token_ids = frozenset({4})
     cache.reset()
+    assert cache.session.stop_token_ids == {4}
     assert cache.get_seq_length() == 0
     assert cache.get_max_length() == -1
     assert_close(model(next_ids[:1].expand(6, 1), cache=cache).logits, model(next_ids[:1]).logits.expand(6, 1, 12))

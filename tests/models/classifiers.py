@@ -15,6 +15,7 @@ CLASSIFIERS = {
     **{name: fields for name, fields in VARIANTS.items() if not any("decoder" in key for key in fields)},
     "last": {"pooling": "last"},
     "memory": {"pooling": "memory"},
+    "narrow memory": {"pooling": "memory", "slot_width": 4},
     "segments": {"label_unit": "segment"},
     "segments, memory": {"label_unit": "segment", "pooling": "memory", "write_normalizer": "entmax15"},
     "all options": {"positions": "relative", "convolution_kernel": 3, "pooling": "last"},
@@ -31,6 +32,7 @@ SOME = {
         "position embedding",
         "adaptive softmax",
         "segments, memory",
+        "narrow memory",
         "all options",
     )
 }

@@ -136,3 +136,32 @@ def test_logits_in_parts_are_not_held_for_the_backward_pass(monkeypatch):
     assert largest_held() == 2 * 64 * 1_000
     monkeypatch.setattr(vocabulary, "_MOST_LOGITS", 16 * 1_001)
     assert largest_held() <= features.numel()
+
+
+def test_nll_and_gradients_equal_those_of_pytorch():
+    embedding = adaptive_embedding()
+    features = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    for targets in (torch.randint(0, VOCAB_SIZE, (2, 7)), torch.zeros(2, 7, dtype=torch.int64)):
+        weights = [features, *embedding.softmax.parameters()]
+        own = embedding.nll(features, targets)
+        torchs = -embedding.softmax(features.flatten(0, 1), targets.flatten()).output.view_as(targets)
+        assert_close(own, torchs)
+        pairs = zip(
+            *(torch.autograd.grad(each.sum(), weights, allow_unused=True) for each in (own, torchs)), strict=True
+        )
+        for of_own, of_torch in pairs:
+            assert (of_own is None) == (of_torch is None)
+            if of_own is not None:
+                assert_close(of_own, of_torch)
+
+
+def test_probabilities_of_a_model_in_half_precision_are_normalized_in_float32():
+    embedding = AdaptiveEmbedding(1000, 64, cutoffs=(100, 400)).bfloat16()
+    features = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    log_probabilities = embedding.logits(features)
+    assert log_probabilities.dtype == torch.float32
+    assert_close(log_probabilities.exp().sum(dim=-1), torch.ones(2, 3), relative=1e-5)
+    targets = torch.randint(0, 1000, (2, 3))
+    assert_close(
+        embedding.nll(features, targets), -log_probabilities.gather(-1, targets[..., None])[..., 0], relative=1e-5
+    )

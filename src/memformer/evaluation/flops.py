@@ -19,7 +19,8 @@ def flops_per_token(model: nn.Module) -> float:
     Counted while one full segment is read and the next full segment is predicted. As in `FlopCounterMode`, each
     multiplication in a matrix product counts as two operations (attention scores included, masked or not), and all
     other operations count as none. The model's mode is left unchanged. For models whose segment is the whole document,
-    this is the mean over the document's tokens.
+    this is the mean over the document's tokens. With `adaptive_cutoffs` the predicted tokens are frequent ones, below
+    the first cutoff; rarer tokens need the second softmax of their cluster as well.
     """
     model = unwrapped(model)
     length = model.segment_length

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from memformer.errors import InputError
+from memformer.errors import InputError, first_line
 
 
 class CompiledFunction:
@@ -31,6 +31,7 @@ class CompiledFunction:
     def __init__(self, function: Callable[..., Any], model: nn.Module, example: tuple[Any, ...]) -> None:
         # Imported here, because importing PyTorch's compiler takes a second.
         import torch._inductor.config as inductor_config
+        from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import InductorError
 
         self._weights = identify_weights(model)
@@ -53,9 +54,11 @@ class CompiledFunction:
                 self(model, *example)
         except InductorError as error:
             raise InputError(
-                f"the model cannot be compiled: {str(error).splitlines()[0]}; "
+                f"the model cannot be compiled: {first_line(error)}; "
                 "torch needs a C++ compiler (g++ or clang); without one, use compiled=False"
             ) from error
+        except TorchDynamoException as error:
+            raise InputError(f"the model cannot be compiled: {first_line(error)}; use compiled=False") from error
 
     def __call__(self, model: nn.Module, *arguments: Any) -> Any:
         """Return the function's result; the model must be the one that it was compiled for."""
@@ -85,5 +88,5 @@ def compiled_function(
 
 
 def identify_weights(model: nn.Module) -> list[tuple[int, int]]:
-    """Return the address of each weight and the number of its in-place changes."""
+    """Return the address of each weight and the number of its in-place changes; changes of `.data` do not count."""
     return [(weight.data_ptr(), weight._version) for weight in model.parameters()]

@@ -117,14 +117,10 @@ class SegmentContext:
         return {"hidden": self.hidden, "hidden_padding": self.hidden_padding}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Set the tensors to those of a saved session, which must have this context's shapes and dtypes."""
-        self.hidden = state["hidden"].to(self.model.device)
+        """Set the tensors to those of a saved session, which must have this context's shapes."""
+        self.hidden = state["hidden"].to(self.hidden)
         self.hidden_padding = state["hidden_padding"].to(self.model.device)
         self._decoding = None
-
-    def is_possible(self) -> bool:
-        """Return whether the tensors, as read from a file, are valid for this model."""
-        return True
 
     def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
         """Read full segments (R, S) of some rows one after the other; return the last memory.
@@ -194,12 +190,8 @@ class TokenContext:
         return {"previous": self.previous}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Set the tensors to those of a saved session, which must have this context's shapes and dtypes."""
+        """Set the tensors to those of a saved session, which must have this context's shapes."""
         self.previous = state["previous"].to(self.model.device)
-
-    def is_possible(self) -> bool:
-        """Return whether the tensors, as read from a file, are valid for this model."""
-        return bool(((self.previous >= 0) & (self.previous <= self.model.bos_token_id)).all())
 
     def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
         """Read full segments (R, S) of some rows one after the other; return the last memory.
@@ -254,9 +246,12 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
     """Return a new context for a session of this model.
 
     Raises:
-        InputError: `compiled` is set and the model has no decoding step.
+        InputError: `compiled` is set and the model has no decoding step or has relative positions.
     """
     if isinstance(model, Memformer):
+        if compiled and model.config.positions != "rotary":
+            # With relative positions, shapes depend on the distances that occur.
+            raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to compile a session")
         return SegmentContext(model, batch_size, compiled=compiled)
     assert isinstance(model, NextTokenModel)
     if compiled:

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from memformer.errors import InputError
 from memformer.generation.compiling import compiled_function
 from memformer.generation.recording import RecordedStep
 from memformer.models.decoder import Past
@@ -21,15 +20,9 @@ class Decoding:
         model: The model that decodes.
         batch_size: Number of rows.
         compiled: Whether the step of one token per row is compiled; used from the second segment on.
-
-    Raises:
-        InputError: `compiled` is set and the model's positions are relative.
     """
 
     def __init__(self, model: Memformer, batch_size: int, *, compiled: bool = False) -> None:
-        if compiled and model.config.positions != "rotary":
-            # With relative positions, shapes depend on the distances that occur.
-            raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to compile the decoding step")
         self.model = model
         self.compiled = compiled
         self.caches: list[KeyValueCache] = model.make_caches(batch_size)

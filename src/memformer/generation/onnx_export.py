@@ -9,6 +9,7 @@ A program reads a stream with them as a `Session` does, without PyTorch:
 """
 
 import contextlib
+import copy
 import json
 import logging
 import warnings
@@ -153,7 +154,7 @@ def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[
     """Write the timestep and, for a Memformer, the decoding step as ONNX graphs; return the folder.
 
     The folder also holds sizes.json: segment length, id of `[BOS]`, vocabulary, and the shapes of memory and caches for
-    one row. It appears complete or not at all. The graphs compute in the dtype of the weights, on the CPU.
+    one row. It appears complete or not at all. The graphs compute in float32, or in float64 if the weights are float64.
 
     Args:
         model: A model on the CPU.
@@ -172,6 +173,8 @@ def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[
         raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to export a model to ONNX")
     if isinstance(model, LSTM):
         raise InputError("a model of type lstm cannot be exported to ONNX: it packs rows of unequal lengths")
+    if model.memory_dtype != next(model.parameters()).dtype:
+        model = copy.deepcopy(model).float()  # in half precision the inputs would have different dtypes
     with new_folder(folder) as partial, reading(model):
         examples = example_inputs(model)
         past = [name for name in examples.get(DECODING_STEP_FILE, {}) if name in _PAST]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.errors import InputError, InputTypeError
 from memformer.generation.sampling import check_sampling, sample
 from memformer.generation.session_files import check_state, check_weights, read_state, write_state
 from memformer.generation.streams import Streams
@@ -320,10 +320,6 @@ class Session:
             check_weights(path, metadata, model=inner)
         with reading(inner):
             session._streams.set_state(state)
-        if not session._streams.context.is_possible():
-            raise CheckpointError(
-                f"{path}: the token before the pending tokens is outside the vocabulary of {inner.vocab_size}"
-            )
         return session
 
     def _read_out(self, token_ids: TokenIds, readout: Callable[..., Tensor], *, empty: Tensor) -> list[Tensor]:

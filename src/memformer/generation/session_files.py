@@ -59,6 +59,8 @@ def check_state(path: Path, state: State, *, expected: State, model: LanguageMod
         expected: State of a new session of the same model with as many rows.
         model: The model.
 
+    Floating-point tensors may have another dtype: the model may have been converted since.
+
     Raises:
         CheckpointError: A tensor is missing, of another shape or dtype, not finite, or has impossible values.
     """
@@ -66,7 +68,8 @@ def check_state(path: Path, state: State, *, expected: State, model: LanguageMod
         found = state.get(name)
         if found is None:
             raise CheckpointError(f"{path} lacks {name!r}; it is not a complete session")
-        if found.shape != own.shape or found.dtype != own.dtype:
+        is_converted = found.is_floating_point() and own.is_floating_point()
+        if found.shape != own.shape or not (is_converted or found.dtype == own.dtype):
             raise CheckpointError(
                 f"{path}: {name} is {tuple(found.shape)} {found.dtype}; this model's is {tuple(own.shape)} "
                 f"{own.dtype}: the session belongs to another model"
@@ -78,6 +81,11 @@ def check_state(path: Path, state: State, *, expected: State, model: LanguageMod
         raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
     if state["tokens"].min() < 0 or state["tokens"].max() >= model.vocab_size:
         raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
+    previous = state["previous"] if "previous" in expected else state["tokens"]
+    if previous.min() < 0 or previous.max() > model.bos_token_id:
+        raise CheckpointError(
+            f"{path}: the token before the pending tokens is outside the vocabulary of {model.vocab_size}"
+        )
 
 
 def check_weights(path: Path, metadata: Mapping[str, str], *, model: LanguageModel) -> None:

@@ -102,8 +102,8 @@ class Streams:
         self.num_selections += 1
 
     def set_state(self, state: State) -> None:
-        """Set the state to one that `check_state` has checked."""
-        self.memory = state["memory"].to(self.model.device)
+        """Set the state to one that `check_state` has checked, converted to the model's dtypes."""
+        self.memory = state["memory"].to(self.memory)
         self.context.load(state)
         self.tokens = state["tokens"]
         pending, fed = state["counts"].unbind()

@@ -1,6 +1,6 @@
 """Checks of the token ids that a session is given."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def in_chunks(rows: list[NDArray[np.integer]]) -> Iterator[list[Tensor]]:
 
 
 def _split(token_ids: TokenIds, batch_size: int) -> list[object]:
-    if isinstance(token_ids, str | bytes | Mapping) or not _has_length(token_ids):
+    if isinstance(token_ids, Mapping | Set) or not _has_length(token_ids):
         raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
     if batch_size == 1:
         nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
@@ -60,7 +60,8 @@ def _split(token_ids: TokenIds, batch_size: int) -> list[object]:
 
 
 def _has_length(value: object) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes)
+    # Tensors and arrays without a dimension have the method, too.
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
 
 
 def _is_nested(token_ids: Sequence[object]) -> bool:

@@ -59,7 +59,12 @@ class MemformerCache(Cache):
     def reset(self) -> None:
         """Start all rows anew."""
         session = self.session
-        self.session = Session(session.model, batch_size=session.batch_size, compiled=session.compiled)
+        self.session = Session(
+            session.model,
+            batch_size=session.batch_size,
+            compiled=session.compiled,
+            stop_token_ids=session.stop_token_ids,
+        )
         self._num_columns = 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from memformer.data.document_end import document_end_of
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.data.tokenizers import Tokenizer
-from memformer.errors import InputError
+from memformer.errors import InputError, first_line
 from memformer.hf.model_card import write_card_text
 from memformer.hf.registration import as_causal_lm
 from memformer.hf.tokenization import as_hf_tokenizer
@@ -180,6 +180,5 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, repo_type="model", folder_path=folder)
     # The package's own message best explains a failure (no network, no login, no permission).
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder} was written, but could not be uploaded as {name}: {reason}") from error
+        raise InputError(f"{folder} was written, but could not be uploaded as {name}: {first_line(error)}") from error
     return address

@@ -50,9 +50,9 @@ class MemformerForSequenceClassification(MemoryEncoder):
         super().__init__(config, num_special_tokens=config.num_special_tokens)
         self.encoder = Encoder(config)
         self._make_memory()
-        self.head_norm = nn.LayerNorm(config.d_model)
+        self.head_norm = nn.LayerNorm(config.pooled_width)
         self.head_dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.d_model, config.num_labels)
+        self.head = nn.Linear(config.pooled_width, config.num_labels)
         self._initialise()
 
     @classmethod
@@ -103,6 +103,8 @@ class MemformerForSequenceClassification(MemoryEncoder):
     ) -> tuple[Hidden, Memory]:
         """Read one segment; return the state that the head reads, (B, 1, D), and the next memory.
 
+        With `pooling: memory` the state has the width W of the slots.
+
         The memory of a row that is all padding does not change; its state is finite but meaningless.
 
         Args:
@@ -139,7 +141,8 @@ class MemformerForSequenceClassification(MemoryEncoder):
             InputTypeError: A dtype is wrong.
         """
         self._check_labels(targets)
-        expected = (targets.shape[0], 1, self.config.d_model)
+        check_type("hidden", hidden, Tensor)
+        expected = (targets.shape[0], 1, self.config.pooled_width)
         if hidden.shape != expected:
             raise InputError(f"hidden has shape {tuple(hidden.shape)}; it must be {expected}")
         del hidden_padding_mask
@@ -150,6 +153,7 @@ class MemformerForSequenceClassification(MemoryEncoder):
         return logits
 
     def _check_labels(self, labels: Tensor) -> None:
+        check_type("labels (targets)", labels, Tensor)
         if labels.dtype != torch.int64:
             raise InputTypeError(f"labels have dtype {labels.dtype}; they must be torch.int64")
         if labels.shape[-1] != 1:

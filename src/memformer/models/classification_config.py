@@ -39,3 +39,8 @@ class MemformerClassificationConfig(MemoryEncoderConfig):
         check_choice("pooling", self.pooling, get_args(Pooling))
         if self.pooling == "memory" and not self.num_slots:
             raise InputError("pooling is memory, but num_slots is 0: there is no slot to read")
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the state that the head reads: D, or with `pooling: memory` the width W of a slot."""
+        return self.memory_width if self.pooling == "memory" else self.d_model

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memformer.errors import InputError
+from memformer.errors import InputError, InputTypeError
 from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.rollout import Rollout
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import check_integer, shown
 from memformer.utils.token_ids import TokenRow, check_token_ids
 
 
@@ -23,6 +23,9 @@ def label_rollout(
         InputError: As `make_rollout`.
         InputTypeError: As `make_rollout`.
     """
+    for name, given in (("documents", documents), ("labels", labels)):
+        if isinstance(given, str | bytes) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
+            raise InputTypeError(f"{name} ({shown(given)}) must be a list with one item for each document")
     if len(documents) != len(labels) or not len(documents):
         raise InputError(
             f"there are {len(documents)} documents and {len(labels)} items of labels; there must be as many, at least 1"

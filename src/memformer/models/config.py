@@ -29,7 +29,7 @@ class ModelConfig:
             begin. The embeddings of each cluster are a quarter as wide as those of the cluster before, and rare words
             are predicted in two softmax steps. Empty: one softmax over all tokens. A departure from the paper, which
             does not describe its softmax.
-        d_model: Model width D, the width of token vectors and of a Memformer's memory slots.
+        d_model: Model width D: that of token vectors and, unless `slot_width` is set, of a Memformer's memory slots.
         segment_length: Number of tokens per segment (L in the paper).
         dropout: Dropout probability of the embedded tokens and of the output of every sub-layer.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memformer.errors import InputError
+from memformer.errors import InputError, first_line
 from memformer.utils.files import user_path
 
 # transformers puts the weights of a model with a head under the name of the model inside (`base_model_prefix`).
@@ -108,4 +108,4 @@ def _download(name: str, revision: str | None) -> Path:
         raise InputError(f"{shown} is not in the cache{at}, and {reason}") from error
     # The package's own message best explains any other failure.
     except Exception as error:
-        raise InputError(f"{shown} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{shown} cannot be loaded: {first_line(error)}") from error

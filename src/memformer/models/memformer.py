@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.decoder import Decoder, Past
 from memformer.models.encoder import Encoder
@@ -98,6 +99,12 @@ class Memformer(MemoryEncoder, LanguageModel):
         if decoder_start_ids is None:
             decoder_start_ids = targets.new_full(targets.shape[:1], self.bos_token_id)
         else:
+            check_type("decoder_start_ids", decoder_start_ids, Tensor)
+            if decoder_start_ids.shape != targets.shape[:1]:
+                raise InputError(
+                    f"decoder_start_ids have shape {tuple(decoder_start_ids.shape)}; "
+                    f"it must be {tuple(targets.shape[:1])}, one for each row of targets"
+                )
             check_tokens(decoder_start_ids[:, None], largest=self._largest_token_id, name="decoder_start_ids")
         self._check_hidden(hidden, batch_size=targets.shape[0])
         read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_starts_from_last_token))

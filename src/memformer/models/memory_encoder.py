@@ -96,13 +96,17 @@ class MemoryEncoder(TokenModel):
         nn.init.eye_(self.memory_writer.value.weight)
         projection, width = self.memory_writer.token_projection, self.config.d_model
         if projection is not None:
-            nn.init.orthogonal_(projection.weight)
+            # PyTorch draws no orthogonal matrix in half precision.
+            orthogonal = projection.weight.to(torch.promote_types(projection.weight.dtype, torch.float32))
+            projection.weight.copy_(nn.init.orthogonal_(orthogonal))
         for module in self.encoder.modules():
             if isinstance(module, MemoryReader):
                 key = module.attention.query.weight
                 if projection is not None:
-                    # Back to the model's width, scaled so that a token's score for its own content is as in that width.
-                    key = width / self.config.memory_width * key @ projection.weight.T
+                    # Back to the model's width, scaled so that a token's score for its own content is as in that width:
+                    # a narrow slot keeps a share of the token's length, and slots of any width have the same RMS.
+                    share = width / self.config.memory_width
+                    key = max(share, share**0.5) * key @ projection.weight.T
                 module.attention.key_value.weight[:width] = key
         if self.encoder.convolution is not None:
             # Preceding tokens only: a key that also contained its value would be written to a second slot as well.

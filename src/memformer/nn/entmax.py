@@ -24,8 +24,11 @@ def normalize_scores(scores: Float[Tensor, "*rows J"], normalizer: str) -> Float
 
 
 class _Entmax(torch.autograd.Function):
+    # For per-sample gradients: the operators of both methods can be vectorized.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
+    def forward(scores: Tensor, alpha: float) -> Tensor:
         # Adding a constant to all scores does not change the weights, and scores far below the highest get weight 0.
         z = (alpha - 1) * (scores - scores.amax(dim=-1, keepdim=True)).clamp(min=-1e3)
         ordered = z.sort(dim=-1, descending=True).values
@@ -37,10 +40,12 @@ class _Entmax(torch.autograd.Function):
             variance = (ordered.square().cumsum(dim=-1) / count - mean.square()).clamp(min=0)
             threshold = mean - (1 / count - variance).clamp(min=0).sqrt()
         size = (threshold < ordered).sum(dim=-1, keepdim=True).clamp(min=1)
-        weights = (z - threshold.gather(-1, size - 1)).clamp(min=0) ** (1 / (alpha - 1))
-        ctx.alpha = alpha
-        ctx.save_for_backward(weights)
-        return weights
+        return (z - threshold.gather(-1, size - 1)).clamp(min=0) ** (1 / (alpha - 1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        _, ctx.alpha = inputs
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

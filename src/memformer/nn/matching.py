@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from memformer.nn.linear import is_transformed
+
 Preference = Float[Tensor, "*rows K S"]
 Matching = Bool[Tensor, "*rows K S"]
 
@@ -36,10 +38,11 @@ def match_slots(preference: Preference, *, least: float, sharing: bool = False) 
         return (remaining == remaining.amax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
     matching = torch.zeros_like(remaining, dtype=torch.bool)
     # Every round but the last matches a pair. Only a CPU stops early: to know the last, a device would be waited for.
+    stops_early = preference.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
     for _ in range(min(preference.shape[-2:])):
         best_slot, best_token = remaining.amax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
         pairs = (remaining == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
-        if preference.device.type == "cpu" and not torch.compiler.is_compiling() and not pairs.any():
+        if stops_early and not pairs.any():
             break
         matching |= pairs
         remaining = remaining.masked_fill(

@@ -241,10 +241,11 @@ class MemoryNormalization(nn.Module):
                 self.slot_bias.copy_(self.radius * log_speeds.exp()[:, None] * F.normalize(self.slot_bias, dim=-1))
 
     def forgetting_vectors(self) -> Float[Tensor, "vectors W"]:
-        """Return v_i of every slot, or the one v that all slots share."""
+        """Return v_i of every slot, or the one v that all slots share, in at least float32."""
+        slot_bias = _in_full_precision(self.slot_bias)
         if self.log_speed is None:
-            return self.slot_bias
-        return self.radius * self.log_speed.exp()[:, None] * F.normalize(self.slot_bias, dim=-1)
+            return slot_bias
+        return self.radius * _in_full_precision(self.log_speed).exp()[:, None] * F.normalize(slot_bias, dim=-1)
 
     def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
         """Return the slots after forgetting and normalization; both arguments are results of the writer."""
@@ -272,5 +273,9 @@ class MemoryNormalization(nn.Module):
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0, the terminal state of forgetting, for each row, in at least float32."""
-        slot_bias = self.slot_bias.to(torch.promote_types(self.slot_bias.dtype, torch.float32))
-        return (self.radius * F.normalize(slot_bias, dim=-1)).expand(batch_size, self.num_slots, -1)
+        slots = self.radius * F.normalize(_in_full_precision(self.slot_bias), dim=-1)
+        return slots.expand(batch_size, self.num_slots, -1)
+
+
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

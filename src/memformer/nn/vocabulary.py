@@ -142,19 +142,42 @@ class AdaptiveEmbedding(nn.Module):
         return [[module for module in tail.children() if isinstance(module, nn.Linear)] for tail in self.softmax.tail]
 
     def logits(self, features: Features) -> Float[Tensor, "B Q V"]:
-        """Return the next-token log-probabilities at each position."""
+        """Return the next-token log-probabilities at each position, in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
-            log_probabilities = self.softmax.log_prob(self._to_parameter_dtype(features).flatten(0, 1))
-        return log_probabilities.unflatten(0, features.shape[:-1])
+            features = features.to(self.bos.dtype)
+            first = _log_softmax(self.softmax.head(features))
+            num_frequent = self.clusters[0][1]
+            found = [first[..., :num_frequent]]
+            for index, tail in enumerate(self.softmax.tail):
+                of_cluster = first[..., num_frequent + index, None]
+                found.append(of_cluster + _log_softmax(tail(features)))
+        return torch.cat(found, dim=-1)
 
     def nll(self, features: Features, targets: Tokens) -> Float[Tensor, "B Q"]:
         """Return the negative log-likelihood of each target, in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
-            result = self.softmax(self._to_parameter_dtype(features).flatten(0, 1), targets.flatten())
-        return -result.output.view_as(targets)
+            x, ids = features.to(self.bos.dtype).flatten(0, 1), targets.flatten()
+            num_frequent = self.clusters[0][1]
+            entries, found = ids, []
+            for index, ((first, end), tail) in enumerate(zip(self.clusters[1:], self.softmax.tail, strict=True)):
+                inside = (ids >= first) & (ids < end)
+                entries = torch.where(inside, num_frequent + index, entries)
+                # Only words of the cluster take part in its softmax.
+                rows = inside.nonzero()[:, 0]
+                if len(rows):
+                    found.append((rows, _chosen(_log_softmax(tail(x[rows])), ids[rows] - first)))
+            log_likelihood = _chosen(_log_softmax(self.softmax.head(x)), entries)
+            for rows, in_cluster in found:
+                log_likelihood = log_likelihood.index_add(0, rows, in_cluster)
+        return -log_likelihood.view_as(targets)
 
     def compile_nll(self, **options: Any) -> None:
         """Do nothing: the sizes of the clusters' batches depend on the tokens."""
 
-    def _to_parameter_dtype(self, features: Features) -> Features:
-        return features.to(self.bos.dtype)
+
+def _log_softmax(logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def _chosen(log_probabilities: Float[Tensor, "N V"], indices: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
+    return log_probabilities.gather(1, indices[:, None])[:, 0]

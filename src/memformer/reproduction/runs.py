@@ -166,9 +166,9 @@ def _total_updates(run: Run, options: Sequence[str]) -> int:
     for option, following in zip_longest(options, options[1:], fillvalue=""):
         name, equals, value = option.partition("=")
         if name == "--training.num_updates":
-            with contextlib.suppress(ValueError):  # the run itself refuses it
-                total = float(value if equals else following)
-    return int(total)
+            with contextlib.suppress(ValueError, OverflowError):  # the run itself refuses it
+                total = int(float(value if equals else following))
+    return total
 
 
 def _num_updates(run: Run) -> int:

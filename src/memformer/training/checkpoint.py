@@ -42,7 +42,7 @@ class TrainingState:
     Attributes:
         model: The model with its weights.
         optimizer: The optimizer. Its state is saved; the options of its parameter groups come from the config.
-        memory: (B, K, D), the memory that each lane carries into the next rollout.
+        memory: (B, K, W), the memory that each lane carries into the next rollout.
         progress: JSON values: counters, the position in the data, the best score so far.
     """
 

@@ -26,8 +26,8 @@ class RolloutResult:
     Attributes:
         loss: Mean negative log-likelihood per non-padding target token in nats, detached; 0 if there are no targets.
         num_tokens: Number of non-padding target tokens.
-        memory: (B, K, D), the memory after the last timestep, detached.
-        memory_grad: (B, K, D), d loss / d memory at the start of the rollout, scaled like the other gradients.
+        memory: (B, K, W), the memory after the last timestep, detached.
+        memory_grad: (B, K, W), d loss / d memory at the start of the rollout, scaled like the other gradients.
         memory_grad_norms: (N,), norm over all rows of d loss / d memory at the start of each timestep. It shows how far
             back the predictions depend on the memory. The first entry is the norm of `memory_grad`.
     """
@@ -134,7 +134,7 @@ def encode_timestep(
     padding: Tensor | None,
     with_auxiliary: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden states (B, S, D), the next memory (B, K, D) and the auxiliary loss (a scalar)."""
+    """Return the hidden states (B, S, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
     if reset is not None:
         memory = model.reset_memory(memory, reset)
     # The auxiliary loss is needed only for its gradient.

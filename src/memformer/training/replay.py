@@ -71,7 +71,7 @@ def backpropagate(
     Args:
         model: The recurrent model.
         rollout: The input and target segments, on the model's device.
-        memory: (B, K, D), the memory at the start of the rollout. None: the initial memory, as if every row were reset
+        memory: (B, K, W), the memory at the start of the rollout. None: the initial memory, as if every row were reset
             at the first timestep.
         method: "replay", "bptt" or "checkpoint"; all give the same gradients.
         readout_timesteps: Timesteps whose readout is computed together; larger values are faster and need more device
@@ -133,7 +133,7 @@ class _Work:
     hooks: RolloutHooks
 
     def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the hidden states (B, S, D), the next memory (B, K, D) and the auxiliary loss (a scalar)."""
+        """Return the hidden states (B, S, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
         rollout = self.rollout
         with self.autocast():
             return encode_timestep(

@@ -8,6 +8,7 @@ import difflib
 import math
 import operator
 import reprlib
+import sys
 from collections.abc import Iterable
 from typing import SupportsFloat, SupportsIndex
 
@@ -39,8 +40,11 @@ def to_number(value: object) -> float | int | None:
     """Return a value as an int or float; None if it is not a number."""
     if not _may_be_number(value):
         return None
-    if type(value) is int or type(value) is float:
+    if type(value) is float:
         return value
+    if type(value) is int:
+        # Larger integers have no float, so bounds and `math.isfinite` could not be checked.
+        return value if abs(value) <= sys.float_info.max else math.inf if value > 0 else -math.inf
     try:
         return float(value)  # type: ignore[arg-type]  # other types raise TypeError
     except (TypeError, ValueError, OverflowError):

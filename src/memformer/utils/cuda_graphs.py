@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
+from memformer.errors import first_line
+
 Work = Callable[[], None]
 
 # Runs before recording, so that libraries choose their kernels and allocate their workspaces outside the graph.
@@ -55,7 +57,7 @@ class GraphPool:
         try:
             self._warm_up(work, before)
         except torch.OutOfMemoryError as error:
-            raise RecordingFailed(str(error).splitlines()[0]) from error
+            raise RecordingFailed(first_line(error)) from error
         before()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -66,7 +68,7 @@ class GraphPool:
             # The random generator still waits for the end of the recording; one that succeeds sets it free.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device=self.device)
-            raise RecordingFailed(str(error).splitlines()[0]) from error
+            raise RecordingFailed(first_line(error)) from error
         return graph.replay
 
     def _warm_up(self, work: Work, before: Work) -> None:
@@ -104,6 +106,6 @@ def _synchronizing_refused() -> Iterator[None]:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        raise CannotRecord(str(error).splitlines()[0]) from error
+        raise CannotRecord(first_line(error)) from error
     finally:
         torch.cuda.set_sync_debug_mode(mode)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from memformer.errors import InputError
+from memformer.errors import InputError, first_line
 from memformer.utils.progress import print_warning
 
 
@@ -54,7 +54,7 @@ def _why_there_is_no_cuda() -> str:
 
 
 def _first_sentence(message: object) -> str:
-    return str(message).splitlines()[0].split(". ")[0].rstrip(".")
+    return first_line(message).split(". ")[0].rstrip(".")
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def device_memory_explained(advice: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"the device has too little memory: {str(error).splitlines()[0]} {advice}") from error
+        raise InputError(f"the device has too little memory: {first_line(error)} {advice}") from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,12 +1,13 @@
 """Token ids that a user gives: a list, an array or a tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
+from memformer.utils.checks import shown
 
 TokenRow = Sequence[int] | NDArray[np.integer] | Tensor
 
@@ -18,9 +19,17 @@ def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer
         InputError: A token id is outside the vocabulary, or the ids are not one-dimensional.
         InputTypeError: The token ids are not integers.
     """
-    if isinstance(token_ids, str | bytes | Mapping) or not hasattr(token_ids, "__len__"):
+    if isinstance(token_ids, str | bytes | Mapping | Set) or not hasattr(token_ids, "__len__"):
         raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
-    ids = np.asarray(token_ids.cpu() if isinstance(token_ids, Tensor) else token_ids)
+    if isinstance(token_ids, Tensor):
+        if token_ids.is_floating_point() or token_ids.is_complex():  # NumPy lacks some of these dtypes
+            dtype = str(token_ids.dtype).removeprefix("torch.")
+            raise InputTypeError(f"token ids have dtype {dtype}; they must be integers")
+        token_ids = token_ids.cpu()
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError as error:  # a list in which some items are lists
+        raise InputError(f"token ids ({shown(token_ids)}) must be one-dimensional") from error
     if ids.size == 0:
         return np.zeros(0, dtype=np.int64)
     if ids.dtype.kind not in "iu":
