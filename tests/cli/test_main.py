@@ -64,14 +64,17 @@ def test_an_unknown_command():
     assert refused("trian") == f"unknown command 'trian'; the commands are {known}"
 
 
-def test_a_closed_stdout_gives_no_traceback(run_folder, tmp_path):
+@pytest.mark.parametrize("command", ["generate RUN --max_new_tokens 3", "score RUN TEXT"])
+def test_a_closed_stdout_gives_no_traceback(run_folder, tmp_path, command):
+    (tmp_path / "text").write_text("a\n" * 100)
+    argv = command.replace("RUN", str(run_folder)).replace("TEXT", str(tmp_path / "text")).split()
     reader, writer = os.pipe()
     os.close(reader)
     errors = (tmp_path / "errors").open("w")
     # Closing a pipe without a reader fails as well; the rest of its buffer is lost, as expected.
-    out = os.fdopen(writer, "w")
+    out = os.fdopen(writer, "w", buffering=1)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        assert main(["generate", str(run_folder), "--max_new_tokens", "3"]) == 141
+        assert main(argv) == 141
     with contextlib.suppress(BrokenPipeError):
         out.close()
     assert (tmp_path / "errors").read_text() == ""

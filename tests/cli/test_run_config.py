@@ -162,3 +162,45 @@ def test_a_list_of_words_needs_no_brackets(read, options):
         "wandb",
         "trackio",
     ]
+
+
+@pytest.mark.parametrize("text", ["# .*", "&a", "null # x", "a: b", "[ab]", "true", "12", "\t.*", "5:", "'#.*'", "!x"])
+def test_a_text_of_the_command_line_is_taken_as_it_stands(read, text):
+    """YAML would read some of them as null, as a mapping, or as nothing."""
+    for options in ([f"--data.train.document_start={text}"], ["--data.train.document_start", text]):
+        config, _ = read({}, "--data.train.kind", "text", "--data.train.path", "x", *options)
+        assert config.data.train.document_start == text
+    for key in ("path", "document_start"):
+        config, _ = read({}, "--data.validation.path", "x", f"--data.validation.{key}", text)
+        if (key, text) != ("path", "[ab]"):  # a path can also be a list
+            assert getattr(config.data.validation, key) == text
+    assert yaml.safe_load(yaml.safe_dump(config.to_dict())) == config.to_dict()
+
+
+def test_null_and_lists_of_texts_on_the_command_line(read):
+    given = {"data": {"train": {"kind": "text", "path": "x", "document_start": "a"}}}
+    assert read(given, "--data.train.document_start", "null")[0].data.train.document_start is None
+    given = {"data": {"train": {"kind": "array", "path": "x"}, "validation": {"kind": "array", "path": "y"},
+                      "tokenizer": {"kind": "bins"}}}  # fmt: skip
+    for text in ("temp,load", "temp, load", "[temp, load]", '["temp","load"]'):
+        assert read(given, "--data.train.columns", text)[0].data.train.columns == ["temp", "load"]
+    assert read(given, "--data.train.columns", "temp")[0].data.train.columns == ["temp"]
+    assert read(given, "--data.train.path", "[a, b]")[0].data.train.path == ["a", "b"]
+    with pytest.raises(InputError, match=r"data\.train\.columns \(0\) must be a text \(in YAML, put it in quotes\)"):
+        read(given, "--data.train.columns", "[0, 1]")
+
+
+def test_a_slice_from_the_end_is_a_value(read):
+    for name in ("train", "validation"):
+        for text in ("-10:", "-50:-5"):
+            options = ["--data.validation.kind", "python", f"--data.{name}.documents", text]
+            assert getattr(read({}, *options)[0].data, name).documents == text
+
+
+def test_a_wrong_value_of_a_section_in_a_section_is_named(read):
+    with pytest.raises(InputError, match=r"curriculum\.window \(0\) must be at least 1"):
+        read({}, "--data.recall.curriculum.window", "0")
+    with pytest.raises(InputError, match=r"recall\.max_distance \(0\) must be at least 1"):
+        read({}, "--data.recall.curriculum.window", "5", "--data.recall.max_distance", "0")
+    with pytest.raises(InputError, match="unknown option .*windw; did you mean --data.recall.curriculum.window"):
+        read({}, "--data.recall.curriculum.windw", "5")

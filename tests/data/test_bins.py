@@ -129,3 +129,14 @@ def test_other_arrays_and_damaged_files_are_refused(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(CheckpointError, match="tokenizer_config.json"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["0"], ["0", "1"]])
+def test_columns_without_names_have_no_line_of_names(names):
+    """A row of values that reads like the numbers of the columns is a row."""
+    values = np.arange(12.0).reshape(-1, len(names))
+    tokenizer = fit_bins([Document("x", values)], columns=names, num_bins=12, spacing="uniform")
+    row = [[float(name) for name in names]]
+    text = ",".join(names).encode()
+    assert tokenizer.encode(text, "").tolist() == tokenizer.encode(np.array(row), "").tolist()
+    assert len(tokenizer.encode(b"%b\n%b\n" % (text, text), "")) == 2 * len(names)

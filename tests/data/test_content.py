@@ -153,3 +153,21 @@ def test_text_is_checked_across_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(content[:16] + b"\xe7\x8c")
     with open_text(path) as stream, pytest.raises(InputError, match=r"offset 16 \(0xe7\)"):
         stream.read()
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_only_failures_of_reading_are_those_of_the_file(tmp_path: Path, compression: str) -> None:
+    """An error of what is done with the text, such as a closed pipe, is not blamed on the file."""
+    path = tmp_path / "a"
+    path.write_bytes(COMPRESSIONS[compression](b"text" * 100_000))
+
+    def stop_reading() -> None:
+        with open_text(path) as stream:
+            stream.read(1)
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        stop_reading()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=f"{path} cannot be read"), open_text(path) as stream:
+        stream.read()

@@ -252,7 +252,7 @@ def test_other_format_version_is_refused(tmp_path: Path, source: SourceConfig) -
     (folder,) = (tmp_path / "cache").iterdir()
     path = folder / "corpus.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
-    with pytest.raises(CheckpointError, match=r"corpus\.json is not a corpus of format version 2"):
+    with pytest.raises(CheckpointError, match=r"corpus\.json is not a corpus of format version 3"):
         Corpus.open(folder)
 
 

@@ -68,6 +68,13 @@ def test_refused_files(tmp_path, content, options, message):
         read(tmp_path / "x", **options)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (5, 0)])
+def test_an_array_without_values_is_refused(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros(shape))
+    with pytest.raises(InputError, match="has no values to read"):
+        read(tmp_path / "x.npy")
+
+
 @pytest.mark.parametrize("array", [np.zeros((2, 2, 2)), np.array(["a"]), np.array([{}], dtype=object)])
 def test_refused_arrays(tmp_path, array):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)

@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -322,3 +323,33 @@ def test_the_size_of_compressed_documents_is_unknown(tmp_path: Path) -> None:
     assert source_bytes(SourceConfig(path=str(tmp_path))) is None
     assert source_bytes(SourceConfig(kind="huggingface", name=str(tmp_path), split="train")) is None
     assert source_bytes(SourceConfig(kind="python")) > 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("第.章", "第一章\na\n第二章\n"),
+        ("第[一二三]章", "第一章\na\n第二章\n"),
+        (r"É\w+", "Étés\na\nÉtés\r\n"),
+        ("(?i)été.*", "Été 1\na\nÉTÉ 2\n"),
+    ],
+)
+def test_documents_start_at_lines_of_characters(tmp_path: Path, pattern: str, text: str) -> None:
+    (tmp_path / "x.txt").write_bytes(text.encode())
+    found = contents(SourceConfig(path=str(tmp_path / "x.txt"), document_start=pattern))
+    assert len(found) == 2
+    assert b"".join(found) == text.encode()
+
+
+def test_a_failure_while_a_data_set_is_streamed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def records() -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    module = ModuleType("datasets")
+    module.load_dataset = lambda *_, **__: records()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    documents = iterate_documents(SourceConfig(kind="huggingface", name="x/y", split="train"))
+    assert next(documents) == ("x/y:0", b"one")
+    with pytest.raises(InputError, match=r"data set 'x/y' .* cannot be loaded: .*invalid start byte"):
+        next(documents)

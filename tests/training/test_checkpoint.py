@@ -1,10 +1,13 @@
+import errno
 import json
+import os
 import shutil
 
 import pytest
 import torch
 
 from memformer import CheckpointError, SaveError
+from memformer.training import checkpoint as saving
 from memformer.training.checkpoint import (
     TrainingState,
     check_checkpoint,
@@ -257,3 +260,19 @@ def test_names_sort_by_age(tmp_path):
         (tmp_path / checkpoint_name(update)).mkdir()
     found = [path.name for path in checkpoints_newest_first(tmp_path)]
     assert found == [checkpoint_name(update) for update in (1000, 999, 20)]
+
+
+def test_an_unreadable_file_is_damage_and_the_previous_checkpoint_is_used(run_folder, newest, monkeypatch):
+    describe = saving._description
+
+    def fail(file):
+        if file.parent == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return describe(file)
+
+    monkeypatch.setattr(saving, "_description", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be read: Input/output error"):
+        check_checkpoint(newest)
+    warnings = []
+    assert newest_checkpoint(run_folder, warn=warnings.append).name == checkpoint_name(1)
+    assert "cannot be read: Input/output error" in warnings[0]

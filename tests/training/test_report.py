@@ -44,7 +44,7 @@ RESULT = {
 def run_folder(tmp_path):
     """The files of a run on text that a report reads."""
     folder = tmp_path / "some <run>"
-    lines = [{**TRAINING, "update": 1}, {**EVALUATION, "update": 2}, {**TRAINING, "update": 2}]
+    lines = [{**kind, "update": update} for update in (1, 2) for kind in (TRAINING, EVALUATION)]
     (folder / "samples").mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "evaluation.json").write_text(json.dumps(RESULT))
@@ -52,6 +52,11 @@ def run_folder(tmp_path):
     (folder / "samples" / "update-000000002.txt").write_text("<script>alert(1)</script>")
     write_run_config(folder, RunConfig(folder=str(folder)).to_dict())
     return folder
+
+
+def add_evaluation(run_folder, update):
+    with (run_folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({**EVALUATION, "update": update}) + "\n")
 
 
 def test_a_page_shows_results_curve_sample_config_and_versions(run_folder):
@@ -92,6 +97,7 @@ def headings_of(page):
 
 def test_the_parts_are_in_order_with_all_samples_and_the_newest_open(run_folder):
     (run_folder / "samples" / "update-000012000.txt").write_text("the newest sample")
+    add_evaluation(run_folder, 12_000)
     (run_folder / "samples" / "notes.txt").write_text("a file of the user")
     page = write_report(run_folder).read_text()
     assert headings_of(page) == [
@@ -198,11 +204,17 @@ def test_images_are_embedded_in_the_page(run_folder):
     for number in (3, 4):
         image = run_folder / "samples" / f"update-00000000{number}.png"
         matplotlib.image.imsave(image, np.zeros((number, 5), dtype=np.uint8), cmap="gray")
+        add_evaluation(run_folder, number)
     page = write_report(run_folder).read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     shapes = [matplotlib.image.imread(io.BytesIO(base64.b64decode(data)), format="png").shape[:2] for data in images]
     assert shapes == [(3, 5), (4, 5)]
     assert [found for found in headings_of(page) if "update" in found][-2:] == ["+update 3", "+update 4"]
+
+
+def test_samples_of_another_run_in_the_folder_are_not_shown(run_folder):
+    (run_folder / "samples" / "update-000000003.txt").write_text("left by an earlier run")
+    assert "left by an earlier run" not in write_report(run_folder).read_text()
 
 
 def test_an_unfinished_run_has_a_page(run_folder):
@@ -215,7 +227,7 @@ def test_an_unfinished_run_has_a_page(run_folder):
     assert "The run has not ended and was not evaluated." in page
     (run_folder / "log.jsonl").write_text(lines[0] + lines[1][:20])
     assert "in 1 updates" in write_report(run_folder).read_text()
-    (run_folder / "log.jsonl").write_text(lines[0] + lines[1])
+    (run_folder / "log.jsonl").write_text(lines[0] + lines[3])
     assert "after update 2, held out: 3.2500 bits per byte." in write_report(run_folder).read_text()
 
 

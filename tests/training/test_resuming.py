@@ -356,3 +356,39 @@ def test_a_full_disk_ends_the_run_and_keeps_the_saved_files(copied, capsys, limi
     assert list(copied.rglob("*.partial")) == []
     assert main(argv) == 0
     assert [line[0] for line in logged(copied)[0]] == list(range(1, 12))
+
+
+def test_a_finished_run_without_checkpoints_is_not_overwritten(copied, capsys):
+    """Checkpoints may be deleted to save space; the results stay."""
+    shutil.rmtree(copied / "checkpoints")
+    before = fingerprint(copied)
+    for options in ([], ["--resume"]):
+        assert main(["train", str(copied), "--folder", str(copied), *options]) == 2
+        assert "contains a finished run without checkpoints" in capsys.readouterr().err
+        assert fingerprint(copied) == before
+
+
+def test_a_run_that_goes_on_is_not_finished(copied, monkeypatch):
+    """Its result would be that of other weights than the best."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Trainer, "_conclude", stop)
+    assert main(["train", str(copied), "--folder", str(copied), "--resume"]) != 0
+    assert (copied / "evaluation.json").exists()  # nothing was left to train
+    assert main(["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "12"]) != 0
+    assert not (copied / "evaluation.json").exists()
+
+
+def test_scores_on_other_documents_are_not_compared(copied, capsys):
+    progress = json.loads((checkpoint_of(copied, 10) / "progress.json").read_text())["progress"]
+    assert progress["evaluation_tokens"] == 100_000
+    argv = ["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "11"]
+    before = fingerprint(copied / "best")
+    # On its first document alone the score is another one, which says nothing of the weights.
+    assert main([*argv, "--training.evaluation_tokens", "1"]) == 0
+    assert "training.evaluation_tokens was 100000 and is 1" in capsys.readouterr().err
+    assert fingerprint(copied / "best") != before
+    progress = json.loads((checkpoint_of(copied, 11) / "progress.json").read_text())["progress"]
+    assert progress["evaluation_tokens"] == 1

@@ -138,3 +138,17 @@ def test_rollouts_without_targets_change_only_the_memory(base, tmp_path, monkeyp
     assert trainer.state.progress == {**progress, "num_updates": progress["num_updates"] + 1}
     assert not torch.equal(trainer.state.memory, memory)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_checkpoint_after_a_skipped_update_does_not_replace_a_good_one(base, tmp_path):
+    trainer = make_trainer(base, tmp_path / "run", keep_checkpoints=1)
+    trainer._save()
+    trainer.state.progress.update(num_updates=1, num_skipped_in_a_row=1)
+    trainer._save()
+    trainer.state.progress.update(num_updates=2)
+    trainer._save()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert [int(name[-1]) for name in names] == [0, 1, 2]
+    trainer.state.progress.update(num_updates=3, num_skipped_in_a_row=0)
+    trainer._save()
+    assert [path.name[-1] for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]

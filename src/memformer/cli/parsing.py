@@ -1,5 +1,6 @@
 """Argument parsers: the help comes from the dataclass docstrings, and every invalid input gives one error line."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -7,19 +8,23 @@ import json
 import re
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
-from memformer.utils.fields import convert_text, is_text
+from memformer.utils.fields import VERBATIM, convert_text, is_text
+from memformer.utils.yaml_files import parse_yaml
 
 _DERIVED_OPTIONS = ("--model.vocab_size", "--model.num_special_tokens")
 
 
 # The parser reads YAML, which writes these numbers in another way than JSON.
 _YAML_NUMBERS = {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}
+_NULLS = {"", "~", "null", "Null", "NULL"}
+_SLICE_FROM_THE_END = re.compile(r"-\d*:(-?\d+)?")
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -61,42 +66,55 @@ def _convert_options(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     """
     converted: list[str] = []
     hint: Any = None
-    takes_several = is_nested = False
+    takes_several = False
     name = ""
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             hint, takes_several = _type_of(parser, name)
-            is_nested = all(name not in action.option_strings for action in parser._actions)
-            value = _protect(value) if is_nested else value
             converted.append(f"{name}={_convert_word(name, value, hint)}" if equals else word)
             hint = None if equals else hint
+        elif _SLICE_FROM_THE_END.fullmatch(word) and hint is not None and converted[-1] == name:
+            # On its own, a value that begins with a minus would be taken for an option.
+            converted[-1] = f"{name}={_convert_word(name, word, hint)}"
+            hint = None
         else:
-            converted.append(_convert_word(name, _protect(word) if is_nested else word, hint))
+            converted.append(_convert_word(name, word, hint))
             hint = hint if takes_several else None
     return converted
 
 
-def _protect(word: str) -> str:
-    """Return a value of an optional section, which the parser reads as YAML, so that a slice is not a mapping there.
-
-    No YAML begins with a tab, so the parser takes the text as it stands.
-    """
-    return f"\t{word}" if re.fullmatch(r"-?\d+:", word) else word
-
-
 def _convert_word(option: str, word: str, hint: Any) -> str:
     """Return the value of an option, checked if its type is not a text; None as the type: unchanged."""
-    if get_origin(hint) is list and is_text(hint) and not word.lstrip().startswith("["):
-        return json.dumps(word.split(","))  # the parser reads lists as YAML only
     is_choice = get_origin(hint) is Literal
-    if hint is None or (is_text(hint) and not is_choice):
+    if hint is None or hint is str:
         return word
+    if is_text(hint) and not is_choice:
+        return _convert_text_word(option, word, hint)
     value = convert_text(option.removeprefix("--"), word, hint)
     if is_choice:
         return word
     text = json.dumps(value)
     return _YAML_NUMBERS.get(text, text)
+
+
+def _convert_text_word(option: str, word: str, hint: Any) -> str:
+    """Return the value of an option for a text, texts or None in a form that the parser, which reads YAML, takes.
+
+    Only null and nothing are None, and only what is in brackets is a list, if the option takes one.
+    """
+    kinds = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
+    if word.strip() in _NULLS and type(None) in kinds:
+        return word
+    if any(get_origin(kind) is list for kind in kinds):
+        found = None
+        with contextlib.suppress(ValueError):
+            found = parse_yaml(word) if word.lstrip().startswith("[") else None
+        if isinstance(found, list):
+            return json.dumps(convert_text(option.removeprefix("--"), found, hint))
+        if str not in kinds:
+            return json.dumps([each.strip() for each in word.split(",")])
+    return VERBATIM + word
 
 
 def _type_of(parser: ArgumentParser, option: str) -> tuple[Any, bool]:
@@ -109,10 +127,11 @@ def _type_of(parser: ArgumentParser, option: str) -> tuple[Any, bool]:
         action, keys = actions.get(option), [key, *keys]
     hint = getattr(action, "_typehint", None)
     for key in keys:
-        sections = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-        hint = next((field.type for kind in sections for field in dataclasses.fields(kind) if field.name == key), None)
-    has_section = any(dataclasses.is_dataclass(kind) for kind in (hint, *get_args(hint)))
-    return (None if has_section else hint), action is not None and action.nargs == "+"
+        fields = [field for kind in _sections(hint) for field in dataclasses.fields(kind)]
+        hint = next((field.type for field in fields if field.name == key), None)
+    if keys and hint is str:
+        hint = str | None  # read as YAML, unlike a text outside an optional section
+    return (None if _sections(hint) else hint), action is not None and action.nargs == "+"
 
 
 def _explain(error: Exception, parser: ArgumentParser, argv: Sequence[str]) -> str:
@@ -138,9 +157,22 @@ def _explain(error: Exception, parser: ArgumentParser, argv: Sequence[str]) -> s
 
 def _options(action: Action) -> list[str]:
     # The parser does not list the fields of an optional nested dataclass; their parent option accepts them.
-    kinds = get_args(getattr(action, "_typehint", None))
-    fields = [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
-    return [*action.option_strings, *(f"{option}.{name}" for option in action.option_strings for name in fields)]
+    keys = _keys(getattr(action, "_typehint", None))
+    return [*action.option_strings, *(f"{option}.{key}" for option in action.option_strings for key in keys)]
+
+
+def _keys(hint: Any) -> list[str]:
+    """Return the keys of an optional section, with those of the sections in it, as `curriculum.window`."""
+    found = []
+    for section in _sections(hint):
+        for field in dataclasses.fields(section):
+            found += [field.name, *(f"{field.name}.{key}" for key in _keys(field.type))]
+    return found
+
+
+def _sections(hint: Any) -> list[Any]:
+    """Return the dataclasses that an annotation allows."""
+    return [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
 
 
 def version() -> str:

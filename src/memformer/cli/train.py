@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from memformer.training.run_data import (
 from memformer.training.run_folder import (
     BEST,
     CHECKPOINTS,
+    RESULT_FILE,
     owned_run_folder,
     read_run_config,
     write_run_config,
@@ -53,7 +55,7 @@ def run_train(argv: list[str]) -> None:
     Raises:
         InputError: The config or the data is invalid, or the folder already contains a run.
     """
-    helps = [option for option in argv if option in {"-h", "--help"} or option.endswith(".help")]
+    helps = [option for option in argv if option in {"-h", "--help"} or re.fullmatch(r"--[\w.]+\.help", option)]
     if helps:
         # The help depends on the model type only, so the rest of the options and of the config is not checked.
         given = {} if argv[0].startswith("-") else read_config(user_path(argv[0]))
@@ -82,6 +84,10 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:
         raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
+    if (folder / RESULT_FILE).exists() and not started_before:
+        raise InputError(
+            f"{folder} contains a finished run without checkpoints, which cannot be continued; choose another --folder"
+        )
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None

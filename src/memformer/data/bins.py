@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data.documents import Document
-from memformer.data.series import parse_row
+from memformer.data.series import is_header, parse_row
 from memformer.data.tokenizers import check_token_id, fingerprint_of, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_choice, check_integer
@@ -110,7 +110,7 @@ class BinTokenizer:
         rows = []
         for line in content.decode("utf-8", "replace").split("\n"):
             fields = [field.strip() for field in line.split(",")]
-            if fields in (self.columns, [""]):
+            if fields == [""] or (fields == self.columns and is_header(fields)):
                 continue
             where = f"{name}: the line {line.strip()[:80]!r}"
             if len(fields) != len(self.columns):

@@ -64,21 +64,19 @@ def open_source(path: Path, *, stream: io.BufferedIOBase | None = None) -> Itera
         stream: An open binary stream to read instead of the file. It is not closed.
 
     Yields:
-        A binary stream of the decompressed content.
+        A binary stream of the decompressed content. Reading from it raises an `InputError` where the file cannot be
+        read, or its compressed data is damaged or truncated.
 
     Raises:
-        InputError: The file cannot be read, its compressed data is damaged or truncated, or is compressed with zstd and
-            this Python has no module for it.
+        InputError: The file cannot be opened, its compressed data is damaged at its beginning, or it is compressed with
+            zstd and this Python has no module for it.
     """
-    try:
-        with ExitStack() as stack:
+    with ExitStack() as stack:
+        with _failures_explained(path):
             opened = stack.enter_context(path.open("rb")) if stream is None else _buffered(stream)
             while (decompress := _decompressor(opened, path)) is not None:
                 opened = _buffered(stack.enter_context(decompress(opened)))
-            yield opened
-    except _DAMAGED as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputError(f"{path} cannot be read: {reason}") from error
+        yield io.BufferedReader(_SourceReader(opened, path), _BUFFER_BYTES)
 
 
 @contextmanager
@@ -134,6 +132,44 @@ def _decompressor(stream: io.BufferedReader, path: Path) -> Callable[[io.Buffere
     return None
 
 
+@contextmanager
+def _failures_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGED as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"{path} cannot be read: {reason}") from error
+
+
+class _SourceReader(io.RawIOBase):
+    """The bytes of a stream; failures while they are read, and only those, are explained.
+
+    Args:
+        stream: The stream.
+        path: Its name in messages.
+    """
+
+    def __init__(self, stream: io.BufferedReader, path: Path) -> None:
+        self._stream = stream
+        self._path = path
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has arrived of at most the buffer's size; return the number of bytes, 0 at the end.
+
+        Raises:
+            InputError: The stream cannot be read.
+        """
+        # `read1` does not wait for a whole block: the stream may be an endless pipe. (`readinto1` may read twice.)
+        with _failures_explained(self._path):
+            block = self._stream.read1(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+
 class _TextReader(io.RawIOBase):
     """The bytes of a stream, checked to be UTF-8 text as they are read.
 
@@ -159,7 +195,6 @@ class _TextReader(io.RawIOBase):
         Raises:
             InputError: The bytes are not UTF-8 text.
         """
-        # `read1` does not wait for a whole block: the stream may be an endless pipe.
         block = self._stream.read1(len(buffer))
         self._check(block)
         buffer[: len(block)] = block

@@ -17,7 +17,7 @@ from memformer.utils.checks import Integer, Integers, Number, check_integer, che
 from memformer.utils.files import user_path
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "corpus.json"
 TOKENS_FILE = "tokens.bin"
 DOCUMENTS_FILE = "documents.bin"

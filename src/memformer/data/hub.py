@@ -1,6 +1,8 @@
 """Data sets of the Hugging Face hub, and folders that the `datasets` package reads or has written."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,27 +70,45 @@ def read_data_set(
     except ImportError as error:
         raise InputError("kind 'huggingface' needs the extra: pip install 'memformer-lm[datasets]'") from error
     folder = local_folder(name)
-    try:
+    explained = partial(_failures_explained, f"data set {name!r} (config_name {config_name!r}, split {split!r})")
+    with explained():
         if folder is not None and any((folder / file).is_file() for file in (_SAVED_SPLIT, _SAVED_SPLITS)):
             records = _saved_split(datasets.load_from_disk(str(folder)), name, config_name=config_name, split=split)
         else:
             records = datasets.load_dataset(
                 name if folder is None else str(folder), config_name, split=split, revision=revision, streaming=True
             )
-    except InputError:
-        raise
-    # The package's own message best explains a failure (no network, no such data set, split or configuration).
-    except Exception as error:
-        raise InputError(
-            f"data set {name!r} (config_name {config_name!r}, split {split!r}) cannot be loaded: {error}"
-        ) from error
-    named = ((f"{name}:{index}", record) for index, record in enumerate(records))
+    named = ((f"{name}:{index}", record) for index, record in enumerate(_each(records, explained)))
     texts = ((place, text_of(record, text_key=text_key, name=place)) for place, record in named)
     if document_start is None:
         yield from (Document(place, text) for place, text in texts)
     else:
         lines = ((place, text if text.endswith(b"\n") else text + b"\n") for place, text in texts)
         yield from split_documents(lines, document_start)
+
+
+@contextmanager
+def _failures_explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    # The package's own message best explains a failure (no network, no such split, a damaged file).
+    except Exception as error:
+        raise InputError(f"{what} cannot be loaded: {error}") from error
+
+
+def _each(
+    records: Iterable[Mapping[str, Any]], explained: Callable[[], AbstractContextManager[None]]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the records; a data set is streamed, so failures may come with any of them."""
+    iterator = iter(records)
+    while True:
+        with explained():
+            record = next(iterator, None)
+        if record is None:
+            return
+        yield record
 
 
 def _saved_split(saved: Any, name: str, *, config_name: str | None, split: str) -> Iterable[Mapping[str, Any]]:

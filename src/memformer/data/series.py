@@ -122,7 +122,7 @@ def _read_numpy(path: Path) -> tuple[list[str], Values]:
             f"{path} has shape {array.shape} and dtype {array.dtype}; a series needs numbers of shape (rows,) or "
             "(rows, columns)"
         )
-    values = np.asarray(array, np.float64).reshape(len(array), -1)
+    values = np.asarray(array, np.float64).reshape(len(array), 1 if array.ndim == 1 else array.shape[1])
     return [str(index) for index in range(values.shape[1])], values
 
 

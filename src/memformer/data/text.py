@@ -16,14 +16,14 @@ from memformer.errors import InputError
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
 
 
-def compile_document_start(pattern: str) -> re.Pattern[bytes]:
-    """Return the pattern as a compiled regular expression over bytes.
+def compile_document_start(pattern: str) -> re.Pattern[str]:
+    """Return the pattern as a compiled regular expression.
 
     Raises:
         InputError: `pattern` is not a regular expression.
     """
     try:
-        return re.compile(pattern.encode())
+        return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"document_start ({pattern!r}) is not a regular expression: {error}") from error
 
@@ -64,13 +64,13 @@ def split_documents(lines: Iterable[tuple[str, bytes]], document_start: str) -> 
     are blank, they belong to the first document instead.
 
     Args:
-        lines: Name and content of each line; the content includes the line ending.
+        lines: Name and content of each line, in UTF-8; the content includes the line ending.
         document_start: A regular expression for a whole line, without its line ending.
     """
     pattern = compile_document_start(document_start)
     first, parts = "", list[bytes]()
     for name, line in lines:
-        if pattern.fullmatch(line.rstrip(b"\r\n")) and any(not part.isspace() for part in parts):
+        if pattern.fullmatch(line.rstrip(b"\r\n").decode()) and any(not part.isspace() for part in parts):
             yield Document(first, b"".join(parts))
             parts = []
         if not parts:

@@ -98,9 +98,7 @@ def save_checkpoint(
             shutil.rmtree(folder)
         partial.rename(folder)
         sync_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
-    except SaveError as error:
+    except (OSError, SafetensorError, SaveError) as error:
         raise SaveError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,7 +122,11 @@ def check_checkpoint(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; the checkpoint is damaged")
-        if expected != _description(file):
+        try:
+            found = _description(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        if expected != found:
             raise CheckpointError(f"{file} has changed since it was written; the checkpoint is damaged")
 
 

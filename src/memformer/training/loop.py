@@ -113,6 +113,7 @@ class _Trainer:
                 "num_tokens": 0,
                 "seconds": 0.0,
                 "best_score": None,
+                "evaluation_tokens": config.training.evaluation_tokens,
                 "num_processes": processes.count,
                 **_NOTHING_SKIPPED,
             },
@@ -158,6 +159,16 @@ class _Trainer:
             )
         self.state.progress["num_processes"] = self.processes.count
         self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress}  # old checkpoints lack these counters
+        now = self.config.training.evaluation_tokens
+        scored_on = self.state.progress.get("evaluation_tokens", now)
+        if scored_on != now and self.processes.is_first:
+            print_warning(
+                f"training.evaluation_tokens was {scored_on} and is {now}: scores on other documents cannot be "
+                "compared, so the weights of the next evaluation become the best"
+            )
+        if scored_on != now:
+            self.state.progress["best_score"] = None
+        self.state.progress["evaluation_tokens"] = now
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint
 
@@ -176,6 +187,9 @@ class _Trainer:
                     f"training.warmup_updates ({training.warmup_updates}) is not below training.num_updates "
                     f"({training.num_updates}): the learning rate does not reach its peak before the end"
                 )
+            if self.processes.is_first and self.num_updates < training.num_updates:
+                # The run is not finished, and its best weights may change.
+                (self.folder / RESULT_FILE).unlink(missing_ok=True)
             with signals_noted() as signals:
                 while self.num_updates < training.num_updates:
                     started, tokens_before = time.monotonic(), progress["num_tokens"]
@@ -345,7 +359,9 @@ class _Trainer:
         if model is not None:
             whole = dataclasses.replace(self.state, model=model, memory=memory)
             save_checkpoint(checkpoint, whole, randomness=randomness, optimizer_state=optimizer_state)
-            prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
+            # After skipped updates the weights may be broken: older checkpoints are kept as well.
+            if not self.state.progress["num_skipped_in_a_row"]:
+                prune_checkpoints(checkpoint, keep=self.config.training.keep_checkpoints)
         processes.wait_for_all()
         self.newest_checkpoint, self.made_update_since_checkpoint = checkpoint, False
         return checkpoint

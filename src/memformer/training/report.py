@@ -3,7 +3,7 @@
 import base64
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ def write_report(
                 gradients=draw_gradients(training),
                 result=result,
                 last=training[-1] if training else None,
-                samples=_read_samples(folder / SAMPLES),
+                samples=_read_samples(folder / SAMPLES, updates={line["update"] for line in evaluations}),
                 has_tensorboard=(folder / "tensorboard").is_dir(),
                 config=yaml.dump(config, Dumper=_Dumper, sort_keys=False),
                 versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
@@ -150,12 +150,14 @@ class _Sample(NamedTuple):
     image: str | None
 
 
-def _read_samples(folder: Path) -> list[_Sample]:
-    """Return all samples, oldest first."""
+def _read_samples(folder: Path, *, updates: Container[int]) -> list[_Sample]:
+    """Return the samples of these updates, oldest first; a run that began again may have left others."""
     samples = []
     # Samples have the names of checkpoints; the user may keep other files beside them.
     for file in sorted(file for file in folder.glob("*") if is_checkpoint_name(file.stem)):
         update = int(file.stem.rpartition("-")[2])
+        if update not in updates:
+            continue
         if file.suffix == ".png":
             samples.append(_Sample(update, None, base64.b64encode(file.read_bytes()).decode("ascii")))
         elif file.suffix == ".txt":

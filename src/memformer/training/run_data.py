@@ -349,9 +349,10 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
             )
         return PixelTokenizer(levels, *shape)
     if config.train.kind == "array":
+        columns = series_columns(locate_source_files(config.train), config.train.columns)
         return fit_bins(
-            iterate_documents(config.train),
-            columns=series_columns(locate_source_files(config.train), config.train.columns),
+            iterate_documents(replace(config.train, columns=columns)),  # files may order their columns differently
+            columns=columns,
             num_bins=config.tokenizer.num_bins,
             spacing=config.tokenizer.spacing,
         )

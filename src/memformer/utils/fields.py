@@ -66,7 +66,9 @@ def convert(name: str, value: object, hint: Any) -> Any:
     return converted
 
 
-_KINDS = {int: "an integer", float: "a number", str: "a text"}
+_KINDS = {int: "an integer", float: "a number", str: "a text (in YAML, put it in quotes)"}
+# Begins a text of the command line that is not to be read as YAML; no argument of a command can contain it.
+VERBATIM = "\0"
 
 
 def _convert_union(name: str, value: object, hint: Any) -> Any:
@@ -97,7 +99,7 @@ def _to_text(name: str, value: object) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputTypeError(f"{name} ({shown(text)}) must be UTF-8; it holds other bytes") from error
-    return str(text)
+    return str(text).removeprefix(VERBATIM)
 
 
 def convert_text(name: str, value: object, hint: Any) -> Any:
