@@ -168,3 +168,20 @@ def test_accuracies_of_recall_runs(copies, tmp_path):
         assert (run["best"], run["last"]["update"]) == ({"value": 1.0, "update": 1}, 2)
         assert (run["final"], run["final_memory_erased"]) == (0.75, 0.25)
         assert run["metric"] == "accuracy (mean over distances)"
+
+
+@pytest.mark.parametrize("change", ["evaluation_tokens", "tokenizer"])
+def test_other_documents_of_the_same_files_are_other_data(copies, tmp_path, change):
+    """How many documents are evaluated, and how a tokenizer cuts them into pieces of which some are held out."""
+    output = ("--output", tmp_path / "x.png")
+    for number, run in enumerate(copies):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["data"]["max_document_tokens"] = 20
+        config["data"]["validation"] = None
+        if change == "evaluation_tokens":
+            config["training"]["evaluation_tokens"] = 100 + number
+        else:
+            inputs = json.loads((run / "data.json").read_text())
+            (run / "data.json").write_text(json.dumps({**inputs, "tokenizer": str(number)}))
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call_json("compare", *copies, *output)["same_data"] is False

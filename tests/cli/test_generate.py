@@ -2,15 +2,20 @@
 
 import bz2
 import io
+import itertools
+import json
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from memformer import Memformer, Session
 from memformer.cli import prompts
+from memformer.cli.generate import run_generate
+from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
 
 
@@ -89,10 +94,40 @@ def test_a_signal_while_reading_the_prompt_saves_the_session(run_folder, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(Session, "feed", feed_and_signal)
         status, out, err = call("generate", run_folder, "--prompt", prompt, "--save_session", state, "--json")
-    assert (status, out) == (128 + number, "")
+    assert (status, json.loads(out)["token_ids"]) == (128 + number, [])
     assert f"stopped by {number.name}; 8 tokens read and 0 generated; session saved to {state}" in err
     rest = ["--load_session", state, "--prompt", prompt[8:], "--temperature", "0"]
     assert generate(run_folder, *rest)["token_ids"] == whole
+
+
+def test_a_save_is_made_when_its_time_has_come_also_while_a_pipe_is_silent(run_folder, tmp_path, monkeypatch):
+    """A prompt from a pipe cannot be given again."""
+    seconds = itertools.count(0, 100)
+    monkeypatch.setattr("memformer.cli.saving.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(prompts, "_SECONDS_OF_WAITING", 0.01)
+    saved, save = [], Session.save
+
+    def save_and_record(session, *args, **kwargs):
+        saved.append(session.num_tokens[0])
+        save(session, *args, **kwargs)
+        if len(saved) == 1:
+            os.close(writer)  # only now does the prompt end
+
+    monkeypatch.setattr(Session, "save", save_and_record)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as waiting:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(waiting))
+        os.write(writer, b"cat\n")
+        generate(run_folder, "--prompt_file", "-", "--save_session", tmp_path / "state", "--max_new_tokens", "2")
+    assert saved[0] == 4
+
+
+def test_a_closed_stdout_keeps_the_session_of_the_prompt(run_folder, tmp_path, monkeypatch):
+    """Whoever reads the new text may close the pipe; the prompt was read to its end."""
+    monkeypatch.setattr(Session, "stream", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        run_generate([str(run_folder), "--prompt", "the cat", "--save_session", str(tmp_path / "state")])
+    assert load_run(run_folder).load_session(tmp_path / "state").num_tokens == [7]
 
 
 def interrupt_once_signals_are_noted():
@@ -126,8 +161,10 @@ def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_fo
         return next_token_logits(session)
 
     monkeypatch.setattr(Session, "next_token_logits", signal_and_return_logits)
-    options = ["--load_session", tmp_path / "a", "--save_session", tmp_path / "b", "--max_new_tokens", "50"]
-    status, _out, err = call("generate", run_folder, *options)
+    options = ["--load_session", tmp_path / "a", "--save_session", tmp_path / "b", "--max_new_tokens", "50", "--json"]
+    status, out, err = call("generate", run_folder, *options)
+    # The session has moved past the new tokens, so they must be printed.
+    assert len(json.loads(out)["token_ids"]) == 4
     assert status == 143
     assert "0 tokens read and 4 generated" in err
     assert Session.load(tmp_path / "b", model=Memformer.from_pretrained(run_folder / "best")).num_tokens == [11]

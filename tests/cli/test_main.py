@@ -186,3 +186,22 @@ def test_durations():
 def test_export_without_the_extra_names_it(tmp_path):
     message = refused("export", tmp_path, "--hf", tmp_path / "out")
     assert message == "memformer.hf needs the package transformers: pip install 'memformer-lm[hf]'"
+
+
+def test_several_processes_without_the_rest_of_torchruns_environment(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    message = refused("train", base / "config.yaml", "--folder", tmp_path / "run")
+    assert message.startswith("WORLD_SIZE is 2, so several processes should train, but ")
+    assert message.endswith("start them with torchrun, or unset WORLD_SIZE")
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"]])
+def test_a_full_disk_behind_any_output_is_one_sentence(argv, capsys):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with contextlib.redirect_stdout(Full()):
+        assert main(argv) == 2
+    assert capsys.readouterr().err == "memformer: error: [Errno 28] No space left on device\n"

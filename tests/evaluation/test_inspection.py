@@ -145,6 +145,9 @@ def test_a_window_and_samples_keep_the_same_timesteps(array):
         for key in whole.keys() - {"timesteps", "selection"}:
             assert_same(part[key], whole[key])
     assert whole["selection"] == "All 10 timesteps are kept in full."
+    beyond = [inspected(model, array, window=window).to_dict()["selection"] for window in ((8, 20), (10, 20))]
+    assert beyond[0].startswith("Timesteps 8 to 9 of the stream's 10 are kept in full (2 timesteps)")
+    assert beyond[1].startswith("No timestep is kept in full: the window begins at timestep 10, and the stream has 10")
 
 
 def empty_timestep(index):

@@ -50,6 +50,14 @@ def test_a_saved_tokenizer_is_read_by_both_with_the_same_ids(kind, tmp_path):
         found.save_pretrained(tmp_path)
 
 
+def test_the_side_of_padding_can_be_chosen(tmp_path):
+    tokenizer = make("bytes")
+    Memformer(tiny_config(vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    assert AutoTokenizer.from_pretrained(tmp_path, padding_side="right").padding_side == "right"
+
+
 def test_tokenizers_without_texts_are_refused(tmp_path):
     with pytest.raises(InputError, match="'pixels' cannot be a tokenizer.json"):
         hf.as_hf_tokenizer(PixelTokenizer(8, 4, 4))

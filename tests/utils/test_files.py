@@ -13,6 +13,8 @@ from memformer.data import ByteTokenizer, SourceConfig, build_corpus
 from memformer.training.logs import JsonLinesSink
 from memformer.utils.files import (
     atomic_write,
+    check_can_write,
+    new_folder,
     read_json,
     read_tensors,
     user_path,
@@ -168,3 +170,40 @@ def test_a_tilde_is_the_home_folder_as_in_a_shell(tmp_path, monkeypatch):
     assert user_path(Path("~")) == tmp_path
     assert user_path("runs/~/run") == Path("runs/~/run")
     assert user_path("~no-such-user.txt") == Path("~no-such-user.txt")
+
+
+@pytest.mark.parametrize("write", [
+    lambda file: write_tensors(file, {"a": torch.ones(2)}), lambda file: write_text(file, "text")
+])  # fmt: skip
+def test_a_file_has_the_mode_of_the_users_other_files_or_of_its_predecessor(tmp_path, write):
+    (tmp_path / "other").touch()
+    write(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "new").chmod(0o640)
+    write(tmp_path / "new")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "weights").touch(mode=0o600)
+    assert (tmp_path / "folder" / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_special_files_are_not_replaced_and_links_stay(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for check in (check_can_write, lambda file: write_text(file, "text")):
+        with pytest.raises(SaveError, match="pipe could not be written: it is a device, a pipe or another"):
+            check(tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "folder").mkdir()
+    for link, target in (("a", "folder/file"), ("b", "folder/new")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder" / "file").write_text("old")
+    for link, target in (("a", "file"), ("b", "new")):
+        check_can_write(tmp_path / link)
+        write_text(tmp_path / link, "text")
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / "folder" / target).read_text() == "text"
+
+
+def test_a_name_that_is_not_utf_8_can_be_written(tmp_path):
+    write_text(tmp_path / "page", "a\udcffb")
+    assert (tmp_path / "page").read_text() == "a?b"

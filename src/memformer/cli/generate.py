@@ -110,10 +110,10 @@ def run_generate(argv: list[str]) -> None:
     is_bare = not has_tokenizer(run.folder)
     advice = f": {run.folder} has no tokenizer, so its token ids are read as bytes" if is_bare else ""
     refuse_options(options, ("output", "num_images"), kind=f"on text{advice}")
+    signals = Signals()
     if options.save_session is None:
-        done = _continue(
-            _start_reading(run, options, None, minutes=minutes), run.tokenizer, options, sampling, Signals()
-        )
+        reading = _start_reading(run, options, None, minutes=minutes)
+        done = _continue(reading, run.tokenizer, options, sampling, signals)
     else:
         file = user_path(options.save_session)
         check_can_write(file)
@@ -122,14 +122,15 @@ def run_generate(argv: list[str]) -> None:
             reading = _start_reading(run, options, file, minutes=minutes)
             done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
-        if signals.received:
-            read, new = done["prompt_tokens"], len(done["token_ids"])
-            option = f"--load_session {file}" if reading.is_finished else "--resume"
-            raise Interrupted(
-                signals.received[0],
-                f"{read:,} tokens read and {new:,} generated; session saved to {file}, continue with {option}",
-            )
+    # Also after a signal: the session has moved past the new text, which nobody would see otherwise.
     print(json.dumps(done) if options.json else "")
+    if signals.received:
+        read, new = done["prompt_tokens"], len(done["token_ids"])
+        option = f"--load_session {file}" if reading.is_finished else "--resume"
+        raise Interrupted(
+            signals.received[0],
+            f"{read:,} tokens read and {new:,} generated; session saved to {file}, continue with {option}",
+        )
 
 
 def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -> Reading:
@@ -173,7 +174,7 @@ def _continue(
     """
     session = reading.session
     with (
-        open_prompt(options.prompt, options.prompt_file) as prompt,
+        open_prompt(options.prompt, options.prompt_file, while_waiting=reading.save_if_due) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
         parts = skip_to(reading.position, prompt.pieces(tokenizer))
@@ -183,6 +184,7 @@ def _continue(
             reading.feed(part)
             progress.advance_to(prompt.num_bytes)
     reading.is_finished = not signals.received
+    reading.save()  # a reader of stdout may close it while text is generated
     ids: list[int] = []
     num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
     steps = signals.until_signalled(session.stream(num_tokens, **sampling))

@@ -58,15 +58,8 @@ def entry_point() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     prepare_streams()
-    if not argv or argv[0] in {"-h", "--help"}:
-        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"memformer {version()}")
-        return 0
     try:
-        with device_memory_explained(_MORE_MEMORY.get(argv[0], "Use --device cpu")):
-            status = _handler(argv[0])(list(argv[1:])) or 0
+        status = _run(argv)
         sys.stdout.flush()  # here, where a full disk or a closed pipe is still reported as such
     except InputError as error:
         return _refuse(str(error))
@@ -85,6 +78,17 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else 0
     return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in {"-h", "--help"}:
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"memformer {version()}")
+        return 0
+    with device_memory_explained(_MORE_MEMORY.get(argv[0], "Use --device cpu")):
+        return _handler(argv[0])(list(argv[1:])) or 0
 
 
 def prepare_streams() -> None:

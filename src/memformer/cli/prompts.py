@@ -121,16 +121,21 @@ class _OpenedAtFirstRead(io.RawIOBase):
         if self._text is None:
             opened = open_text(self._path, stream=io.BufferedReader(self._source))
             self._text = self._stack.enter_context(opened)
-        return self._text.readinto1(buffer)
+        block = self._text.read1(len(buffer))  # not `readinto1`, which may read twice and wait
+        buffer[: len(block)] = block
+        return len(block)
 
 
 @contextmanager
-def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
+def open_prompt(
+    text: str | None, file: str | None, *, while_waiting: Callable[[], None] | None = None
+) -> Iterator[InputText]:
     """Open a prompt, which may not fit in memory.
 
     Args:
         text: The prompt itself. None: empty, unless there is a file.
         file: File with the prompt; "-" reads stdin.
+        while_waiting: As for `open_input`.
 
     Yields:
         The prompt.
@@ -141,7 +146,7 @@ def open_prompt(text: str | None, file: str | None) -> Iterator[InputText]:
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt_file are both given; give only one of them")
     if file is not None:
-        with open_input(file, option="--prompt_file ") as opened:
+        with open_input(file, option="--prompt_file ", while_waiting=while_waiting) as opened:
             yield opened
         return
     # Python decodes non-UTF-8 bytes of the command line to surrogates; surrogateescape restores the bytes.

@@ -42,6 +42,16 @@ class Reading:
         """
         self.session.feed(part)
         self.position = self.position.after(part)
+        self._saving.is_saved = False
+        self.save_if_due()
+
+    def save_if_due(self) -> None:
+        """Save the session if the last save was `minutes` ago and it has read something since.
+
+        Raises:
+            InputError: The session's state is not finite.
+            SaveError: The file cannot be written.
+        """
         if self._saving.is_due():
             self.save()
 

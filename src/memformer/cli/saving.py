@@ -23,6 +23,9 @@ class Saving:
         session: The session.
         file: Session file to write. None: nothing is saved.
         minutes: Minutes between two saves.
+
+    Attributes:
+        is_saved: Whether the session is as it was saved last; false after every reading.
     """
 
     def __init__(self, session: Session, file: Path | None, *, minutes: float) -> None:
@@ -30,10 +33,11 @@ class Saving:
         self._file = file
         self._seconds = 60 * minutes
         self._last_save = time.monotonic()
+        self.is_saved = True
 
     def is_due(self) -> bool:
-        """Return whether the last save was `minutes` ago."""
-        return time.monotonic() - self._last_save >= self._seconds
+        """Return whether the last save was `minutes` ago and the session has read something since."""
+        return not self.is_saved and time.monotonic() - self._last_save >= self._seconds
 
     def save(self, metadata: Mapping[str, str]) -> None:
         """Save the session with additional metadata, if there is a file.
@@ -45,6 +49,7 @@ class Saving:
         if self._file is not None:
             self._session.save(self._file, metadata=metadata)
             self._last_save = time.monotonic()
+        self.is_saved = True
 
 
 def add_saving_arguments(parser: ArgumentParser, *, text: str) -> None:

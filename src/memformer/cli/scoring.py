@@ -75,7 +75,6 @@ class Scoring:
         self._saving = saving
         self._options = [top, context]
         self._unit = unit
-        self._is_saved = True
 
     def score(self, part: TextPart) -> tuple[NDArray[np.float64], list[ScoredLine]]:
         """Score the next part; return the negative log-likelihood of each token in nats, and the lines that end.
@@ -94,7 +93,7 @@ class Scoring:
         # The first part begins with what an earlier text has left.
         self.position = self.position.after(part.content[len(self.held) :])
         self.held = b""
-        self._is_saved = False
+        self._saving.is_saved = False
         return values, lines
 
     def end_line(self) -> list[ScoredLine]:
@@ -116,7 +115,7 @@ class Scoring:
             InputError: The session's state is not finite.
             SaveError: The file cannot be written.
         """
-        if not self._is_saved and self._saving.is_due():
+        if self._saving.is_due():
             self.save()
 
     def save(self) -> None:
@@ -136,7 +135,6 @@ class Scoring:
             }
         text = json.dumps(state)
         self._saving.save({STATE_KEY: text, _CHECKSUM_KEY: str(zlib.crc32(text.encode()))})
-        self._is_saved = True
 
     def restore(self, file: Path, *, resumes: bool) -> Position | None:
         """Continue the scoring that was saved with the session.

@@ -58,7 +58,12 @@ class Sampler:
         if len(self.timesteps) == num_timesteps:
             return f"All {num_timesteps:,} timesteps are kept in full."
         if self._window is not None:
-            first, end = self._window
+            first, end = self._window[0], min(self._window[1], num_timesteps)
+            if first >= end:
+                return (
+                    f"No timestep is kept in full: the window begins at timestep {first:,}, and the stream has "
+                    f"{num_timesteps:,}; sums, slots and passages cover all of them."
+                )
             return (
                 f"Timesteps {first:,} to {end - 1:,} of the stream's {num_timesteps:,} are kept in full "
                 f"({len(self.timesteps):,} timesteps); sums, slots and passages cover all of them."
@@ -187,6 +192,11 @@ def _shares(counts: NDArray[np.int64]) -> dict[str, float]:
     return dict(zip(KINDS, (counts / max(1, counts.sum())).tolist(), strict=True))
 
 
+# Smallest gain of a passage as a share of its surprisal. In a document's first segment the two are equal but for
+# rounding, which depends on the processor.
+_LEAST_GAIN = 1e-5
+
+
 class PassageList:
     """The passages in which the memory saved most so far.
 
@@ -227,7 +237,7 @@ class PassageList:
             part = slice(start, start + self._num_tokens)
             intact, erased = nll[:, part].sum(axis=1).tolist()
             gain = erased - intact
-            if gain <= 0 or (len(self._heap) == self._most and gain <= self._heap[0][0]):
+            if gain <= _LEAST_GAIN * intact or (len(self._heap) == self._most and gain <= self._heap[0][0]):
                 continue
             earlier = [*before, *ids[:start]]
             slots = np.argsort(-read, kind="stable")[:_SLOTS_OF_PASSAGE].tolist()

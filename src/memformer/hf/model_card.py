@@ -132,7 +132,8 @@ def _describe_data(data: dict[str, Any]) -> str:
     if isinstance(data.get("recall"), dict):
         return f"recall task ({data['recall'].get('task')})"
     train = data.get("train") or {}
-    path = train.get("path")
-    # Only the name: the folders above it tell about the machine.
-    where = "" if path is None else f": {path if train.get('kind') == 'huggingface' else Path(str(path)).name}"
-    return f"{train.get('kind')}{where}"
+    kind, paths = train.get("kind"), train.get("path") or []
+    # Only the names of files: the folders above them tell about the machine.
+    files = [Path(path).name for path in ([paths] if isinstance(paths, str) else paths)]
+    names = [str(train["name"])] if kind == "huggingface" and "name" in train else files
+    return f"{kind}: {', '.join(names)}" if names else str(kind)

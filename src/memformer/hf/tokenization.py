@@ -9,7 +9,7 @@ from memformer.data.document_end import document_end_of
 from memformer.data.tokenizer_json import BEGIN_TOKEN, END_TOKEN, as_tokenizer_json
 from memformer.data.tokenizer_training import load_tokenizer
 from memformer.data.tokenizers import Tokenizer
-from memformer.utils.files import user_path
+from memformer.models.hugging_face import find_model_folder
 
 
 def as_hf_tokenizer(tokenizer: Tokenizer) -> Any:
@@ -36,10 +36,20 @@ class MemformerTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: object, **kwargs: object) -> Any:
-        """Return the tokenizer in a folder as a `PreTrainedTokenizerFast`.
+        """Return the tokenizer in a folder, or of a model on the hub, as a `PreTrainedTokenizerFast`.
+
+        Args:
+            folder: The folder, or a name on the hub (see `find_model_folder`).
+            args: Not read.
+            kwargs: `padding_side`, `truncation_side` and `model_max_length` are those of transformers; others, which
+                `AutoTokenizer` adds, are not read.
 
         Raises:
             CheckpointError: A file is missing or damaged.
-            InputError: The tokenizer reads images.
+            InputError: The tokenizer reads images, or cannot be downloaded.
         """
-        return as_hf_tokenizer(load_tokenizer(user_path(folder)))
+        tokenizer = as_hf_tokenizer(load_tokenizer(find_model_folder(folder)))
+        for name in ("padding_side", "truncation_side", "model_max_length"):
+            if name in kwargs:
+                setattr(tokenizer, name, kwargs[name])
+        return tokenizer

@@ -9,6 +9,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.generation.session import Session
 from memformer.models import load_model
 from memformer.models.loading import MODELS
+from memformer.training.config import TrainingConfig
 from memformer.training.curves import Metric, metric_of
 from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
 from memformer.training.run_folder import BEST, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
@@ -201,9 +202,14 @@ def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
     names = (*split, "test", "end_of_document", "max_document_tokens", "recall")
     # A run may be older than a key, whose value was then the default.
     chosen = dict(_flatten({"data": {name: data.get(name) or None for name in names}}))
+    if not chosen.get("data.recall.task"):
+        default = TrainingConfig.evaluation_tokens
+        chosen["evaluation_tokens"] = (run.config.get("training") or {}).get("evaluation_tokens", default)
     if not by_content:
         return chosen
     assert run.inputs is not None
+    if data.get("validation") is None and data.get("max_document_tokens"):
+        chosen["tokenizer"] = run.inputs["tokenizer"]  # pieces of so many tokens are drawn at random
     sections = tuple(f"data.{name}" for name in names)
     contents = {key: value for key, value in file_contents(run.inputs).items() if key.startswith(sections)}
     return {key: value for key, value in chosen.items() if key not in LOCATION_KEYS} | contents

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from memformer.errors import CheckpointError, InputError
+from memformer.errors import CheckpointError, InputError, first_line
 from memformer.training.randomness import RandomState, capture_randomness
 from memformer.utils.machine import choose_device
 
@@ -187,11 +187,20 @@ def processes_started(device_type: str) -> Iterator[Processes]:
 
     Yields:
         The processes.
+
+    Raises:
+        InputError: WORLD_SIZE is set, but not the other variables that torchrun sets.
     """
     if num_started() == 1 or dist.is_initialized():
         yield Processes()
         return
-    store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE is {num_started()}, so several processes should train, but {first_line(error)}; "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from error
     # The store survives a restart. Without a prefix per attempt, new processes would read the ports of the old ones.
     # torch documents PrefixStore but does not export it explicitly.
     store = dist.PrefixStore(f"attempt-{_num_restarts()}", store)  # type: ignore[attr-defined]  # missing in the stubs

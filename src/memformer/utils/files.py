@@ -53,14 +53,22 @@ def temporary_sibling(path: Path) -> Path:
 def atomic_write(file: Path, write: Callable[[Path], object]) -> None:
     """Write a temporary file beside `file` by calling `write`, sync it to disk, then rename it to `file`.
 
+    The file keeps the mode of a previous one; a link stays, and the file that it leads to is written.
+
     Raises:
-        SaveError: Writing failed; a previous `file` is unchanged and the temporary file is deleted.
+        SaveError: Writing failed, or `file` is a device, a pipe or another special file; a previous `file` is unchanged
+            and the temporary file is deleted.
     """
+    _check_is_regular(file)
+    file = file.resolve() if file.is_symlink() else file
     partial = temporary_sibling(file)
     try:
         with saving(file):
             file.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = (file if file.exists() else partial).stat().st_mode
             write(partial)
+            _set_mode(partial, mode)  # some writers give every file the same
             sync_file(partial)
             partial.replace(file)
             sync_folder(file.parent)
@@ -91,7 +99,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         with saving(folder):
             partial.mkdir(parents=True)
             yield partial
+            mode = partial.stat().st_mode & 0o666  # as the user's other new files
             for file in partial.iterdir():
+                _set_mode(file, mode)
                 sync_file(file)
             if folder.exists():
                 folder.rmdir()
@@ -105,8 +115,10 @@ def check_can_write(file: Path) -> None:
     """Check, before a long computation, that its result can be written to `file`.
 
     Raises:
-        SaveError: `file` is a folder, or its parent folder cannot be created or written to.
+        SaveError: `file` is a folder or a special file, or its parent folder cannot be created or written to.
     """
+    _check_is_regular(file)
+    file = file.resolve() if file.is_symlink() else file
     folder = file.parent
     while not folder.exists():
         folder = folder.parent
@@ -119,6 +131,16 @@ def check_can_write(file: Path) -> None:
         reason = errno.EACCES
     if reason is not None:
         raise SaveError(f"{file} could not be written: {os.strerror(reason)}")
+
+
+def _check_is_regular(file: Path) -> None:
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise SaveError(f"{file} could not be written: it is a device, a pipe or another special file")
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    with contextlib.suppress(OSError):  # not supported on some mounts
+        file.chmod(mode)
 
 
 def sync_file(file: Path) -> None:
@@ -165,12 +187,12 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically.
+    """Write a UTF-8 text file atomically; bytes of a file name that are not UTF-8 become question marks.
 
     Raises:
         SaveError: Writing failed; see `atomic_write`.
     """
-    atomic_write(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+    atomic_write(file, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -235,6 +257,8 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
 
