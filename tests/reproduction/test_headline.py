@@ -157,6 +157,7 @@ def test_ratios_of_means_and_of_every_seed():
     # By time, the other Transformer-XL is the cheaper one, and better than the Memformer.
     assert compare(row, curve, "evaluation_seconds").crossing.place == "the cheapest point is better"
     assert compare(row, curve[:1], "evaluation_seconds").crossing.place == "better than every point"
+    assert compare(row, curve, "evaluation_seconds").to_dict()["ratio_of_the_cheapest"] == 2
     assert compare(row, [], "state_bytes") is None
     assert compare(measured(bits=(1.1,), growth=0), curve, "memory_growth_bytes") is None
     assert list(compare(measured(bits=(1.5,)), curve, "state_bytes").by_seed) == [0]
@@ -227,6 +228,14 @@ def test_the_plots_have_the_curve_in_the_order_of_the_cost(options, tmp_path):
     assert [axes.get_xlabel() for axes in (state, evaluation)] == ["state of a stream, KiB", "evaluation, µs a token"]
     assert [list(line.get_data()[0]) for line in state.lines if line.get_linestyle() == "-"] == [[1, 4]]
     assert [list(line.get_data()[1]) for line in evaluation.lines if line.get_linestyle() == "-"] == [[1, 2]]
+    # A row far above the others would hide their differences.
+    far = measured("far", group="others", bits=(9.0,), state=512)
+    state, *_ = draw_headline(headline, [[*rows, far]]).subfigs[0].axes
+    assert state.get_ylim()[1] == 3.5
+    assert [list(line.get_data()[1]) for line in state.lines if line.get_marker() == "^"] == [[3.5]]
+    worse = measured("worse", group="memformer", bits=(3.0,), state=512)
+    text = headline_markdown(headline, [[*rows[:2], worse]])
+    assert "worse than every Transformer-XL, 2.00 times less than the cheapest" in text
     empty = dataclasses.replace(headline, parts=[*headline.parts, *headline.parts])
     assert headline_markdown(empty, [rows, []]).count("### Texts") == 1
 

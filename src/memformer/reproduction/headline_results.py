@@ -45,11 +45,13 @@ class Comparison:
 
     Attributes:
         own: The Memformer's cost.
+        lowest: The lowest cost of a Transformer-XL.
         crossing: Where its quality, the mean over the seeds, lies on the curve of the means.
         by_seed: The same for each seed that all of these rows have.
     """
 
     own: float
+    lowest: float
     crossing: Crossing
     by_seed: dict[int, Crossing]
 
@@ -64,7 +66,7 @@ class Comparison:
             name: {"place": each.place, "transformer_xl": each.cost, "ratio": self.ratio(each)}
             for name, each in every.items()
         }
-        return {**values.pop("mean"), "by_seed": values}
+        return {**values.pop("mean"), "ratio_of_the_cheapest": self.lowest / self.own, "by_seed": values}
 
 
 def compare(row: Measured, curve: Sequence[Measured], cost: Cost) -> Comparison | None:
@@ -79,6 +81,7 @@ def compare(row: Measured, curve: Sequence[Measured], cost: Cost) -> Comparison 
 
     return Comparison(
         own=costs[0],
+        lowest=min(costs[1:]),
         crossing=crossing(_mean(row), [_mean(each) for each in curve]),
         by_seed={seed: crossing(row.bits[seed], [each.bits[seed] for each in curve]) for seed in shared},
     )
@@ -198,7 +201,10 @@ def _pair_cell(found: Comparison | None, words: _Words) -> str:
         return "-"
     cell = _crossing_text(found, found.crossing, words)
     seeds = [_crossing_text(found, crossing, words) for crossing in found.by_seed.values()]
-    return cell if set(seeds) <= {cell} else f"{cell} (by seed: {'; '.join(seeds)})"
+    if found.crossing.cost is None and found.crossing.place != "better than every point":
+        cell = f"{cell}, {_times(found.lowest / found.own, words)} than the cheapest"
+    is_same = all(crossing == found.crossing for crossing in found.by_seed.values())
+    return cell if is_same else f"{cell} (by seed: {'; '.join(seeds)})"
 
 
 def _crossing_text(found: Comparison, crossing: Crossing, words: _Words) -> str:
@@ -230,11 +236,19 @@ def draw_headline(headline: Headline, measured: Sequence[Sequence[Measured]]) ->
 
 
 def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -> None:
+    """Draw the rows; those that are far worse than the compared ones stand at the upper edge, as triangles."""
     words = _WORDS[cost]
+    compared = [_mean(row) for row in rows if row.group != "others"] or [_mean(row) for row in rows]
+    highest = max(compared) + 1.5 * (max(compared) - min(compared))
     curve = sorted((row for row in rows if row.group == "transformer_xl"), key=lambda row: row.cost(cost))
     groups = [(curve, "o-", "Transformer-XL, every memory length")] if curve else []
     groups += [([row], "*" if row.group == "memformer" else "s", row.label) for row in rows if row not in curve]
     for group, style, label in groups:
+        if min(map(_mean, group)) > highest:
+            costs = [row.cost(cost) / words.unit for row in group]
+            note = f"{label}: {_mean(group[0]):.4f}, above the axis"
+            axes.plot(costs, [highest], "^", clip_on=False, label=note if is_first else None)
+            continue
         axes.errorbar(
             [row.cost(cost) / words.unit for row in group],
             [_mean(row) for row in group],
@@ -244,6 +258,8 @@ def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -
             capsize=3,
             label=label if is_first else None,
         )
+    if any(_mean(row) > highest for row in rows):
+        axes.set_ylim(top=highest)
     make_logarithmic(axes, "x")
     axes.set_xlabel(words.name)
     axes.set_ylabel(f"bits per {rows[0].unit}")
