@@ -108,7 +108,7 @@ def test_configs_hold_plain_values_and_can_be_written():
         (lambda: MemformerConfig(num_slots=2.5), r"^num_slots \(2\.5\) must be an integer$"),
         (lambda: MemformerConfig(positions="none"), r"^positions \('none'\) must be one of rotary, relative$"),
         (lambda: TransformerXLConfig(dropout="0.1"), r"^dropout \('0\.1'\) must be a number$"),
-        (lambda: SourceConfig(path=5), r"^path \(5\) must be a text$"),
+        (lambda: SourceConfig(path=5), r"^path \(5\) must be a text \(in YAML, put it in quotes\)$"),
         (lambda: SourceConfig(kind=["text"]), r"^kind \(\['text'\]\) must be one of text, jsonl"),
         (lambda: TokenizerConfig(kind="byte"), r"^kind \('byte'\) must be one of bytes, bpe, word, pretrained, bins$"),
         (lambda: RecallConfig(num_facts=3), r"^recall\.num_facts \(3\) must be a list of integers$"),

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
-from memformer.utils.checks import check_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
             tokens: Tensor = getattr(self, name)
-            check_type(f"rollout {name}", tokens, Tensor)
+            _check_tensor(f"rollout {name}", tokens)
             if tokens.dtype != torch.int64:
                 raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
             if tokens.ndim != 3 or 0 in tokens.shape:
@@ -66,7 +65,7 @@ class Rollout:
         for name, shape in expected_shapes.items():
             check_mask(getattr(self, name), shape=shape, name=f"rollout {name}")
         if self.decoder_start_ids is not None:
-            check_type("rollout decoder_start_ids", self.decoder_start_ids, Tensor)
+            _check_tensor("rollout decoder_start_ids", self.decoder_start_ids)
             if self.decoder_start_ids.dtype != torch.int64:
                 raise InputTypeError(
                     f"rollout decoder_start_ids have dtype {self.decoder_start_ids.dtype}; "
@@ -156,11 +155,16 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
     """
     if mask is None:
         return
-    check_type(name, mask, Tensor)
+    _check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
     if mask.shape != shape:
         raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a Tensor")
 
 
 def last_token_indices(padding_mask: Tensor) -> Tensor:

@@ -119,8 +119,8 @@ def test_a_save_happens_only_when_its_time_has_come(run_folder, tmp_path, monkey
 
     monkeypatch.setattr(Session, "save", save_and_record)
     call_json(*arguments(run_folder, "--save_session", tmp_path / "state"))
-    # 300 seconds are over at every third piece of 5 tokens. The last save is after the generated tokens.
-    assert saved == [15, 30, 45, len(PROMPT) + 12]
+    # 300 seconds are over at every third piece of 5 tokens. The last saves are before and after the generated tokens.
+    assert saved == [15, 30, 45, len(PROMPT), len(PROMPT) + 12]
 
 
 def test_resuming_is_refused_without_an_interrupted_reading_of_the_same_prompt(run_folder, tmp_path):

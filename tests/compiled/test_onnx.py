@@ -119,11 +119,10 @@ def test_the_example_of_the_documentation_generates_what_a_session_does(exported
     assert names["generated"] == Session(model).generate(3 * S, temperature=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision_is_exported_in_float32(dtype, tmp_path):
-    model = make().to(dtype)
+def test_a_model_in_half_precision_is_exported_in_float32(tmp_path):
+    model = make().half()
     graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
-    assert next(model.parameters()).dtype == dtype
+    assert next(model.parameters()).dtype == torch.float16
     state = graphs.begin(1)
     caches = {name: graphs.zeros(name, 1) for name in ("cached_keys", "cached_values")}
     past = {key: value for key, value in state.items() if key != "next_memory"}

@@ -118,7 +118,7 @@ class SegmentContext:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the tensors to those of a saved session, which must have this context's shapes."""
-        self.hidden = state["hidden"].to(self.hidden)
+        self.hidden = state["hidden"].to(self.hidden, copy=True)
         self.hidden_padding = state["hidden_padding"].to(self.model.device)
         self._decoding = None
 

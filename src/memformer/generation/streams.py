@@ -102,8 +102,12 @@ class Streams:
         self.num_selections += 1
 
     def set_state(self, state: State) -> None:
-        """Set the state to one that `check_state` has checked, converted to the model's dtypes."""
-        self.memory = state["memory"].to(self.memory)
+        """Set the state to one that `check_state` has checked, converted to the model's dtypes.
+
+        Tensors are copied: those of a file lie anywhere in memory, and matrix products on a CPU may be rounded
+        differently where their operands are not aligned.
+        """
+        self.memory = state["memory"].to(self.memory, copy=True)
         self.context.load(state)
         self.tokens = state["tokens"]
         pending, fed = state["counts"].unbind()

@@ -16,6 +16,7 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
+from memformer.training.config import TrainingConfig
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.utils.files import read_json, read_tensors, sync_file, sync_folder, write_json, write_tensors
 
@@ -174,12 +175,27 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
             f"this run needs {tuple(state.memory.shape)}"
         )
     device = state.memory.device
-    state.memory = tensors["memory"].to(device)
+    # A copy: tensors of a file are not aligned, and matrix products on a CPU may then be rounded differently.
+    state.memory = tensors["memory"].to(device, copy=True)
     state.progress = saved["progress"]
     cpu_state = tensors.get(_name_for_rank("cpu_randomness", rank))
     cuda_state = tensors.get(_name_for_rank("cuda_randomness", rank))
     if cpu_state is not None:
         restore_randomness((cpu_state, cuda_state if device.type == "cuda" else None), device=device)
+
+
+def forget_other_scores(progress: dict[str, Any], training: TrainingConfig) -> str | None:
+    """Forget the best score of a resumed run, in place, if it is on other documents; return a warning that says so."""
+    now = training.evaluation_tokens
+    before = progress.get("evaluation_tokens", now)
+    progress["evaluation_tokens"] = now
+    if before == now:
+        return None
+    progress["best_score"] = None
+    return (
+        f"training.evaluation_tokens was {before} and is {now}: scores on other documents cannot be compared, so the "
+        "weights of the next evaluation become the best"
+    )
 
 
 def checkpoints_newest_first(folder: Path) -> Iterator[Path]:

@@ -18,6 +18,7 @@ from memformer.rollout import Rollout
 from memformer.training.checkpoint import (
     TrainingState,
     checkpoint_name,
+    forget_other_scores,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -122,8 +123,7 @@ class _Trainer:
             # All processes start from the same weights, but draw different dropout masks.
             torch.manual_seed(config.seed + processes.rank)
         self.resumed_from = self._resume() if resume else None
-        self.newest_checkpoint = self.resumed_from
-        self.made_update_since_checkpoint = False
+        self.newest_checkpoint, self.made_update_since_checkpoint = self.resumed_from, False
         self.state.memory = self.state.memory[self.lanes]
         if config.training.compiled:
             assert isinstance(model, Memformer)
@@ -159,16 +159,8 @@ class _Trainer:
             )
         self.state.progress["num_processes"] = self.processes.count
         self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress}  # old checkpoints lack these counters
-        now = self.config.training.evaluation_tokens
-        scored_on = self.state.progress.get("evaluation_tokens", now)
-        if scored_on != now and self.processes.is_first:
-            print_warning(
-                f"training.evaluation_tokens was {scored_on} and is {now}: scores on other documents cannot be "
-                "compared, so the weights of the next evaluation become the best"
-            )
-        if scored_on != now:
-            self.state.progress["best_score"] = None
-        self.state.progress["evaluation_tokens"] = now
+        if (warning := forget_other_scores(self.state.progress, self.config.training)) and self.processes.is_first:
+            print_warning(warning)
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint
 
@@ -201,8 +193,7 @@ class _Trainer:
                     is_last = self.num_updates == training.num_updates
                     if values is not None and (is_last or self.num_updates % training.log_every == 0):
                         values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
-                        values["seconds"] = progress["seconds"]
-                        values["num_tokens"] = progress["num_tokens"]
+                        values.update(seconds=progress["seconds"], num_tokens=progress["num_tokens"])
                         values["peak_memory_bytes"] = peak_memory_bytes(self.model.device)
                         log.update(self.num_updates, values)
                     log.advance(self.num_updates, seconds_left=self.time_left.seconds(self.num_updates))
@@ -229,8 +220,8 @@ class _Trainer:
     def _open_log(self) -> RunLog:
         if not self.processes.is_first:
             return RunLog()
-        total = self.config.training.num_updates
-        return open_log(self.folder, total_updates=total, num_updates=self.num_updates, config=self.config)
+        total, done = self.config.training.num_updates, self.num_updates
+        return open_log(self.folder, total_updates=total, num_updates=done, config=self.config)
 
     def _update(self, log: RunLog, received: list[int]) -> LoggedValues | None:
         """Make one optimizer step and return its log values; None if it was skipped or there were no targets.
@@ -266,7 +257,9 @@ class _Trainer:
         loss = nll / total
         limit = training.max_gradient_norm or math.inf
         gradient_norm = clip_gradients(model, limit)
-        reason = self._reason_to_skip(loss, gradient_norm)
+        reason = None
+        if not math.isfinite(loss + gradient_norm):
+            reason = f"loss {loss} nats per token, gradient norm {gradient_norm}; both must be finite"
         if reason is None:
             self.state.optimizer.step()
             self.state.progress["num_tokens"] += total
@@ -282,12 +275,6 @@ class _Trainer:
             # From the last rollout of the update; they show how far back in time gradients reach.
             "memory_gradient_norms": [math.sqrt(square) for square in squares],
         }
-
-    def _reason_to_skip(self, loss: float, gradient_norm: float) -> str | None:
-        """Return why an update must be skipped; None if it is valid."""
-        if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-            return f"loss {loss} nats per token, gradient norm {gradient_norm}; both must be finite"
-        return None
 
     def _count(self, reason: str | None, log: RunLog) -> None:
         """Update the counters of skipped updates; `reason` is None if the update was made.

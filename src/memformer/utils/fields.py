@@ -5,6 +5,7 @@ import dataclasses
 import os
 import types
 from collections.abc import Iterable
+from datetime import date
 from typing import Any, Literal, Union, get_args, get_origin
 
 from memformer.errors import InputTypeError
@@ -62,11 +63,12 @@ def convert(name: str, value: object, hint: Any) -> Any:
     else:
         converted = value if isinstance(value, hint) else None
     if converted is None:
-        raise InputTypeError(f"{name} ({shown(value)}) must be {_KINDS.get(hint, f'of class {hint.__name__}')}")
+        advice = " (in YAML, put it in quotes)" if hint is str and isinstance(value, int | float | date) else ""
+        raise InputTypeError(f"{name} ({shown(value)}) must be {_KINDS.get(hint, f'of class {hint.__name__}')}{advice}")
     return converted
 
 
-_KINDS = {int: "an integer", float: "a number", str: "a text (in YAML, put it in quotes)"}
+_KINDS = {int: "an integer", float: "a number", str: "a text"}
 # Begins a text of the command line that is not to be read as YAML; no argument of a command can contain it.
 VERBATIM = "\0"
 
