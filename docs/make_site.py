@@ -19,7 +19,13 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "site-pages"
 SITE = ROOT / "site"
-OTHER_PAGES = ("benchmarks/README.md", "experiments/README.md", "experiments/RETENTION.md", "CHANGELOG.md")
+OTHER_PAGES = (
+    "benchmarks/README.md",
+    "experiments/README.md",
+    "experiments/RETENTION.md",
+    "experiments/models/README.md",
+    "CHANGELOG.md",
+)
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 

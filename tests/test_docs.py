@@ -75,6 +75,12 @@ def test_every_page_is_in_the_navigation_once():
     assert all((ROOT / name).is_file() for name in outside)
 
 
+def test_a_page_of_the_site_links_to_pages_of_the_site():
+    listed = [DOCS / name if (DOCS / name).is_file() else ROOT / name for name in navigation(CONFIG["nav"])]
+    links = {(page, (page.parent / link.partition("#")[0]).resolve()) for page in listed for link in links_of(page)}
+    assert [(page, file) for page, file in sorted(links) if file.suffix == ".md" and file not in listed] == []
+
+
 def test_every_public_name_has_its_place_in_the_reference():
     text = "".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "api").glob("*.md")))
     documented = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
