@@ -4,6 +4,7 @@
 |---|---|
 | B | batch rows (streams, lanes) |
 | N | timesteps (segments) of a rollout |
+| L | segments in the encoder: one for each row, or several that are read with the same memory |
 | S | tokens of an encoder segment |
 | R | hidden states passed to the readout: S, or S + 1 if the embedded last token is appended |
 | T | tokens of a decoder segment (targets) |

@@ -273,8 +273,19 @@ def test_forgetting_only_when_written_keeps_an_unwritten_slot_forever():
     with torch.no_grad():
         for _ in range(10_000):
             memory = normalization(memory, written=torch.zeros(B, H, K, 1))
-    # In float32, rounding errors do not accumulate either.
-    assert torch.allclose(memory, first, rtol=1e-5)
+    assert torch.equal(memory, first)
+
+
+@pytest.mark.parametrize("options", [{"only_when_written": True}, {"forgetting": False}])
+def test_the_gradient_of_an_unwritten_slot_is_that_of_one_normalized_again(options):
+    normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), **options).double()
+    unwritten, weights = torch.zeros(B, H, K, 1).double(), torch.randn(B, K, D).double()
+    written = torch.randn(B, K, D).double().requires_grad_()
+    slots = normalization(written, written=ALL_WRITTEN.double())
+    kept = normalization(slots, written=unwritten)
+    again = normalization.radius * F.normalize(slots, dim=-1)
+    gradients = [torch.autograd.grad((each * weights).sum(), written, retain_graph=True)[0] for each in (kept, again)]
+    assert_close(*gradients)
 
 
 def test_random_input_for_many_timesteps_leaves_the_memory_finite_and_on_its_sphere():

@@ -14,6 +14,7 @@ from memformer.data.recall.stream import append_question, check_segment_length, 
 from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
+from memformer.evaluation.reading_ahead import AheadReader
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_seed
 from memformer.utils.machine import peak_memory_bytes
@@ -160,7 +161,7 @@ def measure_recall(
         questions_per_episode: Maximum number of different questions for each row and distance; a row has at most the
             questions of its episode.
         seed: Seed of the episodes.
-        progress: Called with the current distance after every segment and after the questions.
+        progress: Called with the current distance after segments that were read and after the questions.
 
     Raises:
         InputError: A number is out of range, or the task or a segment cannot hold `num_facts` facts.
@@ -241,17 +242,19 @@ class _EpisodeReader:
             for segment in insert_facts(task, self.episodes, fact_timesteps, window, model.segment_length, generator):
                 _, self.memory = model.encode(self._tensor(segment), memory=self.memory)
         self.distance = 0
+        self._reader = AheadReader(model)
         # Several segments are drawn at once, so that text continues from one to the next, as in training.
-        self._ahead: list[Tokens] = []
+        self._drawn: Tokens = np.empty((0, num_episodes, model.segment_length), dtype=np.int64)
 
     def advance_to(self, distance: int, progress: Callable[[int], None] | None) -> None:
         """Read filler until a question in the next segment has this distance."""
         while self.distance < distance - 1:
-            if not self._ahead:
-                self._ahead = list(self._filler(self.generator, _SEGMENTS_AHEAD))
-            _, self.memory = self.model.encode(self._tensor(self._ahead.pop(0)), memory=self.memory)
-            self.timestep += 1
-            self.distance += 1
+            if not len(self._drawn):
+                self._drawn = self._filler(self.generator, _SEGMENTS_AHEAD)
+            segments, self._drawn = np.split(self._drawn, [distance - 1 - self.distance])
+            self.memory = self._reader.read(self._tensor(segments.swapaxes(0, 1)), memory=self.memory)
+            self.timestep += len(segments)
+            self.distance += len(segments)
             if progress is not None:
                 progress(self.distance)
 

@@ -1,13 +1,14 @@
 """The encoder: reads a segment bidirectionally, together with the memory."""
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from memformer.models.config import MemoryEncoderConfig
 from memformer.models.decoder import make_positions
 from memformer.models.layers import EncoderLayer
 from memformer.nn.attention import AttentionRecord, keep_mask_of
-from memformer.shapes import Hidden, Memory, SegmentPadding
+from memformer.shapes import Memory
 
 
 class Encoder(nn.Module):
@@ -31,13 +32,13 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        x: Hidden,
+        x: Float[Tensor, "L S D"],
         *,
         memory: Memory,
-        padding_mask: SegmentPadding | None,
+        padding_mask: Bool[Tensor, "L S"] | None,
         record: AttentionRecord | None = None,
-    ) -> Hidden:
-        """Return the segment's hidden states."""
+    ) -> Float[Tensor, "L S D"]:
+        """Return the hidden states of the segments; there may be several, one after the other, for each row."""
         if self.convolution is not None:
             # Padding must be zero, like the convolution's padding beyond the ends of the segment.
             padded = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)

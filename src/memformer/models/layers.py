@@ -57,14 +57,14 @@ class EncoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Hidden,
+        x: Float[Tensor, "L S D"],
         *,
         slots: Memory | None,
         frame: Frame,
         keep_mask: Tensor | None,
         record: AttentionRecord | None = None,
-    ) -> Hidden:
-        """Return the segment after one layer; tokens attend to each other in both directions and to the slots."""
+    ) -> Float[Tensor, "L S D"]:
+        """Return the segments after one layer; tokens attend to each other in both directions and to the slots."""
         x = x + self.dropout(self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask))
         if self.memory_reader is not None and self.memory_reader_norm is not None:
             x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots, record=record))

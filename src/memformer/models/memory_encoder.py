@@ -1,11 +1,12 @@
 """Base class of the models built on the Memformer's encoder and memory (arXiv 2010.06891v2)."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.errors import InputError
@@ -16,6 +17,7 @@ from memformer.models.recurrence import check_tokens
 from memformer.models.token_model import TokenModel
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.entmax import SUPPORT_WIDTH
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 from memformer.rollout import check_mask, last_token_indices
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
@@ -128,6 +130,27 @@ class MemoryEncoder(TokenModel):
         if not self.config.num_slots:
             raise InputError("num_slots is 0; a write penalty needs at least 1 memory slot")
         self.memory_writer.check_auxiliary_loss()
+
+    @property
+    def keeps_unwritten_segments(self) -> bool:
+        """Whether a segment of which no slot takes a token leaves the memory exactly as it is."""
+        if not self.config.num_slots:
+            return False
+        return math.isfinite(SUPPORT_WIDTH[self.config.write_normalizer]) and self.memory_normalization.keeps_unwritten
+
+    def count_unwritten(self, segments: Int64[Tensor, "B N S"], *, memory: Memory) -> Int64[Tensor, " B"]:
+        """Return how many segments of each row can be left out before the first that may be written to this memory.
+
+        All segments are encoded side by side with the same memory. Needs `keeps_unwritten_segments`.
+        """
+        rows, _, length = segments.shape
+        hidden = self.encoder(self._embed(segments.reshape(-1, length)), memory=memory, padding_mask=None)
+        may_write = self.memory_writer.may_write(
+            memory,
+            hidden=hidden.reshape(rows, -1, hidden.shape[-1]),
+            terminal=self.memory_normalization.forgetting_vectors(),
+        )
+        return (~may_write.view(segments.shape).any(dim=-1)).cumprod(dim=-1).sum(dim=-1)
 
     @property
     def _largest_token_id(self) -> int:

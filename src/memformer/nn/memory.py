@@ -21,6 +21,9 @@ WrittenShare = Float[Tensor, "B H K 1"]
 # Margin of the write penalty: a token is not penalized if its best score is this far below the threshold for a write.
 _MARGIN = 1.0
 
+# Far more than the rounding errors of scores in float32, and far less than the margin that the write penalty leaves.
+_ROUNDING = 0.05
+
 
 class MemoryReader(nn.Module):
     """Cross-attention from tokens (queries) to memory slots (keys and values), v2 Eq. 1-3.
@@ -42,13 +45,17 @@ class MemoryReader(nn.Module):
         )
 
     def forward(
-        self, hidden: Float[Tensor, "B Q D"], *, slots: Memory, record: AttentionRecord | None = None
-    ) -> Float[Tensor, "B Q D"]:
-        """Return the attention output of each token; `slots` is the memory after the encoder's LayerNorm."""
+        self, hidden: Float[Tensor, "L Q D"], *, slots: Memory, record: AttentionRecord | None = None
+    ) -> Float[Tensor, "L Q D"]:
+        """Return the attention output of each token; `slots` is the memory after the encoder's LayerNorm.
+
+        There may be several segments, one after the other, for each row of `slots`.
+        """
         frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
         weights = None if record is None else record.reader
-        return self.attention(hidden, key=key, value=value, frame=frame, record=weights)
+        tokens = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])
+        return self.attention(tokens, key=key, value=value, frame=frame, record=weights).view_as(hidden)
 
 
 class MemoryWriter(nn.Module):
@@ -144,18 +151,8 @@ class MemoryWriter(nn.Module):
         if auxiliary is not None:
             self.check_auxiliary_loss()
         with torch.autocast(memory.device.type, enabled=False):
-            hidden = hidden.to(memory.dtype)
-            if self.token_projection is not None:
-                hidden = called_in_dtype(self.token_projection, hidden)
-            query = self._project(memory, self.query) / (
-                math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature
-            )
-            own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)  # (B, H, K, 1)
-            if self.free_slot_bias is not None:
-                free_slot = split_heads(terminal.to(memory.dtype)[None], self.num_heads)
-                similarity = F.cosine_similarity(split_heads(memory, self.num_heads), free_slot, dim=-1)[..., None]
-                own_score = own_score - self.free_slot_bias * similarity
-            token_scores = query @ self._project(hidden, self.key).mT  # (B, H, K, S)
+            hidden = self._in_slot_width(hidden, memory)
+            own_score, token_scores = self._score(memory, hidden=hidden, terminal=terminal)
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
             if auxiliary is not None:
@@ -170,6 +167,18 @@ class MemoryWriter(nn.Module):
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
             return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value)), 1 - weights[..., :1]
 
+    def may_write(
+        self, memory: Memory, *, hidden: Float[Tensor, "B J D"], terminal: Float[Tensor, "slots W"]
+    ) -> Bool[Tensor, "B J"]:
+        """Return False at tokens that no slot takes; True also at those that a rounding error could make one take.
+
+        The normalizer must be sparse. A segment of which no token is taken leaves every slot as it is.
+        """
+        with torch.autocast(memory.device.type, enabled=False):
+            hidden = self._in_slot_width(hidden, memory)
+            own_score, token_scores = self._score(memory, hidden=hidden, terminal=terminal)
+            return (token_scores - own_score).amax(dim=(1, 2)) > -(SUPPORT_WIDTH[self.normalizer] + _ROUNDING)
+
     def check_auxiliary_loss(self) -> None:
         """Check that a write penalty is possible: the normalizer can give a token weight 0.
 
@@ -181,6 +190,22 @@ class MemoryWriter(nn.Module):
                 f"write_normalizer ({self.normalizer!r}) writes every token; "
                 "a write penalty needs a sparse normalizer (entmax15 or sparsemax)"
             )
+
+    def _in_slot_width(self, hidden: Hidden, memory: Memory) -> Float[Tensor, "B R W"]:
+        hidden = hidden.to(memory.dtype)
+        return hidden if self.token_projection is None else called_in_dtype(self.token_projection, hidden)
+
+    def _score(
+        self, memory: Memory, *, hidden: Float[Tensor, "B R W"], terminal: Float[Tensor, "slots W"]
+    ) -> tuple[Float[Tensor, "B H K 1"], Float[Tensor, "B H K R"]]:
+        """Return the score of each slot for itself and for each token."""
+        query = self._project(memory, self.query) / (math.sqrt(memory.shape[-1] / self.num_heads) * self.temperature)
+        own_score = (query * self._project(memory, self.key)).sum(dim=-1, keepdim=True)
+        if self.free_slot_bias is not None:
+            free_slot = split_heads(terminal.to(memory.dtype)[None], self.num_heads)
+            similarity = F.cosine_similarity(split_heads(memory, self.num_heads), free_slot, dim=-1)[..., None]
+            own_score = own_score - self.free_slot_bias * similarity
+        return own_score, query @ self._project(hidden, self.key).mT
 
     def _project(self, x: Tensor, projection: nn.Module) -> Tensor:
         return split_heads(called_in_dtype(projection, x), self.num_heads)
@@ -249,9 +274,17 @@ class MemoryNormalization(nn.Module):
 
     def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
         """Return the slots after forgetting and normalization; both arguments are results of the writer."""
-        if self.forgetting:
-            memory = memory + self._added(memory, written)
-        return self.radius * F.normalize(memory, dim=-1)
+        changed = memory + self._added(memory, written) if self.forgetting else memory
+        changed = self.radius * F.normalize(changed, dim=-1)
+        if self.keeps_unwritten:
+            # The slot is on the sphere already. Normalizing it again would change its last bits at every timestep.
+            changed = torch.where((written == 0).all(dim=1), memory, changed)
+        return changed
+
+    @property
+    def keeps_unwritten(self) -> bool:
+        """Whether a slot that the writer leaves as it is stays so, bit for bit."""
+        return self.only_when_written or not self.forgetting
 
     def share_left(self, memory: Memory, *, written: WrittenShare) -> Float[Tensor, "B K"]:
         """Return ||m'|| / (||m'|| + ||v||) of each slot: the share of the sum m' + v that is the written slot.

@@ -1,0 +1,65 @@
+"""Reading long streams into a memory that is seldom written: many segments at once."""
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from memformer.models.memory_encoder import MemoryEncoder
+from memformer.models.recurrence import RecurrentModel
+from memformer.shapes import Memory
+
+# Tokens that are encoded side by side: enough for large matrix products, and little memory.
+_MAX_TOKENS = 8192
+
+
+class AheadReader:
+    """Reads segments into a model's memory, as many at once as nothing is written of.
+
+    In a model whose writer is sparse and whose unwritten slots stay as they are (the preset `recall`), the memory
+    changes only at segments with a word worth writing. All segments up to the next such segment see the same memory, so
+    they are encoded side by side, and the keys and values of the slots are computed once for all of them. The segment
+    that is written is then encoded as usual, and the rest follows. How far the reader looks ahead follows from how far
+    it got before. The result is that of `encode` called for each segment, up to rounding.
+
+    Args:
+        model: The model. If it may write something of every segment, each segment is encoded as usual.
+    """
+
+    def __init__(self, model: RecurrentModel) -> None:
+        self._model = model
+        self._num_ahead = 1
+
+    def read(self, segments: Int64[Tensor, "B N S"], *, memory: Memory) -> Memory:
+        """Return the memory after all segments of each row."""
+        model = self._model
+        if not (isinstance(model, MemoryEncoder) and model.keeps_unwritten_segments):
+            for segment in segments.unbind(dim=1):
+                _, memory = model.encode(segment, memory=memory)
+            return memory
+        # Compiled code is for fixed shapes, but here every call may have another one.
+        with torch.compiler.set_stance("force_eager"):
+            return self._read_ahead(model, segments, memory.clone())
+
+    def _read_ahead(self, model: MemoryEncoder, segments: Int64[Tensor, "B N S"], memory: Memory) -> Memory:
+        num_rows, num_segments, length = segments.shape
+        position = torch.zeros(num_rows, dtype=torch.int64, device=segments.device)
+        rows = torch.arange(num_rows, device=segments.device)
+        while len(rows):
+            left = num_segments - int(position[rows].min())
+            width = min(self._num_ahead, left, max(1, _MAX_TOKENS // (len(rows) * length)))
+            if width > 1:
+                # A row that needs fewer segments than others reads its last one again; nothing is written of it twice.
+                index = (position[rows, None] + torch.arange(width, device=rows.device)).clamp(max=num_segments - 1)
+                unwritten = model.count_unwritten(segments[rows[:, None], index], memory=memory[rows])
+                position[rows] = (position[rows] + unwritten).clamp(max=num_segments)
+                is_far = 2 * int(unwritten.sum()) >= width * len(rows)
+                self._num_ahead = max(self._num_ahead, 2 * width) if is_far else self._num_ahead // 2
+                rows = rows[(unwritten < width) & (position[rows] < num_segments)]
+            if len(rows):
+                before = memory[rows]
+                _, memory[rows] = model.encode(segments[rows, position[rows]], memory=before)
+                position[rows] += 1
+                if self._num_ahead == 1 and torch.equal(memory[rows], before):
+                    self._num_ahead = 2
+            rows = (position < num_segments).nonzero()[:, 0]
+        return memory
