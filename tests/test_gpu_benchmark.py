@@ -1,10 +1,13 @@
 """The measurements for a GPU run from end to end on a CPU with tiny sizes, and go on where they were interrupted."""
 
 import gzip
+import importlib.util
 import json
 import signal
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,14 +26,17 @@ from tests.data.test_images import idx_bytes
 def run(tmp_path, monkeypatch, capsys):
     """Return a function that runs the command and returns what it prints and all rows."""
 
+    statuses = []
+
     def run(*options):
         arguments = ["gpu", "--smoke", "--output", str(tmp_path / "out"), "--data", str(tmp_path / "data"), *options]
         monkeypatch.setattr(sys, "argv", arguments)
-        command.main()
+        statuses.append(command.main())
         files = (tmp_path / "out").glob("gpu-*.json")
         results = {file.stem.removeprefix("gpu-"): json.loads(file.read_text())["rows"] for file in files}
         return capsys.readouterr().out, results
 
+    run.statuses, run.output = statuses, tmp_path / "out"
     return run
 
 
@@ -100,11 +106,40 @@ def test_the_floor_has_the_operations_of_the_model():
 
 
 def test_a_failed_measurement_costs_only_itself(run, monkeypatch):
+    rows = iter([{"holds": False}, {"holds": True}])
+
     def part(options):
         yield "broken", lambda: 1 / 0
         yield "sound", lambda: {"holds": True}
+        yield "mended", lambda: next(rows)
 
     monkeypatch.setattr(command, "PARTS", {"laws": part})
     _, results = run("--parts", "laws")
     assert "ZeroDivisionError" in results["laws"]["broken"]["failed"]
     assert results["laws"]["sound"]["holds"]
+    out, results = run("--parts", "laws")
+    assert (out, results["laws"]["mended"]["holds"]) == ("", False)
+    out, results = run("--parts", "laws", "--again")
+    assert "sound" not in out
+    assert results["laws"]["mended"]["holds"]
+    assert run.statuses == [1, 1, 1]
+    monkeypatch.setattr(command, "PARTS", {"laws": lambda options: [("sound", lambda: {"holds": True})]})
+    (run.output / "gpu-laws.json").unlink()
+    run("--parts", "laws")
+    assert run.statuses[-1] == 0
+
+
+def test_without_the_command_line_parser_only_table_1_is_missing(run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jsonargparse" else find_spec(name))
+    _, results = run("--parts", "table1")
+    assert "jsonargparse" in results["table1"]["data"]["missing"]
+
+
+def test_the_measurements_can_be_imported_with_few_packages():
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(("beartype", "datasets", "jsonargparse", "lm_eval", "transformers")))
+import benchmarks.gpu.__main__
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

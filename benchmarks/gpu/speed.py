@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.device import DEVICE, reserved_mib, timed
+from benchmarks.gpu.device import DEVICE, reserved_mib, synchronize, timed
 from benchmarks.gpu.peers import gpt2_flops_per_token, gpt2_of_size
 from benchmarks.gpu.sizes import Size, sizes
 from memformer import backpropagate
@@ -23,13 +23,18 @@ Row = dict[str, Any]
 
 
 def speed(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Yield each measurement's name and function: all methods, then Transformer-XL and GPT-2 on the same tokens."""
+    """Yield each measurement's name and function: the fastest matrix product, then each size with all methods."""
     yield "peak", lambda: {"tflops": peak_tflops(64 if options.smoke else 8192)}
     all_sizes, number = sizes(smoke=options.smoke), 1 if options.smoke else 5
     for name, size in all_sizes.items():
         for method in (*METHODS, *(["checkpoint"] if "Table 3" in name else [])):
             if DEVICE.type == "cuda" or "compiled" not in method:
                 yield f"{name}: {method}", partial(measure, size, method, num_updates=number)
+
+
+def peers(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Yield the name and function of each measurement of Transformer-XL, and then of GPT-2."""
+    all_sizes, number = sizes(smoke=options.smoke), 1 if options.smoke else 5
     for name, size in all_sizes.items():
         if size.peer_layers:
             peer = size.transformer_xl()
@@ -103,6 +108,7 @@ def measure_update(update: Callable[[], None], *, num_updates: int) -> Row:
     before = reserved_mib()
     started = time.perf_counter()
     update()
+    synchronize()
     set_up = time.perf_counter() - started
     held = reserved_mib()  # with graphs, their memory
     if DEVICE.type == "cuda":

@@ -6,6 +6,7 @@ needs 50 minutes on an H100.
 """
 
 import argparse
+import importlib.util
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from memformer.cli.main import main as memformer
 from memformer.errors import InputError
 from memformer.reproduction.runs import Run, check_data, plan_runs
 from memformer.reproduction.tables import Row as TableRow
@@ -60,7 +60,7 @@ def table1(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]
     folder, data = options.output / "table1", str(options.data)
     runs = plan_runs(table, rows[:1] if options.smoke else rows, scale="paper", seeds=[0], folder=folder, data=data)
     train_options = (*_OPTIONS, *_TINY, f"--data.cache={folder / 'cache'}") if options.smoke else _OPTIONS
-    found = look_for_data(table, runs, data)
+    found = look_for_parts(table, runs, data)
     yield "data", lambda: found
     if "missing" in found:
         return
@@ -75,8 +75,10 @@ def _order(row: TableRow) -> tuple[bool, int, str]:
     return row.key != _FIRST, _TYPES.index(row.model_type), row.key
 
 
-def look_for_data(table: Table, runs: list[Run], data: str) -> Row:
+def look_for_parts(table: Table, runs: list[Run], data: str) -> Row:
     """Return where the data is, or what is missing."""
+    if importlib.util.find_spec("jsonargparse") is None:
+        return {"missing": "jsonargparse, with which the command reads its configs, is not installed"}
     try:
         check_data(runs, table, data=data, options=())
     except InputError as error:
@@ -96,6 +98,8 @@ def train_on(run: Run, options: tuple[str, ...], deadline: float, *, metric: str
     command = ["train", str(config), "--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
         command.append("--resume")
+    from memformer.cli.main import main as memformer
+
     status = _stopped_after(deadline - time.monotonic(), lambda: memformer(command))
     if run.is_finished:
         return {"paper": run.row.paper, **run.result(metric)}

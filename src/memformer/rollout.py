@@ -112,7 +112,9 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> "Rollout":
         """Return the same rollout with all tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        # A copy to the CPU that does not wait could be read before it is there.
+        is_to_cpu = torch.device(device).type == "cpu"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=not is_to_cpu))
 
     def select_rows(self, rows: Sequence[int] | NDArray[np.integer]) -> "Rollout":
         """Return the rollout with these rows only."""

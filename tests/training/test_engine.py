@@ -48,6 +48,34 @@ def test_the_engine_equals_bptt_for_every_baseline(name, padding):
     assert_same_gradients(by_engine(model, rollout, None, readout_timesteps=2), expected)
 
 
+@pytest.mark.parametrize("records", [False, True])
+def test_a_parameter_that_the_loss_does_not_depend_on_has_no_gradient(records, monkeypatch):
+    model = tiny_model()
+    engine = ReplayEngine(model, records=False)
+
+    class Pool(StandInPool):
+        def record(self, work, *, before):
+            """Return a function that does what the work does on the device, and nothing else."""
+            super().record(work, before=before)
+
+            def launch():
+                reached = set(engine._gradients.reached)
+                work()
+                engine._gradients.reached = reached
+
+            return launch
+
+    monkeypatch.setattr(engine, "_new_pool", lambda: Pool() if records else None)
+    memory = model.initial_memory(3).detach()
+    for num_timesteps in (1, 3, 1):
+        rollout = random_rollout(num_timesteps, 3)
+        _, expected, _ = gradients(model, rollout, memory, "bptt")
+        _, actual, _ = by_engine(model, rollout, memory, engine=engine)
+        assert actual.keys() == expected.keys()
+        # With one timestep, nothing that was written is read.
+        assert any("memory_writer" in name for name in actual) == (num_timesteps > 1)
+
+
 def test_with_a_write_penalty_the_engine_equals_bptt():
     model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=True)
     memory = model.initial_memory(3).detach()

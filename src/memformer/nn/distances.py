@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from memformer.nn.linear import Linear
-from memformer.nn.positions import Frame, sinusoids
+from memformer.nn.positions import Frame, fused_attention, sinusoids
 
 
 class DistanceFrame(Frame):
@@ -54,7 +54,7 @@ class DistanceFrame(Frame):
         keep = keep[None, None] if keep_mask is None else keep & keep_mask
         scores = (shifted / math.sqrt(query.shape[-1])).masked_fill(~keep, torch.finfo(query.dtype).min)
         query = query + self.content_bias[:, None].to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=scores, dropout_p=dropout)
+        return fused_attention(query, key, value, mask=scores, dropout=dropout)
 
 
 class Distances(nn.Module):

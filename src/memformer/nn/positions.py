@@ -7,12 +7,13 @@ that distances continue across the segment boundary.
 """
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Positions = Int64[Tensor, " Q"] | Int64[Tensor, "B Q"]
 KeepMask = Bool[Tensor, "#B 1 #Q J"]
@@ -27,6 +28,8 @@ _MAX_UNFUSED_KEYS = 1024
 # cuDNN's, which is made for long sequences: at 28 and 64 keys it takes 1.4 times as long, forward and backward, on an
 # H100; at 1,024 keys the efficient kernel takes 3.1 times as long as cuDNN's (benchmarks/gpu/attention.py).
 _MAX_EFFICIENT_KEYS = 128
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Frame:
@@ -59,15 +62,35 @@ class Frame:
                 query, key, value, None, torch.is_grad_enabled(), dropout, is_causal
             )[0]
             return read
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=keep_mask, is_causal=is_causal, dropout_p=dropout
-        )
+        return fused_attention(query, key, value, mask=keep_mask, is_causal=is_causal, dropout=dropout)
+
+
+def fused_attention(
+    query: Float[Tensor, "B H Q E"],
+    key: Float[Tensor, "B H J E"],
+    value: Float[Tensor, "B H J W"],
+    *,
+    mask: Tensor | None,
+    is_causal: bool = False,
+    dropout: float,
+) -> Float[Tensor, "B H Q W"]:
+    """Return PyTorch's scaled dot-product attention, in which dropout can be repeated.
+
+    In half precision on CUDA, PyTorch's choice of a kernel depends on whether there is a mask and whether it needs a
+    gradient, and each kernel drops other weights; replay needs the same ones with and without gradient. cuDNN's also
+    rounds the probability to sixteenths (pytorch/pytorch#174245). So there is no choice there if weights are dropped.
+    """
+    attend = partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, is_causal=is_causal)
+    if dropout and query.device.type == "cuda" and query.dtype in _HALF:
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return attend(dropout_p=dropout)
+    return attend(dropout_p=dropout)
 
 
 def _suits_efficient_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cuda"
-        and query.dtype in {torch.bfloat16, torch.float16}
+        and query.dtype in _HALF
         and query.dtype == key.dtype == value.dtype
         and key.shape[-2] <= _MAX_EFFICIENT_KEYS
         and query.shape[-1] % 8 == 0 == value.shape[-1] % 8

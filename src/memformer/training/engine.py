@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from memformer.rollout import Rollout
+from memformer.training.gradients import Gradients
 from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, check_arguments, prepare, trainable
-from memformer.training.recorded_replay import Gradients, RecordedReplay
+from memformer.training.recorded_replay import RecordedReplay
 from memformer.training.replay import backpropagate
 from memformer.utils.checks import Integer, Number
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, Work
@@ -65,7 +66,7 @@ class ReplayEngine:
 
         Arguments and result are those of `backpropagate` with the method "replay". The rollout may be on another
         device than the model, best on the CPU: its masks decide which pieces are launched. The `.grad` of a parameter
-        is always the same tensor.
+        is always the same tensor, or None if the loss does not depend on it.
 
         Raises:
             InputError: As `backpropagate`.
@@ -118,6 +119,9 @@ class ReplayEngine:
             capacity = max(capacity, 2 * replay.capacity)
             replay = None
             del self._shapes[key]  # its memory is free before the next is allocated
+            if not self._shapes:
+                # A pool without graphs cannot be used again while something else is still allocated in it.
+                self._pool = self._new_pool()
         replay = self._shapes[key] = RecordedReplay(
             self.model, rollout, memory, gradients, capacity=capacity, record=self._record
         )
@@ -150,7 +154,10 @@ class ReplayEngine:
     def _forget(self) -> None:
         self._shapes = {}
         self._gradients = None
-        self._pool = GraphPool(self.model.device) if self.records else None
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> GraphPool | None:
+        return GraphPool(self.model.device) if self.records else None
 
     def _record(self, work: Work, before: Work, name: str) -> Work:
         if self._pool is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
+from memformer.training.gradients import Gradients
 from memformer.training.pieces import (
     NewAutocast,
     RolloutHooks,
@@ -34,47 +35,21 @@ _LARGEST_DIFFERENCE = 1e-2
 Record = Callable[[Work, Work, str], Work]
 
 
-class Gradients:
-    """The gradient of every parameter, in tensors that stay the same."""
-
-    def __init__(self, model: RecurrentModel) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._tensors = [torch.zeros_like(parameter) for parameter in self.parameters]
-
-    def attach(self) -> None:
-        """Make these tensors the `.grad` of the parameters, with the values that it has."""
-        absent = []
-        for parameter, tensor in zip(self.parameters, self._tensors, strict=True):
-            if parameter.grad is None:
-                absent.append(tensor)
-            elif parameter.grad is not tensor:
-                tensor.copy_(parameter.grad)
-            parameter.grad = tensor
-        if absent:
-            torch._foreach_zero_(absent)
-
-    def add(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Add to the gradients of the parameters, in their order; None adds nothing."""
-        pairs = [(tensor, grad) for tensor, grad in zip(self._tensors, gradients, strict=True) if grad is not None]
-        if pairs:
-            totals, parts = zip(*pairs, strict=True)
-            torch._foreach_add_(list(totals), list(parts))
-
-    def copy(self) -> list[Tensor]:
-        """Return a copy of the values, to be given to `restore`."""
-        return [tensor.clone() for tensor in self._tensors]
-
-    def restore(self, values: list[Tensor]) -> None:
-        """Set the values to those that `copy` returned."""
-        torch._foreach_copy_(self._tensors, values)
-
-
 @dataclass(frozen=True)
 class _Encoding:
     """Which inputs besides tokens and memory a timestep has."""
 
     has_reset: bool
     has_padding: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """What the second encoding of a timestep passes gradients back from, besides the hidden states."""
+
+    encoding: _Encoding
+    with_auxiliary: bool
+    with_memory: bool
 
 
 @dataclass(frozen=True)
@@ -104,6 +79,7 @@ class RecordedReplay:
         self.capacity = capacity
         self._record = record
         self._pieces: dict[tuple[str, object], Work] = {}
+        self._reached: dict[tuple[str, object], set[int]] = {}  # parameters that a recorded piece has a gradient for
         self._checked: set[object] = set()
         device, (_, rows, length) = model.device, rollout.inputs.shape
         self.randomness = Randomness(device)
@@ -156,12 +132,17 @@ class RecordedReplay:
         # All pieces are recorded before the first one runs: recording overwrites the static tensors.
         forward = [self._piece("encode", encoding, partial(self._encode, encoding)) for encoding in encodings]
         read_out = [self._piece("read", reading, partial(self._read_out, reading)) for reading in readings]
-        again = [
-            self._piece("again", (encoding, with_auxiliary), partial(self._encode_again, encoding, with_auxiliary))
-            for encoding in encodings
+        # The loss depends on a written memory only if there is another timestep, which reads it.
+        kinds = [
+            _Again(encoding=encoding, with_auxiliary=with_auxiliary, with_memory=last > 0) for encoding in encodings
         ]
-        for encoding, first, second in zip(encodings, forward, again, strict=True):
-            self._check_repetition((encoding, with_auxiliary), first, second)
+        again = [self._piece("again", kind, partial(self._encode_again, kind)) for kind in kinds]
+        for kind, first, second in zip(kinds, forward, again, strict=True):
+            self._check_repetition(kind, first, second)
+        self.gradients.reached = set().union(
+            *(self._reached["read", reading] for reading in readings),
+            *(self._reached["again", kind] for kind in kinds),
+        )
         self._fill(rollout, memory)
         self.nll_scale.fill_(gradient_scale / max(num_tokens, 1))
 
@@ -184,6 +165,7 @@ class RecordedReplay:
                 hooks.before_last_backward()
             again[timestep]()
         self.randomness.restore(after)
+        self.gradients.detach_unreached()
         return RolloutResult(
             loss=self.total_nll / max(num_tokens, 1),
             num_tokens=num_tokens,
@@ -220,6 +202,7 @@ class RecordedReplay:
             if self.hiddens is None:
                 self._make_hiddens()
             gradients, randomness = self.gradients.copy(), self.randomness.capture()
+            self.gradients.reached = set()
             # A timestep is encoded again from the counter's value after it.
             first = 1 if name == "again" else 0
             try:
@@ -227,7 +210,7 @@ class RecordedReplay:
             finally:
                 self.gradients.restore(gradients)
                 self.randomness.restore(randomness)
-            self._pieces[name, inputs] = piece
+            self._pieces[name, inputs], self._reached[name, inputs] = piece, self.gradients.reached
         return piece
 
     def _check_repetition(self, inputs: object, first: Work, second: Work) -> None:
@@ -261,7 +244,8 @@ class RecordedReplay:
     def _make_hiddens(self) -> None:
         """Allocate the hidden states; their shape and dtype are the model's."""
         randomness = self.randomness.capture()
-        with torch.no_grad(), self.autocast():
+        # With gradient, as in `_encode`: a compiled model is compiled for it anyway.
+        with torch.enable_grad(), self.autocast():
             hidden, _ = self.model.encode(self.inputs[0], memory=self.memories[0])
         self.hiddens = hidden.new_zeros((self.capacity, *hidden.shape))
         self.hidden_again = torch.zeros_like(hidden)
@@ -297,16 +281,20 @@ class RecordedReplay:
                 with_auxiliary=with_auxiliary,
             )
 
-    def _encode_again(self, encoding: _Encoding, with_auxiliary: bool) -> None:
+    def _encode_again(self, kind: _Again) -> None:
         """One timestep again with gradient, the last first: pass the gradients of hidden states and memory back."""
         self.timestep.sub_(1)
         assert self.hiddens is not None
         with torch.enable_grad():
             entering = self._at(self.memories).requires_grad_()
-            hidden, memory, auxiliary = self._encode_timestep(encoding, entering, with_auxiliary=with_auxiliary)
+            hidden, memory, auxiliary = self._encode_timestep(
+                kind.encoding, entering, with_auxiliary=kind.with_auxiliary
+            )
         assert self.hidden_again is not None
         self.hidden_again.copy_(hidden.detach())
-        outputs = [(hidden, self._at(self.hiddens)), (memory, self.memory_grad), (auxiliary, self.auxiliary_scale)]
+        outputs = [(hidden, self._at(self.hiddens)), (auxiliary, self.auxiliary_scale)]
+        if kind.with_memory:
+            outputs.append((memory, self.memory_grad))
         memory_grad = self._add_gradients(entering, [pair for pair in outputs if pair[0].requires_grad])
         if memory_grad is None:
             self.memory_grad.zero_()

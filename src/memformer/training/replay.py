@@ -228,13 +228,16 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     last = work.rollout.num_timesteps - 1
     *earlier_chunks, last_chunk = work.chunks
     replay_buffer, randomness, hiddens = [], [], []
-    with torch.no_grad():
+    # On CUDA with gradient, though none is computed: without it PyTorch may choose another attention kernel, which
+    # drops other weights than that of the second encoding.
+    with torch.set_grad_enabled(device.type == "cuda"):
         for timestep in range(last):
             randomness.append(capture_randomness(device))
             replay_buffer.append(memory)
             hidden, memory, _ = work.encode(timestep, memory)
             # Detached, because a model may return one tensor as both, and each has a gradient of its own.
             hiddens.append(hidden.detach())
+            memory = memory.detach()
 
     total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []

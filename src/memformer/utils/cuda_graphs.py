@@ -6,7 +6,7 @@ graph launches hundreds of operations at once. It always works on the same tenso
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -23,7 +23,7 @@ class CannotRecord(RuntimeError):
 
 
 class RecordingFailed(RuntimeError):
-    """Recording broke off. Graphs recorded earlier draw wrong random numbers from now on; nothing else is affected."""
+    """Recording broke off. Graphs recorded earlier draw wrong random numbers from now on."""
 
 
 class GraphPool:
@@ -42,6 +42,9 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for warming up and recording: libraries keep a workspace for every stream on which they have worked.
+        self._stream = torch.cuda.Stream(device)
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def record(self, work: Work, *, before: Work) -> Work:
         """Return a function that launches `work` as one graph.
@@ -54,22 +57,41 @@ class GraphPool:
             CannotRecord: The work synchronizes the device; this is noticed before recording.
             RecordingFailed: Recording failed for another reason, such as too little memory.
         """
-        try:
-            self._warm_up(work, before)
-        except torch.OutOfMemoryError as error:
-            raise RecordingFailed(first_line(error)) from error
-        before()
+        # Graphs are recorded on the current device, which need not be the model's.
+        with torch.cuda.device(self.device):
+            try:
+                self._warm_up(work, before)
+            except torch.OutOfMemoryError as error:
+                raise RecordingFailed(first_line(error)) from error
+            before()
+            return self._record(work)
+
+    def _record(self, work: Work) -> Work:
+        """Record the work.
+
+        Raises:
+            RecordingFailed: Recording failed.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # When a recording fails, torch leaves the stream of the recording as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, self._pool, self._stream):
                 work()
         except RuntimeError as error:
             GraphPool.num_failures += 1
-            # The random generator still waits for the end of the recording; one that succeeds sets it free.
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                torch.zeros(1, device=self.device)
+            self._clean_up(graph)
             raise RecordingFailed(first_line(error)) from error
         return graph.replay
+
+    def _clean_up(self, failed: torch.cuda.CUDAGraph) -> None:
+        """Undo what torch leaves behind when a recording fails."""
+        # The allocator still asks the graph which allocations are for it, so the graph must stay.
+        self._failed.append(failed)
+        with suppress(RuntimeError):  # a newer torch has done this itself
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        # The random generator still waits for the end of the recording; one that succeeds sets it free.
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            torch.zeros(1, device=self.device)
 
     def _warm_up(self, work: Work, before: Work) -> None:
         """Run the work as recording will, without recording.
@@ -77,16 +99,17 @@ class GraphPool:
         Raises:
             CannotRecord: The work synchronizes the device.
         """
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            before()
-            work()  # may compile, and choosing kernels synchronizes
-            for _ in range(_WARM_UP_RUNS - 1):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
                 before()
-                with _synchronizing_refused():
-                    work()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+                work()  # may compile, and choosing kernels synchronizes
+                for _ in range(_WARM_UP_RUNS - 1):
+                    before()
+                    with _synchronizing_refused():
+                        work()
+        finally:  # the caller goes on with the same tensors
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 @contextmanager

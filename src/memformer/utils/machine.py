@@ -42,6 +42,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device ({name!r}) is not available: {_why_there_is_no_cuda()}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # libraries, and torch where no device is named, use the current one
     return device
 
 
@@ -102,8 +104,12 @@ def has_intel_processor() -> bool:
 
 def versions() -> dict[str, str]:
     """Return the versions of all packages that can change a result, of Python and of the platform."""
-    packages = ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers")
-    found = {package: importlib.metadata.version(package) for package in packages}
+    found = {}
+    for package in ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # this package itself, where it is imported from its source
     return {
         **found,
         "torch build": torch.__version__,
