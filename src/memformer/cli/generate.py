@@ -82,8 +82,8 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument(
         "--compiled",
         action="store_true",
-        help="Compile the decoding step with torch.compile. This takes some seconds at the second segment; "
-        "afterwards, decoding is up to three times as fast.",
+        help="Compile reading and decoding with torch.compile. This takes up to a minute; afterwards, small models "
+        "read two to six times and decode more than twice as fast.",
     )
     add_saving_arguments(parser, text="prompt")
     parser.add_argument(

@@ -32,10 +32,10 @@ class Session:
     Args:
         model: The model that reads.
         batch_size: Number of rows.
-        compiled: Compile reading and decoding of a Memformer. With few rows, small models then read about five times
-            and decode more than twice as fast (the latter from the second segment on). The weights are stored twice.
-            Compiling takes up to a minute, once per model and number of rows, and again if the weights have changed.
-            Needs a C++ compiler. On CUDA, sessions launch CUDA graphs, compiled or not.
+        compiled: Compile reading and decoding of a Memformer. With few rows, models of 0.1 to 4 M parameters then read
+            two to six times and decode more than twice as fast (the latter from the second segment on). The weights are
+            stored twice. Compiling takes up to a minute, once per model and number of rows, and again if the weights
+            have changed. Needs a C++ compiler. On CUDA, sessions launch CUDA graphs, compiled or not.
         stop_token_ids: Token ids at which `generate` and `stream` stop, unless they are given others: usually the
             end-of-document token of the model's tokenizer, as `LoadedRun.session` sets it.
 
@@ -301,7 +301,7 @@ class Session:
         Args:
             path: The file.
             model: The model that has read the stream so far.
-            compiled: Compile the decoding step, as for a new session.
+            compiled: Compile reading and decoding, as for a new session.
             any_weights: Allow other weights of the same shapes than those that have read the stream so far. It is not
                 checked whether the memory is meaningful to them.
             stop_token_ids: As for a new session.
