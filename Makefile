@@ -10,8 +10,12 @@ setup: .venv/.complete
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,eval]'
+	$(COMPILE_PACKAGES)
 	touch $@
+
+# What pip would do on one core: bytecode of all packages, except of files that are no Python 3.
+COMPILE_PACKAGES = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 # Trains a model that recalls one fact after 10,000 segments; takes about two minutes on a CPU.
 demo: setup
@@ -65,7 +69,8 @@ docs: .venv/.docs
 	$(BIN)/python docs/make_site.py
 
 .venv/.docs: .venv/.complete
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	$(COMPILE_PACKAGES)
 	touch $@
 
 check: setup
