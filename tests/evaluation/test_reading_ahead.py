@@ -61,9 +61,10 @@ def test_the_memory_is_that_of_one_segment_after_another(temperature, fields, se
 @torch.no_grad()
 def test_segments_that_are_not_written_are_read_side_by_side(segments, monkeypatch):
     model = recall_model(0.1, **SPARSE)
+    # One segment again and again is soon written no more.
+    segments = torch.cat([segments[:, :10], segments[:, 10:11].expand(-1, 200, -1), segments[:, 11:]], dim=1)
     memories = read_one_by_one(model, segments)
     num_written = sum((before != after).flatten(1).any(dim=1).sum().item() for before, after in pairwise(memories))
-    assert 0 < num_written < ROWS * SEGMENTS / 4
     encoded = []
     encode = model.encode
 
@@ -73,7 +74,8 @@ def test_segments_that_are_not_written_are_read_side_by_side(segments, monkeypat
 
     monkeypatch.setattr(model, "encode", counted)
     assert_close(AheadReader(model).read(segments, memory=memories[0]), memories[-1])
-    assert num_written <= len(encoded) <= 2 * num_written
+    assert 0 < num_written < 50
+    assert num_written <= len(encoded) < 150 < segments[..., 0].numel()
 
 
 @torch.no_grad()

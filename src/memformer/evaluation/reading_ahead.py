@@ -11,6 +11,10 @@ from memformer.shapes import Memory
 # Tokens that are encoded side by side: enough for large matrix products, and little memory.
 _MAX_TOKENS = 8192
 
+# Shares of the segments encoded ahead that were not encoded in vain. From the first on, twice as many are encoded next
+# time; below the second, half as many.
+_FAR_ENOUGH, _TOO_FAR = 0.9, 0.75
+
 
 class AheadReader:
     """Reads segments into a model's memory, as many at once as nothing is written of.
@@ -43,23 +47,29 @@ class AheadReader:
     def _read_ahead(self, model: MemoryEncoder, segments: Int64[Tensor, "B N S"], memory: Memory) -> Memory:
         num_rows, num_segments, length = segments.shape
         position = torch.zeros(num_rows, dtype=torch.int64, device=segments.device)
-        rows = torch.arange(num_rows, device=segments.device)
-        while len(rows):
-            left = num_segments - int(position[rows].min())
-            width = min(self._num_ahead, left, max(1, _MAX_TOKENS // (len(rows) * length)))
+        while len(rows := (position < num_segments).nonzero()[:, 0]):
+            first = int(position.min())
+            width = min(self._num_ahead, num_segments - first, max(1, _MAX_TOKENS // (len(rows) * length)))
+            if width == 1 and bool((position == first).all()):
+                # All rows together, without copies of their memories.
+                _, next_memory = model.encode(segments[:, first], memory=memory)
+                position += 1
+                if self._num_ahead == 1 and torch.equal(next_memory, memory):
+                    self._num_ahead = 2
+                memory = next_memory
+                continue
             if width > 1:
                 # A row that needs fewer segments than others reads its last one again; nothing is written of it twice.
                 index = (position[rows, None] + torch.arange(width, device=rows.device)).clamp(max=num_segments - 1)
                 unwritten = model.count_unwritten(segments[rows[:, None], index], memory=memory[rows])
                 position[rows] = (position[rows] + unwritten).clamp(max=num_segments)
-                is_far = 2 * int(unwritten.sum()) >= width * len(rows)
-                self._num_ahead = max(self._num_ahead, 2 * width) if is_far else self._num_ahead // 2
+                share = float(unwritten.sum()) / (width * len(rows))
+                if share >= _FAR_ENOUGH:
+                    self._num_ahead = max(self._num_ahead, 2 * width)
+                elif share < _TOO_FAR:
+                    self._num_ahead //= 2
                 rows = rows[(unwritten < width) & (position[rows] < num_segments)]
             if len(rows):
-                before = memory[rows]
-                _, memory[rows] = model.encode(segments[rows, position[rows]], memory=before)
+                _, memory[rows] = model.encode(segments[rows, position[rows]], memory=memory[rows])
                 position[rows] += 1
-                if self._num_ahead == 1 and torch.equal(memory[rows], before):
-                    self._num_ahead = 2
-            rows = (position < num_segments).nonzero()[:, 0]
         return memory
