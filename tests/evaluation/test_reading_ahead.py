@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from memformer.evaluation.reading_ahead import AheadReader
 from memformer.models.presets import preset_fields
@@ -102,18 +101,6 @@ def test_the_memory_that_is_passed_is_not_changed(segments):
     before = memory.clone()
     AheadReader(model).read(segments, memory=memory)
     assert torch.equal(memory, before)
-
-
-@torch.no_grad()
-def test_a_compiled_model_is_not_compiled_for_every_shape(segments):
-    model = recall_model(0.3, **RECALL)
-    expected = read_one_by_one(model, segments)[-1]
-    counter = CompileCounter()
-    model.compile(backend=counter)
-    assert_close(AheadReader(model).read(segments, memory=model.initial_memory(ROWS)), expected)
-    assert counter.frame_count == 0
-    model.encode(segments[:, 0], memory=model.initial_memory(ROWS))
-    assert counter.frame_count > 0
 
 
 @pytest.mark.parametrize(

@@ -375,3 +375,10 @@ def test_decoder_starts_from_last_token_equals_passing_it_as_decoder_start_ids(n
         theirs = plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding, decoder_start_ids=last)
         assert_close(ours, theirs)
         assert not torch.allclose(ours, plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding))
+
+
+@torch.no_grad()
+def test_no_rows_are_read(variant):
+    model = tiny_model(**variant)
+    hidden, memory = model.encode(torch.zeros(0, SEGMENT_LENGTH, dtype=torch.int64), memory=model.initial_memory(0))
+    assert hidden.shape[0] == memory.shape[0] == 0

@@ -1,10 +1,13 @@
 """The engine's pieces, run operation by operation, give the gradients of back-propagation through time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from memformer import Rollout
+from memformer.models.presets import preset_fields
 from memformer.training.engine import MOST_SHAPES, ReplayEngine
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
 from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
@@ -74,6 +77,28 @@ def test_a_parameter_that_the_loss_does_not_depend_on_has_no_gradient(records, m
         assert actual.keys() == expected.keys()
         # With one timestep, nothing that was written is read.
         assert any("memory_writer" in name for name in actual) == (num_timesteps > 1)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_after_a_failed_recording_such_a_parameter_has_no_gradient(at, monkeypatch):
+    model = tiny_model()
+    engine = ReplayEngine(model, records=False)
+    monkeypatch.setattr(engine, "_new_pool", lambda: StandInPool(RecordingFailed, at=at))
+    rollout = random_rollout(1, 3)
+    expected = gradients(model, rollout, None, "bptt")
+    assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
+
+
+@pytest.mark.parametrize("fields", [{"forgetting": False}, preset_fields("recall")])
+def test_resets_that_are_all_false_and_no_resets_differ_as_in_bptt(fields):
+    model = tiny_model(**fields)
+    engine = ReplayEngine(model, records=False)
+    memory = model.initial_memory(3).detach()
+    with_reset = random_rollout(3, 3, resets=True)
+    for reset in (with_reset.reset, torch.zeros(3, 3, dtype=torch.bool), None, with_reset.reset):
+        rollout = replace(with_reset, reset=reset)
+        expected = gradients(model, rollout, memory, "bptt")
+        assert_same_gradients(by_engine(model, rollout, memory, engine=engine), expected)
 
 
 def test_with_a_write_penalty_the_engine_equals_bptt():

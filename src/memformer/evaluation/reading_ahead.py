@@ -11,13 +11,13 @@ from memformer.shapes import Memory
 # Tokens that are encoded side by side: enough for large matrix products, and little memory.
 _MAX_TOKENS = 8192
 
-# Shares of the segments encoded ahead that were not encoded in vain. From the first on, twice as many are encoded next
-# time; below the second, half as many.
+# Of the segments that were encoded ahead, those after the first written one were encoded in vain. If at least the first
+# share was not in vain, twice as many are encoded ahead next time; if less than the second, half as many.
 _FAR_ENOUGH, _TOO_FAR = 0.9, 0.75
 
 
 class AheadReader:
-    """Reads segments into a model's memory, as many at once as nothing is written of.
+    """Reads segments into a model's memory; those of which nothing is written, many at once.
 
     In a model whose writer is sparse and whose unwritten slots stay as they are (the preset `recall`), the memory
     changes only at segments with a word worth writing. All segments up to the next such segment see the same memory, so
@@ -26,7 +26,7 @@ class AheadReader:
     it got before. The result is that of `encode` called for each segment, up to rounding.
 
     Args:
-        model: The model. If it may write something of every segment, each segment is encoded as usual.
+        model: The model. If its writer is not sparse, or it is compiled, each segment is encoded as usual.
     """
 
     def __init__(self, model: RecurrentModel) -> None:
@@ -36,13 +36,13 @@ class AheadReader:
     def read(self, segments: Int64[Tensor, "B N S"], *, memory: Memory) -> Memory:
         """Return the memory after all segments of each row."""
         model = self._model
-        if not (isinstance(model, MemoryEncoder) and model.keeps_unwritten_segments):
+        # Compiled code is for fixed shapes, but ahead every call may have another one.
+        is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+        if is_compiled or not (isinstance(model, MemoryEncoder) and model.keeps_unwritten_segments):
             for segment in segments.unbind(dim=1):
                 _, memory = model.encode(segment, memory=memory)
             return memory
-        # Compiled code is for fixed shapes, but here every call may have another one.
-        with torch.compiler.set_stance("force_eager"):
-            return self._read_ahead(model, segments, memory.clone())
+        return self._read_ahead(model, segments, memory.clone())
 
     def _read_ahead(self, model: MemoryEncoder, segments: Int64[Tensor, "B N S"], memory: Memory) -> Memory:
         num_rows, num_segments, length = segments.shape
@@ -70,6 +70,10 @@ class AheadReader:
                     self._num_ahead //= 2
                 rows = rows[(unwritten < width) & (position[rows] < num_segments)]
             if len(rows):
-                _, memory[rows] = model.encode(segments[rows, position[rows]], memory=memory[rows])
+                before = memory[rows]
+                _, after = model.encode(segments[rows, position[rows]], memory=before)
+                memory[rows] = after
                 position[rows] += 1
+                if self._num_ahead == 1 and torch.equal(after, before):
+                    self._num_ahead = 2
         return memory

@@ -38,7 +38,10 @@ class Encoder(nn.Module):
         padding_mask: Bool[Tensor, "L S"] | None,
         record: AttentionRecord | None = None,
     ) -> Float[Tensor, "L S D"]:
-        """Return the hidden states of the segments; there may be several, one after the other, for each row."""
+        """Return the hidden states of the segments; there may be several, one after the other, for each row.
+
+        `record` is for one segment for each row.
+        """
         if self.convolution is not None:
             # Padding must be zero, like the convolution's padding beyond the ends of the segment.
             padded = x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)

@@ -21,7 +21,8 @@ WrittenShare = Float[Tensor, "B H K 1"]
 # Margin of the write penalty: a token is not penalized if its best score is this far below the threshold for a write.
 _MARGIN = 1.0
 
-# Far more than the rounding errors of scores in float32, and far less than the margin that the write penalty leaves.
+# Far more than the rounding errors of scores in float32, and far less than the margin that the write penalty leaves. In
+# bfloat16 errors can be larger; then a segment may be judged as it could be in a batch of another size.
 _ROUNDING = 0.05
 
 
@@ -49,12 +50,14 @@ class MemoryReader(nn.Module):
     ) -> Float[Tensor, "L Q D"]:
         """Return the attention output of each token; `slots` is the memory after the encoder's LayerNorm.
 
-        There may be several segments, one after the other, for each row of `slots`.
+        There may be several segments, one after the other, for each row of `slots`; then nothing can be recorded.
         """
         frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
         weights = None if record is None else record.reader
-        tokens = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])
+        tokens = hidden
+        if hidden.shape[0] != slots.shape[0]:
+            tokens = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])
         return self.attention(tokens, key=key, value=value, frame=frame, record=weights).view_as(hidden)
 
 
@@ -273,11 +276,14 @@ class MemoryNormalization(nn.Module):
         return self.radius * _in_full_precision(self.log_speed).exp()[:, None] * F.normalize(slot_bias, dim=-1)
 
     def forward(self, memory: Memory, *, written: WrittenShare) -> Memory:
-        """Return the slots after forgetting and normalization; both arguments are results of the writer."""
+        """Return the slots after forgetting and normalization; both arguments are results of the writer.
+
+        If `keeps_unwritten`, a slot that was not written is returned as it is.
+        """
         changed = memory + self._added(memory, written) if self.forgetting else memory
         changed = self.radius * F.normalize(changed, dim=-1)
         if self.keeps_unwritten:
-            # The slot is on the sphere already. Normalizing it again would change its last bits at every timestep.
+            # A slot of a memory of this model is on the sphere. Normalizing it again would only change its last bits.
             changed = torch.where((written == 0).all(dim=1), memory, changed)
         return changed
 

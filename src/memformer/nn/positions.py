@@ -78,7 +78,8 @@ def fused_attention(
 
     In half precision on CUDA, PyTorch's choice of a kernel depends on whether there is a mask and whether it needs a
     gradient, and each kernel drops other weights; replay needs the same ones with and without gradient. cuDNN's also
-    rounds the probability to sixteenths (pytorch/pytorch#174245). So there is no choice there if weights are dropped.
+    rounds the probability to sixteenths (pytorch/pytorch#174245). So if weights are dropped there, only the
+    memory-efficient kernel is left, and the plain one for widths that it does not support.
     """
     attend = partial(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, is_causal=is_causal)
     if dropout and query.device.type == "cuda" and query.dtype in _HALF:

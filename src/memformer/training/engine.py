@@ -105,6 +105,8 @@ class ReplayEngine:
             # All pieces are recorded before the first one runs, so nothing has been computed yet.
             self._has_failed = True
             self._shapes = {}
+            self._gradients.reached = set()
+            self._gradients.detach_unreached()
             self._say_once(f"recording CUDA graphs failed; training goes on without them: {error}")
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
 

@@ -20,7 +20,7 @@ class Gradients:
         self.reached: set[int] = set()
 
     def attach(self) -> None:
-        """Make these tensors the `.grad` of the parameters, with the values that it has."""
+        """Make these tensors the `.grad` of the parameters, with the values of their present `.grad` (None: 0)."""
         self._absent = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
         for parameter, tensor in zip(self.parameters, self._tensors, strict=True):
             if parameter.grad is not None and parameter.grad is not tensor:

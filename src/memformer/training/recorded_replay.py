@@ -210,7 +210,7 @@ class RecordedReplay:
             finally:
                 self.gradients.restore(gradients)
                 self.randomness.restore(randomness)
-            self._pieces[name, inputs], self._reached[name, inputs] = piece, self.gradients.reached
+            self._pieces[name, inputs], self._reached[name, inputs] = piece, set(self.gradients.reached)
         return piece
 
     def _check_repetition(self, inputs: object, first: Work, second: Work) -> None:
@@ -354,21 +354,12 @@ _NAMES = {
 
 
 def _encodings(rollout: Rollout) -> list[_Encoding]:
-    resets, paddings = _any_of(rollout.reset), _any_of(rollout.input_padding)
-    return [
-        _Encoding(
-            has_reset=resets is not None and resets[timestep], has_padding=paddings is not None and paddings[timestep]
-        )
-        for timestep in range(rollout.num_timesteps)
-    ]
-
-
-def _any_of(mask: Tensor | None) -> list[bool] | None:
-    """Return for each timestep whether the mask is True anywhere."""
-    if mask is None:
-        return None
-    values: list[bool] = mask.flatten(1).any(dim=1).tolist()
-    return values
+    # Resets count even if there is none: the loss then depends on the initial memory, with a gradient of zero.
+    has_reset = rollout.reset is not None
+    if rollout.input_padding is None:
+        return [_Encoding(has_reset=has_reset, has_padding=False)] * rollout.num_timesteps
+    paddings: list[bool] = rollout.input_padding.flatten(1).any(dim=1).tolist()
+    return [_Encoding(has_reset=has_reset, has_padding=has_padding) for has_padding in paddings]
 
 
 def _reading(rollout: Rollout, part: slice) -> _Reading:

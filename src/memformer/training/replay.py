@@ -132,7 +132,7 @@ class _Work:
     num_tokens: int
     hooks: RolloutHooks
 
-    def encode(self, timestep: int, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, timestep: int, memory: Tensor, *, with_auxiliary: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return the hidden states (B, S, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
         rollout = self.rollout
         with self.autocast():
@@ -142,7 +142,7 @@ class _Work:
                 memory,
                 reset=None if rollout.reset is None else rollout.reset[timestep],
                 padding=None if rollout.input_padding is None else rollout.input_padding[timestep],
-                with_auxiliary=has_auxiliary_loss(self.model, self.hooks),
+                with_auxiliary=with_auxiliary and has_auxiliary_loss(self.model, self.hooks),
             )
 
     def auxiliary_scale(self, total_nll: Tensor) -> float:
@@ -234,10 +234,11 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
         for timestep in range(last):
             randomness.append(capture_randomness(device))
             replay_buffer.append(memory)
-            hidden, memory, _ = work.encode(timestep, memory)
+            hidden, memory, _ = work.encode(timestep, memory, with_auxiliary=False)
             # Detached, because a model may return one tensor as both, and each has a gradient of its own.
             hiddens.append(hidden.detach())
             memory = memory.detach()
+            del hidden, _  # and with them the graph, if there is one
 
     total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []

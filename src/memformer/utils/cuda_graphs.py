@@ -23,7 +23,7 @@ class CannotRecord(RuntimeError):
 
 
 class RecordingFailed(RuntimeError):
-    """Recording broke off. Graphs recorded earlier draw wrong random numbers from now on."""
+    """Recording broke off. If the device had enough memory, graphs recorded earlier draw wrong random numbers now."""
 
 
 class GraphPool:
@@ -44,7 +44,6 @@ class GraphPool:
         self._pool = torch.cuda.graph_pool_handle()
         # One for warming up and recording: libraries keep a workspace for every stream on which they have worked.
         self._stream = torch.cuda.Stream(device)
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def record(self, work: Work, *, before: Work) -> Work:
         """Return a function that launches `work` as one graph.
@@ -79,14 +78,12 @@ class GraphPool:
                 work()
         except RuntimeError as error:
             GraphPool.num_failures += 1
-            self._clean_up(graph)
+            self._clean_up()
             raise RecordingFailed(first_line(error)) from error
         return graph.replay
 
-    def _clean_up(self, failed: torch.cuda.CUDAGraph) -> None:
-        """Undo what torch leaves behind when a recording fails."""
-        # The allocator still asks the graph which allocations are for it, so the graph must stay.
-        self._failed.append(failed)
+    def _clean_up(self) -> None:
+        """Undo what torch leaves behind when a recording fails: allocations still go to the graph's memory."""
         with suppress(RuntimeError):  # a newer torch has done this itself
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         # The random generator still waits for the end of the recording; one that succeeds sets it free.

@@ -20,7 +20,8 @@ def choose_device(name: str) -> torch.device:
     """Return the torch device of a name; auto means CUDA if available, else the CPU.
 
     With several processes per machine, "cuda" without an index means the CUDA device whose index is the process's
-    `LOCAL_RANK`. If auto cannot use a CUDA device, for example because its driver is too old, a warning says so.
+    `LOCAL_RANK`. A CUDA device with an index becomes torch's current one. If auto cannot use a CUDA device, for example
+    because its driver is too old, a warning says so.
 
     Raises:
         InputError: The name is unknown, or this machine does not have the device.
