@@ -14,8 +14,8 @@ setup: .venv/.complete
 	$(COMPILE_PACKAGES)
 	touch $@
 
-# What pip would do on one core: bytecode of the packages, without tests and most models of transformers, which nothing
-# imports here. Some packages hold files that are no Python 3; they are passed over, as by pip.
+# Compiles the installed packages on all cores; pip would use one. Tests and most models of transformers are left out
+# because this project does not import them. Files that are not valid Python 3 are skipped, as pip does.
 UNUSED = /tests/|/transformers/models/(?!auto/|__init__)
 COMPILE_PACKAGES = $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true
 

@@ -30,7 +30,7 @@ from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, random_rollout, 
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.runs import checkpoint_of, run_config, saved_tensors, write_documents
 
-# What the engine says of models that have a piece which waits for the device.
+# Part of the engine's message for models that it cannot record in full.
 SAID = dict.fromkeys(("lstm", "lstm, adaptive softmax", "adaptive softmax"), "cannot become a CUDA graph")
 
 
@@ -100,7 +100,8 @@ def compare_with_bptt(
     replayed = copy.deepcopy(model) if compiled else model
     if compiled:
         torch._dynamo.reset()
-        replayed.compile()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        assert isinstance(replayed, Memformer)
+        replayed.compile()
     said: list[str] = []
     engine = ReplayEngine(replayed, say=said.append)
     options: dict[str, Any] = {"readout_timesteps": 2, **({"hooks": hooks} if hooks else {})}

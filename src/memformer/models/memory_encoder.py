@@ -1,7 +1,6 @@
 """Base class of the models built on the Memformer's encoder and memory (arXiv 2010.06891v2)."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from memformer.models.recurrence import check_tokens
 from memformer.models.token_model import TokenModel
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
-from memformer.nn.entmax import SUPPORT_WIDTH
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
 from memformer.rollout import check_mask, last_token_indices
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
@@ -136,7 +134,7 @@ class MemoryEncoder(TokenModel):
         """Whether a segment of which no slot takes a token leaves the memory exactly as it is."""
         if not self.config.num_slots:
             return False
-        return math.isfinite(SUPPORT_WIDTH[self.config.write_normalizer]) and self.memory_normalization.keeps_unwritten
+        return self.memory_writer.is_sparse and self.memory_normalization.keeps_unwritten
 
     def count_unwritten(self, segments: Int64[Tensor, "B N S"], *, memory: Memory) -> Int64[Tensor, " B"]:
         """Return how many segments of each row can be left out before the first that may be written to this memory.

@@ -182,13 +182,18 @@ class MemoryWriter(nn.Module):
             own_score, token_scores = self._score(memory, hidden=hidden, terminal=terminal)
             return (token_scores - own_score).amax(dim=(1, 2)) > -(SUPPORT_WIDTH[self.normalizer] + _ROUNDING)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the normalizer can give a token weight 0."""
+        return math.isfinite(SUPPORT_WIDTH[self.normalizer])
+
     def check_auxiliary_loss(self) -> None:
         """Check that a write penalty is possible: the normalizer can give a token weight 0.
 
         Raises:
             InputError: The normalizer is the softmax, which writes every token.
         """
-        if SUPPORT_WIDTH[self.normalizer] == math.inf:
+        if not self.is_sparse:
             raise InputError(
                 f"write_normalizer ({self.normalizer!r}) writes every token; "
                 "a write penalty needs a sparse normalizer (entmax15 or sparsemax)"

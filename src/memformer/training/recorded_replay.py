@@ -45,7 +45,7 @@ class _Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class _Again:
-    """What the second encoding of a timestep passes gradients back from, besides the hidden states."""
+    """Inputs of a timestep's second encoding, and which of its results have gradients besides the hidden states."""
 
     encoding: _Encoding
     with_auxiliary: bool
