@@ -165,7 +165,7 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
 
 
 def _check_tensor(name: str, value: object) -> None:
-    """Check that a value is a tensor, as `utils.checks.check_type`, which this module must not import, would."""
+    # As `utils.checks.check_type`, which must not be imported here.
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a Tensor")
 
