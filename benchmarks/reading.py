@@ -72,7 +72,7 @@ def main() -> None:
 def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the tokens per second of each way to go over a stream, and the ratios."""
     torch.manual_seed(0)
-    model = Memformer(MemformerConfig(**size)).eval()
+    model = Memformer(MemformerConfig.from_preset("paper", **size)).eval()
     stream = torch.randint(0, 256, (num_tokens,))
     ways = {
         "reading": Session(model).feed,

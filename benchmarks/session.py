@@ -25,8 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = MemformerConfig(
-        d_model=128, d_ff=512, num_encoder_layers=2, num_decoder_layers=3, segment_length=64, num_slots=32
+    config = MemformerConfig.from_preset(
+        "paper", d_model=128, d_ff=512, num_encoder_layers=2, num_decoder_layers=3, segment_length=64, num_slots=32
     )
     session = Session(Memformer(config))
     stream = torch.randint(0, 256, (MARKS[-1],))

@@ -11,8 +11,9 @@ SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 def half_and_half(
     *, width: int, layers: int, segment_length: int, heads: int = 4, num_slots: int = 32, **further: Any
 ) -> MemformerConfig:
-    """Return a config with half of the `layers` in the encoder and half in the decoder; byte tokens by default."""
-    return MemformerConfig(
+    """Return the paper's design with half of the `layers` in the encoder and half in the decoder; bytes by default."""
+    return MemformerConfig.from_preset(
+        "paper",
         d_model=width,
         num_heads=heads,
         d_ff=4 * width,

@@ -3,15 +3,17 @@
 import torch
 
 from memformer import Memformer, MemformerConfig, Rollout
+from memformer.models.presets import preset_fields
 from memformer.utils.cuda_graphs import GraphPool
 
 # Every option of the model config that changes the output, one at a time on top of the defaults.
 VARIANTS = {
     "default": {},
-    "paper": {"log_forgetting_speeds": False, "forgetting_speeds": (0.1, 0.1)},
+    "paper": preset_fields("paper"),
     "relative positions": {"positions": "relative"},
-    "decoder starts from last token": {"decoder_starts_from_last_token": True},
-    "joint attention": {"decoder_attention": "joint", "decoder_starts_from_last_token": True},
+    "joint attention, starting from [BOS]": {"decoder_starts_from_last_token": False},
+    "separate attention": {"decoder_attention": "separate", "decoder_starts_from_last_token": False},
+    "separate attention, starting from the last token": {"decoder_attention": "separate"},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
     "temperature 1": {"write_temperature": 1.0},
@@ -39,8 +41,7 @@ VARIANTS = {
     "adaptive softmax": {"adaptive_cutoffs": (4, 8)},
     "all options": {
         "positions": "relative",
-        "decoder_attention": "joint",
-        "decoder_starts_from_last_token": True,
+        "decoder_attention": "separate",
         "convolution_kernel": 3,
     },
 }

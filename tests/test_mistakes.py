@@ -15,7 +15,7 @@ B, S = 3, SEGMENT_LENGTH
 TOKENS = torch.arange(B * S).view(B, S) % VOCAB_SIZE
 MODELS = {
     "memformer": tiny_model,
-    "its decoder reads more": lambda: tiny_model(decoder_starts_from_last_token=True),
+    "its decoder reads less": lambda: tiny_model(decoder_starts_from_last_token=False),
     "without memory": lambda: tiny_model(num_slots=0),
     "lstm": lambda: tiny_baseline("lstm"),
     "transformer-xl": lambda: tiny_baseline("transformer-xl"),

@@ -70,7 +70,10 @@ class Size:
         return self.num_timesteps * self.batch_size * int(self.model["segment_length"])
 
 
+# As in the paper, so that figures of different versions can be compared.
+PAPERS_DECODER = {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
 _MNIST = {
+    **PAPERS_DECODER,
     "vocab_size": 256,
     "d_model": 128,
     "num_heads": 4,
@@ -81,6 +84,7 @@ _MNIST = {
     "dropout": 0.1,
 }
 _WIKITEXT = {
+    **PAPERS_DECODER,
     "vocab_size": 50257,
     "d_model": 512,
     "num_heads": 8,

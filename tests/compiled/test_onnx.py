@@ -15,7 +15,7 @@ from memformer import InputError, Session
 from memformer.generation import onnx_export
 from memformer.generation.onnx_export import DECODING_STEP_FILE, SIZES_FILE, TIMESTEP_FILE, export_onnx
 from tests.cli.calls import call, refused
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
 
 S = SEGMENT_LENGTH
@@ -23,7 +23,7 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "onnx.md"
 MEMFORMERS = {
     "default": {},
     "options": {
-        "decoder_starts_from_last_token": True,
+        **VARIANTS["separate attention"],
         "convolution_kernel": 3,
         "write_normalizer": "entmax15",
         "write_competition": True,

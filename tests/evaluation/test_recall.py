@@ -69,7 +69,8 @@ class Oracle(RecurrentModel):
 
 def random_model(config, seed=0):
     """Return an untrained Memformer with the vocabulary of a task."""
-    return tiny_model(seed, vocab_size=make_task(config).tokenizer.vocab_size)
+    # From the last token, an untrained decoder would always answer with that token.
+    return tiny_model(seed, vocab_size=make_task(config).tokenizer.vocab_size, decoder_starts_from_last_token=False)
 
 
 class Recorded(RecurrentModel):
@@ -201,7 +202,7 @@ def test_a_question_counts_once():
 def test_an_answer_is_right_if_a_session_generates_it(task, num_facts, options):
     config = RecallConfig(task=task, num_facts=(num_facts, num_facts), **options)
     # An untrained model that gives some right answers.
-    model = random_model(config, seed=14)
+    model = random_model(config, seed=7)
     recorded = Recorded(model)
     measured = measure_recall(
         recorded, make_task(config), config, distances=[1, 2, 5], num_facts=num_facts, num_episodes=12

@@ -8,13 +8,13 @@ from memformer import InputError, Session, evaluate
 from memformer.data import corpus_from_arrays
 from memformer.evaluation import inspection_streams
 from memformer.evaluation.token_surprisal import token_surprisal
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
 
 MODELS = {
     "default": tiny_model,
-    "decoder starts from last token": lambda: tiny_model(decoder_starts_from_last_token=True),
-    "joint attention": lambda: tiny_model(decoder_attention="joint", decoder_starts_from_last_token=True),
+    "separate attention": lambda: tiny_model(**VARIANTS["separate attention"]),
+    "starting from [BOS]": lambda: tiny_model(decoder_starts_from_last_token=False),
     "transformer_xl": lambda: tiny_baseline("transformer-xl"),
 }
 

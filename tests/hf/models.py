@@ -15,7 +15,7 @@ MODELS = {
     **{name: partial(tiny_baseline, name) for name in BASELINES},
 }
 # One of each kind, where the subject does not depend on the options.
-KINDS = ["default", "decoder starts from last token", "lstm, adaptive softmax", "compressive, uneven"]
+KINDS = ["default", "separate attention", "lstm, adaptive softmax", "compressive, uneven"]
 BOS = VOCAB_SIZE
 # Rows end at different places of a segment.
 LENGTHS = (14, 8, 3)

@@ -147,7 +147,7 @@ def test_a_classifier_can_run_with_more_slots(tmp_path):
     assert loaded.initial_memory(1).shape[1] == 9
 
 
-@pytest.mark.parametrize("name", ["default", "without memory", "adaptive softmax", "decoder starts from last token"])
+@pytest.mark.parametrize("name", ["default", "without memory", "adaptive softmax", "separate attention"])
 def test_a_classifier_starts_from_the_encoder_of_a_memformer(name):
     memformer = tiny_model(**VARIANTS[name])
     model = MemformerForSequenceClassification.from_memformer(memformer, num_labels=4, pooling="last")

@@ -124,13 +124,13 @@ def test_distance_continues_across_the_segment_boundary():
     assert_close(
         model.decode(targets, hidden=longer, hidden_padding_mask=padding), model.decode(targets, hidden=hidden)
     )
-    positions = model.precompute_cross_attention(hidden).positions
+    positions = model.precompute_past(hidden).positions
     assert positions.tolist() == list(range(-S, 0))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "relative"])
 def test_joint_attention_is_causal_attention_over_the_past_and_the_targets(positions):
-    model = tiny_model(decoder_attention="joint", positions=positions, num_decoder_layers=1)
+    model = tiny_model(positions=positions, num_decoder_layers=1, decoder_starts_from_last_token=False)
     layer, num_targets = model.decoder.layers[0], 4
     hidden, x = torch.randn(2, SEGMENT_LENGTH, 16).double(), torch.randn(2, num_targets, 16).double()
     before, own = torch.arange(-SEGMENT_LENGTH, 0), torch.arange(num_targets)
@@ -139,7 +139,7 @@ def test_joint_attention_is_causal_attention_over_the_past_and_the_targets(posit
     sequence = torch.cat([hidden, layer.self_attention_norm(x)], dim=1)
     attended = x + layer.self_attention(sequence, frame=frame, is_causal=True)[:, SEGMENT_LENGTH:]
     expected = attended + layer.feed_forward(layer.feed_forward_norm(attended))
-    past = model.decoder.precompute_cross_attention(hidden, padding_mask=None)
+    past = model.decoder.precompute_past(hidden, padding_mask=None)
     features = model.decoder._run_layers(x, past=past, frame=model.decoder.positions(own, key_positions=own))
     assert_close(features, model.decoder.norm(expected))
     assert not [name for name in model.state_dict() if "cross_attention" in name]
@@ -363,8 +363,8 @@ def test_a_packed_lane_equals_a_batch_of_all_documents():
 
 @pytest.mark.parametrize("num_slots", [0, 4])
 def test_decoder_starts_from_last_token_equals_passing_it_as_decoder_start_ids(num_slots):
-    plain = tiny_model(num_slots=num_slots)
-    model = tiny_model(num_slots=num_slots, decoder_starts_from_last_token=True)
+    plain = tiny_model(num_slots=num_slots, decoder_starts_from_last_token=False)
+    model = tiny_model(num_slots=num_slots)
     rollout = random_rollout(1, 3)
     segment, targets = rollout.inputs[0], rollout.targets[0]
     for padding in (None, torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [True] * 5 + [False]])):

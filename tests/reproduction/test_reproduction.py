@@ -259,10 +259,12 @@ def test_operations_are_counted_as_by_hand():
     layer = 2 * length * (4 * width * width + 2 * width * d_ff) + 2 * memory * 2 * width * width
     layer += 2 * keys * width * width + 3 * 2 * length * keys * width
     assert flops_per_token(transformer) == pytest.approx(3 * layer / length + output)
-    without = MemformerConfig(**sizes, num_heads=2, d_ff=d_ff, num_encoder_layers=1, num_decoder_layers=1, num_slots=0)
-    model = build_model(without)
+    sizes |= {"num_heads": 2, "d_ff": d_ff, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_slots": 0}
     attention = 2 * 2 * length * width
     encoder = 2 * (4 * width * width + 2 * width * d_ff) + attention
-    decoder = 2 * (8 * width * width + 2 * width * d_ff) + 2 * attention
-    assert flops_per_token(model) == encoder + decoder + output
-    assert model.training
+    # The decoder attends to as many tokens in both designs, but one attention has no queries and output of its own.
+    for preset, projections in (("default", 6), ("paper", 8)):
+        model = build_model(MemformerConfig.from_preset(preset, **sizes))
+        decoder = 2 * (projections * width * width + 2 * width * d_ff) + 2 * attention
+        assert flops_per_token(model) == encoder + decoder + output
+        assert model.training

@@ -333,7 +333,8 @@ def test_a_rollout_of_padding_only_has_no_loss_and_no_gradient_and_keeps_the_mem
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
 def test_under_autocast_the_memory_stays_float32_and_gradients_agree_with_float32(method):
-    model = tiny_model().float()
+    # With seed 0 a gradient nearly cancels out.
+    model = tiny_model(1).float()
     rollout = random_rollout(3, 2)
     memory = model.initial_memory(2)
     _, expected, _ = gradients(model, rollout, memory, "bptt")
@@ -344,7 +345,7 @@ def test_under_autocast_the_memory_stays_float32_and_gradients_agree_with_float3
     assert result.memory.dtype == result.memory_grad.dtype == next_memory.dtype == torch.float32
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
-        assert_close(grads[name], grad, relative=0.2)  # bfloat16 keeps 8 bits
+        assert_close(grads[name], grad, relative=0.1)  # bfloat16 keeps 8 bits
 
 
 def test_the_given_memory_is_not_changed():

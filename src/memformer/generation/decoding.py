@@ -97,7 +97,7 @@ class Decoding:
     def _make_past(self, hidden: Tensor, hidden_padding: Tensor) -> Past:
         # A mask slows down every token; after the first segment there is no padding to mask.
         padding = hidden_padding if hidden_padding.any() else None
-        past = self.model.precompute_cross_attention(hidden, hidden_padding_mask=padding)
+        past = self.model.precompute_past(hidden, hidden_padding_mask=padding)
         self._step = self._make_step(past, hidden) if padding is None else None
         return past
 

@@ -69,7 +69,7 @@ class Timestep(nn.Module):
         hidden, next_memory = model.encode(segment, memory=memory, padding_mask=padding_mask)
         if not isinstance(model, Memformer):
             return next_memory, model.decode(torch.zeros_like(segment), hidden=hidden)
-        past = model.precompute_cross_attention(hidden, hidden_padding_mask=padding_mask)
+        past = model.precompute_past(hidden, hidden_padding_mask=padding_mask)
         assert past.keep_mask is not None
         keys, values = (torch.stack(list(each)) for each in zip(*past.keys_values, strict=True))
         found = next_memory, keys, values, past.keep_mask
@@ -108,7 +108,7 @@ class DecodingStep(nn.Module):
             past_keep_mask: Result of the timestep.
             cached_keys: Keys of the segment's tokens so far; zeros at the start of a segment.
             cached_values: Their values.
-            start: Result of the timestep, for models with `decoder_starts_from_last_token`.
+            start: Result of the timestep, for models with `decoder_starts_from_last_token`: it replaces `[BOS]`.
         """
         model = self.model
         caches = model.make_caches(tokens.shape[0])

@@ -80,7 +80,7 @@ class RecordedStep:
         # Tokens and positions together, so that they are copied at once. Decoding padding does not change the caches.
         self._inputs = torch.tensor([model.bos_token_id, model.segment_length], device=model.device)
         self._inputs = self._inputs[:, None, None].repeat(1, hidden.shape[0], 1)
-        self._past = model.precompute_cross_attention(self._hidden)
+        self._past = model.precompute_past(self._hidden)
         pool = GraphPool(model.device)
         self._project = record_or_run(pool, self._fill_past, name="the past of a segment")
         self._launch = record_or_run(pool, self._decode, name="decoding a token")
@@ -90,7 +90,7 @@ class RecordedStep:
         return step is not self.step or identify(self.model) != self._weights
 
     def _fill_past(self) -> None:
-        past = self.model.precompute_cross_attention(self._hidden)
+        past = self.model.precompute_past(self._hidden)
         torch._foreach_copy_(_tensors(self._past), _tensors(past))
 
     def _decode(self) -> None:

@@ -1,7 +1,7 @@
 """Configs of transformers, generated from the configs of this library: the same fields with the same defaults."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig
 
@@ -12,7 +12,10 @@ from memformer.models.baseline_configs import (
     TransformerXLConfig,
 )
 from memformer.models.config import MemformerConfig, ModelConfig
-from memformer.utils.renames import is_old_model_key, update_section
+from memformer.utils.renames import is_old_model_key, update_section, with_first_defaults
+
+# Not typing.Self: the run-time type checker of the tests does not support it in class methods.
+HFConfig = TypeVar("HFConfig", bound="RecurrentHFConfig")
 
 
 class RecurrentHFConfig(PreTrainedConfig):
@@ -50,6 +53,16 @@ class RecurrentHFConfig(PreTrainedConfig):
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, self.vocab_size)
+
+    @classmethod
+    def from_dict(cls: type[HFConfig], config_dict: dict[str, Any], **kwargs: Any) -> HFConfig:
+        """Return the config of a saved config.json; fields that it did not have yet get the values of that time.
+
+        Raises:
+            InputError: A value is out of range.
+            InputTypeError: A value has the wrong type.
+        """
+        return super().from_dict(with_first_defaults(cls.model_type, config_dict), **kwargs)
 
     def core(self) -> ModelConfig:
         """Return the library's config with the same fields.

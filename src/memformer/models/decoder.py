@@ -15,7 +15,7 @@ from memformer.shapes import Hidden, SegmentPadding
 
 @dataclass
 class Past:
-    """Inputs of the decoder's cross-attention: the previous segment, projected once.
+    """What the decoder attends to besides its own segment: the previous segment, projected once.
 
     Attributes:
         keys_values: Keys (with positions applied) and values of every layer, each (B, H, S, D/H).
@@ -63,8 +63,8 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.d_model)
 
-    def precompute_cross_attention(self, hidden: Hidden, *, padding_mask: SegmentPadding | None) -> Past:
-        """Return the keys and values of the previous segment for the cross-attention of every layer."""
+    def precompute_past(self, hidden: Hidden, *, padding_mask: SegmentPadding | None) -> Past:
+        """Return the keys and values of the previous segment for every layer."""
         start = None
         if self.starts_from_last_token:
             hidden, start = hidden[:, :-1], hidden[:, -1]
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             positions = keep.cumsum(dim=-1) - 1 - keep.sum(dim=-1, keepdim=True)  # (B, S)
         frame = self.positions(positions, key_positions=positions)
         return Past(
-            keys_values=[layer.precompute_cross_attention(hidden, frame=frame) for layer in self._typed_layers],
+            keys_values=[layer.precompute_past(hidden, frame=frame) for layer in self._typed_layers],
             positions=positions,
             keep_mask=keep_mask_of(padding_mask),
             start=start,
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def forward(self, x: Float[Tensor, "B T D"], *, past: Past) -> Float[Tensor, "B T D"]:
-        """Return the features of each target, from earlier targets and the past; `x` starts with `[BOS]`."""
+        """Return the features of each target, from earlier targets and the past; `x` begins with the start."""
         positions = torch.arange(x.shape[1], device=x.device)
         frame = self.positions(positions, key_positions=positions)
         return self._run_layers(x, past=past, frame=frame)

@@ -72,10 +72,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Layer of causal self-attention, cross-attention to the previous segment, and feed-forward.
+    """Layer of causal self-attention that also attends to the previous segment, and feed-forward.
 
-    With `decoder_attention: joint`, self-attention also attends to the previous segment, and there is no
-    cross-attention.
+    With `decoder_attention: separate`, the paper's design, self-attention attends to the segment alone, and
+    cross-attention to the previous segment follows.
 
     Args:
         config: The model's config.
@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(width, d_ff=config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
-    def precompute_cross_attention(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+    def precompute_past(self, hidden: Hidden, *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
         """Return the keys and values of the previous segment."""
         return (self.self_attention if self.cross_attention is None else self.cross_attention).project(
             hidden, frame=frame

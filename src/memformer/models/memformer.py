@@ -109,7 +109,7 @@ class Memformer(MemoryEncoder, LanguageModel):
         self._check_hidden(hidden, batch_size=targets.shape[0])
         read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_starts_from_last_token))
         check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
-        past = self.decoder.precompute_cross_attention(hidden, padding_mask=hidden_padding_mask)
+        past = self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
         x = self._embed_for_decoder(torch.cat([decoder_start_ids[:, None], targets[:, :-1]], dim=1), past)
         features: Tensor = self.decoder(x, past=past)
         return features
@@ -120,9 +120,9 @@ class Memformer(MemoryEncoder, LanguageModel):
             return x
         return torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
 
-    def precompute_cross_attention(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
+    def precompute_past(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
         """Return the cross-attention inputs of `decode_step`, projected once for a whole segment."""
-        return self.decoder.precompute_cross_attention(hidden, padding_mask=hidden_padding_mask)
+        return self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
 
     def decode_step(
         self,
@@ -137,7 +137,7 @@ class Memformer(MemoryEncoder, LanguageModel):
 
         Args:
             tokens: The next decoder inputs, 0 .. V; the first input of a segment is `[BOS]`.
-            past: Result of `precompute_cross_attention`.
+            past: Result of `precompute_past`.
             caches: Result of `make_caches`; keys and values of the tokens are added to them.
             positions: Position of each token in its segment; `segment_length` marks padding.
             num_cached: Number of tokens decoded before, if it is the same in all rows and there is no padding; given,

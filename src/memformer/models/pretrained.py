@@ -14,7 +14,7 @@ from memformer.models.config import ModelConfig
 from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_model_folder, without_foreign_keys
 from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
-from memformer.utils.renames import TENSORS, first_model_key, update_section
+from memformer.utils.renames import TENSORS, first_default, first_model_key, update_section, with_first_defaults
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
         changed = {
             first_model_key(name): value
             for name, value in self.config.to_dict().items()
-            if value != _default(self.config, name)
+            if value != _first_default(self.config, name)
         }
         digest = hashlib.sha256(json.dumps([self.config.model_type, changed], sort_keys=True).encode())
         first = [weight.detach().flatten()[:_NUM_FIRST_VALUES].float() for weight in self.parameters()]
@@ -93,7 +93,8 @@ class Pretrained(nn.Module):
             raise CheckpointError(f"{file} does not describe a {expected}: model_type is {found!r}, not {expected!r}")
         try:
             # The library itself wrote these names, so old ones need no warning.
-            return cls.config_class.from_dict(update_section("model", fields)[0])
+            updated = with_first_defaults(expected, update_section("model", fields)[0])
+            return cls.config_class.from_dict(updated)
         except InputError as error:
             raise CheckpointError(f"{file}: {error}") from error
 
@@ -128,8 +129,8 @@ class Pretrained(nn.Module):
         raise NotImplementedError  # every model defines it
 
 
-def _default(config: ModelConfig, name: str) -> Any:
-    value = getattr(type(config), name, None)
+def _first_default(config: ModelConfig, name: str) -> Any:
+    value = first_default(config.model_type, name, default=getattr(type(config), name, None))
     return list(value) if isinstance(value, tuple) else value
 
 

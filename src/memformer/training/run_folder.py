@@ -24,7 +24,7 @@ from memformer.utils.checks import Integer
 from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
-from memformer.utils.renames import old_names_sentence, update_run_config
+from memformer.utils.renames import old_names_sentence, update_run_config, with_first_defaults
 from memformer.utils.yaml_files import parse_yaml
 
 RUN_CONFIG_FILE = "config.yaml"
@@ -187,6 +187,8 @@ def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) 
     config, notes = update_run_config(value)
     if notes and warn is not None:
         warn(old_names_sentence(str(file), notes))
+    if isinstance(config.get("model"), dict):
+        config["model"] = with_first_defaults(str(config.get("model_type", "memformer")), config["model"])
     return config
 
 

@@ -35,6 +35,11 @@ TENSORS = {
     "memory_writer.free_slot_eagerness": "memory_writer.free_slot_bias",
     "encoder.place_embedding.weight": "encoder.position_embedding.weight",
 }
+# For each model type, the fields that were added after version 0.1, or whose default was changed, if an older file that
+# lacks the field means another value than today's default.
+_FIRST_DEFAULTS: dict[str, dict[str, Any]] = {
+    "memformer": {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
+}
 _FIRST_MODEL_KEYS = {new: old for old, new in KEYS["model"].items()}
 
 
@@ -73,6 +78,19 @@ def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, A
             notes.append(f"{section}.{new}: {value} is now {new_value}")
         updated[new] = new_value
     return updated, notes
+
+
+def with_first_defaults(model_type: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model config that the library wrote, with the fields that it did not have yet.
+
+    The library writes every field, so a missing one had the value that was then the only one.
+    """
+    return {**_FIRST_DEFAULTS.get(model_type, {}), **fields}
+
+
+def first_default(model_type: str, key: str, *, default: Any) -> Any:
+    """Return the first default of a field of a model config; fingerprints are computed from the first defaults."""
+    return _FIRST_DEFAULTS.get(model_type, {}).get(key, default)
 
 
 def update_run_config(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
