@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from machine import describe_machine, memory_mib
+from sizes import PAPERS_DECODER
 
 from memformer import Memformer, MemformerConfig, Session
 
@@ -25,8 +26,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = MemformerConfig.from_preset(
-        "paper", d_model=128, d_ff=512, num_encoder_layers=2, num_decoder_layers=3, segment_length=64, num_slots=32
+    config = MemformerConfig(
+        d_model=128,
+        d_ff=512,
+        num_encoder_layers=2,
+        num_decoder_layers=3,
+        segment_length=64,
+        num_slots=32,
+        **PAPERS_DECODER,
     )
     session = Session(Memformer(config))
     stream = torch.randint(0, 256, (MARKS[-1],))

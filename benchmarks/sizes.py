@@ -1,19 +1,26 @@
 """Config of the model that the benchmarks measure."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from memformer import MemformerConfig
 
+# As in the paper, so that figures of different versions can be compared. Older checkouts do not know these fields.
+PAPERS_DECODER = {
+    name: value
+    for name, value in {"decoder_attention": "separate", "decoder_starts_from_last_token": False}.items()
+    if name in {field.name for field in dataclasses.fields(MemformerConfig)}
+}
 SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 def half_and_half(
     *, width: int, layers: int, segment_length: int, heads: int = 4, num_slots: int = 32, **further: Any
 ) -> MemformerConfig:
-    """Return the paper's design with half of the `layers` in the encoder and half in the decoder; bytes by default."""
-    return MemformerConfig.from_preset(
-        "paper",
+    """Return a config with the paper's decoder and half of the `layers` in each stack; bytes by default."""
+    return MemformerConfig(
+        **PAPERS_DECODER,
         d_model=width,
         num_heads=heads,
         d_ff=4 * width,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from memformer import CheckpointError, InputError, Memformer, MemformerConfig, load_model
+from memformer.cli.run_config import read_config
 from memformer.utils.renames import KEYS, REMOVED, TENSORS, VALUES
 from tests.cli.calls import call, call_json, refused
 
@@ -109,6 +110,17 @@ def test_old_keys_of_a_config_file_warn_once_with_the_new_name(saved):
     assert "position_embedding: true" in config
     assert "sharding: optimizer_state" in config
     assert "place_embedding" not in config
+
+
+def test_a_config_that_a_run_wrote_means_the_decoder_of_that_time(saved):
+    shutil.copy(saved / "text-run" / "config.yaml", saved / "copied.yaml")
+    for path in ("text-run", "text-run/config.yaml", "copied.yaml"):
+        assert read_config(Path(path), warn=lambda _: None)["model"]["decoder_attention"] == "separate"
+    mine = saved / "mine"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("model: {d_model: 8}")
+    for path in (mine, mine / "config.yaml"):
+        assert read_config(path)["model"] == {"d_model": 8}
 
 
 def test_old_keys_of_a_config_object_warn_with_the_new_name():

@@ -27,7 +27,8 @@ class Rollout:
         input_padding: (N, B, S) bool, True at padding of `inputs`. None: no padding.
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are excluded from the loss.
             Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
-        decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere.
+        decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
+            with `decoder_starts_from_last_token` starts from the last input instead of `[BOS]`, not of other ids.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.

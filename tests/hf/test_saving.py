@@ -50,6 +50,8 @@ def test_the_shipped_model_is_read_unchanged():
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, device_map="cpu")
     assert_same_weights(model.memformer, Memformer.from_pretrained(SHIPPED))
     assert not model.training
+    config = type(model.config).from_json_file(SHIPPED / "config.json")
+    assert config.decoder_attention == model.config.decoder_attention == "separate"
 
 
 def test_weights_are_read_in_another_dtype():

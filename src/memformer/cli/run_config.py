@@ -17,12 +17,17 @@ from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
 from memformer.models.presets import Preset, preset_fields
 from memformer.training.config import RunConfig
-from memformer.training.run_folder import read_run_config
+from memformer.training.run_folder import is_written_by_run, read_run_config
 from memformer.utils.checks import refuse_unknown_keys, shown
 from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
-from memformer.utils.renames import old_names_sentence, update_options, update_run_config
+from memformer.utils.renames import (
+    old_names_sentence,
+    run_config_with_first_defaults,
+    update_options,
+    update_run_config,
+)
 from memformer.utils.yaml_files import read_yaml
 
 PRESET_HELP = (
@@ -136,7 +141,7 @@ def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> d
     given, notes = update_run_config(read_yaml(path))
     if notes:
         warn(old_names_sentence(str(path), notes))
-    return given
+    return run_config_with_first_defaults(given) if is_written_by_run(path) else given
 
 
 def _preset_fields(name: object, *, owner: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Decoding:
         model, device = self.model, self.model.device
         if self.past is None:
             self.past = self._make_past(hidden, hidden_padding)
-        # The decoder's inputs are [BOS] and the pending tokens; some of them may be decoded already.
+        # The decoder's inputs are [BOS], or what replaces it, and the pending tokens; some may be decoded already.
         num_new = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
         width = max(num_new)
         if width > 0:

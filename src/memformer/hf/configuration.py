@@ -1,6 +1,7 @@
 """Configs of transformers, generated from the configs of this library: the same fields with the same defaults."""
 
 import dataclasses
+import os
 from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig
@@ -63,6 +64,16 @@ class RecurrentHFConfig(PreTrainedConfig):
             InputTypeError: A value has the wrong type.
         """
         return super().from_dict(with_first_defaults(cls.model_type, config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls: type[HFConfig], json_file: str | os.PathLike[str]) -> HFConfig:
+        """Return the config in a JSON file, as `from_dict` does.
+
+        Raises:
+            InputError: A value is out of range.
+            InputTypeError: A value has the wrong type.
+        """
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def core(self) -> ModelConfig:
         """Return the library's config with the same fields.

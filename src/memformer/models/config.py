@@ -71,6 +71,9 @@ class ModelConfig:
     def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         """Return the config with these fields, as from `to_dict`; keys of version 0.1 give a `FutureWarning`.
 
+        Fields that are missing have today's defaults. To read a config that an older version saved, use
+        `from_pretrained`.
+
         Raises:
             InputError: A key is unknown (the message names the nearest valid key), or a value is out of range.
             InputTypeError: A value has the wrong type.
@@ -285,8 +288,8 @@ class MemformerConfig(MemoryEncoderConfig):
             paper, with fewer weights and operations, and better on text. "separate": self-attention to earlier tokens
             of the segment, then cross-attention to the previous segment, as in the paper.
         decoder_starts_from_last_token: Start the decoder from the last token of the previous segment. A departure from
-            the paper, in which it starts from `[BOS]`. With joint attention it helps; with separate attention it did
-            in short training runs but not in longer ones.
+            the paper, in which it starts from `[BOS]`. Joint attention was measured only together with it; with
+            separate attention it helped in short training runs but not in longer ones.
 
     Raises:
         InputError: A value is out of range, or two values contradict each other.

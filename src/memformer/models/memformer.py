@@ -25,8 +25,8 @@ class Memformer(MemoryEncoder, LanguageModel):
     """Model that reads segment by segment with a fixed-size memory and predicts each segment from the previous one.
 
     A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
-    likelihood covers every token (the paper leaves this open). Hidden states are (B, S, D); with
-    `decoder_starts_from_last_token` the embedded last token is appended, (B, S + 1, D).
+    likelihood covers every token (the paper leaves this open). Hidden states are (B, S + 1, D): one for each token, and
+    the embedded last token, from which the decoder starts. Without `decoder_starts_from_last_token` they are (B, S, D).
 
     Args:
         config: The model's config.
@@ -121,7 +121,7 @@ class Memformer(MemoryEncoder, LanguageModel):
         return torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
 
     def precompute_past(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
-        """Return the cross-attention inputs of `decode_step`, projected once for a whole segment."""
+        """Return what `decode_step` attends to besides its own segment, and starts from, projected once."""
         return self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
 
     def decode_step(
@@ -136,7 +136,8 @@ class Memformer(MemoryEncoder, LanguageModel):
         """Return the next-token logits after each token: an incremental `decode`.
 
         Args:
-            tokens: The next decoder inputs, 0 .. V; the first input of a segment is `[BOS]`.
+            tokens: The next decoder inputs, 0 .. V; the first input of a segment is `[BOS]`, in whose place the decoder
+                may start from the last token of the segment before.
             past: Result of `precompute_past`.
             caches: Result of `make_caches`; keys and values of the tokens are added to them.
             positions: Position of each token in its segment; `segment_length` marks padding.

@@ -134,7 +134,7 @@ def encode_timestep(
     padding: Tensor | None,
     with_auxiliary: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden states (B, S, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
+    """Return the hidden states (B, R, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
     if reset is not None:
         memory = model.reset_memory(memory, reset)
     # The auxiliary loss is needed only for its gradient.

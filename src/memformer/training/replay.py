@@ -133,7 +133,7 @@ class _Work:
     hooks: RolloutHooks
 
     def encode(self, timestep: int, memory: Tensor, *, with_auxiliary: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the hidden states (B, S, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
+        """Return the hidden states (B, R, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
         rollout = self.rollout
         with self.autocast():
             return encode_timestep(
@@ -157,7 +157,7 @@ class _Work:
             self.hooks.before_last_backward()
 
     def read_out(self, chunk: slice, *hiddens: Tensor) -> Tensor:
-        """Return the summed negative log-likelihood of a chunk, given the hidden states (B, S, D) of its timesteps."""
+        """Return the summed negative log-likelihood of a chunk, given the hidden states (B, R, D) of its timesteps."""
         with self.autocast():
             rollout = self.rollout
             nll = self.model.token_nll(

@@ -24,7 +24,7 @@ from memformer.utils.checks import Integer
 from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
-from memformer.utils.renames import old_names_sentence, update_run_config, with_first_defaults
+from memformer.utils.renames import old_names_sentence, run_config_with_first_defaults, update_run_config
 from memformer.utils.yaml_files import parse_yaml
 
 RUN_CONFIG_FILE = "config.yaml"
@@ -187,9 +187,7 @@ def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) 
     config, notes = update_run_config(value)
     if notes and warn is not None:
         warn(old_names_sentence(str(file), notes))
-    if isinstance(config.get("model"), dict):
-        config["model"] = with_first_defaults(str(config.get("model_type", "memformer")), config["model"])
-    return config
+    return run_config_with_first_defaults(config) if is_written_by_run(file) else config
 
 
 def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
@@ -236,7 +234,7 @@ def check_run_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"folder ({folder}) is a file; a run needs a folder")
-    if not folder.exists() or _holds_run(folder):
+    if not folder.exists() or is_written_by_run(folder / RUN_CONFIG_FILE):
         return
     # `memformer reproduce` writes train.log.
     foreign = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and file.name != TRAIN_LOG)
@@ -246,10 +244,9 @@ def check_run_folder(folder: Path) -> None:
         )
 
 
-def _holds_run(folder: Path) -> bool:
-    """Whether the folder's config was written by a run: a user's config may have the same name."""
-    file = folder / RUN_CONFIG_FILE
-    if any((folder / name).exists() for name in (VERSIONS_FILE, CHECKPOINTS)):
+def is_written_by_run(file: Path) -> bool:
+    """Return whether a config was written by a run: a user's config may have the same name."""
+    if file.name == RUN_CONFIG_FILE and any((file.parent / name).exists() for name in (VERSIONS_FILE, CHECKPOINTS)):
         return file.exists()
     try:
         with file.open("rb") as opened:

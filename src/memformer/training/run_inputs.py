@@ -191,7 +191,7 @@ def find_changed_key(
         may_change: Keys that are not compared, besides `data.cache`.
         training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
-    # Keys that are newer than the run had their default value.
+    # `saved` is from `read_run_config`; other keys that are newer than the run had their default value.
     defaults = canonical({"data": dataclasses.asdict(DataConfig()), "model": type(config.model)().to_dict()})
     saved = {**saved, **{key: _with_defaults(saved.get(key), defaults[key]) for key in defaults}}
     fixed = ("seed", "model_type", "model", "data")

@@ -1,8 +1,8 @@
-"""Table of the names from version 0.1 that later versions renamed or removed.
+"""Changes of configs since version 0.1: names that were renamed or removed, and defaults that were changed.
 
 Configs, checkpoints, sessions and models with the old names can still be read. A config with old names causes one
 warning that lists the new names. From version 0.3 on, old keys in user-written configs will be refused; files written
-by the library itself will remain readable.
+by the library itself will remain readable, also if they lack a key (`with_first_defaults`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,6 +86,13 @@ def with_first_defaults(model_type: str, fields: Mapping[str, Any]) -> dict[str,
     The library writes every field, so a missing one had the value that was then the only one.
     """
     return {**_FIRST_DEFAULTS.get(model_type, {}), **fields}
+
+
+def run_config_with_first_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run config that a run wrote, with the fields of the model that it did not have yet."""
+    if not isinstance(fields.get("model"), Mapping):
+        return dict(fields)
+    return {**fields, "model": with_first_defaults(str(fields.get("model_type", "memformer")), fields["model"])}
 
 
 def first_default(model_type: str, key: str, *, default: Any) -> Any:
