@@ -3,7 +3,8 @@
     python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
 
 Options not listed here are passed to `memformer train`. Runs are written to runs/NAME-seed-N. An unfinished run is
-resumed, and a finished one is not repeated, whatever its config: give options another --name. The table goes to stdout, JSON to experiments/results/NAME.json.
+resumed, and a finished one is not repeated, whatever its config: give options another --name. The table goes to
+stdout, JSON to experiments/results/NAME.json.
 """
 
 import argparse

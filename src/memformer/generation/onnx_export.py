@@ -3,8 +3,8 @@
 A program reads a stream with them as a `Session` does, without PyTorch:
 
 1. Begin: run the timestep on `[BOS]` and padding, with `reset` true, and empty caches.
-2. Predict: run the decoding step on `[BOS]` at position 0 (the input `start`, if any, takes its place); it gives the logits of the segment's first token. Then run
-   it on each token of the segment but the last, at positions 1, 2, ...
+2. Predict: run the decoding step on `[BOS]` at position 0 (the input `start`, if any, takes its place); it gives the
+   logits of the segment's first token. Then run it on each token of the segment but the last, at positions 1, 2, ...
 3. When the segment is full, run the timestep on it, empty the caches, and go on with 2.
 """
 
