@@ -23,7 +23,7 @@ assert main(["generate", "run", "--max_new_tokens", "5"]) == 0
 assert pathlib.Path("run/summary.html").is_file()
 from memformer.reproduction.tables import tables_folder, read_table
 assert "site" in str(tables_folder())
-assert len(read_table(tables_folder() / "table1").rows) == 17
+assert len(read_table(tables_folder() / "table1").rows) == 18
 assert main(["reproduce", "table9"]) == 2
 """
 CONFIG = """
