@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from machine import describe_machine
-from sizes import PAPERS_DECODER
+from sizes import PAPER_DECODER
 from turns import spread
 
 from memformer import Memformer, MemformerConfig, Session
@@ -73,7 +73,7 @@ def main() -> None:
 def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the tokens per second of each way to go over a stream, and the ratios."""
     torch.manual_seed(0)
-    model = Memformer(MemformerConfig(**size, **PAPERS_DECODER)).eval()
+    model = Memformer(MemformerConfig(**size, **PAPER_DECODER)).eval()
     stream = torch.randint(0, 256, (num_tokens,))
     ways = {
         "reading": Session(model).feed,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from machine import describe_machine, memory_mib
-from sizes import PAPERS_DECODER
+from sizes import PAPER_DECODER
 
 from memformer import Memformer, MemformerConfig, Session
 
@@ -33,7 +33,7 @@ def main() -> None:
         num_decoder_layers=3,
         segment_length=64,
         num_slots=32,
-        **PAPERS_DECODER,
+        **PAPER_DECODER,
     )
     session = Session(Memformer(config))
     stream = torch.randint(0, 256, (MARKS[-1],))

@@ -6,8 +6,9 @@ from typing import Any
 
 from memformer import MemformerConfig
 
-# As in the paper, so that figures of different versions can be compared. Older checkouts do not know these fields.
-PAPERS_DECODER = {
+# As in the paper, so that figures of different versions can be compared. Named here and not
+# taken from the presets, because `checkouts.py` runs older checkouts, which do not know these fields.
+PAPER_DECODER = {
     name: value
     for name, value in {"decoder_attention": "separate", "decoder_starts_from_last_token": False}.items()
     if name in {field.name for field in dataclasses.fields(MemformerConfig)}
@@ -20,7 +21,7 @@ def half_and_half(
 ) -> MemformerConfig:
     """Return a config with the paper's decoder and half of the `layers` in each stack; bytes by default."""
     return MemformerConfig(
-        **PAPERS_DECODER,
+        **PAPER_DECODER,
         d_model=width,
         num_heads=heads,
         d_ff=4 * width,

@@ -3,7 +3,7 @@
 import torch
 
 from memformer import Memformer, MemformerConfig, Rollout
-from memformer.models.presets import preset_fields
+from memformer.models.presets import PAPER_DECODER, preset_fields
 from memformer.utils.cuda_graphs import GraphPool
 
 # Every option of the model config that changes the output, one at a time on top of the defaults.
@@ -12,7 +12,7 @@ VARIANTS = {
     "paper": preset_fields("paper"),
     "relative positions": {"positions": "relative"},
     "joint attention, starting from [BOS]": {"decoder_starts_from_last_token": False},
-    "separate attention": {"decoder_attention": "separate", "decoder_starts_from_last_token": False},
+    "separate attention": PAPER_DECODER,
     "separate attention, starting from the last token": {"decoder_attention": "separate"},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},

@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.gpu.device import DEVICE, synchronize
 from benchmarks.gpu.peers import gpt2, mamba, rwkv
-from benchmarks.gpu.sizes import PAPERS_DECODER
 from memformer import Memformer, MemformerConfig, Session
+from memformer.models.presets import PAPER_DECODER
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 CONFIG = {
-    **PAPERS_DECODER,
+    **PAPER_DECODER,
     "vocab_size": 256,
     "d_model": 512,
     "num_heads": 8,

@@ -9,6 +9,7 @@ from memformer import Rollout
 from memformer.models import LanguageModel, build_model
 from memformer.models.config import ModelConfig
 from memformer.models.loading import MODELS
+from memformer.models.presets import PAPER_DECODER
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,9 @@ class Size:
         return self.num_timesteps * self.batch_size * int(self.model["segment_length"])
 
 
-# As in the paper, so that figures of different versions can be compared.
-PAPERS_DECODER = {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
+# The paper's decoder, so that figures of different versions can be compared.
 _MNIST = {
-    **PAPERS_DECODER,
+    **PAPER_DECODER,
     "vocab_size": 256,
     "d_model": 128,
     "num_heads": 4,
@@ -84,7 +84,7 @@ _MNIST = {
     "dropout": 0.1,
 }
 _WIKITEXT = {
-    **PAPERS_DECODER,
+    **PAPER_DECODER,
     "vocab_size": 50257,
     "d_model": 512,
     "num_heads": 8,

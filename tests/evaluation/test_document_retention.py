@@ -32,7 +32,7 @@ def delayed_nll_by_hand(model, arrays, delay, longest_delay):
     return nll, num_tokens
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=LENGTHS,
     num_lanes=st.integers(1, 6),

@@ -271,7 +271,7 @@ def test_forgetting_only_when_written_keeps_an_unwritten_slot_forever():
     normalization = MemoryNormalization(K, width=D, forgetting_speeds=(0.3, 0.01), only_when_written=True)
     memory = first = normalization(torch.randn(B, K, D), written=ALL_WRITTEN).detach()
     with torch.no_grad():
-        for _ in range(1000):
+        for _ in range(10_000):
             memory = normalization(memory, written=torch.zeros(B, H, K, 1))
     assert torch.equal(memory, first)
 

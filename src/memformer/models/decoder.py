@@ -15,7 +15,7 @@ from memformer.shapes import Hidden, SegmentPadding
 
 @dataclass
 class Past:
-    """What the decoder attends to besides its own segment: the previous segment, projected once.
+    """The previous segment as inputs of the decoder's attention, projected once per segment.
 
     Attributes:
         keys_values: Keys (with positions applied) and values of every layer, each (B, H, S, D/H).

@@ -121,7 +121,7 @@ class Memformer(MemoryEncoder, LanguageModel):
         return torch.where((tokens == self.bos_token_id)[..., None], past.start[:, None], x)
 
     def precompute_past(self, hidden: Hidden, *, hidden_padding_mask: SegmentPadding | None = None) -> Past:
-        """Return what `decode_step` attends to besides its own segment, and starts from, projected once."""
+        """Return the previous segment's keys and values, and the start, for `decode_step`, once per segment."""
         return self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
 
     def decode_step(

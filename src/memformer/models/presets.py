@@ -7,12 +7,12 @@ from memformer.errors import InputError
 Preset = Literal["default", "paper", "recall"]
 
 # In the paper the decoder starts from [BOS] and attends to itself and to the previous segment in turn.
-_PAPER_DECODER = {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
+PAPER_DECODER = {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
 # Measurements of each preset: experiments/RETENTION.md.
 _CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
     # The paper's memory: all slots start with the same forgetting speed, which is learned as part of their vectors.
-    "paper": {"forgetting_speeds": (0.1, 0.1), "log_forgetting_speeds": False, **_PAPER_DECODER},
+    "paper": {"forgetting_speeds": (0.1, 0.1), "log_forgetting_speeds": False, **PAPER_DECODER},
     # A memory for facts: few tokens are written, each into its own slot, and only slots that are written forget.
     "recall": {
         "write_normalizer": "entmax15",
@@ -25,7 +25,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "log_forgetting_speeds": False,
         "free_slot_bias": 8.0,
         # The recorded results of this preset are with the paper's decoder.
-        **_PAPER_DECODER,
+        **PAPER_DECODER,
     },
 }
 # The fields that presets set, with their defaults (a test compares them with `MemformerConfig`).
