@@ -29,6 +29,8 @@ class Rollout:
             Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
         decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
             with `decoder_starts_from_last_token` starts from the last input instead of `[BOS]`, not of other ids.
+        is_shifted: The rollout is for models that predict a next token at every input: `inputs` and `targets` have the
+            same shape, and `targets[..., n]` follows `inputs[..., n]`.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.
@@ -41,6 +43,7 @@ class Rollout:
     input_padding: Tensor | None = None
     target_padding: Tensor | None = None
     decoder_start_ids: Tensor | None = None
+    is_shifted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -101,6 +104,7 @@ class Rollout:
             input_padding=cut(self.input_padding),
             target_padding=cut(self.target_padding),
             decoder_start_ids=cut(self.decoder_start_ids),
+            is_shifted=self.is_shifted,
         )
 
     def count_input_tokens(self) -> int:
@@ -125,12 +129,14 @@ class Rollout:
         """Return the rollout for next-token models: the same targets, each with the preceding token as its input.
 
         A timestep's new inputs are the last token of its old inputs and all its targets but the last. The input of a
-        padded target is padding. So a rollout whose targets include tokens to be read but not predicted (recall tasks)
-        cannot be shifted.
+        padded target is padding. So a rollout with tokens to be read but not predicted (recall tasks) must be made with
+        `is_shifted`; it is returned as it is.
 
         Raises:
             InputError: `decoder_start_ids` are given; a next-token model has no input for them.
         """
+        if self.is_shifted:
+            return self
         if self.decoder_start_ids is not None:
             raise InputError(
                 "a rollout with decoder_start_ids (multi-task training) can be read only by a Memformer; "
@@ -140,12 +146,17 @@ class Rollout:
         if self.input_padding is not None:
             previous = self.inputs.gather(-1, last_token_indices(self.input_padding)[..., None])
         return dataclasses.replace(
-            self, inputs=torch.cat([previous, self.targets[..., :-1]], dim=-1), input_padding=self.target_padding
+            self,
+            inputs=torch.cat([previous, self.targets[..., :-1]], dim=-1),
+            input_padding=self.target_padding,
+            is_shifted=True,
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed: dict[str, Any] = {name: None if tensor is None else change(tensor) for name, tensor in fields.items()}
+        changed: dict[str, Any] = {
+            name: change(value) if isinstance(value, Tensor) else value for name, value in fields.items()
+        }
         return Rollout(**changed)
 
 

@@ -16,6 +16,8 @@ from memformer.errors import InputError
 from memformer.evaluation.document_retention import DocumentRetention, measure_documents
 from memformer.evaluation.likelihood import content_unit
 from memformer.evaluation.recall import Recall, measure_recall
+from memformer.generation.session import Session
+from memformer.models.memory_encoder import MemoryEncoder
 from memformer.training.config import RunConfig
 from memformer.training.run_data import (
     DocumentData,
@@ -32,8 +34,6 @@ from memformer.utils.files import check_can_write, user_path, write_json
 from memformer.utils.progress import ProgressBar
 
 RETENTION_FILE = "retention.json"
-
-
 RETENTION_FIGURE_FILE = "retention.png"
 
 RETENTION_HELP = """Measure how long the memory of a run retains information. Writes retention.json and retention.png.
@@ -135,7 +135,8 @@ def run_retention(argv: list[str]) -> None:
             "facts_per_segment": recall.facts_per_segment[1],
             "max_fact_gap": recall.max_fact_gap,
             "segment_length": run.model.segment_length,
-            "num_slots": run.model.config.num_slots,
+            "num_slots": run.model.config.num_slots if isinstance(run.model, MemoryEncoder) else None,
+            "state_bytes": Session(run.model).state_bytes,
         }
     figures |= result.to_dict()
     write_json(output / RETENTION_FILE, figures)

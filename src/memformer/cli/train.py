@@ -109,6 +109,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device)
+    data.make_stream(model, config)  # data that do not fit the model are refused before the run has a folder
     if processes.is_first:
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
         # The config first: it marks the folder as that of a run.

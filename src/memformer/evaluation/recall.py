@@ -15,6 +15,7 @@ from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.evaluation.reading_ahead import AheadReader
+from memformer.models.next_token import NextTokenModel
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_seed
 from memformer.utils.machine import peak_memory_bytes
@@ -284,6 +285,8 @@ class _EpisodeReader:
             num_questions += int(counts.sum())
             for index, memory in enumerate(memories):
                 hidden, _ = self.model.encode(self._tensor(segments), memory=memory)
+                if isinstance(self.model, NextTokenModel):
+                    hidden = hidden[:, -1:]
                 predicted = self.model.decode(self._tensor(targets), hidden=hidden).argmax(dim=-1).cpu().numpy()
                 is_right = ((predicted == targets) | padding).all(axis=-1)
                 num_right[index] += int((is_right & counts).sum())

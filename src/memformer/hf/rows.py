@@ -128,17 +128,7 @@ def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor) -> Tensor:
     return counted
 
 
-class AlignedRollout(Rollout):
-    """A rollout whose inputs already fit its model."""
-
-    def shifted_by_one_token(self) -> "AlignedRollout":
-        """Return the rollout itself."""
-        return self
-
-
-def make_rollout(
-    model: LanguageModel, rows: TokenRows, *, num_after: int, is_target: Tensor | None = None
-) -> AlignedRollout:
+def make_rollout(model: LanguageModel, rows: TokenRows, *, num_after: int, is_target: Tensor | None = None) -> Rollout:
     """Return the rollout that reads rows from their first token on, in the model's format.
 
     The places of a row are numbered over all timesteps: place n has token n as its target.
@@ -165,10 +155,9 @@ def make_rollout(
         target_padding=~is_place,
     )
     aligned = model.align_inputs(rollout)
-    fields = {field.name: getattr(aligned, field.name) for field in dataclasses.fields(Rollout)}
-    if is_target is not None:
-        fields["target_padding"] = ~_in_segments(rows.pick(is_target), num_timesteps, length)
-    return AlignedRollout(**fields)
+    if is_target is None:
+        return aligned
+    return dataclasses.replace(aligned, target_padding=~_in_segments(rows.pick(is_target), num_timesteps, length))
 
 
 def _in_segments(values: Tensor, num_timesteps: int, length: int) -> Tensor:

@@ -268,7 +268,6 @@ class RunConfig:
                     raise InputError(f"training.{name} ({value}) needs model_type 'memformer', not {self.model_type!r}")
             for name, is_given in (
                 ("training.sharding", self.training.sharding != "none"),
-                ("data.recall", self.data.recall is not None),
                 ("data.multitask", self.data.multitask is not None),
             ):
                 if is_given:

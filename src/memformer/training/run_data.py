@@ -35,6 +35,7 @@ from memformer.data.sources import locate_source_files, source_bytes
 from memformer.errors import InputError, SaveError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
+from memformer.models.next_token import NextTokenModel
 from memformer.models.recurrence import RecurrentModel
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.run_inputs import locate_inputs
@@ -172,7 +173,8 @@ class RecallData(RunData):
         """Return an endless stream of rollouts over training episodes.
 
         Raises:
-            InputError: A segment is too short for the facts or the question.
+            InputError: A segment is too short for the facts or the question, or the model is a baseline and answers
+                have several tokens.
         """
         # Check this before training, because the first evaluation comes only later.
         check_segment_length(self.validation, self.config, model.segment_length)
@@ -184,6 +186,7 @@ class RecallData(RunData):
             rollout_length=config.training.rollout_length,
             bos_token_id=model.bos_token_id,
             seed=config.seed,
+            is_shifted=isinstance(model, NextTokenModel),
         )
 
     def evaluate(
