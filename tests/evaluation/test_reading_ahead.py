@@ -16,7 +16,7 @@ SPARSE = {"write_normalizer": "sparsemax", "forgetting_when_written": True}
 
 def recall_model(temperature, *, seed=0, **fields):
     """A model whose slots take a token the more seldom, the lower the temperature is."""
-    model = tiny_model(seed, num_slots=6, write_temperature=temperature, **fields)
+    model = tiny_model(seed, **{"num_slots": 6, "write_temperature": temperature, **fields})
     model.memory_writer.query.weight.data.copy_(model.memory_writer.key.weight)
     return model
 
@@ -42,11 +42,12 @@ def segments():
     [
         RECALL,
         RECALL | {"slot_width": 8, "num_writer_heads": 2},
+        RECALL | {"num_slots": 50},
         SPARSE,
         SPARSE | {"forgetting": False, "forgetting_when_written": False},
         {},
     ],
-    ids=["recall", "narrow slots, two heads", "sparsemax", "no forgetting", "default"],
+    ids=["recall", "narrow slots, two heads", "many free slots", "sparsemax", "no forgetting", "default"],
 )
 def test_the_memory_is_that_of_one_segment_after_another(temperature, fields, segments):
     model = recall_model(temperature, **fields)
@@ -92,6 +93,50 @@ def test_unwritten_segments_are_counted_up_to_the_first_that_changes_the_memory(
                 assert not torch.equal(memory[row], memories[number + count + 1][row])
             found.add(count)
     assert len(found) > 3
+
+
+@torch.no_grad()
+def test_the_numbers_of_segments_that_are_read_side_by_side_are_few(monkeypatch):
+    """A CPU's library keeps a program for every number, so memory would grow for as long as new ones come."""
+    model = recall_model(0.1, seed=4, **SPARSE)
+    segments = torch.randint(0, VOCAB_SIZE, (11, 100, SEGMENT_LENGTH), generator=torch.Generator().manual_seed(3))
+    expected = read_one_by_one(model, segments)[-1]
+    shapes = set()
+    count = model.count_unwritten
+    monkeypatch.setattr(
+        model, "count_unwritten", lambda s, *, memory: shapes.add(s.shape[:2]) or count(s, memory=memory)
+    )
+    assert_close(AheadReader(model).read(segments, memory=model.initial_memory(11)), expected)
+    assert {1, 4, 11} <= {rows for rows, _ in shapes} <= {1, 2, 4, 8, 11}
+    assert {2, 4} <= {width for _, width in shapes} <= {2, 4, 8, 16, 32, 64}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_used", [[0, 0, 0], [3, 0, 14], [15, 2, 1], [16, 17, 1], [46, 47, 48], [50, 50, 50]])
+def test_free_slots_are_read_as_one(num_used, segments, monkeypatch):
+    model = recall_model(0.3, **RECALL | {"num_slots": 50})
+    memory = model.initial_memory(ROWS).clone()
+    for row, count in enumerate(num_used):
+        places = torch.randperm(50)[:count]
+        memory[row, places] = memory[row, places].roll(1, dims=-1) + torch.randn(count, memory.shape[-1])
+    read = []
+    reader = model.encoder.forward
+    monkeypatch.setattr(
+        model.encoder, "forward", lambda *args, **options: read.append(reader(*args, **options)) or read[-1]
+    )
+    numbers_of_slots = []
+    may_write = model.memory_writer.may_write
+    monkeypatch.setattr(
+        model.memory_writer,
+        "may_write",
+        lambda m, **options: numbers_of_slots.append(m.shape[1]) or may_write(m, **options),
+    )
+    model.count_unwritten(segments[:, :4], memory=memory)
+    size = 16 * (max(num_used) // 16 + 1)
+    assert numbers_of_slots == [size if size < 50 else 50]
+    for number in range(4):
+        hidden = model.encoder(model._embed(segments[:, number]), memory=memory, padding_mask=None)
+        assert_close(read[0].view(ROWS, 4, *hidden.shape[1:])[:, number], hidden)
 
 
 @torch.no_grad()

@@ -48,9 +48,12 @@ class AheadReader:
         num_rows, num_segments, length = segments.shape
         position = torch.zeros(num_rows, dtype=torch.int64, device=segments.device)
         while len(rows := (position < num_segments).nonzero()[:, 0]):
-            first = int(position.min())
+            if len(rows) < num_rows:
+                rows = rows[: _power_of_two(len(rows))]
+            first = int(position[rows].min())
             width = min(self._num_ahead, num_segments - first, max(1, _MAX_TOKENS // (len(rows) * length)))
-            if width == 1 and bool((position == first).all()):
+            width = _power_of_two(width)
+            if width == 1 and len(rows) == num_rows and bool((position == first).all()):
                 # All rows together, without copies of their memories.
                 _, next_memory = model.encode(segments[:, first], memory=memory)
                 position += 1
@@ -77,3 +80,12 @@ class AheadReader:
                 if self._num_ahead == 1 and torch.equal(after, before):
                     self._num_ahead = 2
         return memory
+
+
+def _power_of_two(at_most: int) -> int:
+    """Return the largest power of two that is at most this number.
+
+    Of rows and segments only such numbers are encoded side by side: on a CPU, oneDNN keeps the program and the buffers
+    of every shape that it meets, about 1.6 MB each.
+    """
+    return 1 << at_most.bit_length() - 1

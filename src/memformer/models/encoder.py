@@ -8,7 +8,7 @@ from memformer.models.config import MemoryEncoderConfig
 from memformer.models.decoder import make_positions
 from memformer.models.layers import EncoderLayer
 from memformer.nn.attention import AttentionRecord, keep_mask_of
-from memformer.shapes import Memory
+from memformer.shapes import Memory, SlotBias
 
 
 class Encoder(nn.Module):
@@ -36,11 +36,12 @@ class Encoder(nn.Module):
         *,
         memory: Memory,
         padding_mask: Bool[Tensor, "L S"] | None,
+        slot_bias: SlotBias | None = None,
         record: AttentionRecord | None = None,
     ) -> Float[Tensor, "L S D"]:
         """Return the hidden states of the segments; there may be several, one after the other, for each row.
 
-        `record` is for one segment for each row.
+        `slot_bias` is added to the scores by which tokens read the slots. `record` is for one segment for each row.
         """
         if self.convolution is not None:
             # Padding must be zero, like the convolution's padding beyond the ends of the segment.
@@ -57,5 +58,5 @@ class Encoder(nn.Module):
         # The memory may have a wider dtype than the parameters (float32 with bfloat16); reading does not need it.
         slots = None if self.memory_norm is None else self.memory_norm(memory.to(x.dtype))
         for layer in self.layers:
-            x = layer(x, slots=slots, frame=frame, keep_mask=keep_mask, record=record)
+            x = layer(x, slots=slots, slot_bias=slot_bias, frame=frame, keep_mask=keep_mask, record=record)
         return self.norm(x)

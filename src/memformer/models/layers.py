@@ -9,7 +9,7 @@ from memformer.nn.attention import AttentionRecord, CacheWindow, CrossAttention,
 from memformer.nn.linear import Linear
 from memformer.nn.memory import MemoryReader
 from memformer.nn.positions import Frame
-from memformer.shapes import Hidden, Memory
+from memformer.shapes import Hidden, Memory, SlotBias
 
 
 class FeedForward(nn.Module):
@@ -60,6 +60,7 @@ class EncoderLayer(nn.Module):
         x: Float[Tensor, "L S D"],
         *,
         slots: Memory | None,
+        slot_bias: SlotBias | None = None,
         frame: Frame,
         keep_mask: Tensor | None,
         record: AttentionRecord | None = None,
@@ -67,7 +68,9 @@ class EncoderLayer(nn.Module):
         """Return the segments after one layer; tokens attend to each other in both directions and to the slots."""
         x = x + self.dropout(self.self_attention(self.self_attention_norm(x), frame=frame, keep_mask=keep_mask))
         if self.memory_reader is not None and self.memory_reader_norm is not None:
-            x = x + self.dropout(self.memory_reader(self.memory_reader_norm(x), slots=slots, record=record))
+            x = x + self.dropout(
+                self.memory_reader(self.memory_reader_norm(x), slots=slots, slot_bias=slot_bias, record=record)
+            )
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 

@@ -21,6 +21,9 @@ from memformer.rollout import check_mask, last_token_indices
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
 from memformer.utils.checks import Integer, check_size
 
+# Numbers of slots that a memory without its free slots may have: few, because a CPU's library prepares for each.
+_SLOTS_STEP = 16
+
 # Not typing.Self: the run-time type checker of the tests does not support it in class methods.
 Model = TypeVar("Model", bound="MemoryEncoder")
 
@@ -142,13 +145,36 @@ class MemoryEncoder(TokenModel):
         All segments are encoded side by side with the same memory. Needs `keeps_unwritten_segments`.
         """
         rows, _, length = segments.shape
-        hidden = self.encoder(self._embed(segments.reshape(-1, length)), memory=memory, padding_mask=None)
+        embedded = self._embed(segments.reshape(-1, length))
+        slot_bias = None
+        if embedded.dtype == memory.dtype:  # half precision has too few digits for the bias
+            memory, slot_bias = self._with_free_slots_as_one(memory)
+        hidden = self.encoder(embedded, memory=memory, padding_mask=None, slot_bias=slot_bias)
         may_write = self.memory_writer.may_write(
             memory,
             hidden=hidden.reshape(rows, -1, hidden.shape[-1]),
             terminal=self.memory_normalization.forgetting_vectors(),
         )
         return (~may_write.view(segments.shape).any(dim=-1)).cumprod(dim=-1).sum(dim=-1)
+
+    def _with_free_slots_as_one(self, memory: Memory) -> tuple[Float[Tensor, "B U W"], Float[Tensor, "B 1 1 U"] | None]:
+        """Return a memory with fewer slots U and the bias with which reading it gives the same.
+
+        Exchangeable slots that hold nothing are equal. One of them, with the logarithm of their number added to its
+        score, has the weight of all.
+        """
+        if not self.config.exchangeable_slots:
+            return memory, None
+        num_slots = memory.shape[1]
+        is_free = (memory == self.initial_memory(1)).all(dim=-1)
+        num_used = num_slots - is_free.sum(dim=-1, keepdim=True)  # (B, 1)
+        size = -(-(int(num_used.max()) + 1) // _SLOTS_STEP) * _SLOTS_STEP
+        if size >= num_slots:
+            return memory, None
+        used_first = is_free.int().argsort(dim=-1, stable=True)[:, :size, None]
+        place = torch.arange(size, device=memory.device)
+        num_copies = (place < num_used) + (place == num_used) * (num_slots - num_used)
+        return memory.take_along_dim(used_first, dim=1), num_copies.to(memory.dtype).log()[:, None, None]
 
     @property
     def _largest_token_id(self) -> int:

@@ -14,7 +14,7 @@ from memformer.nn.entmax import SUPPORT_WIDTH, Normalizer, normalize_scores
 from memformer.nn.linear import Linear, called_in_dtype
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
-from memformer.shapes import Hidden, Memory
+from memformer.shapes import Hidden, Memory, SlotBias
 
 WrittenShare = Float[Tensor, "B H K 1"]
 
@@ -46,11 +46,17 @@ class MemoryReader(nn.Module):
         )
 
     def forward(
-        self, hidden: Float[Tensor, "L Q D"], *, slots: Memory, record: AttentionRecord | None = None
+        self,
+        hidden: Float[Tensor, "L Q D"],
+        *,
+        slots: Memory,
+        slot_bias: SlotBias | None = None,
+        record: AttentionRecord | None = None,
     ) -> Float[Tensor, "L Q D"]:
         """Return the attention output of each token; `slots` is the memory after the encoder's LayerNorm.
 
         There may be several segments, one after the other, for each row of `slots`; then nothing can be recorded.
+        `slot_bias` is added to the scores of the slots.
         """
         frame = Frame()
         key, value = self.attention.project(slots, frame=frame)
@@ -58,7 +64,8 @@ class MemoryReader(nn.Module):
         tokens = hidden
         if hidden.shape[0] != slots.shape[0]:
             tokens = hidden.reshape(slots.shape[0], -1, hidden.shape[-1])
-        return self.attention(tokens, key=key, value=value, frame=frame, record=weights).view_as(hidden)
+        read = self.attention(tokens, key=key, value=value, frame=frame, keep_mask=slot_bias, record=weights)
+        return read.view_as(hidden)
 
 
 class MemoryWriter(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Positions = Int64[Tensor, " Q"] | Int64[Tensor, "B Q"]
-KeepMask = Bool[Tensor, "#B 1 #Q J"]
+# True where a query may attend to a key; or numbers that are added to the scores.
+KeepMask = Bool[Tensor, "#B 1 #Q J"] | Float[Tensor, "#B 1 #Q J"]
 
 
 # Largest number of keys for which bfloat16 attention on a CPU does not use the fused kernel. The kernel takes 1.2 to 6
@@ -53,7 +54,7 @@ class Frame:
         is_causal: bool = False,
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
-        """Return scaled dot-product attention; `keep_mask` is True where a query may attend to a key."""
+        """Return scaled dot-product attention."""
         if query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[-2] <= _MAX_UNFUSED_KEYS:
             scores = query / math.sqrt(query.shape[-1]) @ key.mT
             return _weights(scores, keep_mask=keep_mask, is_causal=is_causal, dropout=dropout) @ value
@@ -105,7 +106,9 @@ def _weights(
     if is_causal:
         causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         keep_mask = causal[None, None] if keep_mask is None else keep_mask & causal
-    if keep_mask is not None:
+    if keep_mask is not None and keep_mask.is_floating_point():
+        scores = scores + keep_mask
+    elif keep_mask is not None:
         scores = scores.masked_fill(~keep_mask, torch.finfo(scores.dtype).min)
     return F.dropout(scores.softmax(dim=-1), dropout)
 
