@@ -6,7 +6,7 @@
 
 Runs are written to runs/retention/NAME-VARIANT-seed-N. An unfinished run is resumed; a finished one is not repeated.
 Options not listed here are passed to `memformer train`. The table goes to stdout; JSON is added to
-experiments/results/retention-NAME.json.
+experiments/results/retention-NAME.json, and retention-NAME.png shows what was measured, a line for each seed.
 """
 
 import argparse
@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from memformer.evaluation.plots import make_panels, put_legend_below, write_figure
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.run_folder import CHECKPOINTS
 
@@ -81,12 +84,16 @@ def main() -> None:
     for name, text in LAYOUT.items():
         parser.add_argument(f"--{name}", nargs="+", default=[None], help=f"{text}; by default as in training.")
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="Weights to evaluate.")
+    parser.add_argument("--num_episodes", default=None, help="Episodes to read; by default as `memformer retention`.")
     parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
     known = json.loads(output.read_text(encoding="utf-8"))["variants"] if output.exists() else {}
     how = ["--checkpoint", options.checkpoint, "--distances", *options.distances]
+    if options.num_episodes:
+        how += ["--num_episodes", options.num_episodes]
+    measured: dict[str, list[dict[str, Any]]] = {}
     for variant in options.variants:
         model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
         if VARIANTS[variant].get("write_normalizer") == "softmax":
@@ -105,8 +112,10 @@ def main() -> None:
             known[variant] = {"options": [*model, *further], "runs": [*kept, *runs]}
             summary = {"config": str(options.config), "machine": describe_machine(1), "variants": known}
             output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            title = ", ".join(f"{name} {runs[0][name]}" for name in LAYOUT)
-            print(format_row(f"{variant}, {title}", runs), flush=True)
+            title = f"{variant}, " + ", ".join(f"{name} {runs[0][name]}" for name in LAYOUT)
+            print(format_row(title, runs), flush=True)
+            measured[title] = runs
+            write_figure(output.with_suffix(".png"), draw(measured))
 
 
 def identity(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -137,6 +146,24 @@ def measure(folder: Path, options: list[str]) -> dict[str, Any]:
     # The path of the weights is of no use on another machine.
     del result["weights"]
     return result
+
+
+def draw(measured: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Return a panel for each title: accuracy against the tokens that were read, a line for each run."""
+    figure = Figure(figsize=(7 * len(measured), 4.2), layout="constrained")
+    for (panel, axes), (title, runs) in zip(make_panels(figure, len(measured)), measured.items(), strict=True):
+        for run in runs:
+            points = run["points"]
+            tokens = [point["num_tokens"] for point in points]
+            axes.plot(tokens, [point["accuracy"] for point in points], "o-", ms=4, label=f"seed {run['seed']}")
+        axes.set_xscale("log")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("tokens read before the question")
+        axes.set_ylabel("accuracy")
+        axes.set_title(f"{runs[0]['task']}: {title}")
+        axes.grid(alpha=0.3)
+        put_legend_below(panel)
+    return figure
 
 
 def format_row(title: str, runs: list[dict[str, Any]]) -> str:

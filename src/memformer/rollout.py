@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from memformer.errors import InputError, InputTypeError
 
@@ -29,6 +30,8 @@ class Rollout:
             Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
         decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
             with `decoder_starts_from_last_token` starts from the last input instead of `[BOS]`, not of other ids.
+        targets_are_answers: The inputs are read in full before the targets are predicted, as in recall tasks; otherwise
+            the targets are the next segment.
         is_shifted: The rollout is for models that predict a next token at every input: `inputs` and `targets` have the
             same shape, and `targets[..., n]` follows `inputs[..., n]`.
 
@@ -43,6 +46,7 @@ class Rollout:
     input_padding: Tensor | None = None
     target_padding: Tensor | None = None
     decoder_start_ids: Tensor | None = None
+    targets_are_answers: bool = False
     is_shifted: bool = False
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ class Rollout:
             input_padding=cut(self.input_padding),
             target_padding=cut(self.target_padding),
             decoder_start_ids=cut(self.decoder_start_ids),
+            targets_are_answers=self.targets_are_answers,
             is_shifted=self.is_shifted,
         )
 
@@ -129,11 +134,12 @@ class Rollout:
         """Return the rollout for next-token models: the same targets, each with the preceding token as its input.
 
         A timestep's new inputs are the last token of its old inputs and all its targets but the last. The input of a
-        padded target is padding. So a rollout with tokens to be read but not predicted (recall tasks) must be made with
-        `is_shifted`; it is returned as it is.
+        padded target is padding. If the targets are answers, the inputs stay, and the answer is the target of the last.
+        A shifted rollout is returned as it is.
 
         Raises:
-            InputError: `decoder_start_ids` are given; a next-token model has no input for them.
+            InputError: `decoder_start_ids` are given, for which a next-token model has no input; or an answer has
+                several tokens, of which the last input predicts only one.
         """
         if self.is_shifted:
             return self
@@ -142,6 +148,8 @@ class Rollout:
                 "a rollout with decoder_start_ids (multi-task training) can be read only by a Memformer; "
                 "it cannot be shifted"
             )
+        if self.targets_are_answers:
+            return self._with_answers_at_last_inputs()
         previous = self.inputs[..., -1:]
         if self.input_padding is not None:
             previous = self.inputs.gather(-1, last_token_indices(self.input_padding)[..., None])
@@ -149,6 +157,23 @@ class Rollout:
             self,
             inputs=torch.cat([previous, self.targets[..., :-1]], dim=-1),
             input_padding=self.target_padding,
+            is_shifted=True,
+        )
+
+    def _with_answers_at_last_inputs(self) -> "Rollout":
+        answer_length, others = self.targets.shape[-1], self.inputs.shape[-1] - 1
+        if answer_length > 1:
+            raise InputError(
+                f"answers have up to {answer_length} tokens; a model that predicts the next token of what it reads can "
+                "be asked for one token only"
+            )
+        padding = self.target_padding
+        if padding is None:
+            padding = torch.zeros_like(self.targets, dtype=torch.bool)
+        return dataclasses.replace(
+            self,
+            targets=F.pad(self.targets, (others, 0)),
+            target_padding=F.pad(padding, (others, 0), value=True),
             is_shifted=True,
         )
 

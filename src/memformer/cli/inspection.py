@@ -11,11 +11,10 @@ from jsonargparse import ArgumentParser
 from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import InputText, open_input
-from memformer.data import Corpus, LaneStream, PixelTokenizer, RecallStream, SourceConfig
+from memformer.data import Corpus, LaneStream, PixelTokenizer, SourceConfig
 from memformer.errors import InputError
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
 from memformer.evaluation.inspection_streams import read_stream
-from memformer.models.memformer import Memformer
 from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData
 from memformer.training.run_folder import LoadedRun
@@ -25,8 +24,6 @@ from memformer.utils.progress import ProgressBar
 
 PAGE_FILE = "inspect.html"
 NUM_IMAGES = 4
-# An episode is one rollout.
-_EPISODE_TIMESTEPS = 1 << 20
 _ROLLOUT_TIMESTEPS = 16
 
 INSPECT_HELP = """Show what the memory does while a model reads. Writes inspect.html, a page that needs no network.
@@ -176,11 +173,6 @@ def _of_run(run: LoadedRun, options: Any) -> _Source:
     data = prepare_data_of(run, run_config_of(run).data)
     if isinstance(data, RecallData):
         refuse_options(options, ("num_documents",), kind="on a recall task")
-        if not isinstance(run.model, Memformer):
-            raise InputError(
-                f"the model is a {type(run.model).__name__}; only a Memformer reads a segment before it predicts an "
-                "answer, so only its episodes can be inspected"
-            )
         return _of_episode(run, data, options)
     assert isinstance(data, DocumentData)
     return _of_documents(run, data.test, options, "the run's held-out documents")
@@ -205,19 +197,10 @@ def _of_documents(run: LoadedRun, corpus: Corpus, options: Any, name: str) -> _S
 
 def _of_episode(run: LoadedRun, data: RecallData, options: Any) -> _Source:
     seed = 0 if options.seed is None else check_seed("seed", options.seed)
-    stream = RecallStream(
-        data.validation,
-        dataclasses.replace(data.config, curriculum=None),
-        num_lanes=1,
-        segment_length=run.model.segment_length,
-        rollout_length=_EPISODE_TIMESTEPS,
-        bos_token_id=run.model.bos_token_id,
-        seed=seed,
-    )
     description = (
         f"Read one episode of the recall task {data.config.task!r} (seed {seed}); only the answers are predicted."
     )
-    episode = next(stream)
+    episode = data.held_out_episode(run.model, seed=seed)
     return _Source(iter([episode]), description, episode.count_target_tokens())
 
 

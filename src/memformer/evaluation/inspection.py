@@ -226,7 +226,7 @@ class _Inspector:
         if timestep == 0:
             self._history.begin_document()
             self._previous_ids = self._previous_read_ids = []
-        if isinstance(self._model, Memformer) and reads_text:
+        if reads_text and (isinstance(self._model, Memformer) or rollout.targets_are_answers):
             # The segment before the targets; in a recall task the targets are not the next segment.
             self._previous_ids = read_ids
         self._passages.add(

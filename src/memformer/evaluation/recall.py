@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memformer.data.recall.config import RecallConfig
@@ -15,8 +16,8 @@ from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.evaluation.reading_ahead import AheadReader
-from memformer.models.next_token import NextTokenModel
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
+from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_seed
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
@@ -280,16 +281,26 @@ class _EpisodeReader:
                 append_question(segment, question)
                 answers.append(question.answer)
             targets, padding = pad_answers(answers, self.task.answer_length)
+            inputs = self._tensor(segments)
+            # One timestep, in the format that the model needs.
+            asked = self.model.align_inputs(
+                Rollout(
+                    inputs=inputs[None],
+                    targets=self._tensor(targets)[None],
+                    target_padding=self._tensor(padding)[None],
+                    targets_are_answers=True,
+                )
+            )
+            assert asked.target_padding is not None
+            asked_targets, is_unasked = asked.targets[0], asked.target_padding[0]
             # A row whose questions are used up stays in the batch but is not counted.
             counts = np.array([turn < len(episode.questions) for episode in self.episodes])
             num_questions += int(counts.sum())
             for index, memory in enumerate(memories):
-                hidden, _ = self.model.encode(self._tensor(segments), memory=memory)
-                if isinstance(self.model, NextTokenModel):
-                    hidden = hidden[:, -1:]
-                predicted = self.model.decode(self._tensor(targets), hidden=hidden).argmax(dim=-1).cpu().numpy()
-                is_right = ((predicted == targets) | padding).all(axis=-1)
-                num_right[index] += int((is_right & counts).sum())
+                hidden, _ = self.model.encode(inputs, memory=memory)
+                predicted = self.model.decode(asked_targets, hidden=hidden).argmax(dim=-1)
+                is_right = ((predicted == asked_targets) | is_unasked).all(dim=-1)
+                num_right[index] += int((is_right.cpu().numpy() & counts).sum())
         return num_right[0], num_right[1], num_questions
 
     def _filler(self, generator: np.random.Generator, num_segments: int) -> Tokens:
@@ -298,5 +309,5 @@ class _EpisodeReader:
         rows = [self.task.make_filler(generator, shape[1] * shape[2]) for _ in self.episodes]
         return np.stack(rows).reshape(shape).swapaxes(0, 1)
 
-    def _tensor(self, tokens: Tokens) -> Tensor:
+    def _tensor(self, tokens: Tokens | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(tokens).to(self.model.device)

@@ -1,10 +1,10 @@
 """Builds the training and evaluation data of a run from its data config: documents, or a recall task."""
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from memformer.data import (
@@ -35,8 +35,8 @@ from memformer.data.sources import locate_source_files, source_bytes
 from memformer.errors import InputError, SaveError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
-from memformer.models.next_token import NextTokenModel
 from memformer.models.recurrence import RecurrentModel
+from memformer.rollout import Rollout
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.run_inputs import locate_inputs
 from memformer.utils.files import user_path
@@ -178,6 +178,10 @@ class RecallData(RunData):
         """
         # Check this before training, because the first evaluation comes only later.
         check_segment_length(self.validation, self.config, model.segment_length)
+        try:
+            model.align_inputs(self.held_out_episode(model, max_timesteps=1))
+        except InputError as error:
+            raise InputError(f"recall.task ({self.config.task!r}) does not fit the model: {error}") from error
         return RecallStream(
             self.train,
             self.config,
@@ -186,8 +190,20 @@ class RecallData(RunData):
             rollout_length=config.training.rollout_length,
             bos_token_id=model.bos_token_id,
             seed=config.seed,
-            is_shifted=isinstance(model, NextTokenModel),
         )
+
+    def held_out_episode(self, model: RecurrentModel, *, seed: int = 0, max_timesteps: int = 1 << 20) -> Rollout:
+        """Return one held-out episode of the full task, as one row."""
+        stream = RecallStream(
+            self.validation,
+            dataclasses.replace(self.config, curriculum=None),
+            num_lanes=1,
+            segment_length=model.segment_length,
+            rollout_length=max_timesteps,
+            bos_token_id=model.bos_token_id,
+            seed=seed,
+        )
+        return next(stream)
 
     def evaluate(
         self,
@@ -325,7 +341,7 @@ def _with_columns(source: SourceConfig, tokenizer: BinTokenizer) -> SourceConfig
     """
     if source.columns not in (None, tokenizer.columns):
         raise InputError(f"columns ({source.columns}) must be those that the bins were fitted on: {tokenizer.columns}")
-    return replace(source, columns=tokenizer.columns)
+    return dataclasses.replace(source, columns=tokenizer.columns)
 
 
 @contextmanager
@@ -354,7 +370,9 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     if config.train.kind == "array":
         columns = series_columns(locate_source_files(config.train), config.train.columns)
         return fit_bins(
-            iterate_documents(replace(config.train, columns=columns)),  # files may order their columns differently
+            iterate_documents(
+                dataclasses.replace(config.train, columns=columns)
+            ),  # files may order their columns differently
             columns=columns,
             num_bins=config.tokenizer.num_bins,
             spacing=config.tokenizer.spacing,

@@ -1,15 +1,12 @@
 """The memory of a run's model on its held-out data, for the page of the run."""
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-from memformer.data import LaneStream, RecallStream
+from memformer.data import LaneStream
 from memformer.errors import InputError
 from memformer.evaluation.inspection import check_can_inspect
 from memformer.evaluation.kept_shares import KeptShares, read_kept_shares
 from memformer.models import LanguageModel
-from memformer.models.next_token import NextTokenModel
 from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData, RunData, first_documents
@@ -33,19 +30,18 @@ def read_memory(model: LanguageModel, data: RunData) -> KeptShares:
 
 
 def _held_out(model: RecurrentModel, data: RunData) -> tuple[Iterator[Rollout], str]:
-    shape: dict[str, Any] = {"num_lanes": 1, "segment_length": model.segment_length, "bos_token_id": model.bos_token_id}
     if isinstance(data, DocumentData):
         chosen = first_documents(data.test, MAX_TIMESTEPS * model.segment_length)
-        stream = LaneStream(chosen, **shape, rollout_length=_ROLLOUT_TIMESTEPS, num_epochs=1)
+        stream = LaneStream(
+            chosen,
+            num_lanes=1,
+            segment_length=model.segment_length,
+            rollout_length=_ROLLOUT_TIMESTEPS,
+            bos_token_id=model.bos_token_id,
+            num_epochs=1,
+        )
         return stream, "the held-out documents"
     if isinstance(data, RecallData):
-        episodes = RecallStream(
-            data.validation,
-            dataclasses.replace(data.config, curriculum=None),
-            **shape,
-            rollout_length=MAX_TIMESTEPS,
-            seed=0,
-            is_shifted=isinstance(model, NextTokenModel),
-        )
-        return iter([next(episodes)]), f"an episode of the recall task {data.config.task!r}"
+        episode = data.held_out_episode(model, max_timesteps=MAX_TIMESTEPS)
+        return iter([episode]), f"an episode of the recall task {data.config.task!r}"
     raise InputError(f"the data is a {type(data).__name__}; only documents and recall tasks can be read")

@@ -1,13 +1,15 @@
 """Baselines learn recall from the same episodes: the answer is the next token after the question."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 import yaml
 
-from memformer import InputError, backpropagate
+from memformer import InputError, Rollout, backpropagate
 from memformer.data import RecallConfig, RecallStream, make_task
+from memformer.evaluation import inspection_parts
 from memformer.evaluation.recall import measure_recall
 from tests.cli.calls import call, call_json, refused
 from tests.helpers import assert_close
@@ -24,7 +26,7 @@ CONFIG = RecallConfig(
 )
 
 
-def make_stream(model, config=CONFIG, *, is_shifted, num_lanes=3):
+def make_stream(model, config=CONFIG, *, num_lanes=3):
     return RecallStream(
         make_task(config),
         config,
@@ -33,7 +35,6 @@ def make_stream(model, config=CONFIG, *, is_shifted, num_lanes=3):
         rollout_length=99,
         bos_token_id=model.bos_token_id,
         seed=1,
-        is_shifted=is_shifted,
     )
 
 
@@ -44,7 +45,8 @@ def model_for_task(name, config=CONFIG, **changes):
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_last_token_of_a_segment_predicts_the_answer(name):
     model = model_for_task(name).eval()
-    episodes, shifted = (next(make_stream(model, is_shifted=is_shifted)) for is_shifted in (False, True))
+    episodes = next(make_stream(model))
+    shifted = model.align_inputs(episodes)
     assert torch.equal(shifted.inputs, episodes.inputs)
     assert shifted.targets.shape == shifted.inputs.shape
     memory, total, count = model.initial_memory(3), 0.0, 0
@@ -58,26 +60,46 @@ def test_the_last_token_of_a_segment_predicts_the_answer(name):
             total, count = total + float(nll[asked].sum()), count + int(asked.sum())
     assert count > 3
     for method in ("replay", "bptt"):
-        found = backpropagate(model, shifted, method=method)
+        found = backpropagate(model, episodes, method=method)
         assert found.num_tokens == count
         assert_close(found.loss, torch.tensor(total / count, dtype=torch.float64))
 
 
 def test_shifted_rollouts_stay_so_in_parts():
-    rollout = next(make_stream(model_for_task("lstm"), is_shifted=True))
-    for part in (rollout[1:3], rollout.select_rows([0, 2]), rollout.to("cpu"), dataclasses.replace(rollout)):
+    rollout = next(make_stream(model_for_task("lstm")))
+    assert rollout.targets_are_answers
+    shifted = rollout.shifted_by_one_token()
+    for part, whole in (
+        (rollout[1:3].shifted_by_one_token(), shifted[1:3]),
+        (rollout.select_rows([0, 2]).shifted_by_one_token(), shifted.select_rows([0, 2])),
+        (rollout.to("cpu").shifted_by_one_token(), dataclasses.replace(shifted)),
+    ):
+        assert torch.equal(part.targets, whole.targets)
+        assert part.targets_are_answers
         assert part.is_shifted
-        assert part.shifted_by_one_token() is part
-    plain = next(make_stream(model_for_task("lstm"), is_shifted=False))
-    once = dataclasses.replace(plain, targets=plain.inputs, target_padding=plain.input_padding).shifted_by_one_token()
+        assert whole.is_shifted
+        assert whole.shifted_by_one_token() is whole
+    text = dataclasses.replace(rollout, targets=rollout.inputs, target_padding=None, targets_are_answers=False)
+    once = text.shifted_by_one_token()
+    assert not torch.equal(once.inputs, text.inputs)
     assert once.shifted_by_one_token() is once
+
+
+def test_answers_without_padding_are_the_only_targets():
+    rollout = Rollout(
+        inputs=torch.arange(6).view(1, 2, 3), targets=torch.tensor([[[7], [8]]]), targets_are_answers=True
+    )
+    shifted = rollout.shifted_by_one_token()
+    assert torch.equal(shifted.inputs, rollout.inputs)
+    assert shifted.targets[~shifted.target_padding].tolist() == [7, 8]
+    assert shifted.target_padding.tolist() == [[[True, True, False]] * 2]
 
 
 @pytest.mark.parametrize(("name", "reaches_far"), [("lstm", True), ("transformer-xl", False)])
 def test_a_trained_baseline_recalls_a_fact_as_far_as_its_memory_reaches(name, reaches_far):
     config = RecallConfig(task="fact", num_values=2, num_fillers=2, max_distance=2, question_probability=1.0)
     model = model_for_task(name, config, d_model=32).float()
-    stream = make_stream(model, config, is_shifted=True, num_lanes=32)
+    stream = make_stream(model, config, num_lanes=32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
     for _ in range(100):
         optimizer.zero_grad()
@@ -100,7 +122,8 @@ def test_an_answer_is_measured_at_the_last_token_of_the_question(monkeypatch):
 
     def watched_decode(targets, *, hidden):
         segment, (states, _) = encoded[-1]
-        assert torch.equal(hidden, states[:, -1:])
+        assert torch.equal(hidden, states)
+        assert targets.shape == segment.shape
         asked.append(segment[:, -2:])
         return decode(targets, hidden=hidden)
 
@@ -113,13 +136,18 @@ def test_an_answer_is_measured_at_the_last_token_of_the_question(monkeypatch):
     assert all(mark == "?" and key.startswith("key") for mark, key in questions)
 
 
-def test_answers_of_several_tokens_are_refused(tmp_path):
-    with pytest.raises(InputError, match="answers of up to 3 tokens; a model that predicts the next token of what it"):
-        make_stream(model_for_task("lstm"), RecallConfig(task="copy", num_facts=(3, 3)), is_shifted=True)
+def test_answers_of_several_tokens_are_refused():
+    config = RecallConfig(task="copy", num_facts=(3, 3))
+    model = model_for_task("lstm", config)
+    message = "answers have up to 3 tokens; a model that predicts the next token of what it reads can be asked for one"
+    with pytest.raises(InputError, match=message):
+        backpropagate(model, next(make_stream(model, config)))
+    with pytest.raises(InputError, match=message):
+        measure_recall(model, make_task(config), config, distances=[1], num_facts=3)
 
 
 @pytest.mark.parametrize("model_type", ["lstm", "recurrent_memory_transformer"])
-def test_commands_for_a_baseline_on_a_recall_task(tmp_path, model_type):
+def test_commands_for_a_baseline_on_a_recall_task(tmp_path, monkeypatch, model_type):
     folder = str(tmp_path / "run")
     sizes = {} if model_type == "lstm" else {"num_heads": 2, "num_memory_tokens": 3}
     config = {
@@ -133,7 +161,7 @@ def test_commands_for_a_baseline_on_a_recall_task(tmp_path, model_type):
     copy, fact = tmp_path / "copy.yaml", tmp_path / "fact.yaml"
     copy.write_text(yaml.safe_dump({**config, "data": {"recall": {"task": "copy", "num_facts": [2, 2]}}}))
     fact.write_text(yaml.safe_dump({**config, "data": {"recall": {"task": "fact"}}}))
-    assert "recall.task ('copy') has answers of up to 2 tokens" in refused("train", copy)
+    assert "recall.task ('copy') does not fit the model: answers have up to 2 tokens" in refused("train", copy)
     assert not (tmp_path / "run").exists()
     assert call("train", fact)[0] == 0
     page = (tmp_path / "run" / "summary.html").read_text()
@@ -142,3 +170,11 @@ def test_commands_for_a_baseline_on_a_recall_task(tmp_path, model_type):
     assert found["num_slots"] is None
     assert found["state_bytes"] >= 2 * 16 * 4
     assert found["points"][0]["num_questions"] == 64
+    if model_type != "lstm":
+        monkeypatch.setattr(inspection_parts, "_LEAST_GAIN", -math.inf)  # passages even where the memory does not help
+        inspected = call_json("inspect", folder)
+        asked = [timestep for timestep in inspected["timesteps"] if timestep["target_ids"]]
+        assert len(asked) == inspected["num_tokens"] > 0
+        assert all(timestep["read_texts"][-2:] == [" ?", " key0"] for timestep in asked)
+        assert len(inspected["passages"]) == len(asked)
+        assert all(passage["context"].endswith(" ? key0") for passage in inspected["passages"])

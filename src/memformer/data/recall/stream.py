@@ -100,12 +100,9 @@ class RecallStream(RolloutStream):
         rollout_length: Maximum number of timesteps of a rollout.
         bos_token_id: Token that the first timestep reads.
         seed: Seed of all episodes.
-        is_shifted: Make rollouts for models that predict a next token at every input: the answer is the target of a
-            segment's last token.
 
     Raises:
-        InputError: A segment cannot hold the facts or the question; or an answer has several tokens, of which a
-            segment's last token predicts only one.
+        InputError: A segment cannot hold the facts or the question.
     """
 
     def __init__(
@@ -118,7 +115,6 @@ class RecallStream(RolloutStream):
         rollout_length: Integer,
         bos_token_id: Integer,
         seed: Integer,
-        is_shifted: bool = False,
     ) -> None:
         self.task = task
         self.config = config
@@ -127,18 +123,12 @@ class RecallStream(RolloutStream):
         self.rollout_length = check_integer("rollout_length", rollout_length, 1)
         self.bos_token_id = check_integer("bos_token_id", bos_token_id, 0)
         self.seed = check_seed("seed", seed)
-        self.is_shifted = is_shifted
         self.level = 0
         self._recent_losses: list[float] = []
         self._episode = 0
         self._timestep = 0
         self._whole: Rollout | None = None
         check_segment_length(task, config, self.segment_length)
-        if is_shifted and task.answer_length > 1:
-            raise InputError(
-                f"recall.task ({config.task!r}) has answers of up to {task.answer_length} tokens; a model that "
-                "predicts the next token of what it reads can be trained only on answers of 1 token"
-            )
 
     def __iter__(self) -> "RecallStream":
         return self
@@ -216,12 +206,8 @@ class RecallStream(RolloutStream):
             answers[timestep * self.num_lanes + row] = question.answer
         targets, padding = pad_answers(answers, self.task.answer_length)
         targets, padding = targets.reshape(*shape, -1), padding.reshape(*shape, -1)
-        if self.is_shifted:
-            before = (0, 0), (0, 0), (self.segment_length - 1, 0)
-            targets = np.pad(targets, before, constant_values=_PADDING_TOKEN_ID)
-            padding = np.pad(padding, before, constant_values=True)
         rollout = with_first_timestep(inputs, targets, target_padding=padding, bos_token_id=self.bos_token_id)
-        return dataclasses.replace(rollout, is_shifted=self.is_shifted)
+        return dataclasses.replace(rollout, targets_are_answers=True)
 
     def _identity(self) -> dict[str, Any]:
         return {
