@@ -11,10 +11,10 @@ from jsonargparse import ArgumentParser
 from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import InputText, open_input
-from memformer.data import Corpus, LaneStream, PixelTokenizer, SourceConfig
+from memformer.data import Corpus, PixelTokenizer, SourceConfig
 from memformer.errors import InputError
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
-from memformer.evaluation.inspection_streams import read_stream
+from memformer.evaluation.inspection_streams import read_documents, read_stream
 from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData
 from memformer.training.run_folder import LoadedRun
@@ -24,7 +24,6 @@ from memformer.utils.progress import ProgressBar
 
 PAGE_FILE = "inspect.html"
 NUM_IMAGES = 4
-_ROLLOUT_TIMESTEPS = 16
 
 INSPECT_HELP = """Show what the memory does while a model reads. Writes inspect.html, a page that needs no network.
 
@@ -183,14 +182,7 @@ def _of_documents(run: LoadedRun, corpus: Corpus, options: Any, name: str) -> _S
     is_image = isinstance(run.tokenizer, PixelTokenizer)
     wanted = positive(options, "num_documents", default=NUM_IMAGES if is_image else 1)
     chosen = corpus.subset(range(min(wanted, corpus.num_documents)))
-    stream = LaneStream(
-        chosen,
-        num_lanes=1,
-        segment_length=run.model.segment_length,
-        rollout_length=_ROLLOUT_TIMESTEPS,
-        bos_token_id=run.model.bos_token_id,
-        num_epochs=1,
-    )
+    stream = read_documents(chosen, segment_length=run.model.segment_length, bos_token_id=run.model.bos_token_id)
     description = f"Read the first {chosen.num_documents:,} of {corpus.num_documents:,} of {name}."
     return _Source(stream, description, chosen.num_tokens)
 

@@ -1,4 +1,4 @@
-"""Token ids of a stream as rollouts of one row, and token ids as texts."""
+"""Documents or token ids of a stream as rollouts of one row, and token ids as texts."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -8,14 +8,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memformer.data import PixelTokenizer, Tokenizer
+from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.data.lanes import PADDING_TOKEN_ID
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer
 
+_ROLLOUT_TIMESTEPS = 16
 _TOKENS_AT_ONCE = 4096
 # A UTF-8 character has at most 4 bytes, so at most 3 tokens before it belong to the same character.
 _TOKENS_OF_CHARACTER = 3
+
+
+def read_documents(corpus: Corpus, *, segment_length: Integer, bos_token_id: Integer) -> LaneStream:
+    """Return a stream that reads each document once, one after another, as rollouts of one row."""
+    return LaneStream(
+        corpus,
+        num_lanes=1,
+        segment_length=segment_length,
+        rollout_length=_ROLLOUT_TIMESTEPS,
+        bos_token_id=bos_token_id,
+        num_epochs=1,
+    )
 
 
 def read_stream(

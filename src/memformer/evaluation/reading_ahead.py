@@ -53,7 +53,7 @@ class AheadReader:
             first = int(position[rows].min())
             width = min(self._num_ahead, num_segments - first, max(1, _MAX_TOKENS // (len(rows) * length)))
             width = _power_of_two(width)
-            if width == 1 and len(rows) == num_rows and bool((position == first).all()):
+            if width == 1 and bool((position == first).all()):
                 # All rows together, without copies of their memories.
                 _, next_memory = model.encode(segments[:, first], memory=memory)
                 position += 1

@@ -1,10 +1,10 @@
 """Builds the training and evaluation data of a run from its data config: documents, or a recall task."""
 
-import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from memformer.data import (
@@ -29,7 +29,7 @@ from memformer.data import (
     train_tokenizer,
 )
 from memformer.data.document_end import DocumentEndTokenizer
-from memformer.data.recall.stream import check_segment_length, task_text
+from memformer.data.recall.stream import task_text
 from memformer.data.series import series_columns
 from memformer.data.sources import locate_source_files, source_bytes
 from memformer.errors import InputError, SaveError
@@ -177,9 +177,9 @@ class RecallData(RunData):
                 have several tokens.
         """
         # Check this before training, because the first evaluation comes only later.
-        check_segment_length(self.validation, self.config, model.segment_length)
+        episode = self.held_out_episode(model, max_timesteps=1)
         try:
-            model.align_inputs(self.held_out_episode(model, max_timesteps=1))
+            model.align_inputs(episode)
         except InputError as error:
             raise InputError(f"recall.task ({self.config.task!r}) does not fit the model: {error}") from error
         return RecallStream(
@@ -196,7 +196,7 @@ class RecallData(RunData):
         """Return one held-out episode of the full task, as one row."""
         stream = RecallStream(
             self.validation,
-            dataclasses.replace(self.config, curriculum=None),
+            replace(self.config, curriculum=None),
             num_lanes=1,
             segment_length=model.segment_length,
             rollout_length=max_timesteps,
@@ -341,7 +341,7 @@ def _with_columns(source: SourceConfig, tokenizer: BinTokenizer) -> SourceConfig
     """
     if source.columns not in (None, tokenizer.columns):
         raise InputError(f"columns ({source.columns}) must be those that the bins were fitted on: {tokenizer.columns}")
-    return dataclasses.replace(source, columns=tokenizer.columns)
+    return replace(source, columns=tokenizer.columns)
 
 
 @contextmanager
@@ -370,9 +370,7 @@ def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     if config.train.kind == "array":
         columns = series_columns(locate_source_files(config.train), config.train.columns)
         return fit_bins(
-            iterate_documents(
-                dataclasses.replace(config.train, columns=columns)
-            ),  # files may order their columns differently
+            iterate_documents(replace(config.train, columns=columns)),  # files may order their columns differently
             columns=columns,
             num_bins=config.tokenizer.num_bins,
             spacing=config.tokenizer.spacing,

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from memformer.data import LaneStream
 from memformer.errors import InputError
 from memformer.evaluation.inspection import check_can_inspect
+from memformer.evaluation.inspection_streams import read_documents
 from memformer.evaluation.kept_shares import KeptShares, read_kept_shares
 from memformer.models import LanguageModel
 from memformer.models.recurrence import RecurrentModel
@@ -12,7 +12,6 @@ from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData, RunData, first_documents
 
 MAX_TIMESTEPS = 48
-_ROLLOUT_TIMESTEPS = 16
 
 
 def read_memory(model: LanguageModel, data: RunData) -> KeptShares:
@@ -32,14 +31,7 @@ def read_memory(model: LanguageModel, data: RunData) -> KeptShares:
 def _held_out(model: RecurrentModel, data: RunData) -> tuple[Iterator[Rollout], str]:
     if isinstance(data, DocumentData):
         chosen = first_documents(data.test, MAX_TIMESTEPS * model.segment_length)
-        stream = LaneStream(
-            chosen,
-            num_lanes=1,
-            segment_length=model.segment_length,
-            rollout_length=_ROLLOUT_TIMESTEPS,
-            bos_token_id=model.bos_token_id,
-            num_epochs=1,
-        )
+        stream = read_documents(chosen, segment_length=model.segment_length, bos_token_id=model.bos_token_id)
         return stream, "the held-out documents"
     if isinstance(data, RecallData):
         episode = data.held_out_episode(model, max_timesteps=MAX_TIMESTEPS)
