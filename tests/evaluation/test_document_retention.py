@@ -14,7 +14,7 @@ from memformer.evaluation.document_retention import measure_documents
 from tests.evaluation.corpora import documents
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 
-LENGTHS = st.lists(st.integers(1, 7 * SEGMENT_LENGTH), min_size=1, max_size=5)
+LENGTHS = st.lists(st.integers(1, 7 * SEGMENT_LENGTH), min_size=1, max_size=3)
 
 
 def delayed_nll_by_hand(model, arrays, delay, longest_delay):
@@ -32,7 +32,7 @@ def delayed_nll_by_hand(model, arrays, delay, longest_delay):
     return nll, num_tokens
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=LENGTHS,
     num_lanes=st.integers(1, 6),
@@ -79,7 +79,7 @@ def test_a_delay_that_reaches_the_beginning_is_an_erased_memory():
         assert total == pytest.approx(result.bits_per_byte(None) - result.bits_per_byte(0))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20 * SEGMENT_LENGTH), min_size=1, max_size=3), num_lanes=st.integers(1, 6))
 def test_buckets_cover_every_token_once(lengths, num_lanes):
     lengths = [SEGMENT_LENGTH, *lengths]
