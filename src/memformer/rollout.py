@@ -34,6 +34,8 @@ class Rollout:
             the targets are the next segment.
         is_shifted: The rollout is for models that predict a next token at every input: `inputs` and `targets` have the
             same shape, and `targets[..., n]` follows `inputs[..., n]`.
+        is_filler: (N, B) bool, True at inputs that contain nothing to remember, for the write penalty (see
+            `MemoryWriter`). None: not known.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.
@@ -48,6 +50,7 @@ class Rollout:
     decoder_start_ids: Tensor | None = None
     targets_are_answers: bool = False
     is_shifted: bool = False
+    is_filler: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "targets"):
@@ -67,6 +70,7 @@ class Rollout:
             )
         expected_shapes = {
             "reset": self.inputs.shape[:2],
+            "is_filler": self.inputs.shape[:2],
             "input_padding": self.inputs.shape,
             "target_padding": self.targets.shape,
         }
@@ -110,6 +114,7 @@ class Rollout:
             decoder_start_ids=cut(self.decoder_start_ids),
             targets_are_answers=self.targets_are_answers,
             is_shifted=self.is_shifted,
+            is_filler=cut(self.is_filler),
         )
 
     def count_input_tokens(self) -> int:

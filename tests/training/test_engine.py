@@ -101,13 +101,16 @@ def test_resets_that_are_all_false_and_no_resets_differ_as_in_bptt(fields):
         assert_same_gradients(by_engine(model, rollout, memory, engine=engine), expected)
 
 
-def test_with_a_write_penalty_the_engine_equals_bptt():
+def test_with_a_write_penalty_the_engine_equals_bptt_with_known_filler_and_without():
     model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=True)
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(5, 3, resets=True, padding=True)
     options = {"readout_timesteps": 2, "hooks": penalty(0.5), "gradient_scale": 0.3}
-    expected = gradients(model, rollout, memory, "bptt", **options)
-    assert_same_gradients(by_engine(model, rollout, memory, **options), expected)
+    engine = ReplayEngine(model, records=False)
+    for is_filler in (None, torch.arange(15).view(5, 3) % 2 == 0, torch.arange(15).view(5, 3) % 3 == 0, None):
+        known = replace(rollout, is_filler=is_filler)
+        expected = gradients(model, known, memory, "bptt", **options)
+        assert_same_gradients(by_engine(model, known, memory, engine=engine, **options), expected)
 
 
 def test_the_engine_decodes_from_given_start_tokens():

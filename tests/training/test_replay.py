@@ -1,5 +1,6 @@
 """Replay equals back-propagation through time; the gradient stops at the start of a rollout and nowhere else."""
 
+import dataclasses
 import inspect
 import math
 
@@ -99,11 +100,14 @@ def test_replay_equals_bptt_if_hidden_states_and_memory_are_one_tensor(readout_t
     assert_same_gradients(replay, bptt)
 
 
+@pytest.mark.parametrize("knows_filler", [False, True])
 @pytest.mark.parametrize("competition", [False, True])
-def test_with_a_write_penalty_replay_and_checkpoint_equal_bptt(competition):
+def test_with_a_write_penalty_replay_and_checkpoint_equal_bptt(competition, knows_filler):
     model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=competition)
     memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
     rollout = random_rollout(5, 3, resets=True, padding=True)
+    if knows_filler:
+        rollout = dataclasses.replace(rollout, is_filler=torch.arange(15).view(5, 3) % 2 == 0)
     free, *runs = [
         gradients(model, rollout, memory, method, readout_timesteps=2, hooks=penalty(weight), gradient_scale=0.3)
         for method, weight in (("bptt", 0.0), ("bptt", 0.5), ("checkpoint", 0.5), ("replay", 0.5))
@@ -115,14 +119,18 @@ def test_with_a_write_penalty_replay_and_checkpoint_equal_bptt(competition):
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-def test_the_auxiliary_loss_is_its_weight_times_the_mean_over_the_tokens_read(method):
+@pytest.mark.parametrize("knows_filler", [False, True])
+def test_the_auxiliary_loss_is_its_weight_times_the_mean_over_the_tokens_read(method, knows_filler):
     model = tiny_model(write_normalizer="entmax15")
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(4, 3, resets=True, padding=True)
+    filler = torch.arange(12).view(4, 3) % 5 == 0 if knows_filler else [None] * 4
+    if knows_filler:
+        rollout = dataclasses.replace(rollout, is_filler=filler)
     model.zero_grad()
     state, total = memory, 0.0
     for t in range(rollout.num_timesteps):
-        auxiliary = AuxiliaryLoss()
+        auxiliary = AuxiliaryLoss(is_filler=filler[t])
         state = model.reset_memory(state, rollout.reset[t])
         padding = rollout.input_padding[t]
         _, state = model.encode(rollout.inputs[t], memory=state, padding_mask=padding, auxiliary=auxiliary)

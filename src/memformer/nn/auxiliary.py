@@ -13,7 +13,9 @@ class AuxiliaryLoss:
     reconstruction loss of its compression. Other models have no auxiliary loss.
 
     Attributes:
+        is_filler: (B,) bool, True at rows whose segment contains nothing to remember. None: not known.
         total: Scalar with gradient, summed over the segment's tokens; None until `encode` fills it.
     """
 
+    is_filler: Tensor | None = None
     total: Tensor | None = None

@@ -21,6 +21,9 @@ WrittenShare = Float[Tensor, "B H K 1"]
 # Margin of the write penalty: a token is not penalized if its best score is this far below the threshold for a write.
 _MARGIN = 1.0
 
+# In a segment that is known to be filler, the penalty is this many times as steep, and not logarithmic.
+_FILLER_SLOPE = 10.0
+
 # Far more than the rounding errors of scores in float32, and far less than the margin that the write penalty leaves. In
 # bfloat16 errors can be larger; then a segment may be judged as it could be in a batch of another size.
 _ROUNDING = 0.05
@@ -95,9 +98,9 @@ class MemoryWriter(nn.Module):
     The auxiliary loss is the write penalty ln(1 + e), summed over tokens and averaged over heads, with
     e = max(0, max_i(score of slot i for the token - score of slot i for itself) + support width + 1). The support width
     is the distance below the best score at which a weight becomes 0. So a token that is clearly not written has
-    penalty 0. Unlike the
-    written values, the penalty has a gradient even where a slot is fully replaced. Because of the logarithm, one full
-    write has a smaller penalty than two half writes.
+    penalty 0. Unlike the written values, the penalty has a gradient even where a slot is fully replaced. Because of the
+    logarithm, one full write has a smaller penalty than two half writes. In a segment that is known to contain nothing
+    to remember (`Rollout.is_filler`) the penalty is 10 e: there no write has to be spared.
 
     Args:
         width: Width W of a slot.
@@ -167,7 +170,11 @@ class MemoryWriter(nn.Module):
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
             if auxiliary is not None:
                 highest = (token_scores - own_score).amax(dim=-2)  # (B, H, S)
-                auxiliary.total = F.relu(highest + support_width + _MARGIN).log1p().sum() / self.num_heads
+                excess = F.relu(highest + support_width + _MARGIN)
+                penalty = excess.log1p()
+                if auxiliary.is_filler is not None:
+                    penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, penalty)
+                auxiliary.total = penalty.sum() / self.num_heads
             if self.competition:
                 matching = match_slots(token_scores - own_score, least=-support_width, sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))

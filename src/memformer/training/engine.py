@@ -83,6 +83,7 @@ class ReplayEngine:
             rollout.inputs.shape[2],
             rollout.targets.shape[2],
             rollout.decoder_start_ids is not None,
+            rollout.is_filler is not None,
             torch.is_autocast_enabled(model.device.type),
             torch.get_autocast_dtype(model.device.type),
             torch.get_float32_matmul_precision(),
@@ -183,6 +184,7 @@ class _Key(NamedTuple):
     input_length: int
     target_length: int
     has_starts: bool
+    knows_filler: bool
     is_autocast: bool
     autocast_dtype: torch.dtype
     float32_precision: str

@@ -132,6 +132,7 @@ def encode_timestep(
     *,
     reset: Tensor | None,
     padding: Tensor | None,
+    is_filler: Tensor | None,
     with_auxiliary: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the hidden states (B, R, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
@@ -139,7 +140,7 @@ def encode_timestep(
         memory = model.reset_memory(memory, reset)
     # The auxiliary loss is needed only for its gradient.
     if with_auxiliary and torch.is_grad_enabled():
-        auxiliary = AuxiliaryLoss()
+        auxiliary = AuxiliaryLoss(is_filler=is_filler)
         hidden, memory = model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
         assert auxiliary.total is not None
         return hidden, memory, auxiliary.total

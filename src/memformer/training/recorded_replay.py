@@ -92,6 +92,7 @@ class RecordedReplay:
         self.reset = zeros(capacity, rows, dtype=torch.bool)
         self.input_padding = zeros(capacity, rows, length, dtype=torch.bool)
         self.target_padding = zeros(*self.targets.shape, dtype=torch.bool)
+        self.is_filler = None if rollout.is_filler is None else zeros(capacity, rows, dtype=torch.bool)
         self.starts = None if rollout.decoder_start_ids is None else zeros(capacity, rows)
         # The memory before each timestep, and after the last; the gradient of the loss with respect to one of them.
         self.memories = memory.new_zeros((capacity + 1, *memory.shape))
@@ -183,6 +184,7 @@ class RecordedReplay:
             (self.reset, rollout.reset),
             (self.input_padding, rollout.input_padding),
             (self.target_padding, rollout.target_padding),
+            (self.is_filler, rollout.is_filler),
             (self.starts, rollout.decoder_start_ids),
         ):
             if static is not None and given is not None:
@@ -278,6 +280,7 @@ class RecordedReplay:
                 memory,
                 reset=self._at(self.reset) if encoding.has_reset else None,
                 padding=self._at(self.input_padding) if encoding.has_padding else None,
+                is_filler=None if self.is_filler is None else self._at(self.is_filler),
                 with_auxiliary=with_auxiliary,
             )
 

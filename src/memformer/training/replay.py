@@ -142,6 +142,7 @@ class _Work:
                 memory,
                 reset=None if rollout.reset is None else rollout.reset[timestep],
                 padding=None if rollout.input_padding is None else rollout.input_padding[timestep],
+                is_filler=None if rollout.is_filler is None else rollout.is_filler[timestep],
                 with_auxiliary=with_auxiliary and has_auxiliary_loss(self.model, self.hooks),
             )
 

@@ -193,10 +193,10 @@ class RecallData(RunData):
         )
 
     def held_out_episode(self, model: RecurrentModel, *, seed: int = 0, max_timesteps: int = 1 << 20) -> Rollout:
-        """Return one held-out episode of the full task, as one row."""
+        """Return one held-out episode of the full task, as one row; without decoys, which are for training."""
         stream = RecallStream(
             self.validation,
-            replace(self.config, curriculum=None),
+            replace(self.config, curriculum=None, decoy_probability=0.0),
             num_lanes=1,
             segment_length=model.segment_length,
             rollout_length=max_timesteps,

@@ -19,6 +19,7 @@ from memformer.data import RecallConfig
         ),
         ({"max_distance": 0}, "max_distance \\(0\\)"),
         ({"question_probability": 1.5}, "question_probability"),
+        ({"decoy_probability": -0.1, "task": "babi", "path": "x", "validation_path": "x"}, "recall.decoy_probability"),
         ({"max_fact_gap": -1}, "max_fact_gap"),
     ],
 )
@@ -35,6 +36,10 @@ def test_impossible_tasks_are_refused(fields, message):
         ({"path": "x"}, "recall.path ('x') is not read by the task 'fact', only by babi"),
         ({"task": "passkey", "validation_path": "x"}, "validation_path ('x') is not read by the task 'passkey'"),
         ({"task": "passkey", "num_values": 5}, "num_values (5) is not read by the task 'passkey', only by fact, "),
+        (
+            {"task": "fact", "decoy_probability": 0.5},
+            "decoy_probability (0.5) is not read by the task 'fact', only by ",
+        ),
         ({"task": "copy", "num_keys": 5}, "num_keys (5) is not read by the task 'copy', only by associative, rewrite"),
         (
             {"task": "passkey", "num_facts": (1, 2)},

@@ -48,6 +48,27 @@ def words_of(config, tokens):
     return make_task(config).tokenizer.decode(list(tokens)).decode().split()
 
 
+def test_filler_is_every_segment_without_a_fact(config):
+    for rollout, _ in zip(make_stream(config), range(5), strict=False):
+        assert rollout.is_filler[0].all()  # reads no text
+        facts = torch.tensor([[has_fact(config, row) for row in segments] for segments in rollout.inputs[1:]])
+        # Rows with fewer facts than others may lack one in a segment for facts.
+        assert not (rollout.is_filler[1:] & facts).any()
+        assert torch.equal(~rollout.is_filler[1:].all(dim=1), facts.any(dim=1))
+
+
+def test_filler_is_not_known_before_the_curriculum_ends():
+    stream = make_stream(CURRICULUM)
+    assert next(stream).is_filler is None
+    while not stream.is_hardest:
+        stream.observe(0.0)
+    assert next(stream).is_filler is not None
+
+
+def has_fact(config, tokens):
+    return any(word.startswith("value") for word in words_of(config, tokens.tolist()))
+
+
 def rows_of(config, rollout):
     """Yield each row as (words read, answer words or None) for every timestep after the first."""
     for row in range(rollout.batch_size):

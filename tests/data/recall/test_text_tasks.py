@@ -1,5 +1,8 @@
 """Recall tasks in text: facts stay whole among documents, and answers are right."""
 
+import collections
+import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -185,6 +188,74 @@ def test_windows_contain_each_fact_once_at_its_timestep(path):
             assert [text_of(task, fact) for fact in found] == [
                 text_of(task, f) for f in episode.facts[index : index + 1]
             ]
+
+
+DECOY_STORIES = """1 Mary moved to the bathroom.
+2 Where is Mary?\tbathroom\t1
+3 Sandra went to the garden.
+4 Where is Sandra?\tgarden\t3
+"""
+
+# Bathrooms at the start of a document, inside one and at an end; one Sandra. "garde" and "bath" are no content words;
+# "?" is in every question.
+DECOY_TEXTS = [
+    "a cat",
+    " bathroom a cat sat on a mat",
+    "a bath dog sat on a bathroom not on a garde",
+    "n Sandra sat on a cat ? bathroom",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoys_are_text_around_answers_and_names(tmp_path, kind):
+    task = text_task(babi(write_stories(tmp_path, DECOY_STORIES)), kind, texts=DECOY_TEXTS)
+    encoded = [task.tokenizer.encode(text.encode(), "text").tolist() for text in DECOY_TEXTS]
+    endless, length, num_draws = [*itertools.chain(*encoded, *encoded)], 4, 4000
+    places = {"bathroom": [], "garden": [], "Mary": [], "Sandra": []}
+    first = 0
+    for document in encoded:
+        for word, found in places.items():
+            tokens = task.tokenizer.encode(f" {word}".encode(), "word").tolist()
+            found += [first + i for i in range(len(document)) if document[i : i + len(tokens)] == tokens]
+        first += len(document)
+    assert [len(found) for found in places.values()] == [3, 0, 0, 1]
+    expected = collections.Counter()
+    for found in (places["bathroom"], places["Sandra"]):
+        for place, before in itertools.product(found, range(length)):
+            start = max(place - before, 0)
+            expected[tuple(endless[start : start + length])] += num_draws / 2 / len(found) / length
+    generator = np.random.default_rng(0)
+    counts = collections.Counter(tuple(task.make_decoy(generator, length)) for _ in range(num_draws))
+    assert counts.keys() <= expected.keys()
+    for window, mean in expected.items():
+        assert abs(counts[window] - mean) < 5 * mean**0.5 + 1
+
+
+def test_training_segments_without_a_fact_are_decoys(tmp_path):
+    path = write_stories(tmp_path, DECOY_STORIES)
+    config = babi(path, num_facts=(1, 2), max_fact_gap=2, max_distance=4, decoy_probability=1.0)
+    task = text_task(config, texts=DECOY_TEXTS)
+    size = {"num_lanes": 8, "segment_length": 12, "rollout_length": 99, "bos_token_id": 999, "seed": 0}
+    stream = RecallStream(task, config, **size)
+    num_facts = num_decoys = num_questions = 0
+    for rollout, _ in zip(stream, range(20), strict=False):
+        has_question = ~rollout.target_padding.all(dim=-1)
+        for timestep, row in np.ndindex(rollout.num_timesteps - 1, 8):
+            text = text_of(task, rollout.inputs[timestep + 1, row])
+            if has_question[timestep + 1, row]:
+                num_questions += 1
+            elif re.search(r"(went|moved) to the|took the", text):
+                num_facts += 1
+            else:
+                assert re.search("bathroom|Sandra", text)
+                num_decoys += 1
+    assert num_facts > 200
+    assert num_decoys > 50
+    assert num_questions > 100
+    with pytest.raises(InputError, match="no document contains an answer or a name of the task"):
+        RecallStream(text_task(config, texts=["a cat sat on a mat"]), config, **size)
+    with pytest.raises(InputError, match="decoy_probability: the task has no filler that resembles a fact"):
+        RecallStream(make_task(RecallConfig()), dataclasses.replace(config, num_facts=(1, 1)), **size)
 
 
 def test_questions_of_fewer_facts_waste_no_segment(path):

@@ -45,9 +45,9 @@ def tokenizer_of(kind, config):
     return train_tokenizer(TokenizerConfig(kind=kind, vocab_size=vocab_size), documents, text=task_text(config, kind))
 
 
-def text_task(config, kind="word", *, tokenizer=None):
+def text_task(config, kind="word", *, tokenizer=None, texts=None):
     tokenizer = tokenizer or tokenizer_of(kind, config)
-    arrays = [tokenizer.encode(text.encode(), "haystack") for text in haystack_texts()]
+    arrays = [tokenizer.encode(text.encode(), "haystack") for text in texts or haystack_texts()]
     return make_text_task(config, tokenizer, corpus_from_arrays(arrays, tokenizer.vocab_size), path=config.path)
 
 

@@ -16,7 +16,7 @@ _FIELDS_OF_TASK: dict[str, frozenset[str]] = {
     "rewrite": frozenset({"num_keys", "num_values", "num_fillers"}),
     "copy": frozenset({"num_values", "num_fillers"}),
     "passkey": frozenset(),
-    "babi": frozenset({"path", "validation_path"}),
+    "babi": frozenset({"path", "validation_path", "decoy_probability"}),
 }
 
 
@@ -71,6 +71,9 @@ class RecallConfig:
             horizon); each rollout draws its horizon log-uniformly from 1 to this.
         question_probability: Probability that a segment before the horizon ends with a question; the segment at the
             horizon always does.
+        decoy_probability: For babi: probability that a training segment without a fact is text around an answer or a
+            name, such as "garden" or "Mary". Such words are rare in documents, and a model that saw few of them takes
+            them for facts.
         num_keys: For associative and rewrite: number of different keys.
         num_values: For fact, associative, rewrite and copy: number of different values.
         num_fillers: For fact, associative, rewrite and copy: number of different filler words.
@@ -89,6 +92,7 @@ class RecallConfig:
     max_fact_gap: int = 0
     max_distance: int = 32
     question_probability: float = 0.25
+    decoy_probability: float = 0.0
     num_keys: int = 32
     num_values: int = 32
     num_fillers: int = 16
@@ -111,7 +115,8 @@ class RecallConfig:
         for name in ("max_distance", "num_keys", "num_values", "num_fillers"):
             check_integer(f"recall.{name}", getattr(self, name), 1)
         check_integer("recall.max_fact_gap", self.max_fact_gap, 0)
-        check_number("recall.question_probability", self.question_probability, minimum=0, maximum=1)
+        for name in ("question_probability", "decoy_probability"):
+            check_number(f"recall.{name}", getattr(self, name), minimum=0, maximum=1)
         for name in ("num_facts", "facts_per_segment"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:

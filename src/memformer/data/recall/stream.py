@@ -102,7 +102,8 @@ class RecallStream(RolloutStream):
         seed: Seed of all episodes.
 
     Raises:
-        InputError: A segment cannot hold the facts or the question.
+        InputError: A segment cannot hold the facts or the question, or the task has no decoys, but the config has a
+            probability of them.
     """
 
     def __init__(
@@ -129,6 +130,8 @@ class RecallStream(RolloutStream):
         self._timestep = 0
         self._whole: Rollout | None = None
         check_segment_length(task, config, self.segment_length)
+        if config.decoy_probability:
+            task.make_decoy(np.random.Generator(np.random.PCG64(0)), 1)  # raises here rather than in training
 
     def __iter__(self) -> "RecallStream":
         return self
@@ -198,6 +201,11 @@ class RecallStream(RolloutStream):
         has_question[:first_question] = False
         has_question[-1] = True
         inputs = insert_facts(self.task, episodes, fact_timesteps, range(num_timesteps), self.segment_length, generator)
+        if self.config.decoy_probability:
+            is_decoy = generator.random(shape) < self.config.decoy_probability
+            is_decoy[fact_timesteps] = False
+            for timestep, row in np.argwhere(is_decoy):
+                inputs[timestep, row] = self.task.make_decoy(generator, self.segment_length)
         answers = [np.empty(0, np.int64)] * has_question.size
         for timestep, row in np.argwhere(has_question):
             questions = episodes[row].questions
@@ -207,7 +215,11 @@ class RecallStream(RolloutStream):
         targets, padding = pad_answers(answers, self.task.answer_length)
         targets, padding = targets.reshape(*shape, -1), padding.reshape(*shape, -1)
         rollout = with_first_timestep(inputs, targets, target_padding=padding, bos_token_id=self.bos_token_id)
-        return dataclasses.replace(rollout, targets_are_answers=True)
+        is_filler = None
+        if self.is_hardest:  # before that, the penalty can teach a model to write nothing at all
+            is_filler = torch.ones(rollout.inputs.shape[:2], dtype=torch.bool)
+            is_filler[1:][fact_timesteps] = False  # not the first timestep, which reads no text
+        return dataclasses.replace(rollout, targets_are_answers=True, is_filler=is_filler)
 
     def _identity(self) -> dict[str, Any]:
         return {

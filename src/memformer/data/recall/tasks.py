@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from memformer.data.tokenizer_training import word_tokenizer
 from memformer.data.tokenizers import Tokenizer
+from memformer.errors import InputError
 
 Tokens = NDArray[np.int64]
 
@@ -77,6 +78,14 @@ class RecallTask(ABC):
     @abstractmethod
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
         """Return `num_tokens` tokens that contain no information about any fact."""
+
+    def make_decoy(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
+        """Return filler that resembles a fact.
+
+        Raises:
+            InputError: The task has no such filler.
+        """
+        raise InputError("recall.decoy_probability: the task has no filler that resembles a fact")
 
 
 class _SymbolTask(RecallTask):

@@ -144,7 +144,10 @@ class _TextTask(RecallTask):
 
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
         """Return consecutive tokens from a random position in the documents; the next document follows each end."""
-        start = int(generator.integers(self._ends[-1]))
+        return self._read(int(generator.integers(self._ends[-1])), num_tokens)
+
+    def _read(self, start: int, num_tokens: int) -> Tokens:
+        """Return consecutive tokens from a position in the documents, counted from the first document's start."""
         index = int(np.searchsorted(self._ends, start, side="right"))
         offset = start - int(self._ends[index] - self._haystack.document_lengths[index])
         parts = []
@@ -232,6 +235,7 @@ class BabiTask(_TextTask):
         self._stories_fingerprint = fingerprint_of(repr(stories))
         # The stories repeat a small number of sentences.
         encode = functools.cache(self._encode)
+        self._content_words = [encode(f" {word}") for word in sorted(_content_words(stories))]
         self._questions: dict[int, list[tuple[list[Tokens], Question]]] = {}
         for story in stories:
             facts = [encode(f" {statement}") for statement in story.statements]
@@ -271,6 +275,35 @@ class BabiTask(_TextTask):
         facts, question = questions[int(generator.integers(len(questions)))]
         return Episode(facts[:count], [question])
 
+    def make_decoy(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
+        """Return consecutive tokens of the documents, with the first token of a content word at a random position.
+
+        Content words are the answers and the words by which questions differ, such as names. All that the documents
+        contain are equally likely, and so are all places of one.
+
+        Raises:
+            InputError: No document contains a content word.
+        """
+        if not self._places_of_words:
+            raise InputError("recall.decoy_probability: no document contains an answer or a name of the task")
+        places = self._places_of_words[int(generator.integers(len(self._places_of_words)))]
+        place = int(places[int(generator.integers(len(places)))])
+        return self._read(max(place - int(generator.integers(num_tokens)), 0), num_tokens)
+
+    @functools.cached_property
+    def _places_of_words(self) -> list[Tokens]:
+        """Positions in the documents, as `_read` counts them, at which a content word begins, for each that occurs."""
+        places: list[list[Tokens]] = [[] for _ in self._content_words]
+        for index, end in enumerate(self._ends.tolist()):
+            document = self._haystack.document(index)
+            for word, found in zip(self._content_words, places, strict=True):
+                starts = np.flatnonzero(document == word[0])
+                starts = starts[starts <= len(document) - len(word)]
+                for offset, token in enumerate(word):
+                    starts = starts[document[starts + offset] == token]
+                found.append(end - len(document) + starts)
+        return [whole for found in places if len(whole := np.concatenate(found))]
+
     def _most_available(self, num_facts: int) -> int:
         counts = [count for count in self._questions if count <= num_facts]
         if not counts:
@@ -279,3 +312,10 @@ class BabiTask(_TextTask):
                 "statements before a question of the stories"
             )
         return max(counts)
+
+
+def _content_words(stories: Iterable[Story]) -> set[str]:
+    """Return the answers, and the words that are in some questions but not in all."""
+    questions = [question for story in stories for question in story.questions]
+    words = [set(re.findall(r"\w+", question.text)) for question in questions]
+    return {question.answer for question in questions} | set.union(*words) - set.intersection(*words)
