@@ -121,7 +121,7 @@ class TrainingConfig:
             a factor on that loss, so that irrelevant tokens are not written. It applies only to rollouts whose
             loss is below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss.
             It decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that
-            are still needed. In segments of a recall task that hold no fact it is steeper, once the curriculum has
+            are still needed. In segments of a recall task that hold no fact it becomes steeper once the curriculum has
             ended. Needs a sparse model.write_normalizer. 0: no penalty.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An

@@ -9,6 +9,7 @@ import torch
 
 from memformer import InputError
 from memformer.data import CurriculumConfig, RecallConfig, RecallStream, make_task
+from memformer.data.recall.stream import _EPISODES_UNTIL_FILLER_IS_KNOWN
 from memformer.errors import CheckpointError
 
 SEGMENT_LENGTH = 6
@@ -49,7 +50,9 @@ def words_of(config, tokens):
 
 
 def test_filler_is_every_segment_without_a_fact(config):
-    for rollout, _ in zip(make_stream(config), range(5), strict=False):
+    stream = make_stream(config)
+    stream.load_state({**stream.state(), "episode": _EPISODES_UNTIL_FILLER_IS_KNOWN})
+    for rollout, _ in zip(stream, range(5), strict=False):
         assert rollout.is_filler[0].all()  # reads no text
         facts = torch.tensor([[has_fact(config, row) for row in segments] for segments in rollout.inputs[1:]])
         # Rows with fewer facts than others may lack one in a segment for facts.
@@ -57,12 +60,28 @@ def test_filler_is_every_segment_without_a_fact(config):
         assert torch.equal(~rollout.is_filler[1:].all(dim=1), facts.any(dim=1))
 
 
-def test_filler_is_not_known_before_the_curriculum_ends():
-    stream = make_stream(CURRICULUM)
-    assert next(stream).is_filler is None
+def test_a_growing_share_of_filler_is_known_once_the_curriculum_has_ended():
+    stream = make_stream(CURRICULUM, num_lanes=400)
+    for _ in range(7):
+        assert next(stream).is_filler is None
     while not stream.is_hardest:
         stream.observe(0.0)
-    assert next(stream).is_filler is not None
+    start = stream.state()["episode"]
+    for share in (0, 0.25, 0.6, 1, 2):
+        stream.load_state({**stream.state(), "episode": start + round(share * _EPISODES_UNTIL_FILLER_IS_KNOWN)})
+        rollout = next(stream)
+        facts = torch.tensor([[has_fact(CURRICULUM, row) for row in segments] for segments in rollout.inputs[1:]])
+        assert not (rollout.is_filler[1:] & facts).any()
+        known = rollout.is_filler[1:][~facts.any(dim=1)].double()
+        assert abs(known.mean() - min(share, 1)) <= 4 * (share * max(1 - share, 0) / known.numel()) ** 0.5
+
+
+def test_with_a_cursor_of_an_earlier_version_filler_becomes_known_from_there_on():
+    stream = make_stream(CONFIGS["fact"])
+    state = {**stream.state(), "episode": 7 * _EPISODES_UNTIL_FILLER_IS_KNOWN}
+    del state["first_episode_of_level"]
+    stream.load_state(state)
+    assert not next(stream).is_filler.any()
 
 
 def has_fact(config, tokens):
@@ -152,6 +171,8 @@ def test_every_row_has_a_question_at_the_horizon_and_horizons_reach_the_largest_
 def assert_equal(rollout, other):
     for name in ("inputs", "targets", "reset", "input_padding", "target_padding"):
         assert torch.equal(getattr(rollout, name), getattr(other, name)), name
+    assert (rollout.is_filler is None) == (other.is_filler is None)
+    assert rollout.is_filler is None or torch.equal(rollout.is_filler, other.is_filler)
 
 
 def test_a_cut_changes_only_where_rollouts_end(config):
@@ -241,6 +262,7 @@ def test_seeds_differ_and_repeat():
         ({"segment_length": 7}, "segment_length 7; this stream has 6"),
         ({"episode": -1}, "must be non-negative integers"),
         ({"level": True}, "must be non-negative integers"),
+        ({"first_episode_of_level": None}, "must be non-negative integers"),
         ({"recent_losses": None}, "must be a list of numbers"),
         ({"timestep": 500}, "timestep 500"),
     ],

@@ -34,6 +34,8 @@ from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed
 
 _PADDING_TOKEN_ID = 0
+# Once the curriculum has ended, filler becomes known within so many episodes, a growing share of it in each.
+_EPISODES_UNTIL_FILLER_IS_KNOWN = 300
 # Missing in the cursors of version 0.1.
 _FINGERPRINT = "task_fingerprint"
 
@@ -127,6 +129,7 @@ class RecallStream(RolloutStream):
         self.level = 0
         self._recent_losses: list[float] = []
         self._episode = 0
+        self._first_episode_of_level = 0
         self._timestep = 0
         self._whole: Rollout | None = None
         check_segment_length(task, config, self.segment_length)
@@ -181,6 +184,7 @@ class RecallStream(RolloutStream):
             self._recent_losses = []
             self._whole, self._timestep = None, 0
             self._episode += 1
+            self._first_episode_of_level = self._episode
 
     def _make_episodes(self) -> Rollout:
         generator = np.random.Generator(np.random.PCG64([self.seed, self._episode]))
@@ -216,8 +220,9 @@ class RecallStream(RolloutStream):
         targets, padding = targets.reshape(*shape, -1), padding.reshape(*shape, -1)
         rollout = with_first_timestep(inputs, targets, target_padding=padding, bos_token_id=self.bos_token_id)
         is_filler = None
-        if self.is_hardest:  # before that, the penalty can teach a model to write nothing at all
-            is_filler = torch.ones(rollout.inputs.shape[:2], dtype=torch.bool)
+        if self.is_hardest:
+            share = (self._episode - self._first_episode_of_level) / _EPISODES_UNTIL_FILLER_IS_KNOWN
+            is_filler = torch.from_numpy(generator.random(rollout.inputs.shape[:2]) < share)
             is_filler[1:][fact_timesteps] = False  # not the first timestep, which reads no text
         return dataclasses.replace(rollout, targets_are_answers=True, is_filler=is_filler)
 
@@ -237,6 +242,7 @@ class RecallStream(RolloutStream):
             "timestep": self._timestep,
             "level": self.level,
             "recent_losses": list(self._recent_losses),
+            "first_episode_of_level": self._first_episode_of_level,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -249,15 +255,19 @@ class RecallStream(RolloutStream):
             if state.get(name) != expected and (name != _FINGERPRINT or name in state):
                 raise CheckpointError(f"the data cursor has {name} {state.get(name)!r}; this stream has {expected!r}")
         counts = [state.get(name) for name in ("episode", "timestep", "level")]
+        counts.append(state.get("first_episode_of_level", counts[0]))  # missing in the cursors of version 0.1
         losses = state.get("recent_losses")
         if not all(type(count) is int and count >= 0 for count in counts):
             raise CheckpointError(
-                f"the data cursor has episode, timestep, level {counts}; they must be non-negative integers"
+                f"the data cursor has episode, timestep, level, first episode of the level {counts}; they must be "
+                "non-negative integers"
             )
         if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
             raise CheckpointError(f"the data cursor has recent_losses {losses!r}; it must be a list of numbers")
         resumed = copy.copy(self)
-        resumed._episode, resumed._timestep, resumed.level = (int(count or 0) for count in counts)
+        resumed._episode, resumed._timestep, resumed.level, resumed._first_episode_of_level = (
+            int(count or 0) for count in counts
+        )
         resumed._recent_losses = losses
         resumed._whole = resumed._make_episodes() if resumed._timestep else None
         if resumed._whole is not None and resumed._timestep >= resumed._whole.num_timesteps:
