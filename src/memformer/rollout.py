@@ -34,8 +34,8 @@ class Rollout:
             the targets are the next segment.
         is_shifted: The rollout is for models that predict a next token at every input: `inputs` and `targets` have the
             same shape, and `targets[..., n]` follows `inputs[..., n]`.
-        is_filler: (N, B) bool, True at inputs that contain nothing to remember, for the write penalty (see
-            `MemoryWriter`). None: not known.
+        is_filler: (N, B) bool, True at inputs that are known to contain nothing to remember, for the write penalty
+            (see `MemoryWriter`). None: known of none.
 
     Raises:
         InputError: The shapes disagree, or there is no timestep, row or token.

@@ -13,7 +13,7 @@ class AuxiliaryLoss:
     reconstruction loss of its compression. Other models have no auxiliary loss.
 
     Attributes:
-        is_filler: (B,) bool, True at rows whose segment contains nothing to remember. None: not known.
+        is_filler: (B,) bool, True at rows whose segment is known to contain nothing to remember. None: known of none.
         total: Scalar with gradient, summed over the segment's tokens; None until `encode` fills it.
     """
 
