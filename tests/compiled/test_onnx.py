@@ -71,12 +71,11 @@ class Graphs:
         return self.run(TIMESTEP_FILE, inputs)
 
 
-@pytest.fixture(scope="module", params=MEMFORMERS.values(), ids=MEMFORMERS.keys())
-def exported(request, tmp_path_factory):
+def exported(folder, **changes):
     """A model, and the folder of its graphs as the command writes it."""
-    folder = tmp_path_factory.mktemp("onnx")
-    model = make(**request.param)
+    model = make(**changes).half()  # is exported in single precision
     model.save_pretrained(folder / "model")
+    model.float()
     status, out, error = call("export", folder / "model", "--onnx", folder / "exported" / "graphs", "--json")
     assert status == 0, error
     # Each takes seconds, so the command says what it does.
@@ -86,8 +85,20 @@ def exported(request, tmp_path_factory):
     return model, Path(found["folder"])
 
 
-def test_steps_equal_a_session_for_any_number_of_rows(exported):
-    model, folder = exported
+# One test for each model, because an export takes seconds.
+@pytest.mark.parametrize("changes", MEMFORMERS.values(), ids=MEMFORMERS.keys())
+def test_steps_and_the_example_of_the_documentation_equal_a_session(changes, tmp_path, monkeypatch):
+    model, folder = exported(tmp_path, **changes)
+    assert_steps_equal(model, folder)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL)
+    names = {}
+    exec(compile(example, DOCUMENTATION.name, "exec"), names)
+    assert names["generated"] == Session(model).generate(3 * S, temperature=0)
+
+
+def assert_steps_equal(model, folder):
+    """Assert that the graphs compute, for any number of rows, what a session does."""
     graphs = Graphs(folder)
     for rows in (1, 3):
         texts = torch.randint(0, VOCAB_SIZE, (rows, 2 * S + 2))
@@ -110,33 +121,14 @@ def test_steps_equal_a_session_for_any_number_of_rows(exported):
                 np.testing.assert_allclose(state["next_memory"], session.memory, rtol=1e-4, atol=1e-5)
 
 
-def test_the_example_of_the_documentation_generates_what_a_session_does(exported, monkeypatch):
-    model, folder = exported
-    monkeypatch.chdir(folder.parents[1])
-    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), flags=re.DOTALL)
-    names = {}
-    exec(compile(example, DOCUMENTATION.name, "exec"), names)
-    assert names["generated"] == Session(model).generate(3 * S, temperature=0)
-
-
-def test_a_model_in_half_precision_is_exported_in_float32(tmp_path):
-    model = make().half()
-    graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
-    assert next(model.parameters()).dtype == torch.float16
-    state = graphs.begin(1)
-    caches = {name: graphs.zeros(name, 1) for name in ("cached_keys", "cached_values")}
-    past = {key: value for key, value in state.items() if key != "next_memory"}
-    bos = np.full((1, 1), graphs.sizes["bos_token_id"])
-    found = graphs.run(DECODING_STEP_FILE, {"tokens": bos, "positions": np.zeros((1, 1), int), **past, **caches})
-    expected = Session(model.float()).next_token_logits()
-    np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory"])
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
-    model = tiny_baseline(name).float().eval()
+    model = tiny_baseline(name).half().eval()
     graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
     assert list(graphs.graphs) == [TIMESTEP_FILE]
+    # The graph has single precision, and the model keeps its own.
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    model.float()
     rows, length = 3, model.segment_length
     segments = torch.randint(0, VOCAB_SIZE, (2, rows, length))
     reset = torch.tensor([True, False, True])

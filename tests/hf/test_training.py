@@ -1,6 +1,7 @@
 """Training: gradients that add up in any order and over processes, and the Trainer of transformers."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -100,21 +101,28 @@ def test_processes_share_their_gradients(tmp_path):
 def share_gradients(folder):
     with processes_started("cpu") as processes:
         for kind in KINDS:
-            model = make_hf(kind).train()
-            # As the Trainer does it.
-            parallel = DistributedDataParallel(model, find_unused_parameters=True)
-            rows = slice(2 * processes.rank, 2 * processes.rank + 2)
-            first, second = batch(4)[rows], batch(4, seed=8)[rows]
-            parallel(input_ids=first, labels=first)
-            parallel(input_ids=first, labels=first).loss.backward()
-            once = gradients(model)
-            model.zero_grad()
-            with parallel.no_sync():
-                parallel(input_ids=first, labels=first).loss.backward()
-            parallel(input_ids=second, labels=second).loss.backward()
+            once, accumulated = shared_gradients(kind, processes.rank)
             if processes.is_first:
                 save_file(once, folder / f"{kind}, once")
-                save_file(gradients(model), folder / f"{kind}, accumulated")
+                save_file(accumulated, folder / f"{kind}, accumulated")
+        # If it outlived its process group, torch would wait for a thread that waits for the lock of Python.
+        assert not any(isinstance(each, DistributedDataParallel) for each in gc.get_objects())
+
+
+def shared_gradients(kind, rank):
+    model = make_hf(kind).train()
+    # As the Trainer does it.
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    rows = slice(2 * rank, 2 * rank + 2)
+    first, second = batch(4)[rows], batch(4, seed=8)[rows]
+    parallel(input_ids=first, labels=first)
+    parallel(input_ids=first, labels=first).loss.backward()
+    once = gradients(model)
+    model.zero_grad()
+    with parallel.no_sync():
+        parallel(input_ids=first, labels=first).loss.backward()
+    parallel(input_ids=second, labels=second).loss.backward()
+    return once, gradients(model)
 
 
 class Recorder:

@@ -1,7 +1,9 @@
 """Jobs of several processes as `torchrun` starts them, but forked from a server that has already imported torch."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -79,7 +81,7 @@ def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2, restart
         for process in processes:
             process.start()
         try:
-            status = _wait(processes)
+            status = _wait(processes, output)
         finally:
             for process in processes:
                 process.kill()
@@ -87,7 +89,7 @@ def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2, restart
         return Done(status, output.read_text(encoding="utf-8"))
 
 
-def _wait(processes: list[Any]) -> int:
+def _wait(processes: list[Any], output: Path) -> int:
     deadline = time.monotonic() + _SECONDS_AT_MOST
     while time.monotonic() < deadline:
         statuses = [process.exitcode for process in processes]
@@ -96,7 +98,11 @@ def _wait(processes: list[Any]) -> int:
         if None not in statuses:
             return 0
         time.sleep(0.01)
-    raise TimeoutError("the processes of a job did not end")
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1.0)
+    raise TimeoutError(f"the processes of a job did not end:\n{output.read_text(encoding='utf-8')}")
 
 
 def _run(environment: dict[str, str], output: Path, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -105,6 +111,7 @@ def _run(environment: dict[str, str], output: Path, target: Callable[..., Any], 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.register(signal.SIGUSR1)  # prints where all threads are
     try:
         target(*arguments)
     except SystemExit as end:
