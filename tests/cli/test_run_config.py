@@ -126,8 +126,14 @@ def test_another_kind_of_data_leaves_out_the_keys_that_it_does_not_read(read):
     assert (config.data.tokenizer.kind, config.data.validation.path, config.data.recall.num_values) == ("bytes", "x", 9)
     assert warning.endswith(
         "data.validation.kind text does not read data.validation.text_key; data.tokenizer.kind bytes does not read "
-        "data.tokenizer.vocab_size; data.recall.task fact does not read data.recall.num_keys"
+        "data.tokenizer.vocab_size; data.recall.task fact does not read data.recall.num_keys; data.recall.task fact "
+        "does not read data.tokenizer"
     )
+    bpe = {"data": {"train": {"kind": "python"}, "tokenizer": {"kind": "bpe", "vocab_size": 300}}}
+    config, (warning,) = read(bpe, "--data.train.kind", "digits")
+    assert config.data.tokenizer.kind == "bytes"
+    assert warning.endswith("config.yaml: data.train.kind digits does not read data.tokenizer")
+    assert read(bpe, "--data.train.kind", "python")[0].data.tokenizer.kind == "bpe"
     with pytest.raises(InputError, match=r"path \('x'\) is not read by kind 'digits'"):
         read(text, "--data.train.kind", "digits", "--data.train.path", "x")
 

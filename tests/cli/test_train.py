@@ -198,6 +198,14 @@ def test_help_of_train_has_every_option_with_its_documentation():
         (b"seed: 2020-99-99\n", r"config .*bad\.yaml is not YAML: a value in it is malformed: month must be"),
         (b"[" * 5000, r"config .*bad\.yaml is not YAML: a value in it is malformed: maximum recursion depth"),
         (b"data: {validation: {kind: text}}\n", r"^path \(None\) must be given for kind 'text'$"),
+        (
+            b"data: {train: {kind: digits}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
+            r"kind \('word'\) is not read, .*holds images",
+        ),
+        (
+            b"data: {recall: {task: fact}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
+            r"kind \('word'\) is not read, .* of its own",
+        ),
     ],
 )
 def test_refused_configs(tmp_path, content, message):

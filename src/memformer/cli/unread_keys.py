@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from memformer.data.recall.config import RecallConfig, keys_of_task
-from memformer.data.sources import SourceConfig, keys_of_kind
+from memformer.data.recall.config import RecallConfig, has_own_vocabulary, keys_of_task
+from memformer.data.sources import SourceConfig, keys_of_kind, unit_of_kind
 from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
@@ -46,6 +46,7 @@ def drop_unread_keys(given: dict[str, Any], options: Sequence[str], *, owner: st
             notes += _drop_of_kind(data.get(section), f"data.{section}", "kind", SourceConfig, options)
         notes += _drop_of_kind(data.get("tokenizer"), "data.tokenizer", "kind", TokenizerConfig, options)
         notes += _drop_of_kind(data.get("recall"), "data.recall", "task", RecallConfig, options)
+        notes += _drop_tokenizer(data, options)
     return f"{owner}: {'; '.join(notes)}" if notes else None
 
 
@@ -83,6 +84,17 @@ def _drop_of_kind(section: object, name: str, key: str, config: type, options: S
     removed = {each: section.pop(each) for each in unread}
     dropped = [f"{name}.{each}" for each, value in removed.items() if _plain(value) != _plain(defaults[each])]
     return [f"{name}.{key} {chosen} does not read {', '.join(dropped)}"] if dropped else []
+
+
+def _drop_tokenizer(data: dict[str, Any], options: Sequence[str]) -> list[str]:
+    kind, task = (option_value(options, name) for name in ("--data.train.kind", "--data.recall.task"))
+    if kind is not None and unit_of_kind(kind) == "pixel":
+        chosen = f"data.train.kind {kind}"
+    elif task is not None and has_own_vocabulary(task):
+        chosen = f"data.recall.task {task}"
+    else:
+        return []
+    return [f"{chosen} does not read data.tokenizer"] if data.pop("tokenizer", None) else []
 
 
 def _keys_of_tokenizer(kind: str) -> frozenset[str]:

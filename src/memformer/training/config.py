@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
+from memformer.data.sources import unit_of_kind
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig, ModelConfig
 from memformer.training.replay import Method
@@ -76,6 +77,21 @@ class DataConfig:
             raise InputError(
                 "data.recall and data.end_of_document are both given; a recall task has no documents to end"
             )
+
+    def check_tokenizer_is_read(self) -> None:
+        """Check that no tokenizer is chosen for data that need none; finished runs may have one.
+
+        Raises:
+            InputError: One is chosen for images, or for a recall task that is not in text.
+        """
+        kind, default = self.tokenizer.kind, TokenizerConfig.kind
+        why = None
+        if self.recall is not None and not self.recall.is_in_text:
+            why = f"data.recall.task ({self.recall.task!r}) has a vocabulary of its own"
+        elif unit_of_kind(self.train.kind) == "pixel":
+            why = f"data.train.kind ({self.train.kind!r}) holds images, whose pixels are the tokens"
+        if why and kind != default:
+            raise InputError(f"data.tokenizer.kind ({kind!r}) is not read, so it must stay {default!r}: {why}")
 
     def _check_series(self) -> None:
         if self.validation is None:

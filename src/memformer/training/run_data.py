@@ -262,11 +262,13 @@ def prepare_data(config: DataConfig, *, tokenizer: Tokenizer | None = None, show
         shows_progress: Show on stderr how many bytes of the documents are tokenized, if that takes long.
 
     Raises:
-        InputError: A source is missing, empty, undecodable, or too small to hold out documents; or a recall task in
-            text has no text, or malformed stories.
+        InputError: A source is missing, empty, undecodable, or too small to hold out documents; a recall task in text
+            has no text, or malformed stories; or the data of a new run do not read the chosen tokenizer.
         CheckpointError: The cached token ids are damaged.
         SaveError: The token ids cannot be written.
     """
+    if tokenizer is None:
+        config.check_tokenizer_is_read()
     recall = config.recall
     if recall is not None and not recall.is_in_text:
         task = make_task(recall)

@@ -137,7 +137,12 @@ class RecallConfig:
     @property
     def is_in_text(self) -> bool:
         """Whether the facts are hidden in documents; the other tasks use a vocabulary of their own."""
-        return self.task in {"passkey", "babi"}
+        return not has_own_vocabulary(self.task)
+
+
+def has_own_vocabulary(task: str) -> bool:
+    """Whether a recall task has a vocabulary of its own; the others are in text, and so is an unknown task."""
+    return task in {"fact", "associative", "rewrite", "copy"}
 
 
 def keys_of_task(task: str) -> frozenset[str]:
