@@ -1,8 +1,9 @@
 """Build the documentation site in site/: `make docs`.
 
 The pages link to each other, and to files of the repository, by relative paths, so that a git host shows them as they
-are. The site is built from copies: the pages of docs/ move to the top, and links are changed to match. Every tutorial
-gets a link to itself as a notebook. Warnings are errors, and so is a link of the site that leads nowhere.
+are. The site is built from copies of the pages in zensical.toml's menu: those of docs/ move to the top, and links are
+changed to match. Every tutorial gets a link to itself as a notebook. Warnings are errors, and so is a link of the site
+that leads nowhere.
 """
 
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,13 +21,6 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "site-pages"
 SITE = ROOT / "site"
-OTHER_PAGES = (
-    "benchmarks/README.md",
-    "experiments/README.md",
-    "experiments/RETENTION.md",
-    "experiments/models/README.md",
-    "CHANGELOG.md",
-)
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -34,8 +29,9 @@ def main() -> int:
     """Build the site; return the exit status."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.rmtree(SITE, ignore_errors=True)
-    for page in sorted((ROOT / "docs").rglob("*.md")) + [ROOT / name for name in OTHER_PAGES]:
-        copy_page(page)
+    project = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    for name in names_in(project["nav"]):
+        copy_page(page if (page := ROOT / "docs" / name).is_file() else ROOT / name)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # where zensical finds `formula`
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     if status := subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
@@ -44,6 +40,14 @@ def main() -> int:
     for line in broken:
         print(line, file=sys.stderr)
     return 1 if broken else 0
+
+
+def names_in(menu: Any) -> list[str]:
+    """Return the names of all pages in a menu or in an entry of it."""
+    if isinstance(menu, str):
+        return [menu]
+    entries = menu.values() if isinstance(menu, dict) else menu
+    return [name for entry in entries for name in names_in(entry)]
 
 
 def place(path: Path) -> Path:
