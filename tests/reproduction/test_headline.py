@@ -14,7 +14,7 @@ from memformer.reproduction import command, inference, runs
 from memformer.reproduction.headline import Measured, headline_names, read_headline
 from memformer.reproduction.headline_results import compare, draw_headline, headline_markdown
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth
-from memformer.reproduction.results import RowFigures
+from memformer.reproduction.results import RowFigures, draw
 from memformer.reproduction.runs import plan_runs
 from memformer.reproduction.tables import Row, read_table, tables_folder
 from memformer.reproduction.trade_off import Crossing, Point, find_crossing
@@ -231,13 +231,28 @@ def test_the_plots_have_the_curve_in_the_order_of_the_cost(options, tmp_path):
     # A row far above the others would hide their differences.
     far = measured("far", group="others", bits=(9.0,), state=512)
     state, *_ = draw_headline(headline, [[*rows, far]]).subfigs[0].axes
-    assert state.get_ylim()[1] == 3.5
-    assert [list(line.get_data()[1]) for line in state.lines if line.get_marker() == "^"] == [[3.5]]
+    assert state.get_ylim()[1] == 5.5  # the best is 1, the median 1.75
+    assert [list(line.get_data()[1]) for line in state.lines if line.get_marker() == "^"] == [[5.5]]
+    assert state.get_ylim()[0] < 1
     worse = measured("worse", group="memformer", bits=(3.0,), state=512)
     text = headline_markdown(headline, [[*rows[:2], worse]])
     assert "worse than every Transformer-XL, 2.00 times less than the cheapest" in text
     empty = dataclasses.replace(headline, parts=[*headline.parts, *headline.parts])
     assert headline_markdown(empty, [rows, []]).count("### Texts") == 1
+
+
+def test_a_far_worse_row_of_a_table_stands_at_the_upper_edge_of_its_picture(options, tmp_path):
+    table = read_table(tmp_path / "configs" / "tiny")
+    rows = [measured(bits=(bits,)).figures for bits in (1.0, 1.25, 1.5)]
+    far = measured("far", bits=(9.0,)).figures
+    axes = draw(table, rows, "small").axes[0]
+    assert axes.get_ylim()[1] < 2
+    figure = draw(table, [*rows, far], "small")
+    low, high = figure.axes[0].get_ylim()
+    assert low < 1
+    assert high == 1 + 6 * 0.375
+    assert [list(line.get_data()[1]) for line in figure.axes[0].lines if line.get_marker() == "^"] == [[high]]
+    assert "4 far: 9.0000, above the axis" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_models_take_turns(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from memformer.evaluation.plots import make_logarithmic, put_legend_below
 from memformer.reproduction.headline import COSTS, Cost, Headline, Measured, Part
-from memformer.reproduction.results import deviation
+from memformer.reproduction.results import deviation, highest_shown
 from memformer.reproduction.trade_off import Crossing, Point, find_crossing
 from memformer.utils.machine import versions
 
@@ -236,10 +236,9 @@ def draw_headline(headline: Headline, measured: Sequence[Sequence[Measured]]) ->
 
 
 def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -> None:
-    """Draw the rows; those that are far worse than the compared ones stand at the upper edge, as triangles."""
+    """Draw the rows; those that are far worse than most stand at the upper edge, as triangles."""
     words = _WORDS[cost]
-    compared = [_mean(row) for row in rows if row.group != "others"] or [_mean(row) for row in rows]
-    highest = max(compared) + 1.5 * (max(compared) - min(compared))
+    highest = highest_shown([_mean(row) for row in rows])
     curve = sorted((row for row in rows if row.group == "transformer_xl"), key=lambda row: row.cost(cost))
     groups = [(curve, "o-", "Transformer-XL, every memory length")] if curve else []
     groups += [([row], "*" if row.group == "memformer" else "s", row.label) for row in rows if row not in curve]
@@ -247,7 +246,7 @@ def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -
         if min(map(_mean, group)) > highest:
             costs = [row.cost(cost) / words.unit for row in group]
             note = f"{label}: {_mean(group[0]):.4f}, above the axis"
-            axes.plot(costs, [highest], "^", clip_on=False, label=note if is_first else None)
+            axes.errorbar(costs, [highest] * len(costs), fmt="^", clip_on=False, label=note if is_first else None)
             continue
         axes.errorbar(
             [row.cost(cost) / words.unit for row in group],
@@ -258,8 +257,7 @@ def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -
             capsize=3,
             label=label if is_first else None,
         )
-    if any(_mean(row) > highest for row in rows):
-        axes.set_ylim(top=highest)
+    axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
     make_logarithmic(axes, "x")
     axes.set_xlabel(words.name)
     axes.set_ylabel(f"bits per {rows[0].unit}")

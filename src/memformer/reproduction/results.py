@@ -1,5 +1,6 @@
 """Results of a table: our numbers from the finished runs, with the paper's numbers in separate columns."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,17 +129,27 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
 
 
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
-    """Return plots of the table's metric: against the operations per sequence, and along every curve."""
+    """Return plots of the table's metric: against the operations per sequence, and along every curve.
+
+    Rows that are far worse than most stand at the upper edge, as triangles.
+    """
     shared = table.scale(scale)
+    highest = highest_shown([statistics.mean(row.values(shared.metric)) for row in rows])
     curves = sorted({name for row in rows for name in row.row.curves})
     figure = Figure(figsize=(10 + 5 * len(curves), 5), layout="constrained")
     axes, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
     colors = {kind: f"C{index}" for index, kind in enumerate(sorted({row.row.model_type for row in rows}))}
     for number, row in enumerate(rows, start=1):
-        point, label = (row.flops / 1e9, row), f"{number} {row.row.name}"
-        _draw_points(axes, [point], shared.metric, style="o", color=colors[row.row.model_type], label=label)
-        position = point[0], statistics.mean(row.values(shared.metric))
-        axes.annotate(f"{number}", position, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        operations, mean = row.flops / 1e9, statistics.mean(row.values(shared.metric))
+        color, label = colors[row.row.model_type], f"{number} {row.row.name}"
+        if mean > highest:
+            note = f"{label}: {mean:.4f}, above the axis"
+            axes.errorbar([operations], [highest], fmt="^", color=color, clip_on=False, label=note)
+        else:
+            _draw_points(axes, [(operations, row)], shared.metric, style="o", color=color, label=label)
+        position, offset = ((operations, highest), (4, -9)) if mean > highest else ((operations, mean), (4, 4))
+        axes.annotate(f"{number}", position, xytext=offset, textcoords="offset points", fontsize=8)
+    axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
     make_logarithmic(axes, "x")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
     figure.legend(loc="outside right center", fontsize=8)
@@ -168,6 +179,13 @@ def _draw_points(
     means = [statistics.mean(row.values(metric)) for _, row in points]
     spreads = [deviation(row.values(metric)) for _, row in points]
     axes.errorbar([x for x, _ in points], means, yerr=spreads, fmt=style, color=color, capsize=3, label=label)
+
+
+def highest_shown(means: Sequence[float]) -> float:
+    """Return the upper end of an axis on which most rows can be told apart; infinity if all of them fit."""
+    best, median = min(means), statistics.median(means)
+    end = best + 6 * (median - best)
+    return end if best < median and end < max(means) else math.inf
 
 
 def deviation(values: Sequence[float]) -> float:
