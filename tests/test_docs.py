@@ -177,5 +177,5 @@ def test_the_commands_of_the_first_page_run(run, tmp_path):
     lines[0] = lines[0].replace("8192", "128") + " " + " ".join(SMALL.split())
     lines = [line.replace("num_updates 1000", "num_updates 3") for line in lines]
     run_commands("\n".join(re.sub(r"max_new_tokens [1-9]\d*", "max_new_tokens 3", line) for line in lines))
-    assert (tmp_path / "runs" / "book" / "summary.html").is_file()
+    assert (tmp_path / "runs" / "first" / "summary.html").is_file()
     assert (tmp_path / "book.state").is_file()
