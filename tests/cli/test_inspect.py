@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from memformer import LSTMConfig, Memformer, build_model
+from memformer import InputError, LSTMConfig, Memformer, build_model
 from memformer.data import ByteTokenizer, load_tokenizer, save_tokenizer
 from memformer.evaluation.inspection import InspectionOptions, inspect_memory
 from memformer.evaluation.inspection_streams import read_stream
@@ -59,6 +59,8 @@ def unpacked(value):
 
 def test_json_is_the_data_of_python(run_folder, text):
     printed = call_json("inspect", run_folder, "--text", text, "--window", "2", "5", "--num_probes", "1")
+    with pytest.raises(InputError, match=r"^which \('bset'\) must be one of best, last$"):
+        load_run(run_folder, which="bset")
     run = load_run(run_folder)
     model = run.model
     stream = read_stream(

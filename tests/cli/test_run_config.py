@@ -57,7 +57,8 @@ def test_numbers_may_be_written_in_any_way(read):
         ("seed: 0", ["--threads", "many"], "threads ('many') must be an integer"),
         ("seed: 0", ["--model.forgetting_speeds", "[1]"], "model.forgetting_speeds ([1]) must be 2 numbers"),
         ("seed: 0", ["--data.recall.num_facts", "1"], "data.recall.num_facts (1) must be a list of integers"),
-        ("seed: 0", ["--model", "[1]"], "model must be a mapping of its keys to valid values; --model.KEY sets"),
+        ("seed: 0", ["--model", '{"preset": "paper"}'], "--model is no option: the config comes first, and --KEY.KEY"),
+        ("seed: 0", ["--config=other.yaml"], "--config is no option: the config comes first, and --KEY.KEY sets one"),
     ],
 )
 def test_a_wrong_type_gives_one_clear_sentence(read, text, options, message):

@@ -104,6 +104,8 @@ def test_refused_runs_on_series(series, base, tmp_path):
     assert "data.validation must be given for data.train.kind 'array'" in refused(*argv, *KIND)
     full = arguments(base, file, tmp_path / "x")
     assert "data.end_of_document is for texts" in refused(*full, "--data.end_of_document", "true")
+    message = refused(*full, "--data.max_document_tokens", "61")
+    assert "data.max_document_tokens (61) must be a multiple of the 2 columns, so that no row is cut" in message
     text = ("--data.kind", "text", "--data.path", base / "texts")
     assert "does not fit the run's tokenizer of kind 'bins'" in refused("evaluate", folder, *text)
     array = ("--data.kind", "array", "--data.path", file, "--data.columns", '["a","b"]')

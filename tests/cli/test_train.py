@@ -206,6 +206,10 @@ def test_help_of_train_has_every_option_with_its_documentation():
             b"data: {recall: {task: fact}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
             r"kind \('word'\) is not read, .* of its own",
         ),
+        (
+            b"data: {train: {kind: digits}, max_document_tokens: 10}\ntraining: {num_updates: 1}\n",
+            r"data\.max_document_tokens \(10\) must be a multiple of the 64 pixels of an image",
+        ),
     ],
 )
 def test_refused_configs(tmp_path, content, message):

@@ -44,6 +44,10 @@ def test_rows_divide_a_file(file):
         assert read(file, columns=["load"], rows=rows) == [[[value] for value in expected]]
 
 
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
@@ -59,6 +63,13 @@ def test_rows_divide_a_file(file):
         ("a,b\n", {}, "has no values to read"),
         ("a\n" + '"' + "x" * 200_000, {}, "is not CSV"),
         (b"\x93NUMPY\x01\x00\x76", {}, "is not a NumPy array of numbers"),
+        (npy_header("{'descr': '<f8',}"), {}, "is not a NumPy array of numbers"),
+        (npy_header("{'descr': ("), {}, "is not a NumPy array of numbers"),
+        (
+            npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,)}"),
+            {},
+            "is not a NumPy array",
+        ),
         (b"\x89PNG\r\n\x1a\n", {}, "is not UTF-8 text at byte offset 0"),
     ],
 )

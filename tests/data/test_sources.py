@@ -79,6 +79,8 @@ def test_damaged_compression_is_refused(tmp_path: Path, suffix: str, compress) -
 def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path \(.*nowhere\) does not exist"):
         iterate_documents(SourceConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match=r"path \(''\) is empty; it would mean the current folder"):
+        iterate_documents(SourceConfig(path=["", str(tmp_path)]))
     with pytest.raises(InputError, match="matches no file"):
         iterate_documents(SourceConfig(path=str(tmp_path / "*.txt")))
     with pytest.raises(InputError, match="is a folder without any file"):

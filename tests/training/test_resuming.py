@@ -23,6 +23,7 @@ from memformer.training import loop
 from memformer.training.config import DataConfig
 from memformer.training.logs import read_log
 from memformer.training.optimizer import learning_rate_at
+from memformer.training.run_data import DocumentData
 from memformer.training.run_inputs import describe_inputs, find_changed_input, find_changed_key, pin_revisions
 from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config, saved_tensors
 
@@ -381,14 +382,19 @@ def test_a_run_that_goes_on_is_not_finished(copied, monkeypatch):
     assert not (copied / "evaluation.json").exists()
 
 
-def test_scores_on_other_documents_are_not_compared(copied, capsys):
+def test_scores_on_other_documents_are_not_compared(copied, capsys, monkeypatch):
     progress = json.loads((checkpoint_of(copied, 10) / "progress.json").read_text())["progress"]
     assert progress["evaluation_tokens"] == 100_000
     argv = ["train", str(copied), "--folder", str(copied), "--resume", "--training.num_updates", "11"]
     before = fingerprint(copied / "best")
-    # On its first document alone the score is another one, which says nothing of the weights.
+    # The only held-out document is read either way.
+    assert main([*argv, "--training.evaluation_tokens", "200000"]) == 0
+    assert "scores on other documents" not in capsys.readouterr().err
+    argv[-1] = "12"
+    # As if every document had one token: the score of the first one alone says nothing of the weights.
+    monkeypatch.setattr(DocumentData, "evaluation_tokens", lambda _, model, training, **__: training.evaluation_tokens)
     assert main([*argv, "--training.evaluation_tokens", "1"]) == 0
-    assert "training.evaluation_tokens was 100000 and is 1" in capsys.readouterr().err
+    assert "training.evaluation_tokens was 200000 and is 1" in capsys.readouterr().err
     assert fingerprint(copied / "best") != before
-    progress = json.loads((checkpoint_of(copied, 11) / "progress.json").read_text())["progress"]
+    progress = json.loads((checkpoint_of(copied, 12) / "progress.json").read_text())["progress"]
     assert progress["evaluation_tokens"] == 1

@@ -60,8 +60,10 @@ Biases and trackio get the numbers of log.jsonl with --logging.trackers tensorbo
 
 # Derived from the tokenizer and the tasks of the data, so they are not options; a saved config contains them.
 _DERIVED = ("vocab_size", "num_special_tokens")
-# Options of jsonargparse that duplicate a key or help shown elsewhere. They work, but are not listed in the help.
-_UNLISTED = ("config", "print_config", "data", "data.train", "data.tokenizer", "training", "model", "logging")
+# Options of jsonargparse for a whole section, or another config: presets and names of version 0.1 are not read there.
+_REFUSED = ("config", "data", "data.train", "data.tokenizer", "training", "model", "logging")
+# Options of jsonargparse that duplicate a key or help shown elsewhere are not listed in the help.
+_UNLISTED = (*_REFUSED, "print_config")
 _UNLISTED_HELP = ("data.validation.help", "data.test.help", "data.recall.help", "data.multitask.help")
 
 
@@ -107,6 +109,9 @@ def parse_run_config(
     if option_notes:
         warn(old_names_sentence("the command", option_notes))
     given = read_config(path, warn=warn)
+    for name in _REFUSED:
+        if option_value(rest, f"--{name}") is not None:
+            raise InputError(f"--{name} is no option: the config comes first, and --KEY.KEY sets one of its keys")
     if unread := drop_unread_keys(given, rest, owner=str(path)):
         warn(unread)
     folder_option = ["--folder", str(path)] if path.is_dir() else []

@@ -58,6 +58,8 @@ def without_repetition(files: Iterable[SourceFile]) -> list[SourceFile]:
 
 
 def _locate(name: str, option: str) -> list[SourceFile]:
+    if not name:
+        raise InputError(f"{option} ({name!r}) is empty; it would mean the current folder, whose name is '.'")
     path = user_path(name)
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def _read_numpy(path: Path) -> tuple[list[str], Values]:
         content = io.BytesIO(stream.read())
     try:
         array = np.load(content, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError) as error:  # in a damaged header
         raise InputError(f"{path} is not a NumPy array of numbers: {error}") from error
     if array.dtype.kind not in "iufb" or array.ndim not in {1, 2}:
         raise InputError(

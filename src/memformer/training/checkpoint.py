@@ -1,10 +1,11 @@
 """Checkpoints: folders with the full training state, written atomically and verified by checksums when loaded."""
 
+import dataclasses
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,22 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
         restore_randomness((cpu_state, cuda_state if device.type == "cuda" else None), device=device)
 
 
-def forget_other_scores(progress: dict[str, Any], training: TrainingConfig) -> str | None:
-    """Forget the best score of a resumed run, in place, if it is on other documents; return a warning that says so."""
+def forget_other_scores(
+    progress: dict[str, Any], training: TrainingConfig, num_read: Callable[[TrainingConfig], int]
+) -> str | None:
+    """Forget the best score of a resumed run, in place, if it is on other documents; return a warning that says so.
+
+    Args:
+        progress: Progress of the run.
+        training: Training config of the run.
+        num_read: Returns the number of tokens that an evaluation reads. It reads the first documents, so other ones
+            have another number.
+    """
     now = training.evaluation_tokens
     before = progress.get("evaluation_tokens", now)
     progress["evaluation_tokens"] = now
-    if before == now:
+    old, new = (dataclasses.replace(training, evaluation_tokens=tokens) for tokens in (before, now))
+    if num_read(old) == num_read(new):
         return None
     progress["best_score"] = None
     return (

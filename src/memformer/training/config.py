@@ -32,7 +32,8 @@ class DataConfig:
         tokenizer: Tokenizer (for images, every pixel is a token).
         end_of_document: Add a token id that stands for the end of a document to the tokenizer and to every document.
             The model learns to predict it, and generation stops by itself at it. For texts only.
-        max_document_tokens: Split longer documents into pieces of this many tokens. null: do not split.
+        max_document_tokens: Split longer documents into pieces of this many tokens; for series a multiple of the number
+            of columns. null: do not split.
         seed: Seed that selects the held-out documents.
         recall: Train on a recall task instead of predicting documents: facts are inserted, filler segments follow, and
             questions about the facts must be answered from the memory. --data.recall.help lists its keys. The tasks
@@ -78,12 +79,18 @@ class DataConfig:
                 "data.recall and data.end_of_document are both given; a recall task has no documents to end"
             )
 
-    def check_tokenizer_is_read(self) -> None:
-        """Check that no tokenizer is chosen for data that need none; finished runs may have one.
+    def check_new_run(self) -> None:
+        """Check that nothing is chosen that the data do not read; the config of a finished run may hold it.
 
         Raises:
-            InputError: One is chosen for images, or for a recall task that is not in text.
+            InputError: A tokenizer is chosen for images, or for a recall task that is not in text; or images are to end
+                with an end-of-document token.
         """
+        if self.end_of_document and unit_of_kind(self.train.kind) == "pixel":
+            raise InputError(
+                f"data.end_of_document is for texts; data.train.kind ({self.train.kind!r}) holds images, which all "
+                "have the same number of pixels"
+            )
         kind, default = self.tokenizer.kind, TokenizerConfig.kind
         why = None
         if self.recall is not None and not self.recall.is_in_text:
@@ -92,6 +99,16 @@ class DataConfig:
             why = f"data.train.kind ({self.train.kind!r}) holds images, whose pixels are the tokens"
         if why and kind != default:
             raise InputError(f"data.tokenizer.kind ({kind!r}) is not read, so it must stay {default!r}: {why}")
+
+    def check_pieces(self, size: int, name: str) -> None:
+        """Check that `max_document_tokens` is a multiple of a size, whose name follows it in the message.
+
+        Raises:
+            InputError: It is not.
+        """
+        length = self.max_document_tokens
+        if length is not None and length % size:
+            raise InputError(f"data.max_document_tokens ({length}) must be a multiple of the {size} {name}")
 
     def _check_series(self) -> None:
         if self.validation is None:

@@ -88,13 +88,11 @@ class _Trainer:
                 f"training.write_penalty ({config.training.write_penalty}) needs a single process, because it depends "
                 f"on the loss of all lanes; there are {processes.count} processes"
             )
-        self.config = config
-        self.processes = processes
+        self.config, self.processes = config, processes
         self.lanes = processes.lanes_of(config.training.num_lanes)
         self.all_stop = False
         self.folder = user_path(config.folder)
-        self.data = data
-        self.model = model
+        self.data, self.model = data, model
         self.stream = data.make_stream(model, config)
         self.time_left = TimeLeft(
             config.training,
@@ -157,9 +155,11 @@ class _Trainer:
                 f"the run had {before} processes and resumes with {self.processes.count}: lanes are redistributed; "
                 "weights, memory and documents continue exactly, dropout masks do not"
             )
-        self.state.progress["num_processes"] = self.processes.count
-        self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress}  # old checkpoints lack these counters
-        if (warning := forget_other_scores(self.state.progress, self.config.training)) and self.processes.is_first:
+        # Old checkpoints lack the counters.
+        self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress, "num_processes": self.processes.count}
+        num_read = partial(self.data.evaluation_tokens, self.model, is_final=False)
+        warning = forget_other_scores(self.state.progress, self.config.training, num_read)
+        if warning and self.processes.is_first:
             print_warning(warning)
         self.stream.load_state(self.state.progress["stream"])
         return checkpoint

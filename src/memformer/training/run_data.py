@@ -268,7 +268,7 @@ def prepare_data(config: DataConfig, *, tokenizer: Tokenizer | None = None, show
         SaveError: The token ids cannot be written.
     """
     if tokenizer is None:
-        config.check_tokenizer_is_read()
+        config.check_new_run()
     recall = config.recall
     if recall is not None and not recall.is_in_text:
         task = make_task(recall)
@@ -363,14 +363,11 @@ def default_cache() -> Path:
 def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
     shape, levels = image_shape(config.train), source_levels(config.train)
     if shape is not None and levels is not None:
-        if config.end_of_document:
-            raise InputError(
-                f"data.end_of_document is for texts; data.train.kind ({config.train.kind!r}) holds images, which all "
-                "have the same number of pixels"
-            )
+        config.check_pieces(shape[0] * shape[1], "pixels of an image")
         return PixelTokenizer(levels, *shape)
     if config.train.kind == "array":
         columns = series_columns(locate_source_files(config.train), config.train.columns)
+        config.check_pieces(len(columns), "columns, so that no row is cut")
         return fit_bins(
             iterate_documents(replace(config.train, columns=columns)),  # files may order their columns differently
             columns=columns,

@@ -20,7 +20,7 @@ from memformer.models.hugging_face import find_model_folder
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
 from memformer.training.processes import Processes
-from memformer.utils.checks import Integer
+from memformer.utils.checks import Integer, check_choice
 from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
@@ -123,9 +123,10 @@ def find_weights(
     """Return the folder of the weights of a run or saved model, and the config of the run, if it is one.
 
     Raises:
-        InputError: The folder does not exist or is of neither kind.
+        InputError: The folder does not exist or is of neither kind, or `which` is neither "best" nor "last".
         CheckpointError: The run has no such weights, or its config is damaged.
     """
+    check_choice("which", which, ("best", "last"))
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; a run folder or a folder from save_pretrained is needed")
     run_config = None
