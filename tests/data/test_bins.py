@@ -97,6 +97,7 @@ def test_few_different_values_and_one(spacing):
         (b"1,nan\n", "has 'nan', which is not a finite number"),
         (b"inf,1\n", "has 'inf', which is not a finite number"),
         (b"1_0,1\n", "has '1_0', which is not a finite number"),
+        (b"1\r2,3\n", "prompt: the line .* is not CSV: "),
     ],
 )
 def test_refused_lines(text, message):
@@ -108,6 +109,11 @@ def test_names_and_blank_lines_have_no_tokens():
     tokenizer = fit(np.array([[0.0, 1.0], [2.0, 3.0]]), num_bins=2)
     assert tokenizer.encode(b"c0, c1\n0,1\n\n 2 , 3\r\n", "").tolist() == tokenizer.encode(b"0,1\n2,3", "").tolist()
     assert tokenizer.encode(b"", "").tolist() == []
+
+
+def test_fields_in_quotation_marks_are_read_as_in_a_file_of_training():
+    tokenizer = BinTokenizer(["time", "temp, C"], [[1.0], [1.0]], [[0.0, 2.0], [0.0, 2.0]])
+    assert tokenizer.encode(b'"time","temp, C"\n"0","2.5"\n', "").tolist() == tokenizer.encode(b"0,2.5", "").tolist()
 
 
 def test_other_arrays_and_damaged_files_are_refused(tmp_path):

@@ -160,6 +160,7 @@ def test_generation_begins_with_bos_alone():
         ({"cache": DynamicCache()}, "cache is a DynamicCache; this model continues from a MemformerCache only"),
         ({"cache": hf.MemformerCache(Session(tiny_model()))}, "cache is of another model"),
         ({"attention_mask": torch.ones(3, 3)}, r"attention_mask has shape \(3, 3\)"),
+        ({"attention_mask": torch.ones(3, 20)}, r"attention_mask has shape \(3, 20\).* of input_ids, \(3, 16\)$"),
         ({"attention_mask": torch.ones(3, 1, 16, 16)}, r"attention_mask has shape \(3, 1, 16, 16\)"),
         ({"attention_mask": torch.full((3, 16), 0.5)}, "attention_mask holds other values than 0"),
         ({"input_ids": torch.full((3, 16), 12)}, r"input_ids hold 12, .*token ids are 0 to 10 and 11"),

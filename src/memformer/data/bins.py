@@ -1,5 +1,6 @@
 """A tokenizer of measured values: every column is quantized into bins that are fitted on the training data."""
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -109,8 +110,11 @@ class BinTokenizer:
     def _parse(self, content: bytes, name: str) -> NDArray[np.float64]:
         rows = []
         for line in content.decode("utf-8", "replace").split("\n"):
-            fields = [field.strip() for field in line.split(",")]
-            if fields == [""] or (fields == self.columns and is_header(fields)):
+            try:
+                fields = [field.strip() for field in next(csv.reader([line]), [])]
+            except csv.Error as error:
+                raise InputError(f"{name}: the line {line.strip()[:80]!r} is not CSV: {error}") from error
+            if fields in ([], [""]) or (fields == self.columns and is_header(fields)):
                 continue
             where = f"{name}: the line {line.strip()[:80]!r}"
             if len(fields) != len(self.columns):

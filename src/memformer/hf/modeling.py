@@ -125,11 +125,18 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """
         raise InputError(f"the vocabulary of a {self.config.model_type} cannot be resized; build a new model instead")
 
-    def _find_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: object) -> TokenRows:
+    def _find_tokens(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: object,
+        *,
+        has_past: bool = False,
+    ) -> TokenRows:
         if inputs_embeds is not None or input_ids is None:
             raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
         unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))
-        return find_tokens(self.memformer, input_ids, attention_mask, unread_ids=unread)
+        return find_tokens(self.memformer, input_ids, attention_mask, unread_ids=unread, has_past=has_past)
 
 
 class RecurrentHiddenModel(RecurrentPreTrainedModel):
@@ -206,7 +213,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
             InputError: A shape, a token id or a label is wrong, the cache is of another model or batch, or a gradient
                 is needed that a cache does not carry.
         """
-        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
+        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds, has_past=cache is not None)
         assert input_ids is not None
         counted = None if labels is None else find_targets(rows, input_ids, labels)
         is_training = self.training and torch.is_grad_enabled()

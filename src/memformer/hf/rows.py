@@ -41,16 +41,22 @@ class TokenRows:
 
 
 def find_tokens(
-    model: LanguageModel, input_ids: Tensor, attention_mask: Tensor | None, *, unread_ids: frozenset[int]
+    model: LanguageModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    unread_ids: frozenset[int],
+    has_past: bool = False,
 ) -> TokenRows:
     """Return the tokens of padded rows; padding may be left, right and between the tokens.
 
     Args:
         model: The model that will read them.
         input_ids: (B, T), token ids, `[BOS]` and padding.
-        attention_mask: (B, T or more), 0 at padding; the last T columns belong to `input_ids`. None: no padding.
+        attention_mask: (B, T), 0 at padding. None: no padding.
         unread_ids: Token ids outside the vocabulary that are never read: `[BOS]`, which the model adds by itself, and
             padding.
+        has_past: Whether the mask may begin with columns of tokens that were read before.
 
     Raises:
         InputError: A shape is wrong, the mask holds other values than 0 and 1, or an id is neither padding nor a token.
@@ -62,7 +68,7 @@ def find_tokens(
         raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; it must be (rows, columns), neither zero")
     ids = input_ids.to(model.device, torch.int64)
     is_known = (ids >= 0) & (ids < model.vocab_size)
-    is_unread = ~_read_columns(ids, attention_mask)
+    is_unread = ~_read_columns(ids, attention_mask, has_past=has_past)
     for unread in unread_ids:
         is_unread |= (ids == unread) & ~is_known
     if not (is_known | is_unread).all():
@@ -78,7 +84,7 @@ def find_tokens(
     return TokenRows(tokens=tokens, counts=counts, ranks=ranks, is_token=is_token, order=order)
 
 
-def _read_columns(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _read_columns(ids: Tensor, attention_mask: Tensor | None, *, has_past: bool) -> Tensor:
     """Return True in the columns that an attention mask lets be read.
 
     Raises:
@@ -86,12 +92,13 @@ def _read_columns(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
     if attention_mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != ids.shape[0] or attention_mask.shape[1] < ids.shape[1]:
+    shape, (rows, columns) = tuple(attention_mask.shape), ids.shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] < columns or (shape[1] > columns and not has_past):
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be (rows, columns) of input_ids, "
-            f"{tuple(ids.shape)}"
+            f"attention_mask has shape {shape}; it must be (rows, columns) of input_ids, {(rows, columns)}"
+            + (", or have the columns that were read before them in front" if has_past else "")
         )
-    mask = attention_mask[:, -ids.shape[1] :].to(ids.device)
+    mask = attention_mask[:, shape[1] - columns :].to(ids.device)
     if not ((mask == 0) | (mask == 1)).all():
         raise InputError("attention_mask holds other values than 0 (padding) and 1 (token)")
     return mask != 0
