@@ -58,6 +58,7 @@ def test_numbers_may_be_written_in_any_way(read):
         ("seed: 0", ["--model.forgetting_speeds", "[1]"], "model.forgetting_speeds ([1]) must be 2 numbers"),
         ("seed: 0", ["--data.recall.num_facts", "1"], "data.recall.num_facts (1) must be a list of integers"),
         ("seed: 0", ["--model", '{"preset": "paper"}'], "--model is no option: the config comes first, and --KEY.KEY"),
+        ("seed: 0", ["--data.recall", "[1]"], "data.recall must be a mapping of its keys to valid values"),
         ("seed: 0", ["--config=other.yaml"], "--config is no option: the config comes first, and --KEY.KEY sets one"),
     ],
 )
@@ -135,6 +136,7 @@ def test_another_kind_of_data_leaves_out_the_keys_that_it_does_not_read(read):
     assert config.data.tokenizer.kind == "bytes"
     assert warning.endswith("config.yaml: data.train.kind digits does not read data.tokenizer")
     assert read(bpe, "--data.train.kind", "python")[0].data.tokenizer.kind == "bpe"
+    assert read({"data": {"tokenizer": {"kind": "bytes"}}}, "--data.train.kind", "digits")[1] == []
     with pytest.raises(InputError, match=r"path \('x'\) is not read by kind 'digits'"):
         read(text, "--data.train.kind", "digits", "--data.train.path", "x")
 

@@ -94,7 +94,10 @@ def _drop_tokenizer(data: dict[str, Any], options: Sequence[str]) -> list[str]:
         chosen = f"data.recall.task {task}"
     else:
         return []
-    return [f"{chosen} does not read data.tokenizer"] if data.pop("tokenizer", None) else []
+    if not isinstance(data.get("tokenizer"), dict):
+        return []
+    kind = data.pop("tokenizer").get("kind", TokenizerConfig.kind)
+    return [] if kind == TokenizerConfig.kind else [f"{chosen} does not read data.tokenizer"]
 
 
 def _keys_of_tokenizer(kind: str) -> frozenset[str]:

@@ -110,13 +110,13 @@ class BinTokenizer:
     def _parse(self, content: bytes, name: str) -> NDArray[np.float64]:
         rows = []
         for line in content.decode("utf-8", "replace").split("\n"):
+            where = f"{name}: the line {line.strip()[:80]!r}"
             try:
                 fields = [field.strip() for field in next(csv.reader([line]), [])]
             except csv.Error as error:
-                raise InputError(f"{name}: the line {line.strip()[:80]!r} is not CSV: {error}") from error
+                raise InputError(f"{where} is not CSV: {error}") from error
             if fields in ([], [""]) or (fields == self.columns and is_header(fields)):
                 continue
-            where = f"{name}: the line {line.strip()[:80]!r}"
             if len(fields) != len(self.columns):
                 raise InputError(
                     f"{where} has {len(fields)} fields; a row has one number for each of the columns "

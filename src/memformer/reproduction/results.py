@@ -147,8 +147,8 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
             axes.errorbar([operations], [highest], fmt="^", color=color, clip_on=False, label=note)
         else:
             _draw_points(axes, [(operations, row)], shared.metric, style="o", color=color, label=label)
-        position, offset = ((operations, highest), (4, -9)) if mean > highest else ((operations, mean), (4, 4))
-        axes.annotate(f"{number}", position, xytext=offset, textcoords="offset points", fontsize=8)
+        position, below = (operations, min(mean, highest)), mean > highest
+        axes.annotate(f"{number}", position, xytext=(4, -9 if below else 4), textcoords="offset points", fontsize=8)
     axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
     make_logarithmic(axes, "x")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
