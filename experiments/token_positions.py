@@ -45,7 +45,7 @@ def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
     data, model = prepare_data(config.data, tokenizer=run.tokenizer), run.model
     if not isinstance(data, DocumentData):
         raise SystemExit(f"{folder} was trained on a recall task, but this script needs documents")
-    corpus = first_documents(data.validation, num_tokens)
+    corpus = first_documents(data.test, num_tokens)
     nll, counts = torch.zeros(2, model.segment_length, dtype=torch.float64)
     for index in range(corpus.num_documents):
         found = Session(model).score(corpus.document(index)).double()

@@ -107,6 +107,17 @@ def test_retention_of_a_run_on_documents(runs, tmp_path):
     assert f"{tmp_path / 'retention.png'}" in out
 
 
+def test_retention_reads_the_test_documents_of_a_run_that_has_them(runs, tmp_path):
+    """As `evaluate` and `inspect` do: the validation documents have chosen the weights."""
+    test = tmp_path / "test.txt"
+    test.write_text(make_text(9) * 3)
+    options = ["--data.test.kind", "text", "--data.test.path", test, "--folder", tmp_path / "run"]
+    call_json("train", runs["documents"], *options)
+    printed = call_json("retention", tmp_path / "run", "--delays", "0")
+    assert printed["num_tokens"] == test.stat().st_size
+    assert printed["num_tokens"] == call_json("evaluate", tmp_path / "run")["num_tokens"]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

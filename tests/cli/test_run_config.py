@@ -120,16 +120,20 @@ def test_another_kind_of_data_leaves_out_the_keys_that_it_does_not_read(read):
         "data": {
             "tokenizer": {"kind": "bpe", "vocab_size": 300},
             "validation": {"kind": "jsonl", "path": "x", "text_key": "body"},
-            "recall": {"task": "associative", "num_keys": 8, "num_values": 9},
         }
     }
-    options = ["--data.tokenizer.kind=bytes", "--data.validation.kind", "text", "--data.recall.task", "fact"]
-    config, (warning,) = read(given, *options)
-    assert (config.data.tokenizer.kind, config.data.validation.path, config.data.recall.num_values) == ("bytes", "x", 9)
+    config, (warning,) = read(given, "--data.tokenizer.kind=bytes", "--data.validation.kind", "text")
+    assert (config.data.tokenizer.kind, config.data.validation.path) == ("bytes", "x")
     assert warning.endswith(
         "data.validation.kind text does not read data.validation.text_key; data.tokenizer.kind bytes does not read "
-        "data.tokenizer.vocab_size; data.recall.task fact does not read data.recall.num_keys; data.recall.task fact "
-        "does not read data.tokenizer"
+        "data.tokenizer.vocab_size"
+    )
+    given["data"] |= {"recall": {"task": "associative", "num_keys": 8, "num_values": 9}, "train": {"kind": "python"}}
+    config, (warning,) = read(given, "--data.recall.task", "fact")
+    assert (config.data.tokenizer.kind, config.data.validation, config.data.recall.num_values) == ("bytes", None, 9)
+    assert warning.endswith(
+        "data.recall.task fact does not read data.recall.num_keys; data.recall.task fact does not read "
+        "data.validation, data.tokenizer"
     )
     bpe = {"data": {"train": {"kind": "python"}, "tokenizer": {"kind": "bpe", "vocab_size": 300}}}
     config, (warning,) = read(bpe, "--data.train.kind", "digits")

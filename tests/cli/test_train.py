@@ -200,11 +200,19 @@ def test_help_of_train_has_every_option_with_its_documentation():
         (b"data: {validation: {kind: text}}\n", r"^path \(None\) must be given for kind 'text'$"),
         (
             b"data: {train: {kind: digits}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
-            r"kind \('word'\) is not read, .*holds images",
+            r"data\.tokenizer is not read by data\.train\.kind \('digits'\), whose pixels are the tokens; leave it out",
         ),
         (
             b"data: {recall: {task: fact}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
-            r"kind \('word'\) is not read, .* of its own",
+            r"data\.tokenizer is not read by data\.recall\.task \('fact'\), which generates its own text; leave it out",
+        ),
+        (
+            b"data: {recall: {task: copy}, max_document_tokens: 8}\ntraining: {num_updates: 1}\n",
+            r"data\.max_document_tokens is not read by data\.recall\.task \('copy'\)",
+        ),
+        (
+            b"data: {recall: {task: copy}, train: {kind: text, path: x}}\ntraining: {num_updates: 1}\n",
+            r"data\.train is not read by data\.recall\.task \('copy'\)",
         ),
         (
             b"data: {train: {kind: digits}, max_document_tokens: 10}\ntraining: {num_updates: 1}\n",
@@ -247,6 +255,10 @@ def test_refused_configs(tmp_path, content, message):
         (
             ["--model.vocab_size", "300"],
             ["--model.vocab_size cannot be set: it is derived from the tokenizer and the tasks of the data"],
+        ),
+        (
+            ["--data.multitask.recall", "0.1", "--model.adaptive_cutoffs", "[100]"],
+            ["data.multitask does not fit model.adaptive_cutoffs ([100]): its tasks add token ids"],
         ),
         (["--data.train.path", "/no/such/file"], ["data.train.path (/no/such/file) does not exist"]),
         (["--data.validation.path", "/no/such/file"], ["data.validation.path (/no/such/file) does not exist"]),

@@ -1,5 +1,7 @@
 """The remaining time of a run: updates, periodic evaluations and the final evaluation."""
 
+import json
+
 import pytest
 
 from memformer.cli.main import main
@@ -30,3 +32,16 @@ def test_a_run_shows_the_time_of_the_final_evaluation(base, tmp_path, monkeypatc
     config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
     assert main(["train", config_file(config), "--folder", str(tmp_path / "run")]) == 0
     assert shown[1] > shown[2] > 0
+
+
+def test_a_recall_task_counts_the_tokens_that_it_reads(base, tmp_path, monkeypatch):
+    """It predicts few of them: by these, its first evaluation seemed many times as long as it is."""
+    reads = []
+    monkeypatch.setattr(TimeLeft, "add_update", lambda left, seconds, *, num_tokens: reads.append(num_tokens))
+    config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
+    task = ["--data.recall.task", "fact", "--data.recall.max_distance", "6"]
+    assert main(["train", config_file(config), "--folder", str(tmp_path / "run"), *task]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    predicted = [line["num_tokens"] for line in lines if line["kind"] == "training"][-1]
+    assert len(reads) == 2
+    assert sum(reads) > 5 * predicted > 0

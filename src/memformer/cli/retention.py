@@ -86,7 +86,8 @@ def retention_parser() -> ArgumentParser:
         ("seed", recall + "seed of the episodes. Default: 0."),
         (
             "max_tokens",
-            documents + "held-out tokens to read, rounded up to whole documents. Default: 200000.",
+            documents + "held-out tokens to read (of data.test if the run has it), rounded up to whole documents. "
+            "Default: 200000.",
         ),
         ("num_lanes", documents + "documents read in parallel (the batch size). Default: 8."),
     )
@@ -190,7 +191,7 @@ def _retention_of_documents(run: LoadedRun, config: RunConfig, options: Any) -> 
     num_lanes = positive(options, "num_lanes", default=8)
     data = prepare_data_of(run, config.data)
     assert isinstance(data, DocumentData)
-    corpus = first_documents(data.validation, max_tokens)
+    corpus = first_documents(data.test, max_tokens)
     num_segments = int((-(-corpus.document_lengths // run.model.segment_length)).sum())
     with ProgressBar("reading", num_segments, unit="segment") as progress:
         result = measure_documents(

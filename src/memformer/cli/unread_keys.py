@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from memformer.data.recall.config import RecallConfig, has_own_vocabulary, keys_of_task
-from memformer.data.sources import SourceConfig, keys_of_kind, unit_of_kind
+from memformer.data.recall.config import RecallConfig, keys_of_task
+from memformer.data.sources import SourceConfig, keys_of_kind
 from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
+from memformer.training.config import DataConfig, unread_data_keys
 
 # Keys outside `model` that need a Memformer, with their values for other models.
 _MEMFORMER_ONLY: dict[str, Any] = {"write_penalty": 0.0, "compiled": False, "sharding": "none"}
@@ -46,7 +47,7 @@ def drop_unread_keys(given: dict[str, Any], options: Sequence[str], *, owner: st
             notes += _drop_of_kind(data.get(section), f"data.{section}", "kind", SourceConfig, options)
         notes += _drop_of_kind(data.get("tokenizer"), "data.tokenizer", "kind", TokenizerConfig, options)
         notes += _drop_of_kind(data.get("recall"), "data.recall", "task", RecallConfig, options)
-        notes += _drop_tokenizer(data, options)
+        notes += _drop_of_data(data, options)
     return f"{owner}: {'; '.join(notes)}" if notes else None
 
 
@@ -86,18 +87,20 @@ def _drop_of_kind(section: object, name: str, key: str, config: type, options: S
     return [f"{name}.{key} {chosen} does not read {', '.join(dropped)}"] if dropped else []
 
 
-def _drop_tokenizer(data: dict[str, Any], options: Sequence[str]) -> list[str]:
+def _drop_of_data(data: dict[str, Any], options: Sequence[str]) -> list[str]:
     kind, task = (option_value(options, name) for name in ("--data.train.kind", "--data.recall.task"))
-    if kind is not None and unit_of_kind(kind) == "pixel":
-        chosen = f"data.train.kind {kind}"
-    elif task is not None and has_own_vocabulary(task):
-        chosen = f"data.recall.task {task}"
-    else:
-        return []
-    if not isinstance(data.get("tokenizer"), dict):
-        return []
-    kind = data.pop("tokenizer").get("kind", TokenizerConfig.kind)
-    return [] if kind == TokenizerConfig.kind else [f"{chosen} does not read data.tokenizer"]
+    removed = {key: data.pop(key) for key in unread_data_keys(kind=kind or "", task=task) if key in data}
+    defaults = dataclasses.asdict(DataConfig())
+    dropped = [f"data.{key}" for key, value in removed.items() if _differs(value, defaults[key])]
+    chosen = f"data.train.kind {kind}" if task is None else f"data.recall.task {task}"
+    return [f"{chosen} does not read {', '.join(dropped)}"] if dropped else []
+
+
+def _differs(value: object, default: object) -> bool:
+    """Return whether a value of a config, or of one of its sections, is not the default."""
+    if isinstance(value, dict) and isinstance(default, dict):
+        return any(_differs(each, default.get(key)) for key, each in value.items())
+    return _plain(value) != _plain(default)
 
 
 def _keys_of_tokenizer(kind: str) -> frozenset[str]:

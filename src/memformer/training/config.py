@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
+from memformer.data.recall.config import has_own_vocabulary
 from memformer.data.sources import unit_of_kind
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig, ModelConfig
@@ -83,22 +84,21 @@ class DataConfig:
         """Check that nothing is chosen that the data do not read; the config of a finished run may hold it.
 
         Raises:
-            InputError: A tokenizer is chosen for images, or for a recall task that is not in text; or images are to end
-                with an end-of-document token.
+            InputError: A key is set that the kind of documents or the recall task does not read, such as a tokenizer
+                for images; or images are to end with an end-of-document token.
         """
-        if self.end_of_document and unit_of_kind(self.train.kind) == "pixel":
+        kind = self.train.kind
+        if self.end_of_document and unit_of_kind(kind) == "pixel":
             raise InputError(
-                f"data.end_of_document is for texts; data.train.kind ({self.train.kind!r}) holds images, which all "
+                f"data.end_of_document is for texts; data.train.kind ({kind!r}) holds images, which all "
                 "have the same number of pixels"
             )
-        kind, default = self.tokenizer.kind, TokenizerConfig.kind
-        why = None
-        if self.recall is not None and not self.recall.is_in_text:
-            why = f"data.recall.task ({self.recall.task!r}) has a vocabulary of its own"
-        elif unit_of_kind(self.train.kind) == "pixel":
-            why = f"data.train.kind ({self.train.kind!r}) holds images, whose pixels are the tokens"
-        if why and kind != default:
-            raise InputError(f"data.tokenizer.kind ({kind!r}) is not read, so it must stay {default!r}: {why}")
+        task, defaults = None if self.recall is None else self.recall.task, DataConfig()
+        for name in unread_data_keys(kind=kind, task=task):
+            if getattr(self, name) != getattr(defaults, name):
+                reader = f"data.train.kind ({kind!r})" if task is None else f"data.recall.task ({task!r})"
+                why = "whose pixels are the tokens" if task is None else "which generates its own text"
+                raise InputError(f"data.{name} is not read by {reader}, {why}; leave it out")
 
     def check_pieces(self, size: int, name: str) -> None:
         """Check that `max_document_tokens` is a multiple of a size, whose name follows it in the message.
@@ -120,6 +120,13 @@ class DataConfig:
         for name, is_given in (("recall", self.recall is not None), ("end_of_document", self.end_of_document)):
             if is_given:
                 raise InputError(f"data.{name} is for texts; data.train.kind ('array') holds series")
+
+
+def unread_data_keys(*, kind: str, task: str | None) -> tuple[str, ...]:
+    """Return the keys of `data` that a kind of training documents, or the recall task, does not read."""
+    if task is not None and has_own_vocabulary(task):
+        return ("train", "validation", "validation_fraction", "tokenizer", "max_document_tokens", "seed", "cache")
+    return ("tokenizer",) if unit_of_kind(kind) == "pixel" else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +317,11 @@ class RunConfig:
             raise InputError(
                 f"training.write_penalty ({penalty}) needs memory slots and a sparse write_normalizer; model.num_slots "
                 f"is {self.model.num_slots}, model.write_normalizer is {self.model.write_normalizer!r}"
+            )
+        if self.data.multitask is not None and self.model.adaptive_cutoffs:
+            raise InputError(
+                f"data.multitask does not fit model.adaptive_cutoffs ({list(self.model.adaptive_cutoffs)}): its tasks "
+                "add token ids that are never predicted; leave one of them out"
             )
         if isinstance(self.model, MemformerConfig) and self.model.free_slot_bias and self.training.sharding != "none":
             raise InputError(

@@ -184,12 +184,12 @@ class _Trainer:
                 (self.folder / RESULT_FILE).unlink(missing_ok=True)
             with signals_noted() as signals:
                 while self.num_updates < training.num_updates:
-                    started, tokens_before = time.monotonic(), progress["num_tokens"]
+                    started = time.monotonic()
                     values = self._update(log, signals.received)
                     progress["num_updates"] += 1
                     seconds = time.monotonic() - started
                     progress["seconds"] += seconds
-                    self.time_left.add_update(seconds, num_tokens=progress["num_tokens"] - tokens_before)
+                    self.time_left.add_update(seconds, num_tokens=self.num_read_tokens)
                     is_last = self.num_updates == training.num_updates
                     if values is not None and (is_last or self.num_updates % training.log_every == 0):
                         values["tokens_per_second"] = progress["num_tokens"] / progress["seconds"]
@@ -234,8 +234,8 @@ class _Trainer:
         learning_rate = learning_rate_at(self.num_updates, training)
         for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
-        num_tokens = [rollout.count_target_tokens() for rollout in rollouts]
-        total = sum(num_tokens)
+        self.num_read_tokens = sum(rollout.count_input_tokens() for rollout in rollouts)
+        total = sum(rollout.count_target_tokens() for rollout in rollouts)
         model.train()
         nll = 0.0
         disable_gradient_sync(model)

@@ -6,7 +6,7 @@ from memformer.training.config import TrainingConfig
 class TimeLeft:
     """Remaining time of a run: updates, periodic evaluations, and the final evaluation on all held-out data.
 
-    Until an evaluation has been timed, a held-out token is assumed to take as long as a training token.
+    Until an evaluation has been timed, reading a held-out token is assumed to take as long as reading one in training.
 
     Args:
         training: The run's training config.
@@ -23,7 +23,7 @@ class TimeLeft:
         self._update_seconds = self._evaluation_seconds = 0.0
 
     def add_update(self, seconds: float, *, num_tokens: int) -> None:
-        """Record the time of an update on this number of target tokens."""
+        """Record the time of an update that read this number of tokens; few of a recall task are predicted."""
         self._updates += 1
         self._tokens += num_tokens
         self._update_seconds += seconds
