@@ -215,6 +215,34 @@ def test_the_progress_of_all_runs_is_shown(table, tmp_path, monkeypatch):
     assert re.search(r"about \d+ s left$", lines[-1])
 
 
+def test_the_time_before_the_first_update_does_not_count_towards_the_speed(table, monkeypatch):
+    """The first run tokenizes the data: with that, a table of an hour seemed to take four."""
+    calls = []
+
+    class Bar(runs.ProgressBar):
+        def begin_at(self, completed):
+            calls.append(("begin", completed))
+
+        def advance_to(self, completed, status):
+            calls.append(("advance", completed))
+
+    def train(run, options, say):
+        time.sleep(0.1)
+        run.folder.mkdir(parents=True)
+        (run.folder / "log.jsonl").write_text(json.dumps({"kind": "training", "update": 1}) + "\n")
+        time.sleep(0.1)
+        return 1
+
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(runs, "ProgressBar", Bar)
+    monkeypatch.setattr(runs, "_train", train)
+    call("reproduce", *table)
+    begins = [index for index, call in enumerate(calls) if call[0] == "begin"]
+    assert len(begins) == 1
+    assert {completed for _, completed in calls[: begins[0]]} == {0}
+    assert calls[begins[0]][1] == calls[begins[0] + 1][1] == 1
+
+
 def test_invalid_input_is_refused(table, tmp_path):
     assert "unknown table 'tabel1'; the tables are tiny" in refused("reproduce", "tabel1")
     assert "tiny has no row 'x'; it has 1-lstm, 2-memory" in refused("reproduce", *table, "--rows", "x")

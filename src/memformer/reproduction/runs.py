@@ -150,9 +150,14 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     ):
         progress.say(f"memformer: {len(runs) - len(missing)} of {len(runs)} runs are finished")
         endings = [pool.submit(_train, run, options, progress.say) for run in missing]
+        has_begun = False
         while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
             num_done = sum(ending.done() for ending in endings)
-            progress.advance_to(sum(map(_num_updates, missing)), f"{num_done} of {len(missing)} runs done")
+            num_updates = sum(map(_num_updates, missing))
+            if num_updates > completed and not has_begun:
+                has_begun = True
+                progress.begin_at(num_updates)  # the data were tokenized before, once for all runs
+            progress.advance_to(num_updates, f"{num_done} of {len(missing)} runs done")
     failed = [run for run, ending in zip(missing, endings, strict=True) if ending.result() != 0]
     if failed:
         log = failed[0].folder / TRAIN_LOG
