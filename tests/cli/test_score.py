@@ -333,7 +333,7 @@ def test_resuming_needs_the_same_text_and_options(run_folder, file, tmp_path):
     (tmp_path / "state").write_bytes(damaged)
     assert "its scoring does not match its checksum" in refused("score", run_folder, file, *resume)
     with owned_file(tmp_path / "state", option="--save_session"):
-        assert "is in use by process" in refused("score", run_folder, file, *saving)
+        assert "is in use by process" in refused("score", run_folder, file, *resume)
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,19 @@ def test_a_moved_run_resumes_in_its_new_folder(copied, run_folder, tmp_path, mon
     assert {file.name for file in (run_folder / "checkpoints").iterdir()} == before
     monkeypatch.chdir(tmp_path)
     assert call_json("train", "moved", "--resume", "--training.num_updates", "8")["run"] == "moved"
-    status, _, err = call("train", moved, "--resume", "--training.num_updates", "3", "--training.warmup_updates", "3")
+    status, _, err = call("train", moved, "--resume", "--training.num_updates", "8", "--training.warmup_updates", "8")
     assert status == 0
-    assert "training.num_updates (3) is reached: nothing is left to train" in err
-    assert "training.warmup_updates (3) is not below training.num_updates (3)" in err
+    assert "training.num_updates (8) is reached: nothing is left to train" in err
+    assert "training.warmup_updates (8) is not below training.num_updates (8)" in err
+
+
+def test_a_run_is_not_resumed_to_an_earlier_end(copied):
+    """Its config would name fewer updates than its best weights have."""
+    config = (copied / "config.yaml").read_bytes()
+    error = refused("train", copied, "--resume", "--training.num_updates", "3")
+    assert f"training.num_updates (3) is below the 4 updates that {copied} has made; a run ends at 4 or later" in error
+    assert (copied / "config.yaml").read_bytes() == config
+    assert (copied / "evaluation.json").exists()
 
 
 def test_a_folder_with_other_files_is_refused(base, tmp_path):

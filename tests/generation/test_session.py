@@ -164,8 +164,9 @@ def test_invalid_saved_states_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="memory holds values that are not finite"):
         Session.load(path, model=session.model)
     session._streams.memory[0, 0, 0] = 0.0
-    session._streams.num_pending[0] = SEGMENT_LENGTH
-    session.save(path)
+    state = session._streams.state()
+    state["counts"][0] = SEGMENT_LENGTH
+    write_tensors(path, state, metadata=metadata)
     with pytest.raises(CheckpointError, match="impossible"):
         Session.load(path, model=session.model)
 

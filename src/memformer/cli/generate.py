@@ -12,8 +12,9 @@ from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive
 from memformer.cli.positions import Position
 from memformer.cli.prompts import open_prompt
 from memformer.cli.reading import Reading, saved_position, skip_to
-from memformer.cli.saving import add_saving_arguments, check_saving_options
+from memformer.cli.saving import add_saving_arguments, check_saving_options, check_session_file
 from memformer.cli.scoring import held_bytes
+from memformer.cli.unknown_words import UnknownWords
 from memformer.data import (
     PixelTokenizer,
     Tokenizer,
@@ -116,7 +117,7 @@ def run_generate(argv: list[str]) -> None:
         done = _continue(reading, run.tokenizer, options, sampling, signals)
     else:
         file = user_path(options.save_session)
-        check_can_write(file)
+        check_session_file(options, file)
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with owned_file(file, option="--save_session"), signals_noted() as signals:
             reading = _start_reading(run, options, file, minutes=minutes)
@@ -177,12 +178,14 @@ def _continue(
         open_prompt(options.prompt, options.prompt_file, while_waiting=reading.save_if_due) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
-        parts = skip_to(reading.position, prompt.pieces(tokenizer))
+        parts, unknown = skip_to(reading.position, prompt.pieces(tokenizer)), UnknownWords(tokenizer)
         for number, part in enumerate(signals.until_signalled(parts, waits=True)):
             if options.resume and not number:
                 progress.begin_at(prompt.num_bytes)
+            unknown.add(part)
             reading.feed(part)
             progress.advance_to(prompt.num_bytes)
+    unknown.warn_if_most("the prompt")
     reading.is_finished = not signals.received
     reading.save()  # a reader of stdout may close it while text is generated
     ids: list[int] = []

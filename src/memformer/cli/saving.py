@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.utils.checks import check_number
+from memformer.utils.files import check_can_write
 
 # Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
 # spent on saving.
@@ -72,6 +73,21 @@ def add_saving_arguments(parser: ArgumentParser, *, text: str) -> None:
         action="store_true",
         help=f"Load the session in --save_session, which was saved while it read the same {text}, and read the rest.",
     )
+
+
+def check_session_file(options: Any, file: Path) -> None:
+    """Check that the session can be saved, and that no other saved session would be lost.
+
+    Raises:
+        InputError: The file exists, and the session does not begin with it.
+        SaveError: The file cannot be written.
+    """
+    check_can_write(file)
+    if file.exists() and not options.resume and options.load_session is None:
+        raise InputError(
+            f"--save_session {file} exists: give --load_session {file} too to go on from it, --resume to read the "
+            "rest of its text, or another file"
+        )
 
 
 def check_saving_options(options: Any) -> float:

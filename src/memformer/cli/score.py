@@ -11,16 +11,17 @@ from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse
 from memformer.cli.positions import Position, take_up_to
 from memformer.cli.prompts import InputText, open_input
-from memformer.cli.saving import Saving, add_saving_arguments, check_saving_options
+from memformer.cli.saving import Saving, add_saving_arguments, check_saving_options, check_session_file
 from memformer.cli.score_output import ScoreOutput
 from memformer.cli.scoring import Scoring, blocks_up_to
+from memformer.cli.unknown_words import UnknownWords
 from memformer.data import PixelTokenizer
 from memformer.data.lines import LineReader, TextPart
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import content_unit
 from memformer.training.run_folder import LoadedRun
 from memformer.utils.checks import check_integer, check_number
-from memformer.utils.files import check_can_write, user_path
+from memformer.utils.files import user_path
 from memformer.utils.ownership import owned_file
 from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
@@ -110,7 +111,7 @@ def run_score(argv: list[str]) -> int:
     file = None if options.save_session is None else user_path(options.save_session)
     with ExitStack() as stack:
         if file is not None:
-            check_can_write(file)
+            check_session_file(options, file)
             stack.enter_context(owned_file(file, option="--save_session"))
         signals = stack.enter_context(signals_noted())
         scoring = _start(run, options, file, minutes=minutes)
@@ -173,7 +174,7 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
     ):
         reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held)
         parts = reader.parts(ends_line=options.save_session is None)
-        start = scoring.position
+        start, unknown = scoring.position, UnknownWords(run.tokenizer)
 
         def bytes_scored() -> int:
             # Before decompression, of which only the bytes read are known: those scored are about the same share.
@@ -182,6 +183,7 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
         for number, part in enumerate(signals.until_signalled(_from(start, parts, text, run), waits=True)):
             if start.length and not number:
                 progress.begin_at(bytes_scored())
+            unknown.add(part.token_ids)
             first_line = scoring.sums.line.number
             nll, lines = scoring.score(part)
             output.tokens(part, nll, first_line=first_line)
@@ -190,6 +192,7 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
             scoring.save_if_due()
             if output.leaves_terminal_free:
                 progress.advance_to(bytes_scored())
+    unknown.warn_if_most(text.name)
     if not signals.received:
         scoring.is_finished = True
         scoring.held = reader.held

@@ -21,7 +21,7 @@ from memformer.data import (
 from memformer.errors import CheckpointError, InputError
 from memformer.models import build_model, load_model
 from memformer.models.config import MemformerConfig
-from memformer.training.checkpoint import checkpoints_newest_first
+from memformer.training.checkpoint import checkpoints_newest_first, updates_of
 from memformer.training.config import RunConfig
 from memformer.training.processes import Processes, processes_started, were_restarted
 from memformer.training.run_data import (
@@ -32,6 +32,7 @@ from memformer.training.run_folder import (
     BEST,
     CHECKPOINTS,
     RESULT_FILE,
+    newest_checkpoint,
     owned_run_folder,
     read_run_config,
     write_run_config,
@@ -96,6 +97,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
         now = dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer))
         # Files that were moved are found to be the same by their content, if the run has recorded it.
         _refuse(find_changed_key(saved, now, may_change=() if began_with is None else LOCATION_KEYS))
+        _check_num_updates(folder, config.training.num_updates)
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
 
@@ -130,6 +132,16 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
 def _refuse(change: str | None) -> None:
     if change is not None:
         raise CheckpointError(f"{change}; a run cannot be resumed with this change")
+
+
+def _check_num_updates(folder: Path, num_updates: int) -> None:
+    if any(updates_of(checkpoint) > num_updates for checkpoint in checkpoints_newest_first(folder / CHECKPOINTS)):
+        done = updates_of(newest_checkpoint(folder))
+        if done > num_updates:
+            raise InputError(
+                f"training.num_updates ({num_updates}) is below the {done} updates that {folder} has made; a run ends "
+                f"at {done} or later"
+            )
 
 
 def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:

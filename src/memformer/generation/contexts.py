@@ -122,18 +122,23 @@ class SegmentContext:
         self.hidden_padding = state["hidden_padding"].to(self.model.device)
         self._decoding = None
 
-    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read full segments (R, S) of some rows one after the other; return the last memory.
+    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
+        """Read full segments (R, S) of some rows one after the other; nothing changes before `begin_segment`.
 
-        The memory, (R, K, W), is valid until the next call.
+        Returns:
+            The last memory, (R, K, W), and what `begin_segment` takes; valid until the next call.
         """
+        del rows
         for segment in segments:
             hidden, memory = self.reader.read(segment, memory)
+        return memory, hidden
+
+    def begin_segment(self, rows: Rows, hidden: Hidden) -> None:
+        """Set the context of rows whose segment was read."""
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
         if self._decoding is not None:
             self._decoding.restart(range(len(self.hidden)) if isinstance(rows, slice) else rows.tolist())
-        return memory
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
@@ -145,7 +150,7 @@ class SegmentContext:
 
     def predict_and_read(
         self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]
-    ) -> tuple[PredictingStates, Tensor]:
+    ) -> tuple[PredictingStates, tuple[Tensor, Tensor]]:
         """Return the states that predict the full segments of some rows, and what `read` returns."""
         states = self.predict(segment, [], rows=rows, memory=memory)
         return states, self.read([segment], rows=rows, memory=memory)
@@ -193,14 +198,21 @@ class TokenContext:
         """Set the tensors to those of a saved session, which must have this context's shapes."""
         self.previous = state["previous"].to(self.model.device)
 
-    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> Tensor:
-        """Read full segments (R, S) of some rows one after the other; return the last memory.
+    def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
+        """Read full segments (R, S) of some rows one after the other; nothing changes before `begin_segment`.
 
-        The memory, (R, K, W), is valid until the next call.
+        Returns:
+            The last memory, (R, K, W), and what `begin_segment` takes; valid until the next call.
         """
+        previous = self.previous[rows]
         for segment in segments:
-            _, memory = self.predict_and_read(segment, rows=rows, memory=memory)
-        return memory
+            _, memory = self.reader.read(torch.cat([previous, segment[:, :-1]], dim=1), memory)
+            previous = segment[:, -1:]
+        return memory, previous
+
+    def begin_segment(self, rows: Rows, previous: Int64[Tensor, "R 1"]) -> None:
+        """Set the context of rows whose segment was read."""
+        self.previous[rows] = previous
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
@@ -211,11 +223,10 @@ class TokenContext:
 
     def predict_and_read(
         self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]
-    ) -> tuple[PredictingStates, Tensor]:
+    ) -> tuple[PredictingStates, tuple[Tensor, Tensor]]:
         """Return the states that predict the full segments of some rows, and what `read` returns."""
         hidden, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
-        self.previous[rows] = segment[:, -1:]
-        return PredictingStates(hidden.clone()), memory
+        return PredictingStates(hidden.clone()), (memory, segment[:, -1:])
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""

@@ -73,7 +73,6 @@ class Decoding:
                 first_token = 1 if done == 0 else 0
                 inputs[row, first_token:count] = tokens[row, done - 1 + first_token : done - 1 + count]
                 positions[row, :count] = torch.arange(done, done + count, device="cpu")
-                self.num_decoded[row] += count
             if self._step is not None and width == 1:
                 logits = self._step(inputs, positions)
             else:
@@ -91,6 +90,8 @@ class Decoding:
                 latest = logits[torch.arange(len(num_new), device=device), last]
                 is_unchanged = torch.tensor([count == 0 for count in num_new], device=device)[:, None]
                 self.logits = latest if self.logits is None else torch.where(is_unchanged, self.logits, latest)
+            # Only now: after an interrupt or an error, the same tokens are decoded again.
+            self.num_decoded = [pending + 1 for pending in num_pending]
         assert self.logits is not None
         return self.logits
 

@@ -66,7 +66,7 @@ class Session:
     @property
     def memory(self) -> Memory:
         """Copy of the memory after the last full segment."""
-        return self._streams.memory.clone()
+        return self._streams.state()["memory"].clone()
 
     @property
     def num_tokens(self) -> list[int]:

@@ -1,11 +1,13 @@
 """The state of token streams that are read side by side, and reading: segment by segment, as soon as one is full."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memformer.errors import InputError
 from memformer.generation.contexts import PredictingStates, Rows, make_context
 from memformer.generation.session_files import State
 from memformer.models import LanguageModel
@@ -63,6 +65,9 @@ class _Waiting:
 class Streams:
     """State of the rows of a session: memory, context and pending tokens of each.
 
+    A call that is interrupted (Ctrl-C) or fails leaves the state of the tokens taken so far: the model computes before
+    anything changes, and a full segment that was taken but not read is read by the next call.
+
     Args:
         model: The model that reads.
         batch_size: Number of rows.
@@ -74,6 +79,7 @@ class Streams:
         self.num_pending = [0] * batch_size
         self.num_fed = [0] * batch_size
         self.num_selections = 0
+        self._is_changing = False
         with reading(model):
             # On the CPU, because tokens are accessed one by one.
             self.tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
@@ -87,19 +93,21 @@ class Streams:
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the next-token logits of each row."""
+        self._read_full_rows()
         with reading(self.model):
             return self.context.next_token_logits(self.tokens, self.num_pending, memory=self.memory)
 
     def select_rows(self, rows: list[int]) -> None:
         """Replace the rows by copies of these."""
+        self._read_full_rows()
         index = torch.tensor(rows, device="cpu")
-        with reading(self.model):
+        with reading(self.model), self._changing():
             self.memory = self.memory[index.to(self.model.device)]
             self.context.select_rows(index.to(self.model.device))
             self.tokens = self.tokens[index]
-        self.num_pending = [self.num_pending[row] for row in rows]
-        self.num_fed = [self.num_fed[row] for row in rows]
-        self.num_selections += 1
+            self.num_pending = [self.num_pending[row] for row in rows]
+            self.num_fed = [self.num_fed[row] for row in rows]
+            self.num_selections += 1
 
     def set_state(self, state: State) -> None:
         """Set the state to one that `check_state` has checked, converted to the model's dtypes.
@@ -115,6 +123,7 @@ class Streams:
 
     def state(self) -> State:
         """Return the tensors of the state, not copied."""
+        self._read_full_rows()
         return {
             "memory": self.memory,
             **self.context.tensors,
@@ -124,6 +133,7 @@ class Streams:
 
     def feed(self, rows: list[Tensor]) -> None:
         """Read tokens of each row, int64 tensors on the CPU."""
+        self._check_unbroken()
         rest = self._take(rows)
         full = self._full_rows()
         if not full:
@@ -133,14 +143,20 @@ class Streams:
             while full:
                 chosen, segment = self._choose(full)
                 more, rest = self._split_whole_segments(rest) if len(full) == self.batch_size else ([], rest)
-                memory = self.context.read([segment, *more], rows=chosen, memory=self.memory[chosen])
-                self._begin_segment(full, chosen, memory)
-                self.num_fed = [count + len(more) * self.model.segment_length for count in self.num_fed]
+                read = self.context.read([segment, *more], rows=chosen, memory=self.memory[chosen])
+                self._begin_segment(full, chosen, *read, num_more=len(more))
                 rest = self._take(rest)
                 full = self._full_rows()
 
+    def _read_full_rows(self) -> None:
+        """Read what an interrupted call has taken but not read."""
+        self._check_unbroken()
+        if self._full_rows():
+            self.feed([self.tokens.new_empty(0)] * self.batch_size)
+
     def read_out(self, rows: list[Tensor], readout: Readout) -> list[list[Tensor]]:
         """Read tokens; return for each row the values of `readout` (`decode` or `token_nll`) for them, in pieces."""
+        self._check_unbroken()
         found: list[list[Tensor]] = [[] for _ in rows]
         waiting = _Waiting(readout, found)
         self.context.reader.begin()
@@ -170,9 +186,9 @@ class Streams:
             yield others, segment, self.context.predict(segment, pending, rows=chosen, memory=self.memory[chosen])
         if full:
             chosen, segment = self._choose(full)
-            states, memory = self.context.predict_and_read(segment, rows=chosen, memory=self.memory[chosen])
+            states, read = self.context.predict_and_read(segment, rows=chosen, memory=self.memory[chosen])
             yield full, segment, states
-            self._begin_segment(full, chosen, memory)
+            self._begin_segment(full, chosen, *read)
 
     def _take(self, rows: list[Tensor]) -> list[Tensor]:
         """Take tokens up to the end of each row's current segment; return the tokens after it."""
@@ -204,9 +220,28 @@ class Streams:
             return slice(None), self.tokens.to(device, copy=True)
         return torch.tensor(rows, device=device), self.tokens[rows].to(device)
 
-    def _begin_segment(self, rows: list[int], chosen: Rows, memory: Memory) -> None:
-        """Set the memory of rows whose segment was read."""
-        self.memory[chosen] = memory
-        for row in rows:
-            self.tokens[row] = 0  # so that the state depends only on the tokens after the last segment
-            self.num_pending[row] = 0
+    def _begin_segment(
+        self, rows: list[int], chosen: Rows, memory: Memory, context: Tensor, *, num_more: int = 0
+    ) -> None:
+        """Set the state of rows whose segment was read, and after it a number of further segments."""
+        with self._changing():
+            self.memory[chosen] = memory
+            self.context.begin_segment(chosen, context)
+            for row in rows:
+                self.tokens[row] = 0  # so that the state depends only on the tokens after the last segment
+                self.num_pending[row] = 0
+                self.num_fed[row] += num_more * self.model.segment_length
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Mark the state as broken if the `with` block, which takes microseconds, does not end normally."""
+        self._is_changing = True
+        yield
+        self._is_changing = False
+
+    def _check_unbroken(self) -> None:
+        if self._is_changing:
+            raise InputError(
+                "the session was interrupted while its state changed, and the state is lost; load a saved session or "
+                "begin a new one"
+            )

@@ -223,6 +223,11 @@ def checkpoint_name(num_updates: int) -> str:
     return f"update-{num_updates:09d}"
 
 
+def updates_of(checkpoint: Path) -> int:
+    """Return the number of updates that the name of a checkpoint folder states."""
+    return int(checkpoint.name.removeprefix("update-"))
+
+
 def is_checkpoint_name(name: str) -> bool:
     """Whether `checkpoint_name` returns this name for some number of updates."""
     return _UPDATE_NAME.fullmatch(name) is not None
