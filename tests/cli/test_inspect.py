@@ -193,6 +193,12 @@ def test_bad_texts_write_nothing(run_folder, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
 
+def test_the_page_does_not_replace_the_text(run_folder, text):
+    before = text.read_bytes()
+    assert "is the text that is read" in refused("inspect", run_folder, "--text", text, "--output", text)
+    assert text.read_bytes() == before
+
+
 def test_a_missing_plotly_is_one_sentence_and_json_needs_none(run_folder, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     message = refused("inspect", run_folder, "--text", text, "--output", tmp_path / "page.html")

@@ -9,8 +9,10 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 
 from transformers import DynamicCache
 
+import memformer
 from memformer import InputError, Session, hf
-from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
+from memformer.data import ByteTokenizer
+from tests.helpers import VOCAB_SIZE, assert_close, tiny_config, tiny_model
 from tests.hf.models import BOS, left_padded, make_hf, texts
 
 
@@ -200,3 +202,15 @@ def test_other_uses_that_cannot_work_are_refused():
     model._is_replica = True
     with pytest.raises(InputError, match="torch.nn.DataParallel cannot train this model"):
         model(ids, labels=ids)
+
+
+def test_generation_stops_at_strings(tmp_path):
+    """transformers hands the tokenizer, in which it looks for the strings, on to the model."""
+    model = memformer.Memformer(tiny_config(vocab_size=256))
+    wrapped, tokenizer = hf.as_causal_lm(model), hf.as_hf_tokenizer(ByteTokenizer())
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    text = tokenizer.decode(wrapped.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :])
+    stop = text[5]
+    options = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [stop], "tokenizer": tokenizer}
+    found = tokenizer.decode(wrapped.generate(ids, **options)[0, ids.shape[1] :])
+    assert found == text[: text.index(stop) + 1]

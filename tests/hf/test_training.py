@@ -56,6 +56,19 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch():
     assert_same(gradients(model), expected)
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=["none", "zero", "tensor"])
+def test_a_batch_of_which_no_label_counts_has_the_loss_zero(num_items):
+    """Completions whose prompt fills the row, say; the Trainer then divides by 0 labels."""
+    ids, model = batch(2), make_hf()
+    labels = torch.full_like(ids, -100)
+    for is_training in (True, False):
+        loss = model.train(is_training)(ids, labels=labels, num_items_in_batch=num_items).loss
+        assert loss.item() == 0.0
+        if is_training:
+            loss.backward()
+            assert all(not grad.any() for grad in gradients(model).values())
+
+
 def test_a_loss_can_be_scaled_combined_and_left_unused():
     ids = batch(2)
     expected = one_batch_gradients(ids)

@@ -36,8 +36,11 @@ def test_a_file_in_use_is_refused(tmp_path):
     (tmp_path / "state").write_text("before")
     with owned_file(tmp_path / "state", option="--save_session"):
         message = rf"state is in use by process {os.getpid()} .* choose another --save_session"
-        with pytest.raises(InputError, match=message), owned_file(tmp_path / "state", option="--save_session"):
-            pass
+        (tmp_path / "link").symlink_to("state")
+        for name in ("state", "link"):  # a link is not replaced, but the file that it stands for
+            with pytest.raises(InputError, match=message), owned_file(tmp_path / name, option="--save_session"):
+                pass
+        (tmp_path / "link").unlink()
         with owned_file(tmp_path / "other", option="--save_session"):
             pass
     assert [file.name for file in tmp_path.iterdir()] == ["state"]

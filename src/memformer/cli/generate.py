@@ -12,7 +12,7 @@ from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive
 from memformer.cli.positions import Position
 from memformer.cli.prompts import open_prompt
 from memformer.cli.reading import Reading, saved_position, skip_to
-from memformer.cli.saving import add_saving_arguments, check_saving_options, check_session_file
+from memformer.cli.saving import add_saving_arguments, check_saving_options, check_session_file, saved_on_refusal
 from memformer.cli.scoring import held_bytes
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import (
@@ -121,7 +121,8 @@ def run_generate(argv: list[str]) -> None:
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with owned_file(file, option="--save_session"), signals_noted() as signals:
             reading = _start_reading(run, options, file, minutes=minutes)
-            done = _continue(reading, run.tokenizer, options, sampling, signals)
+            with saved_on_refusal(reading, file):
+                done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
     # Also after a signal: the session has moved past the new text, which nobody would see otherwise.
     print(json.dumps(done) if options.json else "")

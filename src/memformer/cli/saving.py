@@ -1,7 +1,8 @@
 """Saving of a session at intervals while a command reads, so that a kill costs minutes; the options for it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jsonargparse import ArgumentParser
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.utils.checks import check_number
-from memformer.utils.files import check_can_write
+from memformer.utils.files import check_can_write, user_path
 
 # Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
 # spent on saving.
@@ -76,18 +77,37 @@ def add_saving_arguments(parser: ArgumentParser, *, text: str) -> None:
 
 
 def check_session_file(options: Any, file: Path) -> None:
-    """Check that the session can be saved, and that no other saved session would be lost.
+    """Check that the session can be saved, and that it replaces no file but the one that it begins with.
 
     Raises:
         InputError: The file exists, and the session does not begin with it.
         SaveError: The file cannot be written.
     """
     check_can_write(file)
-    if file.exists() and not options.resume and options.load_session is None:
-        raise InputError(
-            f"--save_session {file} exists: give --load_session {file} too to go on from it, --resume to read the "
-            "rest of its text, or another file"
-        )
+    begins_with = None if options.load_session is None else user_path(options.load_session)
+    if options.resume or not file.exists() or (begins_with is not None and file.samefile(begins_with)):
+        return
+    raise InputError(
+        f"--save_session {file} exists: give --load_session {file} too to go on from it, --resume to read the rest of "
+        "its text, or another file"
+    )
+
+
+@contextmanager
+def saved_on_refusal(work: Any, file: Path | None) -> Iterator[None]:
+    """Save a `Scoring` or a `Reading` if the `with` block refuses the rest of its text, such as a byte in the middle.
+
+    Raises:
+        InputError: As in the block; the message also says where the session is.
+    """
+    start = work.position.length
+    try:
+        yield
+    except InputError as error:
+        if file is None or work.position.length == start:
+            raise
+        work.save()
+        raise InputError(f"{error}; the session up to there is saved to {file}") from error
 
 
 def check_saving_options(options: Any) -> float:

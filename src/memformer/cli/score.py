@@ -11,7 +11,13 @@ from memformer.cli.loading import load_run_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse
 from memformer.cli.positions import Position, take_up_to
 from memformer.cli.prompts import InputText, open_input
-from memformer.cli.saving import Saving, add_saving_arguments, check_saving_options, check_session_file
+from memformer.cli.saving import (
+    Saving,
+    add_saving_arguments,
+    check_saving_options,
+    check_session_file,
+    saved_on_refusal,
+)
 from memformer.cli.score_output import ScoreOutput
 from memformer.cli.scoring import Scoring, blocks_up_to
 from memformer.cli.unknown_words import UnknownWords
@@ -116,7 +122,8 @@ def run_score(argv: list[str]) -> int:
         signals = stack.enter_context(signals_noted())
         scoring = _start(run, options, file, minutes=minutes)
         output = ScoreOutput(options, run.tokenizer)
-        _score(scoring, run, options, output, signals)
+        with saved_on_refusal(scoring, file):
+            _score(scoring, run, options, output, signals)
         output.end(scoring)
         scoring.save()
     if signals.received:

@@ -87,10 +87,15 @@ def causal_loss(logits: Tensor, input_ids: Tensor, counted: Tensor, *, num_items
         logits: (B, T, V), the logits of the token after each column.
         input_ids: (B, T), token ids.
         counted: (B, T) bool, True in columns that count; False in the first.
-        num_items: Divisor. None: the number of columns that count.
+        num_items: Divisor. None: the number of columns that count. 0, if no column counts: the loss is 0.
     """
     is_target = counted[:, 1:]
     targets = input_ids.to(logits.device)[:, 1:][is_target]
     chosen = logits[:, :-1][is_target]
     nll = F.cross_entropy(chosen.to(torch.promote_types(chosen.dtype, torch.float32)), targets, reduction="sum")
-    return nll / (max(targets.numel(), 1) if num_items is None else num_items)
+    return nll / at_least_one(targets.numel() if num_items is None else num_items)
+
+
+def at_least_one(number: Tensor | int) -> Tensor | int:
+    """Return the number, or 1 if it is 0: a batch of which no label counts has the loss 0."""
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)

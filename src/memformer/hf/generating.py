@@ -1,6 +1,7 @@
 """Hooks of transformers' `generate` for models that carry a memory instead of a list of keys."""
 
 import copy
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,13 @@ class StreamGenerationMixin(GenerationMixin):
             model_kwargs["cache"] = MemformerCache(session)
         elif isinstance(cache, MemformerCache) and repeats > 1 and cache.batch_size == batch_size:
             cache.batch_repeat_interleave(repeats)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its parameters
+    def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of `forward`, which reads no tokenizer: `generate` is given one for `stop_strings`."""
+        del tokenizer
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True

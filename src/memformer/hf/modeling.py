@@ -12,7 +12,14 @@ from transformers.utils import ModelOutput
 from memformer.errors import CheckpointError, InputError
 from memformer.generation.session import Session
 from memformer.hf.cache import MemformerCache, check_cache
-from memformer.hf.columns import causal_loss, column_hidden_states, column_logits, stream_logits, with_all_ids
+from memformer.hf.columns import (
+    at_least_one,
+    causal_loss,
+    column_hidden_states,
+    column_logits,
+    stream_logits,
+    with_all_ids,
+)
 from memformer.hf.configuration import (
     CompressiveTransformerHFConfig,
     LSTMHFConfig,
@@ -246,7 +253,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         if getattr(self, "_is_replica", False):
             raise InputError("torch.nn.DataParallel cannot train this model; use one process for each device")
         rollout = make_rollout(self.memformer, rows, num_after=0, is_target=counted)
-        scale = 1.0 if num_items is None else rollout.count_target_tokens() / float(num_items)
+        scale = 1.0 if num_items is None else rollout.count_target_tokens() / float(at_least_one(num_items))
         return replayed_loss(self.memformer, rollout, scale=scale)
 
     def _open_cache(self, cache: Any, *, batch_size: int) -> MemformerCache:

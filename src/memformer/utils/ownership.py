@@ -62,7 +62,11 @@ def owned_folder(folder: Path, *, option: str) -> contextlib.AbstractContextMana
 
 
 def owned_file(file: Path, *, option: str) -> contextlib.AbstractContextManager[None]:
-    """Own a file that is replaced as a whole, by a lock beside it; otherwise as `owned_folder`."""
+    """Own a file that is replaced as a whole, by a lock beside it; otherwise as `owned_folder`.
+
+    A link stands for its file, which is what is replaced.
+    """
+    file = file.resolve()
     return _owned(file.with_name(f".{file.name}{LOCK_FILE}"), file, option=option)
 
 
