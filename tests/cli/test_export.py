@@ -1,6 +1,7 @@
 """The export command: folders that transformers and the library read, with a model card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -79,6 +80,16 @@ def test_the_card_has_front_matter_metrics_and_the_training(exported, run_folder
     assert "| num_slots | 2 |" in text
     assert str(run_folder.parent) not in text
     assert 'pipeline("text-generation", model="demo")' in text
+
+
+def test_the_examples_of_the_card_run(exported, monkeypatch, capsys):
+    """Whoever gets the folder begins with them."""
+    monkeypatch.chdir(exported.parent)
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", card_of(exported)[1], flags=re.DOTALL):
+        exec(compile(example, "card", "exec"), names)
+    assert capsys.readouterr().out.startswith("Once upon a time")
+    assert names["then"].shape == (1, 51)
 
 
 def test_last_weights_have_no_metrics_and_a_license_is_the_users(run_folder, tmp_path):

@@ -1,12 +1,13 @@
 """Loading a trained run in a command: choice of the weights, and error messages for damaged runs."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
-from memformer import Memformer
+from memformer import CheckpointError, Memformer, load_model
 from tests.cli.calls import call, call_json, refused
 from tests.helpers import tiny_model
 
@@ -25,6 +26,14 @@ def test_best_and_last_weights(copied):
     assert best["weights"] == str(weights)
     assert call_json("evaluate", folder)["with_memory"] != best["with_memory"]
     assert last["with_memory"]["bits_per_byte"] == pytest.approx(best["with_memory"]["bits_per_byte"], abs=0.5)
+
+
+def test_a_run_folder_is_not_a_saved_model(run_folder):
+    """The first thing that is tried in Python; the message names the folder to give, and the other function."""
+    message = rf"run is a run folder; its model is in {re.escape(str(run_folder / 'best'))}, and .*load_run reads it"
+    for load in (load_model, Memformer.from_pretrained):
+        with pytest.raises(CheckpointError, match=message):
+            load(run_folder)
 
 
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(copied):

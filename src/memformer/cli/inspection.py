@@ -165,7 +165,8 @@ def _open_source(run: LoadedRun, options: Any) -> Iterator[_Source]:
         elif options.data is not None:
             yield _of_documents(run, open_given(run, options.data), options, "the given documents")
         elif run.run_config is None:
-            raise InputError(f"{run.folder} has no data of its own; give --text, or --data.kind and --data.path")
+            text = "" if isinstance(run.tokenizer, PixelTokenizer) else "--text, or "
+            raise InputError(f"{run.folder} has no data of its own; give {text}--data.kind and --data.path")
         else:
             yield _of_run(run, options)
 

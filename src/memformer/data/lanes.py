@@ -16,6 +16,7 @@ from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed, check_type
+from memformer.utils.tables import counted
 
 PADDING_TOKEN_ID = 0
 
@@ -86,7 +87,7 @@ class LaneStream(RolloutStream):
             # Half of the tokens of a lane: there are then enough pieces even if up to half of them are held out.
             max_document_tokens = max(1, corpus.num_tokens // (2 * num_lanes))
             raise InputError(
-                f"{corpus.name} has {_count(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
+                f"{corpus.name} has {counted(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
                 f"data.max_document_tokens to at most {max_document_tokens} to cut documents up, "
                 f"or training.num_lanes to at most {corpus.num_documents}"
             )
@@ -297,10 +298,6 @@ class RolloutBuffer:
             decoder_start_ids=None if self._decoder_start_ids is None else tensor(self._decoder_start_ids),
         )
         return rollout, tensor(self._documents)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _format_value(name: str, value: Any) -> str:

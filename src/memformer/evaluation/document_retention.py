@@ -17,7 +17,7 @@ from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers
 from memformer.utils.machine import peak_memory_bytes
-from memformer.utils.tables import format_table
+from memformer.utils.tables import counted, format_table
 
 DEFAULT_DELAYS = (0, 1, 2, 4, 8, 16, 32)
 
@@ -181,8 +181,8 @@ class DocumentRetention:
                 f"bits per {self.unit} with the memory of an earlier segment (delay in segments)",
                 by_delay,
                 f"computed over the same {self.num_delayed_tokens:,} tokens, which have at least "
-                f"{max(self.delayed_nll)} segments of {self.segment_length} tokens before them",
-                f"{self.num_documents:,} held-out documents of {self.num_tokens:,} tokens; peak memory "
+                f"{counted(max(self.delayed_nll), 'segment')} of {self.segment_length} tokens before them",
+                f"{counted(self.num_documents, 'held-out document')} of {self.num_tokens:,} tokens; peak memory "
                 f"{self.peak_memory_bytes / 2**20:,.0f} MiB",
             )
         )

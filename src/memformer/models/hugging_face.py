@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memformer.errors import InputError, first_line
+from memformer.errors import CheckpointError, InputError, first_line
 from memformer.utils.files import user_path
 
 # transformers puts the weights of a model with a head under the name of the model inside (`base_model_prefix`).
@@ -86,6 +86,23 @@ def find_model_folder(name: str | Path) -> Path:
     if match is None or folder.exists() or folder.parent.is_dir():
         return folder
     return _download(match["name"], match["revision"])
+
+
+def find_saved_model(name: str | Path) -> Path:
+    """Return what `find_model_folder` returns, if it is not a run folder.
+
+    Raises:
+        CheckpointError: It is a run folder, which holds the saved model in a folder of its own.
+        InputError: As `find_model_folder`.
+    """
+    folder = find_model_folder(name)
+    best = folder / "best"
+    if not (folder / "config.json").exists() and (best / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is a run folder; its model is in {best}, and memformer.training.run_folder.load_run reads it "
+            "with its tokenizer"
+        )
+    return folder
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -8,7 +8,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.config import ModelConfig
-from memformer.models.hugging_face import find_model_folder
+from memformer.models.hugging_face import find_saved_model
 from memformer.models.language_model import LanguageModel
 from memformer.models.lstm import LSTM
 from memformer.models.memformer import Memformer
@@ -50,7 +50,7 @@ def load_model(
         InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it; or the model
             cannot be downloaded.
     """
-    folder = find_model_folder(folder)
+    folder = find_saved_model(folder)
     file = folder / CONFIG_FILE
     model_type = read_json(file).get("model_type")
     if model_type == MemformerClassificationConfig.model_type:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memformer.errors import InputError
 from memformer.models.config import MemoryEncoderConfig
 from memformer.models.encoder import Encoder
-from memformer.models.hugging_face import find_model_folder
+from memformer.models.hugging_face import find_saved_model
 from memformer.models.recurrence import check_tokens
 from memformer.models.token_model import TokenModel
 from memformer.nn.attention import AttentionRecord
@@ -54,7 +54,7 @@ class MemoryEncoder(TokenModel):
             InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`; or the model
                 cannot be downloaded.
         """
-        folder = find_model_folder(folder)
+        folder = find_saved_model(folder)
         config = cls._read_config(folder)
         return cls._read_weights(folder, config if num_slots is None else _with_slots(config, num_slots), device=device)
 

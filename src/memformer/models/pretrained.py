@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
-from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_model_folder, without_foreign_keys
+from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_saved_model, without_foreign_keys
 from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
 from memformer.utils.renames import TENSORS, first_default, first_model_key, update_section, with_first_defaults
@@ -76,7 +76,7 @@ class Pretrained(nn.Module):
             CheckpointError: A file is missing, damaged, or of another model.
             InputError: The model cannot be downloaded.
         """
-        folder = find_model_folder(folder)
+        folder = find_saved_model(folder)
         return cls._read_weights(folder, cls._read_config(folder), device=device)
 
     @classmethod

@@ -25,8 +25,9 @@ class DataConfig:
 
     Args:
         train: Training documents.
-        validation: Validation documents, with the same keys as data.train; the best weights are chosen by them. null:
-            hold out a fraction of the training documents.
+        validation: Validation documents, with the same keys as data.train (--data.validation.path, ...; they are listed
+            by --data.validation.help); the best weights are chosen by them. null: hold out a fraction of the training
+            documents.
         validation_fraction: Fraction of the training documents to hold out if data.validation is null.
         test: Test documents, with the same keys as data.train, for the final evaluation of the best weights. null: use
             the validation documents, by which these weights were chosen.
