@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memformer import CheckpointError, Memformer, load_model
-from tests.cli.calls import call, call_json, refused
+from tests.cli.calls import call, call_json, make_text, refused
 from tests.helpers import tiny_model
 
 
@@ -34,6 +34,25 @@ def test_a_run_folder_is_not_a_saved_model(run_folder):
     for load in (load_model, Memformer.from_pretrained):
         with pytest.raises(CheckpointError, match=message):
             load(run_folder)
+
+
+def test_a_relative_path_is_explained_in_another_folder(base, tmp_path, monkeypatch):
+    """The config keeps the path as it was written, and the run where the file was."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "book.txt").write_text((make_text(3) + "\n") * 9)
+    monkeypatch.chdir(tmp_path / "there")
+    options = ["--data.train.path", "book.txt", "--data.max_document_tokens", "32", "--training.num_updates", "1"]
+    call_json("train", base / "config.yaml", "--folder", tmp_path / "run", *options)
+    assert call("evaluate", tmp_path / "run")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    expected = (
+        f"data.train.path (book.txt) does not exist in this folder; the run was trained on {tmp_path}/there/book.txt: "
+        "give the command in the folder from which it was trained"
+    )
+    for command in ("evaluate", "retention", "inspect"):
+        assert refused(command, tmp_path / "run") == expected
+    (tmp_path / "there" / "book.txt").unlink()
+    assert refused("evaluate", tmp_path / "run") == "data.train.path (book.txt) does not exist"
 
 
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(copied):

@@ -1,6 +1,7 @@
 """Helpers shared by the commands that use a trained run: load its model, read its config, choose the device."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,10 +51,26 @@ def run_config_of(run: LoadedRun) -> RunConfig:
 
 
 def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
-    """Return the data of a run, with a warning if its files are not those that the run was trained on."""
+    """Return the data of a run, with a warning if its files are not those that the run was trained on.
+
+    Raises:
+        InputError: The data are missing or cannot be read; the message says where files were, if they still are there.
+    """
     inputs = read_inputs(run.folder)
     if inputs is not None:
-        change = find_changed_input(inputs, describe_inputs(data, run.tokenizer, known=inputs))
+        try:
+            now = describe_inputs(data, run.tokenizer, known=inputs)
+        except InputError as error:
+            found = [
+                file["path"] for files in inputs["files"].values() for file in files if Path(file["path"]).exists()
+            ]
+            if not found:
+                raise
+            raise InputError(
+                f"{error} in this folder; the run was trained on {found[0]}: give the command in the folder from "
+                "which it was trained"
+            ) from error
+        change = find_changed_input(inputs, now)
         if change is not None:
             print_warning(f"{change}; the result is about other documents, some of which may have been trained on")
     return prepare_data(data, tokenizer=run.tokenizer, shows_progress=True)
