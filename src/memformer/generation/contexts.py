@@ -133,7 +133,7 @@ class SegmentContext:
             hidden, memory = self.reader.read(segment, memory)
         return memory, hidden
 
-    def begin_segment(self, rows: Rows, hidden: Hidden) -> None:
+    def begin_segment(self, rows: Rows, hidden: Float[Tensor, "R J D"]) -> None:
         """Set the context of rows whose segment was read."""
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
