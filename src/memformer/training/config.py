@@ -97,9 +97,10 @@ class DataConfig:
         task, defaults = None if self.recall is None else self.recall.task, DataConfig()
         for name in unread_data_keys(kind=kind, task=task):
             if getattr(self, name) != getattr(defaults, name):
-                reader = f"data.train.kind ({kind!r})" if task is None else f"data.recall.task ({task!r})"
-                why = "whose pixels are the tokens" if task is None else "which generates its own text"
-                raise InputError(f"data.{name} is not read by {reader}, {why}; leave it out")
+                reader = f"data.train.kind ({kind!r}), whose pixels are the tokens"
+                if task is not None and has_own_vocabulary(task):
+                    reader = f"data.recall.task ({task!r}), which generates its own text"
+                raise InputError(f"data.{name} is not read by {reader}; leave it out")
 
     def check_pieces(self, size: int, name: str) -> None:
         """Check that `max_document_tokens` is a multiple of a size, whose name follows it in the message.
