@@ -69,6 +69,8 @@ def folder(tmp_path_factory):
     for system in ("BGL", "HDFS", "Spark", "Zookeeper"):
         with lzma.open(folder / "data" / "logs" / f"{system}.log.xz", "wt", encoding="utf-8") as stream:
             stream.writelines(log_lines(system))
+    for name in ("old.log", "new.log"):
+        (folder / name).write_text("".join(log_lines("HDFS")))
     return folder
 
 
@@ -97,7 +99,8 @@ def run_page(page, more):
         argv += shlex.split(extra)
         if program == "memformer":
             status, out, error = call(*argv)
-            assert status == 0, f"{line}: {error}"
+            # A line above the threshold is a result, too.
+            assert status in ({0, 1} if "--threshold" in argv else {0}), f"{line}: {error}"
         else:
             out = run_script(*argv)
         if target:
@@ -277,7 +280,9 @@ def test_turns_are_measured_by_three_readings(dialogue_outputs, folder):
 def test_the_commands_of_the_logs_page_run(logs_outputs, folder):
     (report,) = (out for line, out in logs_outputs.items() if ".py report" in line)
     (prepared,) = (out for line, out in logs_outputs.items() if ".py prepare" in line)
-    assert [line.startswith("memformer train") for line in logs_outputs].count(True) == len(logs.SYSTEMS)
+    assert [line.startswith("memformer train") for line in logs_outputs].count(True) == len(logs.SYSTEMS) + 1
+    (highest,) = (out for line, out in logs_outputs.items() if "--top 20" in line)
+    assert len(re.findall("^> ", highest, flags=re.MULTILINE)) == 20
     assert prepared.splitlines() == [
         "logs/bgl: 32 lines, 40 to test, 4 of them anomalous",
         "logs/zookeeper: 32 lines, 90 to test, 50 of them anomalous",
