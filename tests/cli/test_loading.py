@@ -55,6 +55,17 @@ def test_a_relative_path_is_explained_in_another_folder(base, tmp_path, monkeypa
     assert refused("evaluate", tmp_path / "run") == "data.train.path (book.txt) does not exist"
 
 
+def test_a_missing_file_is_not_explained_by_another_one(base, tmp_path):
+    """The validation documents are where they were; those of training are gone, whatever the folder."""
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text((make_text(3) + "\n") * 9)
+    options = ["--data.train.path", tmp_path / "train.txt", "--data.max_document_tokens", "32"]
+    options += ["--data.validation.kind", "text", "--data.validation.path", tmp_path / "valid.txt"]
+    call_json("train", base / "config.yaml", "--folder", tmp_path / "run", "--training.num_updates", "1", *options)
+    (tmp_path / "train.txt").unlink()
+    assert refused("evaluate", tmp_path / "run") == f"data.train.path ({tmp_path}/train.txt) does not exist"
+
+
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(copied):
     (copied / "checkpoints" / "update-000000004" / "manifest.json").write_text("{}")
     status, out, err = call("evaluate", copied, "--checkpoint", "last")

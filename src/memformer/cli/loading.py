@@ -61,8 +61,12 @@ def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
         try:
             now = describe_inputs(data, run.tokenizer, known=inputs)
         except InputError as error:
+            # The message of a missing path begins with its option, that of a file that cannot be read with the file.
             found = [
-                file["path"] for files in inputs["files"].values() for file in files if Path(file["path"]).exists()
+                file["path"]
+                for key, files in inputs["files"].items()
+                for file in files
+                if str(error).startswith((f"{key}.", f"{key} ")) and Path(file["path"]).exists()
             ]
             if not found:
                 raise

@@ -32,6 +32,7 @@ from memformer.training.run_folder import (
 from memformer.utils.checks import check_seed
 from memformer.utils.files import check_can_write, user_path, write_json
 from memformer.utils.progress import ProgressBar
+from memformer.utils.tables import counted
 
 RETENTION_FILE = "retention.json"
 RETENTION_FIGURE_FILE = "retention.png"
@@ -146,7 +147,7 @@ def run_retention(argv: list[str]) -> None:
         print(json.dumps(figures))
     else:
         if isinstance(result, Recall):
-            facts = "1 fact" if result.num_facts == 1 else f"{result.num_facts} facts"
+            facts = counted(result.num_facts, "fact")
             print(f"{figures['task']}, {facts}; longest distance in training: {figures['trained_distance']:,}")
         print(result.to_table())
         print(f"{figures['seconds']:,.1f} s; weights: {run.weights}")

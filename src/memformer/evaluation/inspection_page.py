@@ -10,6 +10,7 @@ import numpy as np
 
 from memformer.errors import InputError
 from memformer.evaluation.inspection_results import Array, Inspection
+from memformer.utils.tables import counted
 
 _LARGEST_WEIGHT = (1 << 16) - 1
 
@@ -84,5 +85,5 @@ def _describe_probes(inspection: Inspection) -> str:
     of_slots = (
         "" if inspection.num_probed_slots == len(inspection.slots) else f" of {inspection.num_probed_slots} slots"
     )
-    times = "1 time" if inspection.num_probes == 1 else f"{inspection.num_probes} times"
+    times = counted(inspection.num_probes, "time")
     return f"Half-lives{of_slots} were measured {times}, over at most {inspection.probe_timesteps} timesteps each."

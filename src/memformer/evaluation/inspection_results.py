@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from memformer.utils.tables import format_table
+from memformer.utils.tables import counted, format_table
 
 Kind = Literal["holding", "aggregating", "fast turnover"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -274,9 +274,8 @@ class Inspection:
         kinds = format_table(("kind of slot", "weight for itself", "share", "of heads", "paper"), self.kind_rows())
         erased, intact = self.nll_erased * scale, self.nll * scale
         return (
-            f"{kinds}\n{self.num_tokens:,} tokens of {self.num_documents:,} document"
-            f"{'' if self.num_documents == 1 else 's'}: {intact:.4f} bits/token with memory, {erased:.4f} with it "
-            f"erased, memory gain {erased - intact:.4f}\n{self.selection}"
+            f"{kinds}\n{self.num_tokens:,} tokens of {counted(self.num_documents, 'document')}: {intact:.4f} "
+            f"bits/token with memory, {erased:.4f} with it erased, memory gain {erased - intact:.4f}\n{self.selection}"
         )
 
 

@@ -204,11 +204,16 @@ class TokenContext:
         Returns:
             The last memory, (R, K, W), and what `begin_segment` takes; valid until the next call.
         """
+        _, memory, previous = self._read(segments, rows=rows, memory=memory)
+        return memory, previous
+
+    def _read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the hidden states of the last segment, and what `read` returns."""
         previous = self.previous[rows]
         for segment in segments:
-            _, memory = self.reader.read(torch.cat([previous, segment[:, :-1]], dim=1), memory)
+            hidden, memory = self.reader.read(torch.cat([previous, segment[:, :-1]], dim=1), memory)
             previous = segment[:, -1:]
-        return memory, previous
+        return hidden, memory, previous
 
     def begin_segment(self, rows: Rows, previous: Int64[Tensor, "R 1"]) -> None:
         """Set the context of rows whose segment was read."""
@@ -225,8 +230,8 @@ class TokenContext:
         self, segment: Int64[Tensor, "R S"], *, rows: Rows, memory: Float[Tensor, "R K W"]
     ) -> tuple[PredictingStates, tuple[Tensor, Tensor]]:
         """Return the states that predict the full segments of some rows, and what `read` returns."""
-        hidden, memory = self.reader.read(torch.cat([self.previous[rows], segment[:, :-1]], dim=1), memory)
-        return PredictingStates(hidden.clone()), (memory, segment[:, -1:])
+        hidden, memory, previous = self._read([segment], rows=rows, memory=memory)
+        return PredictingStates(hidden.clone()), (memory, previous)
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""
