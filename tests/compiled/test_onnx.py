@@ -11,12 +11,13 @@ import torch
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 
-from memformer import InputError, Session
+from memformer import InputError, InputTypeError, Session
 from memformer.generation import onnx_export
 from memformer.generation.onnx_export import DECODING_STEP_FILE, SIZES_FILE, TIMESTEP_FILE, export_onnx
 from tests.cli.calls import call, refused
 from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
+from tests.models.classifiers import tiny_classifier
 
 S = SEGMENT_LENGTH
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "onnx.md"
@@ -161,6 +162,8 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(tmp_path, monkeypatc
         export_onnx(make(positions="relative"), tmp_path / "other")
     with pytest.raises(InputError, match=r"a model of type lstm cannot be exported to ONNX"):
         export_onnx(tiny_baseline("lstm"), tmp_path / "other")
+    with pytest.raises(InputTypeError, match=r"model is of class MemformerFor\w+; it must be a LanguageModel"):
+        export_onnx(tiny_classifier(), tmp_path / "other")
     monkeypatch.setattr(onnx_export, "find_spec", lambda name: None)
     message = refused("export", tmp_path / "model", "--onnx", tmp_path / "other")
     assert "needs onnx and onnxscript: pip install 'memformer-lm[onnx]'" in message

@@ -171,6 +171,8 @@ def test_generation_begins_with_bos_alone():
         ({"input_ids": torch.ones(16, dtype=torch.int64)}, r"input_ids have shape \(16,\)"),
         ({"input_ids": torch.ones(3, 0, dtype=torch.int64)}, r"input_ids have shape \(3, 0\)"),
         ({"inputs_embeds": torch.ones(3, 16, 16)}, "inputs_embeds cannot be read"),
+        ({"output_attentions": True}, "output_attentions must be None or False: attention weights are not returned"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be None or False: the state is passed as cache"),
         ({"labels": torch.ones(3, 4)}, r"labels have shape \(3, 4\)"),
         ({"labels": torch.full((3, 16), 5)}, r"labels\[0, \d+\] is 5, but input_ids hold \d+ there"),
     ],
@@ -180,6 +182,19 @@ def test_bad_input_is_refused_in_one_sentence(changed, message):
     ids, mask = left_padded(texts())
     with pytest.raises(InputError, match=message):
         model(**{"input_ids": ids, "attention_mask": mask, **changed})
+
+
+@pytest.mark.parametrize("make", [make_hf, lambda: hf.MemformerModel(make_hf().config)])
+def test_arguments_of_other_models_may_be_given_if_they_ask_for_nothing(make):
+    ids, model = texts((13,))[0][None], make().eval()
+    nothing = dict.fromkeys(("output_attentions", "output_hidden_states"), False)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        assert torch.equal(model(ids, **nothing, past_key_values=None, position_ids=None)[0], expected)
+    with pytest.raises(InputError, match="output_hidden_states must be None or False"):
+        model(ids, output_hidden_states=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lables'"):
+        model(ids, lables=None)
 
 
 def test_other_uses_that_cannot_work_are_refused():

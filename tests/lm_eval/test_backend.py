@@ -157,6 +157,12 @@ def test_results_go_into_the_cache_of_the_harness(folder):
     assert kept == [("loglikelihood", requests[index].args, found[index]) for index in (1, 0)]
 
 
+def test_a_lone_surrogate_in_a_request_is_refused(model):
+    message = "a request holds a lone surrogate at character 3; it is not valid text"
+    with pytest.raises(InputError, match=message):
+        model.loglikelihood_rolling(requests_of("abc\ud800"))
+
+
 @pytest.mark.parametrize("disable", [True, False])
 def test_progress_can_be_switched_off(model, capsys, disable):
     model.loglikelihood_rolling(requests_of("ab"), disable_tqdm=disable)

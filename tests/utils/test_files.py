@@ -187,6 +187,18 @@ def test_a_file_has_the_mode_of_the_users_other_files_or_of_its_predecessor(tmp_
     assert (tmp_path / "folder" / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_new_folder_is_written_where_a_link_points(exists, tmp_path):
+    if exists:
+        (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "weights").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "target"]
+    assert names(tmp_path / "target") == ["weights"]
+
+
 def test_special_files_are_not_replaced_and_links_stay(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for check in (check_can_write, lambda file: write_text(file, "text")):

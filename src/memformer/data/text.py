@@ -123,6 +123,15 @@ def text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
     text = record[text_key]
     if not isinstance(text, str):
         raise InputError(f"{name} holds a {type(text).__name__} under {text_key!r}; it must be a string")
+    return utf_8_of(text, name)
+
+
+def utf_8_of(text: str, name: str) -> bytes:
+    """Return a text in UTF-8; `name` is what holds it, in messages.
+
+    Raises:
+        InputError: The text has a lone surrogate, which JSON can hold and UTF-8 cannot.
+    """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

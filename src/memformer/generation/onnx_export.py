@@ -27,6 +27,7 @@ from memformer.models import LSTM, LanguageModel, Memformer
 from memformer.models.decoder import Past
 from memformer.models.recurrence import reading
 from memformer.shapes import Memory, Segment, SegmentPadding
+from memformer.utils.checks import check_type
 from memformer.utils.files import new_folder, user_path
 
 TIMESTEP_FILE = "timestep.onnx"
@@ -164,8 +165,10 @@ def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[
     Raises:
         InputError: The packages onnx and onnxscript are missing, the model's positions are relative, the model is an
             LSTM, or the folder is a file or contains files.
+        InputTypeError: The model is not a language model, for example a classifier.
         SaveError: Writing failed; nothing is left behind.
     """
+    check_type("model", model, LanguageModel)
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise InputError(f"exporting to ONNX needs {' and '.join(missing)}: pip install 'memformer-lm[onnx]'")
     if getattr(model.config, "positions", "rotary") != "rotary":

@@ -278,10 +278,11 @@ class Session:
 
         Args:
             path: The file.
-            metadata: Additional metadata of the file, which `load` ignores.
+            metadata: Additional metadata of the file, names and values as strings, which `load` ignores.
 
         Raises:
             InputError: The state is not finite, because the model's weights are broken.
+            InputTypeError: A name or a value of the metadata is not a string.
             SaveError: Writing failed; an earlier file is intact.
         """
         write_state(user_path(path), self._streams.state(), model=self.model, metadata=metadata)

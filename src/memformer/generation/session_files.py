@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models import LanguageModel
+from memformer.utils.checks import check_type
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
 
 FORMAT = "memformer-session"
@@ -21,11 +22,15 @@ def write_state(path: Path, state: State, *, model: LanguageModel, metadata: Map
 
     Raises:
         InputError: The state is not finite.
+        InputTypeError: A name or a value of the metadata is not a string.
         SaveError: Writing failed; an earlier file is intact.
     """
     for name, tensor in state.items():
         if not _is_finite(tensor):
             raise InputError(f"the session's {name} is not finite; the model's weights are probably not finite either")
+    for name, value in (metadata or {}).items():
+        check_type(f"metadata name {name!r}", name, str)
+        check_type(f"metadata[{name!r}]", value, str)
     own = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: model.fingerprint()}
     write_tensors(path, state, metadata={**(metadata or {}), **own})
 

@@ -1,5 +1,6 @@
 """Models of transformers around the models of this library: one class for each model type and task."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -155,6 +156,7 @@ class RecurrentHiddenModel(RecurrentPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
+        **absent: object,
     ) -> MemformerModelOutput | tuple[Any, ...]:
         """Return the hidden states that the model reads its tokens into.
 
@@ -163,10 +165,13 @@ class RecurrentHiddenModel(RecurrentPreTrainedModel):
             attention_mask: (B, T), 0 at padding, which may stand anywhere. None: no padding but the pad token.
             inputs_embeds: Must be None.
             return_dict: False: return a tuple.
+            absent: `output_attentions`, `output_hidden_states`, `past_key_values` and `position_ids`, which other
+                models have: None or False.
 
         Raises:
-            InputError: A shape or a token id is wrong, or `inputs_embeds` are given.
+            InputError: A shape or a token id is wrong, or `inputs_embeds` or something absent is given.
         """
+        _check_absent(absent)
         rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
         output = MemformerModelOutput(last_hidden_state=column_hidden_states(self.memformer, rows))
         return output.to_tuple() if return_dict is False else output
@@ -200,6 +205,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
+        **absent: object,
     ) -> MemformerCausalLMOutput | tuple[Any, ...]:
         """Return logits, the loss, or the state after the last token.
 
@@ -215,11 +221,14 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
             num_items_in_batch: Number that the summed loss is divided by. None: the number of labels that count.
             inputs_embeds: Must be None.
             return_dict: False: return a tuple.
+            absent: `output_attentions`, `output_hidden_states`, `past_key_values` and `position_ids`, which other
+                models have: None or False.
 
         Raises:
-            InputError: A shape, a token id or a label is wrong, the cache is of another model or batch, or a gradient
-                is needed that a cache does not carry.
+            InputError: A shape, a token id or a label is wrong, the cache is of another model or batch, a gradient is
+                needed that a cache does not carry, or something absent is given.
         """
+        _check_absent(absent)
         rows = self._find_tokens(input_ids, attention_mask, inputs_embeds, has_past=cache is not None)
         assert input_ids is not None
         counted = None if labels is None else find_targets(rows, input_ids, labels)
@@ -261,6 +270,27 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
             return MemformerCache(Session(self.memformer, batch_size=batch_size))
         check_cache(cache, session_model=self.memformer, batch_size=batch_size)
         return cache
+
+
+_ABSENT = {
+    "output_attentions": "attention weights are not returned; `memformer inspect` shows them",
+    "output_hidden_states": "hidden states of layers are not returned; AutoModel returns those of the last one",
+    "past_key_values": "the state is passed as cache",
+    "position_ids": "positions are those of the tokens in their segment",
+}
+
+
+def _check_absent(absent: Mapping[str, object]) -> None:
+    """Accept the arguments of other models as long as they ask for nothing.
+
+    Raises:
+        InputError: One of them asks for something.
+    """
+    for name, value in absent.items():
+        if name not in _ABSENT:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        if value is not None and value is not False:
+            raise InputError(f"{name} must be None or False: {_ABSENT[name]}")
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:

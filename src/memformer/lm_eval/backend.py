@@ -10,6 +10,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from memformer.data.text import utf_8_of
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
@@ -131,7 +132,7 @@ class MemformerLM(LM):
         return self._collect("generate_until", requests, answers(), disable_tqdm=disable_tqdm)
 
     def _encode(self, text: str) -> Ids:
-        return self.run.tokenizer.encode(text.encode(), name="of the request")
+        return self.run.tokenizer.encode(utf_8_of(text, "a request"), name="of the request")
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Return the token ids of both, as the harness's other models do: spaces between them are the continuation's.

@@ -92,6 +92,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         SaveError: Writing failed; nothing is left behind.
     """
     folder = user_path(path).absolute()
+    if folder.is_symlink():
+        folder = folder.resolve()  # the link stays, and the folder that it names is written
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; choose an empty or a new folder for the export")
     partial = temporary_sibling(folder)
