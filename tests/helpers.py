@@ -11,9 +11,11 @@ VARIANTS = {
     "default": {},
     "paper": preset_fields("paper"),
     "relative positions": {"positions": "relative"},
-    "joint attention, starting from [BOS]": {"decoder_starts_from_last_token": False},
+    "joint attention, starting from [BOS]": {"decoder_start_tokens": 0},
     "separate attention": PAPER_DECODER,
-    "separate attention, starting from the last token": {"decoder_attention": "separate"},
+    "joint attention, starting from the last token": {"decoder_start_tokens": 1},
+    "joint attention, starting from more tokens than a segment has": {"decoder_start_tokens": 8},
+    "separate attention, starting from the last token": {"decoder_attention": "separate", "decoder_start_tokens": 1},
     "convolution": {"convolution_kernel": 3},
     "without memory": {"num_slots": 0},
     "temperature 1": {"write_temperature": 1.0},
@@ -42,6 +44,7 @@ VARIANTS = {
     "all options": {
         "positions": "relative",
         "decoder_attention": "separate",
+        "decoder_start_tokens": 1,
         "convolution_kernel": 3,
     },
 }

@@ -15,7 +15,7 @@ B, S = 3, SEGMENT_LENGTH
 TOKENS = torch.arange(B * S).view(B, S) % VOCAB_SIZE
 MODELS = {
     "memformer": tiny_model,
-    "its decoder reads less": lambda: tiny_model(decoder_starts_from_last_token=False),
+    "its decoder reads less": lambda: tiny_model(decoder_start_tokens=0),
     "without memory": lambda: tiny_model(num_slots=0),
     "lstm": lambda: tiny_baseline("lstm"),
     "transformer-xl": lambda: tiny_baseline("transformer-xl"),
@@ -109,3 +109,9 @@ def test_numbers_beyond_the_range_of_floats_are_refused():
         tiny_model(write_temperature=10**400)
     with pytest.raises(InputError, match="d_model .* must be at most"):
         tiny_model(d_model=10**400)
+
+
+def test_metadata_of_a_session_are_strings(tmp_path):
+    with pytest.raises(InputTypeError, match=r"metadata\['a'\] is of class int; it must be a str"):
+        Session(tiny_model()).save(tmp_path / "new", metadata={"a": 1})
+    assert not (tmp_path / "new").exists()

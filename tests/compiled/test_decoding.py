@@ -29,7 +29,7 @@ def random_rows(*lengths):
 
 @needs_compiler
 def test_compiled_logits_equal_eager_logits_at_every_position():
-    eager, compiled = make_pair(decoder_starts_from_last_token=False, adaptive_cutoffs=(4, 8))
+    eager, compiled = make_pair(decoder_start_tokens=0, adaptive_cutoffs=(4, 8))
     compiled._streams.context.reader.compiled = False  # reading has a test of its own
     for (token,) in zip(*random_rows(3 * SEGMENT_LENGTH), strict=True):
         for session in (eager, compiled):

@@ -70,7 +70,7 @@ class Oracle(RecurrentModel):
 def random_model(config, seed=0):
     """Return an untrained Memformer with the vocabulary of a task."""
     # From the last token, an untrained decoder would always answer with that token.
-    return tiny_model(seed, vocab_size=make_task(config).tokenizer.vocab_size, decoder_starts_from_last_token=False)
+    return tiny_model(seed, vocab_size=make_task(config).tokenizer.vocab_size, decoder_start_tokens=0)
 
 
 class Recorded(RecurrentModel):

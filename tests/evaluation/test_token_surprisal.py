@@ -14,7 +14,7 @@ from tests.models.baselines import tiny_baseline
 MODELS = {
     "default": tiny_model,
     "separate attention": lambda: tiny_model(**VARIANTS["separate attention"]),
-    "starting from [BOS]": lambda: tiny_model(decoder_starts_from_last_token=False),
+    "starting from [BOS]": lambda: tiny_model(decoder_start_tokens=0),
     "transformer_xl": lambda: tiny_baseline("transformer-xl"),
 }
 

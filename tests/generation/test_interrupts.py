@@ -11,7 +11,7 @@ from tests.models.baselines import BASELINES, tiny_baseline
 
 MODELS = {
     "memformer": tiny_model,
-    "separate": lambda: tiny_model(decoder_attention="separate", decoder_starts_from_last_token=False),
+    "separate": lambda: tiny_model(decoder_attention="separate", decoder_start_tokens=0),
     **{name: lambda name=name: tiny_baseline(name) for name in BASELINES},
 }
 COUNTS = (3, 2 * SEGMENT_LENGTH + 3, SEGMENT_LENGTH - 3, 1, 5 * SEGMENT_LENGTH)

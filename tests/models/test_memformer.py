@@ -125,12 +125,12 @@ def test_distance_continues_across_the_segment_boundary():
         model.decode(targets, hidden=longer, hidden_padding_mask=padding), model.decode(targets, hidden=hidden)
     )
     positions = model.precompute_past(hidden).positions
-    assert positions.tolist() == list(range(-S, 0))
+    assert positions.tolist() == [*range(-S, 0), *range(1 - model.config.decoder_start_tokens, 0)]
 
 
 @pytest.mark.parametrize("positions", ["rotary", "relative"])
 def test_joint_attention_is_causal_attention_over_the_past_and_the_targets(positions):
-    model = tiny_model(positions=positions, num_decoder_layers=1, decoder_starts_from_last_token=False)
+    model = tiny_model(positions=positions, num_decoder_layers=1, decoder_start_tokens=0)
     layer, num_targets = model.decoder.layers[0], 4
     hidden, x = torch.randn(2, SEGMENT_LENGTH, 16).double(), torch.randn(2, num_targets, 16).double()
     before, own = torch.arange(-SEGMENT_LENGTH, 0), torch.arange(num_targets)
@@ -359,22 +359,6 @@ def test_a_packed_lane_equals_a_batch_of_all_documents():
         for t in (first, first + 1):
             hidden, memory = model.encode(rollout.inputs[t, :1], memory=memory)
             assert_close(packed[t], hidden)
-
-
-@pytest.mark.parametrize("num_slots", [0, 4])
-def test_decoder_starts_from_last_token_equals_passing_it_as_decoder_start_ids(num_slots):
-    plain = tiny_model(num_slots=num_slots, decoder_starts_from_last_token=False)
-    model = tiny_model(num_slots=num_slots)
-    rollout = random_rollout(1, 3)
-    segment, targets = rollout.inputs[0], rollout.targets[0]
-    for padding in (None, torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [True] * 5 + [False]])):
-        last = segment[:, -1] if padding is None else segment[torch.arange(3), torch.tensor([5, 3, 5])]
-        read = {"memory": model.initial_memory(3), "padding_mask": padding}
-        ours = model.token_nll(targets, hidden=model.encode(segment, **read)[0], hidden_padding_mask=padding)
-        hidden, _ = plain.encode(segment, **read)
-        theirs = plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding, decoder_start_ids=last)
-        assert_close(ours, theirs)
-        assert not torch.allclose(ours, plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding))
 
 
 @torch.no_grad()

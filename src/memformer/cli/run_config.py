@@ -33,7 +33,7 @@ from memformer.utils.yaml_files import read_yaml
 PRESET_HELP = (
     "A named set of model options, each of which can still be overridden. paper: the paper's memory, with one "
     "forgetting speed for all slots (forgetting_speeds [0.1, 0.1], log_forgetting_speeds false), and the paper's "
-    "decoder (decoder_attention separate, decoder_starts_from_last_token false). recall: the same decoder, and a "
+    "decoder (decoder_attention separate, decoder_start_tokens 0). recall: the same decoder, and a "
     "memory that keeps single facts over long distances (write_normalizer entmax15, write_competition, "
     "num_writer_heads 1, forgetting_when_written, exchangeable_slots, forgetting_speeds [0.05, 0.05], "
     "log_forgetting_speeds false, free_slot_bias 8). default: the defaults below."

@@ -109,7 +109,7 @@ class DecodingStep(nn.Module):
             past_keep_mask: Result of the timestep.
             cached_keys: Keys of the segment's tokens so far; zeros at the start of a segment.
             cached_values: Their values.
-            start: Result of the timestep, for models with `decoder_starts_from_last_token`: it replaces `[BOS]`.
+            start: Result of the timestep, for models with `decoder_start_tokens`: it replaces `[BOS]`.
         """
         model = self.model
         caches = model.make_caches(tokens.shape[0])

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from memformer.errors import CheckpointError, InputError
+from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.hf.cache import MemformerCache, check_cache
 from memformer.hf.columns import (
@@ -285,10 +285,11 @@ def _check_absent(absent: Mapping[str, object]) -> None:
 
     Raises:
         InputError: One of them asks for something.
+        InputTypeError: There is no such argument.
     """
     for name, value in absent.items():
         if name not in _ABSENT:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+            raise InputTypeError(f"forward() got an unexpected keyword argument {name!r}")
         if value is not None and value is not False:
             raise InputError(f"{name} must be None or False: {_ABSENT[name]}")
 

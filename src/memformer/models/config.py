@@ -287,9 +287,9 @@ class MemformerConfig(MemoryEncoderConfig):
             segment, by the projections of self-attention, so that both compete in one softmax. A departure from the
             paper, with fewer weights and operations, and better on text. "separate": self-attention to earlier tokens
             of the segment, then cross-attention to the previous segment, as in the paper.
-        decoder_starts_from_last_token: Start the decoder from the last token of the previous segment. A departure from
-            the paper, in which it starts from `[BOS]`. Joint attention was measured only together with it; with
-            separate attention it helped in short training runs but not in longer ones.
+        decoder_start_tokens: Number of last tokens of the previous segment that the decoder reads again before it
+            predicts (fewer if that segment has fewer). A departure from the paper, in which it starts from `[BOS]`: 0.
+            More than 1 needs joint attention.
 
     Raises:
         InputError: A value is out of range, or two values contradict each other.
@@ -300,8 +300,13 @@ class MemformerConfig(MemoryEncoderConfig):
 
     num_decoder_layers: int = 4
     decoder_attention: DecoderAttention = "joint"
-    decoder_starts_from_last_token: bool = True
+    decoder_start_tokens: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers(num_decoder_layers=1)
+        self._check_integers(num_decoder_layers=1, decoder_start_tokens=0)
+        if self.decoder_start_tokens > 1 and self.decoder_attention != "joint":
+            raise InputError(
+                f"decoder_start_tokens ({self.decoder_start_tokens}) must be 0 or 1 if decoder_attention is "
+                f"{self.decoder_attention!r}: more tokens are read by joint attention"
+            )

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.models.config import MemformerConfig, MemoryEncoderConfig
 from memformer.models.layers import DecoderLayer
-from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, keep_mask_of
+from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, join_keys_values, keep_mask_of
 from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
 from memformer.shapes import Hidden, SegmentPadding
 
@@ -17,9 +17,11 @@ from memformer.shapes import Hidden, SegmentPadding
 class Past:
     """The previous segment as inputs of the decoder's attention, projected once per segment.
 
+    These are its hidden states and, behind them, the tokens that the decoder reads again before its start.
+
     Attributes:
-        keys_values: Keys (with positions applied) and values of every layer, each (B, H, S, D/H).
-        positions: (S,) or (B, S), ending with -1 at the last token before the segment boundary.
+        keys_values: Keys (with positions applied) and values of every layer, each (B, H, P, D/H).
+        positions: (P,) or (B, P), counted from -1 at the last token before the segment boundary.
         keep_mask: True where the past may be attended to. None: no padding.
         start: (B, D), the embedded token that the decoder starts from. None: `[BOS]`.
     """
@@ -55,7 +57,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: MemformerConfig) -> None:
         super().__init__()
-        self.starts_from_last_token = config.decoder_starts_from_last_token
+        self.num_start_tokens = config.decoder_start_tokens
         self.is_joint = config.decoder_attention == "joint"
         self.positions = make_positions(config)
         self.layers = nn.ModuleList(
@@ -65,20 +67,46 @@ class Decoder(nn.Module):
 
     def precompute_past(self, hidden: Hidden, *, padding_mask: SegmentPadding | None) -> Past:
         """Return the keys and values of the previous segment for every layer."""
-        start = None
-        if self.starts_from_last_token:
-            hidden, start = hidden[:, :-1], hidden[:, -1]
+        length = hidden.shape[1] - self.num_start_tokens
+        hidden, start = hidden[:, :length], hidden[:, length:]
         if padding_mask is None:
-            positions = torch.arange(-hidden.shape[1], 0, device=hidden.device)
+            positions = torch.arange(-length, 0, device=hidden.device)
         else:
             keep = ~padding_mask
             positions = keep.cumsum(dim=-1) - 1 - keep.sum(dim=-1, keepdim=True)  # (B, S)
         frame = self.positions(positions, key_positions=positions)
-        return Past(
+        past = Past(
             keys_values=[layer.precompute_past(hidden, frame=frame) for layer in self._typed_layers],
             positions=positions,
             keep_mask=keep_mask_of(padding_mask),
-            start=start,
+            start=start[:, -1] if self.num_start_tokens else None,
+        )
+        return past if self.num_start_tokens < 2 else self._read_again(start[:, :-1], past, padding_mask)
+
+    def _read_again(self, x: Float[Tensor, "B Q D"], past: Past, padding_mask: Bool[Tensor, "B S"] | None) -> Past:
+        """Return the past with the embedded tokens x before the start behind it, which every layer reads as its own."""
+        num_tokens, num_states = x.shape[1], past.positions.shape[-1]
+        positions = torch.arange(-num_tokens, 0, device=x.device)
+        frame = self.positions(positions, key_positions=positions).prepare(x)
+        frame_of_all = frame.with_earlier_keys(past.positions)
+        keep_own = None
+        if padding_mask is not None or num_states <= num_tokens:  # a segment may have fewer tokens
+            num_read = positions.new_tensor([num_states]) if padding_mask is None else (~padding_mask).sum(dim=-1)
+            keep_own = (positions > -num_read[:, None])[:, None, None].expand(x.shape[0], -1, -1, -1)  # (B, 1, 1, Q)
+        causal = _causal_mask(num_tokens, device=x.device)
+        keep_mask = _join_masks(past, causal if keep_own is None else keep_own & causal, queries_of=x)
+        keys_values = []
+        for layer, earlier in zip(self._typed_layers, past.keys_values, strict=True):
+            keys_values.append(join_keys_values(earlier, layer.project(x, frame=frame)))
+            if len(keys_values) < len(self.layers):  # the last layer's output is not used
+                x = layer(
+                    x, past=earlier, past_frame=frame, past_keep_mask=None, frame=frame_of_all, keep_mask=keep_mask
+                )
+        return Past(
+            keys_values=keys_values,
+            positions=torch.cat([past.positions, positions.expand(*past.positions.shape[:-1], -1)], dim=-1),
+            keep_mask=None if keep_own is None else _join_masks(past, keep_own, queries_of=x[:, :1]),
+            start=past.start,
         )
 
     @property
@@ -126,7 +154,12 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B Q D"]:
         past_frame = frame.prepare(x).with_keys(past.positions)
         if self.is_joint:
-            keep_mask = _joint_keep_mask(past, x, keep_mask, caches)
+            if keep_mask is None and caches is None and x.shape[1] > 1:
+                keep_mask = _causal_mask(x.shape[1], device=x.device)
+            if keep_mask is None and past.keep_mask is not None:
+                keep_mask = keep_mask_of(x.new_zeros(1, 1 if caches is None else caches[0].num_keys, dtype=torch.bool))
+            if keep_mask is not None:
+                keep_mask = _join_masks(past, keep_mask, queries_of=x)
             frame = frame.with_earlier_keys(past.positions)
         for index, layer in enumerate(self.layers):
             x = layer(
@@ -141,18 +174,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def _joint_keep_mask(
-    past: Past, x: Float[Tensor, "B Q D"], keep_mask: Tensor | None, caches: list[CacheWindow] | None
-) -> Tensor | None:
-    """Return the mask of one attention to the past and to the targets themselves; None if nothing is masked."""
-    num_queries = x.shape[1]
-    if caches is None and num_queries > 1:
-        keep_mask = torch.ones(num_queries, num_queries, dtype=torch.bool, device=x.device).tril()[None, None]
-    if keep_mask is None and past.keep_mask is None:
-        return None
-    num_own = num_queries if caches is None else caches[0].num_keys
-    parts = []
-    for part, num_keys in ((past.keep_mask, past.positions.shape[-1]), (keep_mask, num_own)):
-        part = x.new_ones(1, dtype=torch.bool) if part is None else part
-        parts.append(part.expand(x.shape[0], 1, num_queries, num_keys))
-    return torch.cat(parts, dim=-1)
+def _causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 Q Q"]:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def _join_masks(
+    past: Past, keep_own: Bool[Tensor, "#B 1 #Q Y"], *, queries_of: Float[Tensor, "B Q D"]
+) -> Bool[Tensor, "B 1 Q J"]:
+    """Return the mask of one attention to the past and, behind it, to the tokens of another mask."""
+    keep_past = keep_own.new_ones(past.positions.shape[-1]) if past.keep_mask is None else past.keep_mask
+    return torch.cat(
+        [part.expand(*queries_of.shape[:1], 1, queries_of.shape[1], -1) for part in (keep_past, keep_own)], -1
+    )

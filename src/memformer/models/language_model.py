@@ -46,7 +46,7 @@ class LanguageModel(TokenModel):
             hidden_padding_mask: Padding mask that was passed to `encode`.
             target_padding_mask: True at targets that are not counted.
             decoder_start_ids: Token ids that a Memformer's decoder starts from. None: `[BOS]`, in whose place a model
-                with `decoder_starts_from_last_token` puts the last token of the segment that was read.
+                with `decoder_start_tokens` puts the last token of the segment that was read.
 
         Raises:
             InputError: `decoder_start_ids` are given and this model has no decoder, or a token id or a shape is out of

@@ -103,6 +103,10 @@ class DecoderLayer(nn.Module):
             hidden, frame=frame
         )
 
+    def project(self, x: Float[Tensor, "B Q D"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys and values of tokens that the layer reads by itself."""
+        return self.self_attention.project(self.self_attention_norm(x), frame=frame)
+
     def forward(
         self,
         x: Float[Tensor, "B T D"],

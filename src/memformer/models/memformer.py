@@ -25,8 +25,8 @@ class Memformer(MemoryEncoder, LanguageModel):
     """Model that reads segment by segment with a fixed-size memory and predicts each segment from the previous one.
 
     A document's first segment is predicted from the one-token segment `[BOS]`, read with the initial memory, so the
-    likelihood covers every token (the paper leaves this open). Hidden states are (B, S + 1, D): one for each token, and
-    the embedded last token, from which the decoder starts. Without `decoder_starts_from_last_token` they are (B, S, D).
+    likelihood covers every token (the paper leaves this open). Hidden states are (B, S + N, D): one for each token, and
+    the last N embedded tokens (`decoder_start_tokens`), which the decoder reads again before it predicts.
 
     Args:
         config: The model's config.
@@ -84,8 +84,8 @@ class Memformer(MemoryEncoder, LanguageModel):
             InputTypeError: A dtype is wrong.
         """
         hidden, embedded, next_memory = self._read(segment, memory, padding_mask, attention, auxiliary)
-        if self.config.decoder_starts_from_last_token:
-            hidden = torch.cat([hidden, last_of(embedded, padding_mask).to(hidden.dtype)], dim=1)
+        if count := self.config.decoder_start_tokens:
+            hidden = torch.cat([hidden, last_of(embedded, padding_mask, count=count).to(hidden.dtype)], dim=1)
         return hidden, next_memory
 
     def _features(
@@ -107,7 +107,7 @@ class Memformer(MemoryEncoder, LanguageModel):
                 )
             check_tokens(decoder_start_ids[:, None], largest=self._largest_token_id, name="decoder_start_ids")
         self._check_hidden(hidden, batch_size=targets.shape[0])
-        read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_starts_from_last_token))
+        read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_start_tokens))
         check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
         past = self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
         x = self._embed_for_decoder(torch.cat([decoder_start_ids[:, None], targets[:, :-1]], dim=1), past)

@@ -256,12 +256,18 @@ class MemoryEncoder(TokenModel):
         return hidden, embedded, next_memory
 
 
-def last_of(states: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B 1 D"]:
-    """Return the state of the last token of each row, or the first position of a row without tokens."""
-    if padding_mask is None:
-        return states[:, -1:]
-    last = last_token_indices(padding_mask)[:, None, None]
-    return states.gather(1, last.expand(-1, 1, states.shape[2]))
+def last_of(
+    states: Float[Tensor, "B S D"], padding_mask: Bool[Tensor, "B S"] | None, *, count: int = 1
+) -> Float[Tensor, "B N D"]:
+    """Return the states of the last `count` tokens of each row; those that a row lacks are finite but meaningless."""
+    length = states.shape[1]
+    if padding_mask is None and length >= count:
+        return states[:, length - count :]
+    last = (
+        states.new_full((), length - 1, dtype=torch.int64) if padding_mask is None else last_token_indices(padding_mask)
+    )
+    index = (last[..., None] + torch.arange(1 - count, 1, device=states.device)).clamp(min=0)
+    return states.gather(1, index[..., None].expand(states.shape[0], count, states.shape[2]))
 
 
 def _with_slots(config: MemoryEncoderConfig, num_slots: Integer) -> MemoryEncoderConfig:

@@ -7,7 +7,7 @@ from memformer.errors import InputError
 Preset = Literal["default", "paper", "recall"]
 
 # In the paper the decoder starts from [BOS] and attends to itself and to the previous segment in turn.
-PAPER_DECODER = {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
+PAPER_DECODER = {"decoder_attention": "separate", "decoder_start_tokens": 0}
 # Measurements of each preset: experiments/RETENTION.md.
 _CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, Any] = {
     "log_forgetting_speeds": True,
     "free_slot_bias": 0.0,
     "decoder_attention": "joint",
-    "decoder_starts_from_last_token": True,
+    "decoder_start_tokens": 4,
 }
 
 

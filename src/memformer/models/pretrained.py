@@ -14,7 +14,7 @@ from memformer.models.config import ModelConfig
 from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_saved_model, without_foreign_keys
 from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
-from memformer.utils.renames import TENSORS, first_default, first_model_key, update_section, with_first_defaults
+from memformer.utils.renames import TENSORS, first_default, first_model_field, update_section, with_first_defaults
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -53,11 +53,11 @@ class Pretrained(nn.Module):
 
         Weights of different dtypes have the same fingerprint if their float32 values are equal.
         """
-        changed = {
-            first_model_key(name): value
+        changed = dict(
+            first_model_field(name, value)
             for name, value in self.config.to_dict().items()
             if value != _first_default(self.config, name)
-        }
+        )
         digest = hashlib.sha256(json.dumps([self.config.model_type, changed], sort_keys=True).encode())
         first = [weight.detach().flatten()[:_NUM_FIRST_VALUES].float() for weight in self.parameters()]
         digest.update(torch.cat(first).cpu().numpy().tobytes())

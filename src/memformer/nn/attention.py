@@ -54,6 +54,14 @@ def keep_mask_of(padding_mask: Bool[Tensor, "B J"] | None) -> Bool[Tensor, "B 1 
     return keep[:, None, None, :]
 
 
+def join_keys_values(
+    earlier: tuple[Float[Tensor, "B H P E"], Float[Tensor, "B H P E"]], own: tuple[HeadTokens, HeadTokens]
+) -> tuple[Float[Tensor, "B H P+J E"], Float[Tensor, "B H P+J E"]]:
+    """Return the keys and values of earlier tokens and, behind them, of others, in the dtype of the latter."""
+    keys, values = (torch.cat([first.to(then.dtype), then], dim=2) for first, then in zip(earlier, own, strict=True))
+    return keys, values
+
+
 class KeyValueCache:
     """Keys (with positions applied) and values of decoded tokens, at most `length` per row.
 
@@ -155,9 +163,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.write(key, value)
         if earlier is not None:
-            key, value = (
-                torch.cat([first.to(own.dtype), own], dim=2) for first, own in zip(earlier, (key, value), strict=True)
-            )
+            key, value = join_keys_values(earlier, (key, value))
         dropout = self.dropout if self.training else 0.0
         if record is not None:
             record.append(_weights_of(frame, query, key, keep_mask=keep_mask, is_causal=is_causal))

@@ -12,11 +12,18 @@ from memformer.errors import InputError
 
 # For each section of a run config: old key to new key.
 KEYS: dict[str, dict[str, str]] = {
-    "model": {"free_slot_eagerness": "free_slot_bias", "place_embedding": "position_embedding"},
+    "model": {
+        "free_slot_eagerness": "free_slot_bias",
+        "place_embedding": "position_embedding",
+        "decoder_starts_from_last_token": "decoder_start_tokens",
+    },
     "training": {"write_price": "write_penalty"},
 }
-# (section, key): old value to new value.
-VALUES: dict[tuple[str, str], dict[str, str]] = {("training", "sharding"): {"moments": "optimizer_state"}}
+# (section, key): old value, as written on a command line, to new value.
+VALUES: dict[tuple[str, str], dict[str, Any]] = {
+    ("training", "sharding"): {"moments": "optimizer_state"},
+    ("model", "decoder_start_tokens"): {"true": 1, "false": 0},
+}
 # (section, key) of a removed key: its default, and the behaviour that is now fixed. The key is dropped. Any other value
 # causes a message, or an error if the key is in _DECIDES_WEIGHTS.
 REMOVED: dict[tuple[str, str], tuple[Any, str]] = {
@@ -37,10 +44,9 @@ TENSORS = {
 }
 # For each model type, the fields that were added after version 0.1, or whose default was changed, if an older file that
 # lacks the field means another value than today's default.
-_FIRST_DEFAULTS: dict[str, dict[str, Any]] = {
-    "memformer": {"decoder_attention": "separate", "decoder_starts_from_last_token": False}
-}
+_FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"memformer": {"decoder_attention": "separate", "decoder_start_tokens": 0}}
 _FIRST_MODEL_KEYS = {new: old for old, new in KEYS["model"].items()}
+_FIRST_MODEL_VALUES = {"decoder_start_tokens": {1: True, 0: False}}
 
 
 def is_old_model_key(key: str) -> bool:
@@ -73,7 +79,8 @@ def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, A
             if new in fields:
                 raise InputError(f"{section}.{key} and {section}.{new} are both given; {key} is the old name of {new}")
             notes.append(f"{section}.{key} is now {section}.{new}")
-        new_value = VALUES.get((section, new), {}).get(value, value) if isinstance(value, str) else value
+        written = str(value).lower() if isinstance(value, bool) else value
+        new_value = VALUES.get((section, new), {}).get(written, value) if isinstance(written, str) else value
         if new_value is not value:  # NaN differs from itself
             notes.append(f"{section}.{new}: {value} is now {new_value}")
         updated[new] = new_value
@@ -85,7 +92,8 @@ def with_first_defaults(model_type: str, fields: Mapping[str, Any]) -> dict[str,
 
     The library writes every field, so a missing one had the value that was then the only one.
     """
-    return {**_FIRST_DEFAULTS.get(model_type, {}), **fields}
+    first = _FIRST_DEFAULTS.get(model_type, {})
+    return {**{key: value for key, value in first.items() if _FIRST_MODEL_KEYS.get(key) not in fields}, **fields}
 
 
 def run_config_with_first_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def update_options(options: Sequence[str]) -> tuple[list[str], list[str]]:
             if new != key:
                 notes.append(f"{name} is now --{section}.{new}")
             section_and_key, name = (section, new), f"--{section}.{new}"
-        new_value = VALUES.get(section_and_key, {}).get(value, value)
+        new_value = str(VALUES.get(section_and_key, {}).get(value, value))
         if new_value != value:
             notes.append(f"--{'.'.join(section_and_key)} {value} is now {new_value}")
         updated.append(new_value if section_and_key == before else f"{name}{equals}{new_value}")
@@ -148,6 +156,7 @@ def old_names_sentence(owner: str, notes: Sequence[str]) -> str:
     return f"{owner} uses names from version 0.1, which will be refused from version 0.3 on: {'; '.join(notes)}"
 
 
-def first_model_key(key: str) -> str:
-    """Return the original name of a model config key; fingerprints are computed from the original names."""
-    return _FIRST_MODEL_KEYS.get(key, key)
+def first_model_field(key: str, value: Any) -> tuple[str, Any]:
+    """Return the original name and value of a field of a model config; fingerprints are computed from the originals."""
+    values = _FIRST_MODEL_VALUES.get(key)
+    return _FIRST_MODEL_KEYS.get(key, key), value if values is None else values.get(value, value)
