@@ -10,7 +10,11 @@ from memformer import MemformerConfig
 # taken from the presets, because `checkouts.py` runs older checkouts, which do not know these fields.
 PAPER_DECODER = {
     name: value
-    for name, value in {"decoder_attention": "separate", "decoder_start_tokens": 0}.items()
+    for name, value in {
+        "decoder_attention": "separate",
+        "decoder_starts_from_last_token": False,  # until it was replaced by the next
+        "decoder_start_tokens": 0,
+    }.items()
     if name in {field.name for field in dataclasses.fields(MemformerConfig)}
 }
 SIZES = ("width", "heads", "layers", "segment_length", "num_slots")

@@ -29,7 +29,7 @@ class Rollout:
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are excluded from the loss.
             Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
         decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
-            with `decoder_start_tokens` starts from the last input instead of `[BOS]`, not of other ids.
+            with `decoder_start_tokens` starts from the last input instead of `[BOS]`; other ids stand in its place.
         targets_are_answers: The inputs are read in full before the targets are predicted, as in recall tasks; otherwise
             the targets are the next segment.
         is_shifted: The rollout is for models that predict a next token at every input: `inputs` and `targets` have the

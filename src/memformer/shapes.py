@@ -6,7 +6,7 @@
 | N | timesteps (segments) of a rollout |
 | L | segments in the encoder: one for each row, or several that are read with the same memory |
 | S | tokens of an encoder segment |
-| R | hidden states passed to the readout: S, or S + 1 if the embedded last token is appended |
+| R | hidden states passed to the readout: S, and the last tokens, embedded, if the decoder reads them again |
 | T | tokens of a decoder segment (targets) |
 | K | memory slots |
 | D | model width |

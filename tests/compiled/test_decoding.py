@@ -10,6 +10,7 @@ from torch._inductor.utils import fresh_cache
 
 from memformer import InputError, Session
 from memformer.generation.compiling import _functions, compiled_function
+from memformer.models.presets import PAPER_DECODER
 from tests.compiled.compiler import needs_compiler
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def make_pair(batch_size=1, **changes):
-    # One layer, because compiling takes seconds per layer.
-    model = tiny_model(num_encoder_layers=1, num_decoder_layers=1, **changes).float()
+    # One layer unless stated, because compiling takes seconds per layer.
+    model = tiny_model(**{"num_encoder_layers": 1, "num_decoder_layers": 1, **changes}).float()
     return [Session(model, batch_size=batch_size, compiled=compiled) for compiled in (False, True)]
 
 
@@ -28,8 +29,16 @@ def random_rows(*lengths):
 
 
 @needs_compiler
-def test_compiled_logits_equal_eager_logits_at_every_position():
-    eager, compiled = make_pair(decoder_start_tokens=0, adaptive_cutoffs=(4, 8))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_start_tokens": 0, "adaptive_cutoffs": (4, 8)},
+        {"num_decoder_layers": 2},  # a layer reads the cache that the same graph has written
+        {"num_decoder_layers": 2, **PAPER_DECODER},
+    ],
+)
+def test_compiled_logits_equal_eager_logits_at_every_position(changes):
+    eager, compiled = make_pair(**changes)
     compiled._streams.context.reader.compiled = False  # reading has a test of its own
     for (token,) in zip(*random_rows(3 * SEGMENT_LENGTH), strict=True):
         for session in (eager, compiled):
@@ -39,7 +48,7 @@ def test_compiled_logits_equal_eager_logits_at_every_position():
 
 @needs_compiler
 def test_rows_at_different_positions_are_decoded_together_without_recompilation():
-    eager, compiled = make_pair(batch_size=3, write_competition=True)
+    eager, compiled = make_pair(batch_size=3, write_competition=True, num_decoder_layers=2)
     # The first row is still in its first segment, where the past has padding; later, no row is.
     rows = random_rows(2, SEGMENT_LENGTH + 4, 3 * SEGMENT_LENGTH)
     eager.feed(rows)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from memformer import InputError
 from tests.helpers import SEGMENT_LENGTH, assert_close, random_rollout, tiny_model
 
 
@@ -20,6 +21,13 @@ def test_starting_from_the_last_token_equals_passing_it_as_decoder_start_ids(num
         theirs = plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding, decoder_start_ids=last)
         assert_close(ours, theirs)
         assert not torch.allclose(ours, plain.token_nll(targets, hidden=hidden, hidden_padding_mask=padding))
+
+
+def test_hidden_states_without_start_tokens_are_refused():
+    model, rollout = tiny_model(decoder_start_tokens=3), random_rollout(1, 3)
+    hidden, _ = model.encode(rollout.inputs[0])
+    with pytest.raises(InputError, match="hidden has 3 states per row; encode returns 3 .decoder_start_tokens. more"):
+        model.decode(rollout.targets[0], hidden=hidden[:, :3])
 
 
 @pytest.mark.parametrize("positions", ["rotary", "relative"])

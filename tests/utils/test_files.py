@@ -187,6 +187,13 @@ def test_a_file_has_the_mode_of_the_users_other_files_or_of_its_predecessor(tmp_
     assert (tmp_path / "folder" / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\N{EURO SIGN}" * 85])
+def test_a_file_may_have_the_longest_name_of_the_file_system(name, tmp_path):
+    write_text(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+    assert names(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_new_folder_is_written_where_a_link_points(exists, tmp_path):
     if exists:

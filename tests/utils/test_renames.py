@@ -14,7 +14,7 @@ from memformer.utils.renames import update_options, update_run_config
         (["--training.sharding", "moments"], ["--training.sharding", "optimizer_state"]),
         (["--training.sharding=moments"], ["--training.sharding=optimizer_state"]),
         (["--model.decoder_starts_from_last_token", "true"], ["--model.decoder_start_tokens", "1"]),
-        (["--model.decoder_starts_from_last_token=false"], ["--model.decoder_start_tokens=0"]),
+        (["--model.decoder_starts_from_last_token=No"], ["--model.decoder_start_tokens=0"]),
         (["--model.place_embedding", "true", "--resume"], ["--model.position_embedding", "true", "--resume"]),
     ],
 )
@@ -36,6 +36,17 @@ def test_old_names_are_replaced_and_noted(old, new):
 )
 def test_other_words_stay(options):
     assert update_options(options) == (options, [])
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, 1), (False, 0), ("yes", 1), ("False", 0)])
+def test_a_switch_that_became_a_number_is_replaced(old, new):
+    updated, notes = update_run_config({"model": {"decoder_starts_from_last_token": old, "decoder_attention": "joint"}})
+    assert updated["model"] == {"decoder_start_tokens": new, "decoder_attention": "joint"}
+    assert len(notes) == 2
+    assert update_run_config({"model": {"decoder_start_tokens": True}}) == (
+        {"model": {"decoder_start_tokens": True}},
+        [],
+    )
 
 
 def test_a_value_that_differs_from_itself_is_not_renamed():

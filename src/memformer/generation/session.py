@@ -24,10 +24,11 @@ from memformer.utils.files import user_path
 class Session:
     """One stream of tokens, or several in a batch; the size of the state does not depend on the number of tokens.
 
-    The state of a row is its memory, the hidden states of its last full segment (for a baseline, which has one stack of
-    layers: the last token of that segment), and the tokens fed after it. A segment is read into the memory as soon as
-    it is full. The state depends only on the tokens, not on how they were split into calls. Rows may have different
-    numbers of tokens. The model always reads in evaluation mode; its own mode does not change.
+    The state of a row is its memory, the hidden states of its last full segment with the tokens that the decoder reads
+    again (for a baseline, which has one stack of layers: the last token of that segment), and the tokens fed after it.
+    A segment is read into the memory as soon as it is full. The state depends only on the tokens, not on how they were
+    split into calls. Rows may have different numbers of tokens. The model always reads in evaluation mode; its own mode
+    does not change.
 
     Args:
         model: The model that reads.

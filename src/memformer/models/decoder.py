@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         frame_of_all = frame.with_earlier_keys(past.positions)
         keep_own = None
         if padding_mask is not None or num_states <= num_tokens:  # a segment may have fewer tokens
-            num_read = positions.new_tensor([num_states]) if padding_mask is None else (~padding_mask).sum(dim=-1)
+            num_read = positions.new_full((1,), num_states) if padding_mask is None else (~padding_mask).sum(dim=-1)
             keep_own = (positions > -num_read[:, None])[:, None, None].expand(x.shape[0], -1, -1, -1)  # (B, 1, 1, Q)
         causal = _causal_mask(num_tokens, device=x.device)
         keep_mask = _join_masks(past, causal if keep_own is None else keep_own & causal, queries_of=x)
@@ -140,7 +140,8 @@ class Decoder(nn.Module):
         keep_mask = None
         if num_cached is None or num_new > 1:
             keep_mask = (key_positions <= positions[..., None])[:, None]  # (B, 1, Q, J)
-        windows = [CacheWindow(cache, positions, num_keys) for cache in caches]
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        windows = [CacheWindow(cache, rows, positions, num_keys) for cache in caches]
         return self._run_layers(x, past=past, frame=frame, keep_mask=keep_mask, caches=windows)
 
     def _run_layers(

@@ -107,7 +107,13 @@ class Memformer(MemoryEncoder, LanguageModel):
                 )
             check_tokens(decoder_start_ids[:, None], largest=self._largest_token_id, name="decoder_start_ids")
         self._check_hidden(hidden, batch_size=targets.shape[0])
-        read = torch.Size((hidden.shape[0], hidden.shape[1] - self.config.decoder_start_tokens))
+        num_start_tokens = self.config.decoder_start_tokens
+        if hidden.shape[1] <= num_start_tokens:
+            raise InputError(
+                f"hidden has {hidden.shape[1]} states per row; encode returns {num_start_tokens} "
+                "(decoder_start_tokens) more than the segment has tokens"
+            )
+        read = torch.Size((hidden.shape[0], hidden.shape[1] - num_start_tokens))
         check_mask(hidden_padding_mask, shape=read, name="hidden_padding_mask")
         past = self.decoder.precompute_past(hidden, padding_mask=hidden_padding_mask)
         x = self._embed_for_decoder(torch.cat([decoder_start_ids[:, None], targets[:, :-1]], dim=1), past)

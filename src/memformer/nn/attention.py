@@ -94,20 +94,22 @@ class CacheWindow:
 
     Args:
         cache: The cache of one layer.
+        rows: Numbers of the rows, (B, 1).
         positions: Cache positions of the new tokens, (B, Q).
         num_keys: Number of leading cache positions that are attended to.
     """
 
     cache: KeyValueCache
+    rows: Tensor
     positions: Tensor
     num_keys: int
 
     def write(self, key: HeadTokens, value: HeadTokens) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the new tokens; return those of the first `num_keys` positions."""
         keys, values = self.cache.keys, self.cache.values
-        index = self.positions[:, None, :, None].expand_as(key)
-        keys.scatter_(2, index, key.to(keys.dtype))
-        values.scatter_(2, index, value.to(values.dtype))
+        # By index and not by scatter_, after which compiled code of torch 2.13 reads the values from before.
+        keys[self.rows, :, self.positions] = key.transpose(1, 2).to(keys.dtype)
+        values[self.rows, :, self.positions] = value.transpose(1, 2).to(values.dtype)
         return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
 
 

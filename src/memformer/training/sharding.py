@@ -49,7 +49,8 @@ def shard(model: Memformer, *, frees_weights: bool) -> None:
         part.set_force_sum_reduction_for_comms(True)
         part.set_reshard_after_backward(frees_weights, recurse=False)
     for layer in model.decoder.layers:
-        register_fsdp_forward_method(layer, "precompute_past")
+        for method in ("precompute_past", "project"):
+            register_fsdp_forward_method(layer, method)
     for method in ("encode", "token_nll", "reset_memory"):
         register_fsdp_forward_method(model, method)
 

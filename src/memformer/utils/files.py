@@ -47,7 +47,8 @@ def saving(path: Path) -> Iterator[None]:
 
 def temporary_sibling(path: Path) -> Path:
     """Return a unique hidden path in the folder of `path`, hence on the same file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    start = path.name[:40]  # a file system allows a name of 255 bytes
+    return path.with_name(f".{start}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
 def atomic_write(file: Path, write: Callable[[Path], object]) -> None:

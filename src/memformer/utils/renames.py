@@ -19,10 +19,13 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "training": {"write_price": "write_penalty"},
 }
-# (section, key): old value, as written on a command line, to new value.
+# (section, key as given): old value, in lower case, to new value.
 VALUES: dict[tuple[str, str], dict[str, Any]] = {
     ("training", "sharding"): {"moments": "optimizer_state"},
-    ("model", "decoder_start_tokens"): {"true": 1, "false": 0},
+    ("model", "decoder_starts_from_last_token"): {
+        **dict.fromkeys(("true", "yes", "on", "y"), 1),
+        **dict.fromkeys(("false", "no", "off", "n"), 0),
+    },
 }
 # (section, key) of a removed key: its default, and the behaviour that is now fixed. The key is dropped. Any other value
 # causes a message, or an error if the key is in _DECIDES_WEIGHTS.
@@ -54,6 +57,12 @@ def is_old_model_key(key: str) -> bool:
     return key in KEYS["model"] or ("model", key) in REMOVED
 
 
+def _new_value(section: str, key: str, value: Any) -> Any:
+    """Return the present value of a key, as given, whose values were renamed."""
+    values = VALUES.get((section, key))
+    return value if values is None or not isinstance(value, (str, bool)) else values.get(str(value).lower(), value)
+
+
 def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a section of a run config with the current names, and a message per changed name.
 
@@ -79,8 +88,7 @@ def update_section(section: str, fields: Mapping[str, Any]) -> tuple[dict[str, A
             if new in fields:
                 raise InputError(f"{section}.{key} and {section}.{new} are both given; {key} is the old name of {new}")
             notes.append(f"{section}.{key} is now {section}.{new}")
-        written = str(value).lower() if isinstance(value, bool) else value
-        new_value = VALUES.get((section, new), {}).get(written, value) if isinstance(written, str) else value
+        new_value = _new_value(section, key, value)
         if new_value is not value:  # NaN differs from itself
             notes.append(f"{section}.{new}: {value} is now {new_value}")
         updated[new] = new_value
@@ -142,8 +150,8 @@ def update_options(options: Sequence[str]) -> tuple[list[str], list[str]]:
             new = KEYS.get(section, {}).get(key, key)
             if new != key:
                 notes.append(f"{name} is now --{section}.{new}")
-            section_and_key, name = (section, new), f"--{section}.{new}"
-        new_value = str(VALUES.get(section_and_key, {}).get(value, value))
+            section_and_key, name = (section, key), f"--{section}.{new}"
+        new_value = str(_new_value(*section_and_key, value))
         if new_value != value:
             notes.append(f"--{'.'.join(section_and_key)} {value} is now {new_value}")
         updated.append(new_value if section_and_key == before else f"{name}{equals}{new_value}")
