@@ -36,7 +36,7 @@ MEMFORMERS = {
 
 
 def make(**changes):
-    return tiny_model(num_encoder_layers=1, num_decoder_layers=1, **changes).float().eval()
+    return tiny_model(num_encoder_layers=1, num_decoder_layers=2, **changes).float().eval()
 
 
 class Graphs:

@@ -29,7 +29,7 @@ def test_compiled_replay_and_bptt_give_the_eager_gradients_with_dropout():
 
 def check_compiled_gradients(**options):
     """Check that both methods have the gradients of eager replay, with the same dropout."""
-    model, compiled = (tiny_model(num_encoder_layers=1, num_decoder_layers=1, dropout=0.2) for _ in range(2))
+    model, compiled = (tiny_model(num_encoder_layers=1, num_decoder_layers=2, dropout=0.2) for _ in range(2))
     compiled.compile(**options)
     rollout = random_rollout(3, batch_size=2, resets=True)
     expected, expected_gradients = gradients_of(model, rollout, "replay")
