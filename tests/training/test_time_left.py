@@ -45,3 +45,11 @@ def test_a_recall_task_counts_the_tokens_that_it_reads(base, tmp_path, monkeypat
     predicted = [line["num_tokens"] for line in lines if line["kind"] == "training"][-1]
     assert len(reads) == 2
     assert sum(reads) > 5 * predicted > 0
+
+
+def test_the_time_left_follows_the_load_of_the_machine():
+    """An update in which the computer was asleep, or a busy hour, does not count for the rest of the run."""
+    left = TimeLeft(TrainingConfig(num_updates=1_000, evaluate_every=1_000), periodic_tokens=100, final_tokens=100)
+    for seconds in (1.0, 7_200.0, *[2.0] * 300):
+        left.add_update(seconds, num_tokens=100)
+    assert left.seconds(302) == pytest.approx(698 * 2 + 2 + 2, rel=1e-3)

@@ -2,6 +2,10 @@
 
 from memformer.training.config import TrainingConfig
 
+# Weight of the earlier updates for each new one. About the last twenty count, so that the estimate follows the load of
+# the machine, and an hour in which the computer was asleep is soon forgotten.
+_WEIGHT_OF_EARLIER = 0.95
+
 
 class TimeLeft:
     """Remaining time of a run: updates, periodic evaluations, and the final evaluation on all held-out data.
@@ -19,14 +23,14 @@ class TimeLeft:
         self._evaluate_every = training.evaluate_every
         self._periodic_tokens = periodic_tokens
         self._final_tokens = final_tokens
-        self._updates = self._tokens = self._evaluations = 0
-        self._update_seconds = self._evaluation_seconds = 0.0
+        self._evaluations = 0
+        self._updates = self._tokens = self._update_seconds = self._evaluation_seconds = 0.0
 
     def add_update(self, seconds: float, *, num_tokens: int) -> None:
         """Record the time of an update that read this number of tokens; few of a recall task are predicted."""
-        self._updates += 1
-        self._tokens += num_tokens
-        self._update_seconds += seconds
+        self._updates = _WEIGHT_OF_EARLIER * self._updates + 1
+        self._tokens = _WEIGHT_OF_EARLIER * self._tokens + num_tokens
+        self._update_seconds = _WEIGHT_OF_EARLIER * self._update_seconds + seconds
 
     def add_evaluation(self, seconds: float) -> None:
         """Record the time of a periodic evaluation."""
