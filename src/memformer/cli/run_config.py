@@ -135,7 +135,7 @@ def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> d
 
     Args:
         path: The file or folder.
-        warn: Called with a message if the config uses names from version 0.1.
+        warn: Called with a message if the config uses names from version 0.1 and was not written by a run.
 
     Raises:
         InputError: The file is missing or malformed.
@@ -144,9 +144,11 @@ def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> d
     if path.is_dir():
         return read_run_config(path, warn=warn)
     given, notes = update_run_config(read_yaml(path))
+    if is_written_by_run(path):
+        return run_config_with_first_defaults(given)
     if notes:
         warn(old_names_sentence(str(path), notes))
-    return run_config_with_first_defaults(given) if is_written_by_run(path) else given
+    return given
 
 
 def _preset_fields(name: object, *, owner: str) -> dict[str, Any]:

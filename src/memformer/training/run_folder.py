@@ -162,7 +162,7 @@ def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) 
 
     Args:
         folder: The run folder.
-        warn: Called with a message if the config uses names from version 0.1.
+        warn: Called with a message if the config uses names from version 0.1 and was not written by a run.
 
     Raises:
         CheckpointError: The config is missing or damaged.
@@ -186,9 +186,11 @@ def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) 
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} does not contain a config: it must be a mapping of keys to values")
     config, notes = update_run_config(value)
+    if is_written_by_run(file):
+        return run_config_with_first_defaults(config)
     if notes and warn is not None:
         warn(old_names_sentence(str(file), notes))
-    return run_config_with_first_defaults(config) if is_written_by_run(file) else config
+    return config
 
 
 def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
