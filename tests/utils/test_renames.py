@@ -13,15 +13,26 @@ from memformer.utils.renames import update_options, update_run_config
         (["--training.write_price=0.1"], ["--training.write_penalty=0.1"]),
         (["--training.sharding", "moments"], ["--training.sharding", "optimizer_state"]),
         (["--training.sharding=moments"], ["--training.sharding=optimizer_state"]),
-        (["--model.decoder_starts_from_last_token", "true"], ["--model.decoder_start_tokens", "1"]),
-        (["--model.decoder_starts_from_last_token=No"], ["--model.decoder_start_tokens=0"]),
         (["--model.place_embedding", "true", "--resume"], ["--model.position_embedding", "true", "--resume"]),
     ],
 )
 def test_old_names_are_replaced_and_noted(old, new):
     updated, notes = update_options(old)
     assert updated == new
-    assert notes
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--model.decoder_starts_from_last_token", "true"], ["--model.decoder_start_tokens", "1"]),
+        (["--model.decoder_starts_from_last_token=No"], ["--model.decoder_start_tokens=0"]),
+    ],
+)
+def test_an_option_whose_values_were_replaced_too_is_noted_twice(old, new):
+    updated, notes = update_options(old)
+    assert updated == new
+    assert len(notes) == 2
 
 
 @pytest.mark.parametrize(

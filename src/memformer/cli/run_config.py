@@ -17,17 +17,12 @@ from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
 from memformer.models.presets import Preset, preset_fields
 from memformer.training.config import RunConfig
-from memformer.training.run_folder import is_written_by_run, read_run_config
+from memformer.training.run_folder import read_run_config, with_current_names
 from memformer.utils.checks import refuse_unknown_keys, shown
 from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
-from memformer.utils.renames import (
-    old_names_sentence,
-    run_config_with_first_defaults,
-    update_options,
-    update_run_config,
-)
+from memformer.utils.renames import old_names_sentence, update_options
 from memformer.utils.yaml_files import read_yaml
 
 PRESET_HELP = (
@@ -143,12 +138,7 @@ def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> d
     """
     if path.is_dir():
         return read_run_config(path, warn=warn)
-    given, notes = update_run_config(read_yaml(path))
-    if is_written_by_run(path):
-        return run_config_with_first_defaults(given)
-    if notes:
-        warn(old_names_sentence(str(path), notes))
-    return given
+    return with_current_names(read_yaml(path), path, warn=warn)
 
 
 def _preset_fields(name: object, *, owner: str) -> dict[str, Any]:

@@ -158,7 +158,8 @@ class Decoder(nn.Module):
             if keep_mask is None and caches is None and x.shape[1] > 1:
                 keep_mask = _causal_mask(x.shape[1], device=x.device)
             if keep_mask is None and past.keep_mask is not None:
-                keep_mask = keep_mask_of(x.new_zeros(1, 1 if caches is None else caches[0].num_keys, dtype=torch.bool))
+                num_own = x.shape[1] if caches is None else caches[0].num_keys
+                keep_mask = x.new_ones(1, 1, 1, num_own, dtype=torch.bool)
             if keep_mask is not None:
                 keep_mask = _join_masks(past, keep_mask, queries_of=x)
             frame = frame.with_earlier_keys(past.positions)

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,17 @@ def read_run_config(folder: Path, *, warn: Callable[[str], None] | None = None) 
         raise CheckpointError(f"{file} is not YAML: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} does not contain a config: it must be a mapping of keys to values")
+    return with_current_names(value, file, warn=warn)
+
+
+def with_current_names(
+    value: Mapping[str, Any], file: Path, *, warn: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Return the config in a file under the current names; `warn` is called with a message about a user's old names.
+
+    Raises:
+        InputError: A value from version 0.1 is no longer supported.
+    """
     config, notes = update_run_config(value)
     if is_written_by_run(file):
         return run_config_with_first_defaults(config)
