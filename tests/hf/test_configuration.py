@@ -66,8 +66,11 @@ def test_names_from_version_0_1_are_read():
     config = hf.MemformerHFConfig(free_slot_eagerness=2.0, embedding_dropout=None)
     assert config.free_slot_bias == 2.0
     assert not hasattr(config, "free_slot_eagerness")
+    assert hf.MemformerHFConfig(decoder_starts_from_last_token=True, num_slots=3).decoder_start_tokens == 1
     with pytest.raises(InputError, match="decoder_reads_memory"):
         hf.MemformerHFConfig(decoder_reads_memory=True)
+    with pytest.raises(InputError, match="decoder_starts_from_last_token is the old name of decoder_start_tokens"):
+        hf.MemformerHFConfig(decoder_starts_from_last_token=True, decoder_start_tokens=3)
 
 
 def test_special_tokens_outside_the_predicted_ones_give_no_warning(caplog):

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from memformer import InputError
+from memformer import InputError, TransformerXL, TransformerXLConfig, build_model, load_model
 from memformer.utils.machine import choose_device, peak_memory_bytes
 
 
@@ -86,3 +86,14 @@ def test_a_driver_that_is_too_old_is_said_in_one_sentence(monkeypatch, capsys):
 def test_a_torch_without_cuda_is_said_in_one_sentence():
     with pytest.raises(InputError, match=r"device \('cuda'\) is not available: Torch not compiled with CUDA enabled$"):
         choose_device("cuda")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch built without CUDA")
+def test_models_on_devices_that_this_machine_lacks_are_refused(tmp_path):
+    build_model(TransformerXLConfig(vocab_size=8, num_layers=1, d_model=8, num_heads=2)).save_pretrained(tmp_path)
+    for load in (load_model, TransformerXL.from_pretrained):
+        for device in ("cuda:9", torch.device("cuda")):
+            with pytest.raises(InputError, match=r"device \('cuda(:9)?'\) is not available: Torch not compiled"):
+                load(tmp_path, device=device)
+        with pytest.raises(InputError, match=r"device \('gpu'\) is not known: Expected one of cpu, cuda"):
+            load(tmp_path, device="gpu")

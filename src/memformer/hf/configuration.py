@@ -42,12 +42,16 @@ class RecurrentHFConfig(PreTrainedConfig):
         """Check the fields; names from version 0.1 are converted.
 
         Raises:
-            InputError: A value is out of range.
+            InputError: A value is out of range, or a field is given under its old name and, with a value that is not
+                the default, under its new one.
             InputTypeError: A value has the wrong type.
         """
         old = {name: kwargs.pop(name) for name in list(kwargs) if is_old_model_key(name)}
-        for name, value in update_section("model", old)[0].items():
-            setattr(self, name, value)
+        if old:
+            values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self.core_class)}
+            given = {name: value for name, value in values.items() if value != getattr(type(self), name)}
+            for name, value in update_section("model", given | old)[0].items():
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
         for name, value in self.core().to_dict().items():
             setattr(self, name, value)

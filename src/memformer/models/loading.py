@@ -47,8 +47,8 @@ def load_model(
 
     Raises:
         CheckpointError: A file is missing or damaged, or this library has no language model of such a type.
-        InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it; or the model
-            cannot be downloaded.
+        InputError: `num_slots` is given for a model that is not a Memformer, or that cannot change it; the model
+            cannot be downloaded; or the device is unknown or not available.
     """
     folder = find_saved_model(folder)
     file = folder / CONFIG_FILE

@@ -51,8 +51,8 @@ class MemoryEncoder(TokenModel):
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
-            InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`; or the model
-                cannot be downloaded.
+            InputError: `num_slots` is below 1, or would change a model without `exchangeable_slots`; the model cannot
+                be downloaded; or the device is unknown or not available.
         """
         folder = find_saved_model(folder)
         config = cls._read_config(folder)

@@ -14,6 +14,7 @@ from memformer.models.config import ModelConfig
 from memformer.models.hugging_face import SHARD_INDEX_FILE, WEIGHTS_PREFIX, find_saved_model, without_foreign_keys
 from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
+from memformer.utils.machine import check_device
 from memformer.utils.renames import TENSORS, first_default, first_model_field, update_section, with_first_defaults
 
 CONFIG_FILE = "config.json"
@@ -74,7 +75,7 @@ class Pretrained(nn.Module):
 
         Raises:
             CheckpointError: A file is missing, damaged, or of another model.
-            InputError: The model cannot be downloaded.
+            InputError: The model cannot be downloaded, or the device is unknown or not available.
         """
         folder = find_saved_model(folder)
         return cls._read_weights(folder, cls._read_config(folder), device=device)
@@ -104,7 +105,9 @@ class Pretrained(nn.Module):
 
         Raises:
             CheckpointError: The weights are missing, damaged, or of another model.
+            InputError: The device is unknown or not available.
         """
+        check_device(device)
         folder = user_path(folder)
         file = folder / WEIGHTS_FILE
         if not file.exists() and (folder / SHARD_INDEX_FILE).exists():

@@ -101,7 +101,8 @@ def load_run(
 
     Raises:
         InputError: The folder does not exist or is of neither kind, the model cannot be downloaded or does not
-            support `num_slots`, or the tokenizer is missing and the vocabulary is not bytes.
+            support `num_slots`, the tokenizer is missing and the vocabulary is not bytes, or the device is unknown or
+            not available.
         CheckpointError: A file in the folder is damaged or missing.
     """
     folder = find_model_folder(folder)

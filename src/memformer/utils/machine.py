@@ -41,11 +41,24 @@ def choose_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in {"cpu", "cuda"}:
         raise InputError(f"device ({name!r}) must be auto, cpu, cuda, cuda:0, ...")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device ({name!r}) is not available: {_why_there_is_no_cuda()}")
+    check_device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # libraries, and torch where no device is named, use the current one
     return device
+
+
+def check_device(device: torch.device | str) -> None:
+    """Check that torch knows a device and, if it is a CUDA device, that this machine has it.
+
+    Raises:
+        InputError: The name is unknown, or this machine does not have the device.
+    """
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device ({device!r}) is not known: {_first_sentence(error)}") from error
+    if known.type == "cuda" and (not torch.cuda.is_available() or (known.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device ({str(known)!r}) is not available: {_why_there_is_no_cuda()}")
 
 
 def _why_there_is_no_cuda() -> str:
