@@ -1,6 +1,7 @@
 """Caches: rows that stop, going on after a call, and what is refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -89,6 +90,51 @@ def test_beams_go_on_from_a_cache():
     cache = model(tokens[:, :-1], use_cache=True).cache
     later = model.generate(tokens[:, -1:], cache=cache, max_new_tokens=6, num_beams=3, do_sample=False)
     assert torch.equal(later[:, 1:], once[:, 13:])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}], ids=["greedy", "beams", "chunks"]
+)
+def test_a_cache_goes_on_with_all_tokens_as_with_the_new_ones(options):
+    """The turns of a conversation, as transformers passes them: everything so far, of which the cache has read most."""
+    model, rows = make_hf(), texts()
+    ids, mask = left_padded(rows, filler=3)
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    turn = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    question = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    so_far = torch.cat([turn.sequences, question], dim=1)
+    mask = torch.cat([mask, torch.ones(3, 7, dtype=mask.dtype)], dim=1)
+    expected = model.generate(so_far, attention_mask=mask, max_new_tokens=5, **options)
+    num_read = turn.cache.get_seq_length()
+    assert num_read == turn.sequences.shape[1] - 1
+    for start in (0, num_read):
+        cache = copy.deepcopy(turn.cache)
+        found = model.generate(so_far[:, start:], attention_mask=mask, cache=cache, max_new_tokens=5, **options)
+        assert torch.equal(found.sequences, expected.sequences[:, start:])
+        assert_close(torch.stack(found.logits)[..., :VOCAB_SIZE], torch.stack(expected.logits)[..., :VOCAB_SIZE])
+        assert cache.session.num_tokens == expected.cache.session.num_tokens
+    # Other rows, or a session of which no token is known here: everything is new.
+    other = copy.deepcopy(turn.cache)
+    other.batch_select_indices(torch.tensor([0, 2, 1]))
+    other_session = hf.MemformerCache(copy.deepcopy(turn.cache.session))
+    for cache in (other, other_session):
+        before = list(cache.session.num_tokens)
+        model.generate(so_far, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
+        tokens = mask.sum(dim=1).tolist()
+        assert cache.session.num_tokens == [old + new for old, new in zip(before, tokens, strict=True)]
+
+
+def test_all_tokens_without_padding_and_mask_go_on_too():
+    model, ids = make_hf(), texts((13,))[0][None]
+    cache = model(ids[:, :9], use_cache=True).cache
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    again = copy.deepcopy(cache)
+    assert torch.equal(model.generate(ids, cache=again, max_new_tokens=5, do_sample=False), expected)
+    assert again.session.num_tokens == [13 + 4]
+    # A longer mask says that all columns are new, whatever they hold.
+    mask = torch.ones(1, 9 + 13)
+    model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
+    assert cache.session.num_tokens == [9 + 13]
 
 
 def test_a_cache_can_be_copied_selected_repeated_and_reset():
@@ -207,6 +253,11 @@ def test_other_uses_that_cannot_work_are_refused():
         model.resize_token_embeddings(20)
     with pytest.raises(InputError, match="cache_implementation .'static'. must not be given"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    for call in (model, functools.partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(InputError, match="use_cache is False, but a cache is given"):
+            call(ids, cache=cache, use_cache=False)
+    with pytest.raises(InputError, match=r"\(1, 16\); .* \(1, 13\), or have the 13 that the cache has read in front"):
+        model(ids, attention_mask=torch.ones(1, 16), cache=cache)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, max_new_tokens=2, assistant_model=make_hf())
     with pytest.raises(InputError, match="inputs_embeds cannot be read"):
@@ -214,6 +265,8 @@ def test_other_uses_that_cannot_work_are_refused():
     model.train()
     with pytest.raises(InputError, match="a cache carries no gradient"):
         model(ids, labels=ids, cache=cache)
+    with pytest.raises(InputError, match="a cache carries no gradient"):
+        model(ids, use_cache=True)
     model._is_replica = True
     with pytest.raises(InputError, match="torch.nn.DataParallel cannot train this model"):
         model(ids, labels=ids)

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memformer import InputError, hf
+from memformer.data import ByteTokenizer, DocumentEndTokenizer
 from memformer.errors import InputTypeError
 from memformer.hf.registration import CAUSAL_MODELS, HIDDEN_MODELS
 from memformer.hf.versions import check_transformers
@@ -121,3 +122,24 @@ def test_missing_transformers_is_named_with_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(InputError, match=r"needs the package transformers: pip install 'memformer-lm\[hf\]'"):
         check_transformers()
+
+
+def test_an_end_token_that_cannot_be_predicted_is_refused():
+    """A vocabulary of `tokenizer.vocab_size`, which leaves out added tokens: END has the id of [BOS] and padding."""
+    tokenizer = hf.as_hf_tokenizer(DocumentEndTokenizer(ByteTokenizer()))
+    message = r"eos_token_id \(256\) must be below vocab_size \(256\).*vocab_size is tokenizer.bos_token_id"
+    with pytest.raises(InputError, match=message):
+        hf.MemformerHFConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**tiny_config(vocab_size=256).to_dict()))
+    model.config.eos_token_id = tokenizer.eos_token_id  # as the Trainer sets it
+    with pytest.raises(InputError, match=message):
+        model(torch.tensor([tokenizer("hi").input_ids]))
+    assert hf.MemformerHFConfig(vocab_size=tokenizer.bos_token_id, eos_token_id=256).num_token_ids == len(tokenizer)
+
+
+def test_the_config_can_ask_for_tuples():
+    for make in (AutoModel, AutoModelForCausalLM):
+        model = make.from_config(hf.MemformerHFConfig(**tiny_config().to_dict(), return_dict=False)).eval()
+        ids = torch.tensor([[1, 2, 3]])
+        assert isinstance(model(ids), tuple)
+        assert not isinstance(model(ids, return_dict=True), tuple)

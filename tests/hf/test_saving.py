@@ -86,3 +86,29 @@ def test_a_model_of_the_library_is_wrapped_without_a_copy(kind):
     assert {weight.device.type for weight in model.parameters()} == {"cpu"}
     with pytest.raises(InputError, match=r"a \w+ holds a"):
         (hf.LSTMForCausalLM if "lstm" not in kind else hf.MemformerForCausalLM).from_core(core)
+
+
+class WithHead(hf.MemformerModel):
+    """A model with a layer that the folder does not hold."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.d_model, 3)
+        self.post_init()
+
+
+def test_layers_of_a_subclass_are_initialized_and_the_model_is_not(tmp_path):
+    core = MODELS["default"]()
+    core.save_pretrained(tmp_path)
+    model = WithHead.from_pretrained(tmp_path)
+    assert_same_weights(model.memformer, core)
+    assert 0.01 < float(model.score.weight.detach().std()) < 0.04  # as transformers draws them
+    assert not model.score.bias.any()
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    MODELS["default"]().save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"has 2 weights of another shape; .*log_speed', \(5,\) instead of \(7,\)"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_slots=7, ignore_mismatched_sizes=True)

@@ -18,6 +18,7 @@ from memformer.data import (
     save_tokenizer,
     train_tokenizer,
 )
+from memformer.hf import tokenization
 from tests.helpers import tiny_config
 
 TEXT = "the cat sat on a mat\nwhile dogs ran  on\n\nand é 猫\n"
@@ -50,12 +51,27 @@ def test_a_saved_tokenizer_is_read_by_both_with_the_same_ids(kind, tmp_path):
         found.save_pretrained(tmp_path)
 
 
-def test_the_side_of_padding_can_be_chosen(tmp_path):
+def test_arguments_of_transformers_are_read(tmp_path, monkeypatch):
     tokenizer = make("bytes")
     Memformer(tiny_config(vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path)
     save_tokenizer(tokenizer, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
-    assert AutoTokenizer.from_pretrained(tmp_path, padding_side="right").padding_side == "right"
+    found = AutoTokenizer.from_pretrained(tmp_path, padding_side="right", pad_token="Z", chat_template="hi")
+    assert (found.padding_side, found.pad_token_id, found.chat_template) == ("right", ord("Z"), "hi")
+    asked = []
+    monkeypatch.setattr(tokenization, "find_model_folder", lambda name: asked.append(name) or tmp_path)
+    tokenization.MemformerTokenizer.from_pretrained("owner/name", revision="v1")
+    tokenization.MemformerTokenizer.from_pretrained("owner/name")
+    tokenization.MemformerTokenizer.from_pretrained(str(tmp_path), revision="v1")
+    assert asked == ["owner/name@v1", "owner/name", str(tmp_path)]
+
+
+def test_tokens_added_behind_the_special_ones_are_refused_instead_of_renumbered(tmp_path):
+    found = hf.as_hf_tokenizer(make("bytes, end"))
+    found.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    found.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"added token <\|user\|> with id 258.*without them its id would be 256"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizers_without_texts_are_refused(tmp_path):

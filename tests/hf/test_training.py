@@ -12,10 +12,10 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from memformer import Session, backpropagate, load_model
+from memformer import InputError, Session, backpropagate, load_model
 from memformer.training.processes import processes_started
 from tests.helpers import SEGMENT_LENGTH, assert_close
-from tests.hf.models import make_hf, rollout_of, texts
+from tests.hf.models import left_padded, make_hf, rollout_of, texts
 from tests.training.jobs import run_job
 
 LENGTH = 2 * SEGMENT_LENGTH
@@ -82,6 +82,42 @@ def test_a_loss_can_be_scaled_combined_and_left_unused():
     frozen(ids, labels=ids).loss.backward()
     del expected["memformer.embedding.weight"]
     assert_same(gradients(frozen), expected)
+
+
+def test_parameters_that_hooks_use_get_gradients_with_the_loss_scale():
+    """A parameter of the wrapper, added to the embedded tokens by a hook, as adapters do."""
+    ids, norms = batch(2), []
+    for scale in (1.0, 0.1):
+        model = make_hf().train()
+        model.shift = torch.nn.Parameter(torch.zeros(16, dtype=torch.float64))
+        model.memformer.embedding.register_forward_hook(lambda *call, model=model: call[2] + model.shift)
+        loss = scale * model(ids, labels=ids).loss
+        assert model.shift.grad is None
+        loss.backward()
+        norms.append(float(model.shift.grad.norm()))
+    assert norms[1] == pytest.approx(0.1 * norms[0])
+    assert norms[0] > 0
+
+
+def test_second_derivatives_are_refused():
+    ids, model = batch(2), make_hf().train()
+    loss = model(ids, labels=ids).loss
+    with pytest.raises(InputError, match="memory replay has no second derivatives"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_labels_at_padding_that_the_caller_has_counted_are_refused(is_training):
+    """The Trainer divides by the number of all labels; rows padded to one length, say, whose labels are their ids."""
+    ids, mask = left_padded(texts(), filler=3)
+    model = make_hf().train(is_training)
+    masked = ids.masked_fill(mask == 0, -100)
+    loss = model(ids, attention_mask=mask, labels=masked).loss
+    assert_close(model(ids, attention_mask=mask, labels=ids).loss, loss)  # a mean over what is predicted
+    num_items = int((masked[:, 1:] != -100).sum())
+    assert_close(model(ids, attention_mask=mask, labels=masked, num_items_in_batch=num_items).loss, loss)
+    with pytest.raises(InputError, match=r"\d+ labels stand at padding or \[BOS\].*num_items_in_batch counts them"):
+        model(ids, attention_mask=mask, labels=ids, num_items_in_batch=ids[:, 1:].numel())
 
 
 def test_autocast_applies_to_the_replay():

@@ -10,11 +10,13 @@ pytest.importorskip("lm_eval", reason="needs the extra eval")
 from lm_eval.models.huggingface import HFLM
 
 from memformer import evaluate
-from memformer.data import corpus_from_arrays
+from memformer.data import Document, TokenizerConfig, corpus_from_arrays, save_tokenizer, train_tokenizer
+from memformer.data.tokenizer_training import word_tokenizer
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.hf import export as exporting
 from memformer.lm_eval import MemformerLM, scoring
+from tests.helpers import tiny_model
 from tests.lm_eval.models import LENGTH, TEXT, requests_of, save
 
 CUTS = [0, 1, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 90, 91, len(TEXT) - 1]
@@ -182,3 +184,30 @@ def test_progress_can_be_switched_off(model, capsys, disable):
 def test_bad_arguments_are_refused(folder, arguments, message):
     with pytest.raises(InputError, match=message):
         MemformerLM(**{"pretrained": folder, "device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize(("kind", "context", "continuation"), [("bpe", "the ca", "t"), ("word", "the cat", "sat")])
+def test_a_token_of_both_parts_is_not_lost(kind, context, continuation, tmp_path):
+    text = b"the cat sat " * 5
+    tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=260), [Document("text", text)])
+    tiny_model(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    model = MemformerLM(str(tmp_path), device="cpu")
+    ids, after = (tokenizer.encode(part.encode(), "text") for part in (context, continuation))
+    joined = tokenizer.encode((context + continuation).encode(), "text")
+    assert joined[: len(ids)].tolist() != ids.tolist()
+    assert len(joined) <= len(ids)  # so what follows as many tokens as the context has would be nothing
+    session = Session(model.run.model)
+    session.feed(ids.tolist())
+    ((nats, _),) = model.loglikelihood(requests_of((context, continuation)), disable_tqdm=True)
+    expected = session.score(after.tolist())
+    assert nats == pytest.approx(-float(expected.sum()), abs=1e-8)
+    assert nats < 0
+
+
+def test_a_continuation_without_tokens_is_refused(tmp_path):
+    tokenizer = word_tokenizer(["the", "cat"])
+    tiny_model(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    with pytest.raises(InputError, match="the tokenizer has no tokens for the continuation ' ' of a request"):
+        MemformerLM(str(tmp_path), device="cpu").loglikelihood(requests_of(("the cat", " ")), disable_tqdm=True)

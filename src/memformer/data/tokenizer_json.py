@@ -74,12 +74,21 @@ def from_tokenizer_json(definition: str) -> Tokenizer:
         definition: Content of the file.
 
     Raises:
-        InputError: The `tokenizers` package cannot read it, or the tokenizer would cut or change texts.
+        InputError: The `tokenizers` package cannot read it, the tokenizer would cut or change texts, or tokens were
+            added behind those of `to_tokenizer_json`.
     """
     fields = json.loads(parse_definition(definition).to_str())
     added = fields["added_tokens"]
     own = [token for token in added if token["content"] in {BEGIN_TOKEN, END_TOKEN}]
     fields["added_tokens"] = [token for token in added if token not in own]
+    given = parse_definition(json.dumps(fields))
+    for token in fields["added_tokens"]:
+        if given.token_to_id(token["content"]) != token["id"]:
+            raise InputError(
+                f"the tokenizer has the added token {token['content']} with id {token['id']}, behind "
+                f"{' and '.join(each['content'] for each in own)}, which are no tokens of a text; without them its id "
+                f"would be {given.token_to_id(token['content'])}"
+            )
     inner = _identify(fields)
     has_end = any(token["content"] == END_TOKEN and token["id"] == inner.vocab_size for token in own)
     return DocumentEndTokenizer(inner) if has_end else inner

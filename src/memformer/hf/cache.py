@@ -1,5 +1,6 @@
 """The state of a stream of tokens as a cache of transformers; its size does not depend on the number of tokens."""
 
+import zlib
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ from transformers.cache_utils import Cache
 
 from memformer.errors import InputError
 from memformer.generation.session import Session
+from memformer.hf.rows import TokenRows
 
 
 class MemformerCache(Cache):
     """A session, as `generate` and `forward` carry it from call to call.
 
     A call passes only the tokens that are new. `generate` does not read the token that it returns last, so the next
-    call begins with it: `model.generate(sequences[:, -1:], cache=cache)`.
+    call begins with it: `model.generate(sequences[:, -1:], cache=cache)`. It may also be given all tokens since the
+    cache was new, as for other models; those that were read before are recognized by a checksum.
 
     Args:
         session: The session; a new one, or one from `Session.load`.
@@ -27,6 +30,8 @@ class MemformerCache(Cache):
         super().__init__(layers=[])
         self.session = session
         self._num_columns = max(session.num_tokens)
+        # The checksum of each row's tokens. None: the session has read tokens that are not known here.
+        self._checksums = None if self._num_columns else [0] * session.batch_size
 
     def __len__(self) -> int:
         return 1  # An empty cache would count as no cache.
@@ -44,9 +49,15 @@ class MemformerCache(Cache):
         """Number of rows."""
         return self.session.batch_size
 
-    def advance(self, num_columns: int) -> None:
+    def advance(self, rows: TokenRows) -> None:
         """Count the columns, padding included, of the tokens that the session was fed."""
-        self._num_columns += num_columns
+        self._num_columns += rows.tokens.shape[1]
+        if self._checksums is not None:
+            self._checksums = _checksums(rows, after=self._checksums)
+
+    def has_read(self, rows: TokenRows) -> bool:
+        """Return whether these tokens, and no others, are those that were read so far."""
+        return self._checksums is not None and self._checksums == _checksums(rows, after=[0] * self.batch_size)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns so far, padding included."""
@@ -66,6 +77,7 @@ class MemformerCache(Cache):
             stop_token_ids=session.stop_token_ids,
         )
         self._num_columns = 0
+        self._checksums = [0] * session.batch_size
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens.
@@ -84,12 +96,26 @@ class MemformerCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.session.select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
+        self._select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; a row can be kept several times."""
         rows = torch.arange(self.batch_size)[indices.cpu()]  # The indices may also be a mask.
-        self.session.select_rows(rows.tolist())
+        self._select_rows(rows.tolist())
+
+    def _select_rows(self, rows: list[int]) -> None:
+        self.session.select_rows(rows)
+        if self._checksums is not None:
+            self._checksums = [self._checksums[row] for row in rows]
+
+
+def _checksums(rows: TokenRows, *, after: list[int]) -> list[int]:
+    """Return the checksum of each row's tokens, which follow those of other checksums."""
+    tokens = rows.tokens.cpu().numpy()
+    counts = rows.counts.tolist()
+    return [
+        zlib.crc32(row[:count].tobytes(), checksum) for row, count, checksum in zip(tokens, counts, after, strict=True)
+    ]
 
 
 def check_cache(cache: Any, *, session_model: object, batch_size: int) -> None:
@@ -104,3 +130,16 @@ def check_cache(cache: Any, *, session_model: object, batch_size: int) -> None:
         raise InputError("cache is of another model; its memory means nothing to this one")
     if cache.batch_size != batch_size:
         raise InputError(f"cache has {cache.batch_size} rows, but input_ids have {batch_size}")
+
+
+def check_cache_use(cache: object, use_cache: bool | None) -> None:
+    """Check that a cache is not given where none shall be used: it could neither be read nor left as it is.
+
+    Raises:
+        InputError: `use_cache` is false, and there is a cache.
+    """
+    if cache is not None and use_cache is False:
+        raise InputError(
+            "use_cache is False, but a cache is given; it would be changed in place: pass a copy "
+            "(copy.deepcopy) and leave use_cache out, or pass no cache"
+        )

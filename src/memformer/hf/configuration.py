@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedConfig
 
+from memformer.errors import InputError
 from memformer.models.baseline_configs import (
     CompressiveTransformerConfig,
     LSTMConfig,
@@ -58,6 +59,7 @@ class RecurrentHFConfig(PreTrainedConfig):
         for name in ("bos_token_id", "pad_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, self.vocab_size)
+        check_end_token(self.eos_token_id, vocab_size=self.vocab_size)
 
     @classmethod
     def from_dict(cls: type[HFConfig], config_dict: dict[str, Any], **kwargs: Any) -> HFConfig:
@@ -102,6 +104,21 @@ class RecurrentHFConfig(PreTrainedConfig):
     def num_token_ids(self) -> int:
         """Number of token ids that can be inputs: V, `[BOS]` and special tokens; the number of columns of logits."""
         return int(self.vocab_size) + 1 + int(getattr(self, "num_special_tokens", 0))
+
+
+def check_end_token(eos_token_id: int | list[int] | None, *, vocab_size: int) -> None:
+    """Check that the tokens that end a document can be predicted.
+
+    Raises:
+        InputError: One of them is not below V; `[BOS]` and padding are V, so it would be taken for them.
+    """
+    ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    for each in ids:
+        if each >= vocab_size:
+            raise InputError(
+                f"eos_token_id ({each}) must be below vocab_size ({vocab_size}), the number of tokens that are "
+                "predicted; for a tokenizer of memformer.hf.as_hf_tokenizer, vocab_size is tokenizer.bos_token_id"
+            )
 
 
 def _config_class(name: str, core_class: type[ModelConfig]) -> type[RecurrentHFConfig]:

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from memformer.errors import InputError
 from memformer.generation.session import Session
-from memformer.hf.cache import MemformerCache
+from memformer.hf.cache import MemformerCache, check_cache_use
 
 
 def set_special_tokens(generation_config: Any, config: Any) -> None:
@@ -26,6 +26,7 @@ class StreamGenerationMixin(GenerationMixin):
 
     config: Any
     memformer: Any
+    _find_tokens: Any
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -42,7 +43,7 @@ class StreamGenerationMixin(GenerationMixin):
         """Make the cache that `generate` begins with, for all beams, or repeat the rows of a given one.
 
         Raises:
-            InputError: A `cache_implementation` is given.
+            InputError: A `cache_implementation` is given, or a cache although none shall be used.
         """
         if generation_config.cache_implementation is not None:
             raise InputError(
@@ -54,6 +55,7 @@ class StreamGenerationMixin(GenerationMixin):
         )
         repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get("cache")
+        check_cache_use(cache, generation_config.use_cache)
         if cache is None and generation_config.use_cache is not False:
             session = Session(self.memformer, batch_size=batch_size * repeats)
             model_kwargs["cache"] = MemformerCache(session)
@@ -70,11 +72,23 @@ class StreamGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
     ) -> Any:
-        """Read the prompt. A mask of the new columns alone is extended to the columns that the cache has read."""
+        """Read the prompt, or what follows in it after the columns that the cache has read.
+
+        As for other models, a mask with more columns than the prompt says that the prompt holds new columns only. Here
+        it may also do so with a mask of its own columns or none; then the mask is extended to those before.
+        """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        if isinstance(cache, MemformerCache) and mask is not None and mask.shape[1] == input_ids.shape[1]:
-            past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
-            model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
+        num_columns = input_ids.shape[1]
+        width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
+        if isinstance(cache, MemformerCache) and width == num_columns:
+            num_read = cache.get_seq_length()
+            if 0 < num_read < num_columns and cache.has_read(
+                self._find_tokens(input_ids[:, :num_read], None if mask is None else mask[:, :num_read], None)
+            ):
+                input_ids = input_ids[:, num_read:]
+            elif mask is not None:
+                past = mask.new_ones((mask.shape[0], num_read))
+                model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _prepare_special_tokens(

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.generation.session import Session
-from memformer.hf.cache import MemformerCache, check_cache
+from memformer.hf.cache import MemformerCache, check_cache, check_cache_use
 from memformer.hf.columns import (
     at_least_one,
     causal_loss,
@@ -28,6 +28,7 @@ from memformer.hf.configuration import (
     RecurrentHFConfig,
     RecurrentMemoryTransformerHFConfig,
     TransformerXLHFConfig,
+    check_end_token,
 )
 from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
 from memformer.hf.replaying import replayed_loss
@@ -89,14 +90,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         A folder that this library's own `save_pretrained` wrote is read too.
 
         Raises:
-            CheckpointError: Weights of the model are missing.
+            CheckpointError: Weights of the model are missing, or (with `ignore_mismatched_sizes`) of another shape.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        own = sorted(name for name in info["missing_keys"] if name.startswith(f"{cls.base_model_prefix}."))
-        if own:
-            raise CheckpointError(
-                f"{model.name_or_path} lacks {len(own)} weights of this model; the first is {own[0]!r}"
-            )
+        _check_all_are_loaded(model, info, start=f"{cls.base_model_prefix}.")
         if model.can_generate():
             # transformers has replaced the generation config by the one in the folder, if any.
             set_special_tokens(model.generation_config, model.config)
@@ -119,7 +116,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         return wrapped.train(model.training)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep the weights: a model of this library draws its own."""
+        """Draw the weights of a module that a subclass has added: a model of this library draws its own."""
+        if not any(module is own for own in self.memformer.modules()):
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that embeds token ids."""
@@ -139,12 +138,19 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         attention_mask: Tensor | None,
         inputs_embeds: object,
         *,
-        has_past: bool = False,
+        num_past_columns: int = 0,
     ) -> TokenRows:
         if inputs_embeds is not None or input_ids is None:
             raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
+        check_end_token(self.config.eos_token_id, vocab_size=self.config.vocab_size)  # the Trainer may have changed it
         unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))
-        return find_tokens(self.memformer, input_ids, attention_mask, unread_ids=unread, has_past=has_past)
+        return find_tokens(
+            self.memformer, input_ids, attention_mask, unread_ids=unread, num_past_columns=num_past_columns
+        )
+
+    def _as_output(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """Return the output, or a tuple of what it holds if that is asked for."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class RecurrentHiddenModel(RecurrentPreTrainedModel):
@@ -164,7 +170,7 @@ class RecurrentHiddenModel(RecurrentPreTrainedModel):
             input_ids: (B, T), token ids. `[BOS]` may precede them; the model adds it by itself.
             attention_mask: (B, T), 0 at padding, which may stand anywhere. None: no padding but the pad token.
             inputs_embeds: Must be None.
-            return_dict: False: return a tuple.
+            return_dict: False: return a tuple. None: what the config says.
             absent: `output_attentions`, `output_hidden_states`, `past_key_values` and `position_ids`, which other
                 models have: None or False.
 
@@ -174,7 +180,7 @@ class RecurrentHiddenModel(RecurrentPreTrainedModel):
         _check_absent(absent)
         rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
         output = MemformerModelOutput(last_hidden_state=column_hidden_states(self.memformer, rows))
-        return output.to_tuple() if return_dict is False else output
+        return self._as_output(output, return_dict)
 
 
 class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
@@ -216,34 +222,38 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 columns that the cache has read. None: no padding but the pad token.
             labels: (B, T), `input_ids` again, or -100 where the loss does not count. They are shifted inside.
             cache: A `MemformerCache`, the state to continue from; it is changed in place.
-            use_cache: Return the state. None: only if a `cache` is given.
+            use_cache: Return the state. None: only if a `cache` is given. It must not be False with a `cache`.
             logits_to_keep: Number of last columns to return logits of, or their indices. 0: all.
             num_items_in_batch: Number that the summed loss is divided by. None: the number of labels that count.
             inputs_embeds: Must be None.
-            return_dict: False: return a tuple.
+            return_dict: False: return a tuple. None: what the config says.
             absent: `output_attentions`, `output_hidden_states`, `past_key_values` and `position_ids`, which other
                 models have: None or False.
 
         Raises:
-            InputError: A shape, a token id or a label is wrong, the cache is of another model or batch, a gradient is
-                needed that a cache does not carry, or something absent is given.
+            InputError: A shape, a token id or a label is wrong, `num_items_in_batch` counts labels at padding, the
+                cache is of another model or batch, a gradient is needed that a cache does not carry, or something
+                absent is given.
         """
         _check_absent(absent)
-        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds, has_past=cache is not None)
+        check_cache_use(cache, use_cache)
+        num_past_columns = cache.get_seq_length() if isinstance(cache, MemformerCache) else 0
+        rows = self._find_tokens(input_ids, attention_mask, inputs_embeds, num_past_columns=num_past_columns)
         assert input_ids is not None
-        counted = None if labels is None else find_targets(rows, input_ids, labels)
+        are_counted = num_items_in_batch is not None
+        counted = None if labels is None else find_targets(rows, input_ids, labels, are_counted=are_counted)
         is_training = self.training and torch.is_grad_enabled()
         streams = cache is not None or bool(use_cache)
+        if is_training and streams:
+            raise InputError("a cache carries no gradient; train without a cache, or call under torch.no_grad()")
         if counted is not None and is_training:
-            if streams:
-                raise InputError("a cache carries no gradient; train without a cache, or call under torch.no_grad()")
             output = MemformerCausalLMOutput(loss=self._train(rows, counted, num_items_in_batch))
         else:
             kept = slice(None) if counted is not None else _columns_to_keep(logits_to_keep)
             if streams:
                 cache = self._open_cache(cache, batch_size=len(rows.counts))
                 logits = stream_logits(cache.session, rows, kept)
-                cache.advance(input_ids.shape[1])
+                cache.advance(rows)
             else:
                 logits = column_logits(self.memformer, rows, kept)
             loss = None if counted is None else causal_loss(logits, input_ids, counted, num_items=num_items_in_batch)
@@ -251,7 +261,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 logits = logits[:, _columns_to_keep(logits_to_keep)]
             logits = with_all_ids(logits, self.config.num_token_ids)
             output = MemformerCausalLMOutput(loss=loss, logits=logits, cache=cache)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_output(output, return_dict)
 
     def _train(self, rows: TokenRows, counted: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Return the loss, whose gradient comes from memory replay.
@@ -263,13 +273,33 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
             raise InputError("torch.nn.DataParallel cannot train this model; use one process for each device")
         rollout = make_rollout(self.memformer, rows, num_after=0, is_target=counted)
         scale = 1.0 if num_items is None else rollout.count_target_tokens() / float(at_least_one(num_items))
-        return replayed_loss(self.memformer, rollout, scale=scale)
+        return replayed_loss(self.memformer, rollout, scale=scale, owner=self)
 
     def _open_cache(self, cache: Any, *, batch_size: int) -> MemformerCache:
         if cache is None:
             return MemformerCache(Session(self.memformer, batch_size=batch_size))
         check_cache(cache, session_model=self.memformer, batch_size=batch_size)
         return cache
+
+
+def _check_all_are_loaded(model: RecurrentPreTrainedModel, info: Mapping[str, Any], *, start: str) -> None:
+    """Check that a folder had all weights whose name begins so; transformers leaves others undefined.
+
+    Raises:
+        CheckpointError: Weights were missing or of another shape.
+    """
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(start))
+    if missing:
+        raise CheckpointError(
+            f"{model.name_or_path} lacks {len(missing)} weights of this model; the first is {missing[0]!r}"
+        )
+    changed = sorted(each for each in info["mismatched_keys"] if each[0].startswith(start))
+    if changed:
+        name, found, expected = changed[0]
+        raise CheckpointError(
+            f"{model.name_or_path} has {len(changed)} weights of another shape; the first is {name!r}, "
+            f"{tuple(found)} instead of {tuple(expected)}"
+        )
 
 
 _ABSENT = {

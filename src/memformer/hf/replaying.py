@@ -12,22 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memformer.errors import InputError
 from memformer.models import LanguageModel
 from memformer.rollout import Rollout
 from memformer.training.replay import backpropagate
 
 
-def replayed_loss(model: LanguageModel, rollout: Rollout, *, scale: float) -> Tensor:
-    """Return the mean loss of a rollout in nats per target, times `scale`; its gradients come from memory replay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss: Tensor = _Replay.apply(model, rollout, scale, *parameters)
+def replayed_loss(model: LanguageModel, rollout: Rollout, *, scale: float, owner: nn.Module) -> Tensor:
+    """Return the mean loss of a rollout in nats per target, times `scale`; its gradients come from memory replay.
+
+    Args:
+        model: The model.
+        rollout: The rollout.
+        scale: Factor of the loss.
+        owner: Module that holds the model, and perhaps parameters that hooks of the model use.
+    """
+    parameters = [parameter for parameter in owner.parameters() if parameter.requires_grad]
+    loss: Tensor = _Replay.apply(model, rollout, scale, owner, *parameters)
     return loss
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, model: LanguageModel, rollout: Rollout, scale: float, *parameters: Tensor) -> Tensor:
-        with torch.enable_grad(), leaves_in_place(model) as leaves:
+    def forward(
+        ctx: Any, model: LanguageModel, rollout: Rollout, scale: float, owner: nn.Module, *parameters: Tensor
+    ) -> Tensor:
+        with torch.enable_grad(), leaves_in_place(owner) as leaves:
             result = backpropagate(model, rollout, gradient_scale=scale)
         # Not by `save_for_backward`: the gradients are no inputs or outputs of this function.
         ctx.grads = [leaves[parameter].grad for parameter in parameters]
@@ -35,9 +45,14 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "memory replay has no second derivatives (create_graph=True); compute a loss from the logits, which "
+                "forward returns without labels"
+            )
         (factor,) = grad_outputs
         grads = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.grads]
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 @contextlib.contextmanager

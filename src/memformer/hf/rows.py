@@ -46,7 +46,7 @@ def find_tokens(
     attention_mask: Tensor | None,
     *,
     unread_ids: frozenset[int],
-    has_past: bool = False,
+    num_past_columns: int = 0,
 ) -> TokenRows:
     """Return the tokens of padded rows; padding may be left, right and between the tokens.
 
@@ -56,7 +56,7 @@ def find_tokens(
         attention_mask: (B, T), 0 at padding. None: no padding.
         unread_ids: Token ids outside the vocabulary that are never read: `[BOS]`, which the model adds by itself, and
             padding.
-        has_past: Whether the mask may begin with columns of tokens that were read before.
+        num_past_columns: Number of columns that were read before; the mask may begin with them.
 
     Raises:
         InputError: A shape is wrong, the mask holds other values than 0 and 1, or an id is neither padding nor a token.
@@ -68,7 +68,7 @@ def find_tokens(
         raise InputError(f"input_ids have shape {tuple(input_ids.shape)}; it must be (rows, columns), neither zero")
     ids = input_ids.to(model.device, torch.int64)
     is_known = (ids >= 0) & (ids < model.vocab_size)
-    is_unread = ~_read_columns(ids, attention_mask, has_past=has_past)
+    is_unread = ~_read_columns(ids, attention_mask, num_past_columns=num_past_columns)
     for unread in unread_ids:
         is_unread |= (ids == unread) & ~is_known
     if not (is_known | is_unread).all():
@@ -84,7 +84,7 @@ def find_tokens(
     return TokenRows(tokens=tokens, counts=counts, ranks=ranks, is_token=is_token, order=order)
 
 
-def _read_columns(ids: Tensor, attention_mask: Tensor | None, *, has_past: bool) -> Tensor:
+def _read_columns(ids: Tensor, attention_mask: Tensor | None, *, num_past_columns: int) -> Tensor:
     """Return True in the columns that an attention mask lets be read.
 
     Raises:
@@ -93,10 +93,10 @@ def _read_columns(ids: Tensor, attention_mask: Tensor | None, *, has_past: bool)
     if attention_mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     shape, (rows, columns) = tuple(attention_mask.shape), ids.shape
-    if len(shape) != 2 or shape[0] != rows or shape[1] < columns or (shape[1] > columns and not has_past):
+    if shape not in {(rows, columns), (rows, num_past_columns + columns)}:
         raise InputError(
             f"attention_mask has shape {shape}; it must be (rows, columns) of input_ids, {(rows, columns)}"
-            + (", or have the columns that were read before them in front" if has_past else "")
+            + (f", or have the {num_past_columns} that the cache has read in front" if num_past_columns else "")
         )
     mask = attention_mask[:, shape[1] - columns :].to(ids.device)
     if not ((mask == 0) | (mask == 1)).all():
@@ -104,27 +104,35 @@ def _read_columns(ids: Tensor, attention_mask: Tensor | None, *, has_past: bool)
     return mask != 0
 
 
-def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor) -> Tensor:
+def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor, *, are_counted: bool) -> Tensor:
     """Return True (B, T) in the columns whose label counts.
 
     As for every causal model of transformers, labels are shifted inside: the label in column n is predicted from the
-    columns before n, so the first column never counts.
+    columns before n, so the first column never counts. Padding and `[BOS]` are never predicted.
 
     Args:
         rows: The tokens of `input_ids`.
         input_ids: (B, T), token ids.
         labels: (B, T), the token ids again, or -100 where the loss does not count.
+        are_counted: Whether the caller has counted the labels, as the Trainer does.
 
     Raises:
-        InputError: The shape differs from that of `input_ids`, or a label that counts is another token.
+        InputError: The shape differs from that of `input_ids`, a label that counts is another token, or the caller has
+            counted labels at padding or `[BOS]`.
     """
     if labels.shape != input_ids.shape:
         raise InputError(
             f"labels have shape {tuple(labels.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}"
         )
     labels = labels.to(rows.tokens.device)
-    counted = (labels != IGNORED) & rows.is_token
-    counted[:, 0] = False
+    given = labels != IGNORED
+    given[:, 0] = False
+    counted = given & rows.is_token
+    if are_counted and (surplus := int((given & ~rows.is_token).sum())):
+        raise InputError(
+            f"{surplus} labels stand at padding or [BOS], which are not predicted, but num_items_in_batch counts them; "
+            f"they must be {IGNORED} (as a data collator for language models makes them)"
+        )
     differs = counted & (labels != input_ids.to(labels.device))
     if differs.any():
         row, column = differs.nonzero()[0].tolist()

@@ -41,15 +41,20 @@ class MemformerTokenizer(PreTrainedTokenizerFast):
         Args:
             folder: The folder, or a name on the hub (see `find_model_folder`).
             args: Not read.
-            kwargs: `padding_side`, `truncation_side` and `model_max_length` are those of transformers; others, which
-                `AutoTokenizer` adds, are not read.
+            kwargs: `revision`, `padding_side`, `truncation_side`, `model_max_length`, `chat_template` and special
+                tokens such as `pad_token` are those of transformers; others, which `AutoTokenizer` adds, are not read.
 
         Raises:
             CheckpointError: A file is missing or damaged.
             InputError: The tokenizer reads images, or cannot be downloaded.
         """
-        tokenizer = as_hf_tokenizer(load_tokenizer(find_model_folder(folder)))
-        for name in ("padding_side", "truncation_side", "model_max_length"):
+        revision = kwargs.get("revision")
+        is_named = revision is not None and isinstance(folder, str) and not Path(folder).exists()
+        found = find_model_folder(f"{folder}@{revision}" if is_named else folder)
+        tokenizer = as_hf_tokenizer(load_tokenizer(found))
+        for name in ("padding_side", "truncation_side", "model_max_length", "chat_template"):
             if name in kwargs:
                 setattr(tokenizer, name, kwargs[name])
+        tokens = {name: kwargs.get(name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        tokenizer.add_special_tokens({name: token for name, token in tokens.items() if token is not None})
         return tokenizer

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
@@ -80,7 +81,8 @@ class MemformerLM(LM):
             disable_tqdm: Show no progress.
 
         Raises:
-            InputError: A text has words that the tokenizer cannot encode, or the model's weights are broken.
+            InputError: A text has words that the tokenizer cannot encode, it has no tokens for a continuation, or the
+                model's weights are broken.
         """
         pairs = [self._encode_pair(*request.args) for request in requests]
         answers = (
@@ -137,11 +139,20 @@ class MemformerLM(LM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Return the token ids of both, as the harness's other models do: spaces between them are the continuation's.
 
-        The continuation's ids are those of the joined text after as many tokens as the context alone has.
+        The continuation's ids are those of the joined text after the context's. Where the joined text has a token of
+        both parts ("the ca" and "t"), they are those of the continuation alone: every continuation is scored in full.
+
+        Raises:
+            InputError: A text has words that the tokenizer cannot encode, or the continuation is of spaces alone, for
+                which the tokenizer has no tokens.
         """
         stripped = context.rstrip()
-        ids = self._encode(stripped)
-        return ids, self._encode(context + continuation)[len(ids) :]
+        ids, joined = self._encode(stripped), self._encode(context + continuation)
+        is_split = np.array_equal(joined[: len(ids)], ids)
+        continued = joined[len(ids) :] if is_split else self._encode(context[len(stripped) :] + continuation)
+        if continuation and not len(continued):
+            raise InputError(f"the tokenizer has no tokens for the continuation {continuation!r} of a request")
+        return ids, continued
 
     def _sessions(self, contexts: Sequence[Ids]) -> Iterator[tuple[Session, list[int]]]:
         """Yield sessions whose rows have read contexts, with the number of each row's context.
