@@ -64,7 +64,7 @@ def test_what_was_scored_before_a_bad_byte_is_saved(run_folder, tmp_path, monkey
     assert "is not UTF-8 text at byte offset 17 (0xff)" in err
     assert err.endswith(f"; the session up to there is saved to {state}\n")
     assert [line.split()[-1] for line in out.splitlines()[1:]] == ["cat", "on"]
-    assert load_run(run_folder).load_session(state).num_tokens == [15]
+    assert load_run(run_folder).load_session(state).num_tokens == [17]
     give_stdin(monkeypatch, b"the cat\nsat on\n", b"a mat\n")
     found = call_json("score", run_folder, "-", "--save_session", state, "--resume", "--per", "document")
     (tmp_path / "whole").write_text("the cat\nsat on\na mat\n")
@@ -76,7 +76,7 @@ def test_what_was_read_of_a_prompt_before_a_bad_byte_is_saved(run_folder, tmp_pa
     state = tmp_path / "state"
     message = refused("generate", run_folder, "--prompt_file", "-", "--save_session", state)
     assert message.endswith(f"; the session up to there is saved to {state}")
-    assert load_run(run_folder).load_session(state).num_tokens == [15]
+    assert load_run(run_folder).load_session(state).num_tokens == [17]
 
 
 @pytest.mark.parametrize("command", ["score", "generate"])
@@ -87,7 +87,7 @@ def test_a_text_that_is_refused_at_once_leaves_no_session(command, run_folder, t
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "generate"])
+@pytest.mark.parametrize("command", ["score", "generate", "evaluate"])
 def test_a_text_of_unknown_words_is_warned_of(command, base, tmp_path):
     """All of its words are the same token, so that its scores look good and mean nothing."""
     run, file = tmp_path / "run", tmp_path / "text"
@@ -95,10 +95,14 @@ def test_a_text_of_unknown_words_is_warned_of(command, base, tmp_path):
     call_json("train", base / "config.yaml", "--folder", run, *options)
     for text, is_known in (("the cat sat on a mat\n", True), ("kein Wort davon\n", False)):
         file.write_text(text)
-        argv = [file] if command == "score" else ["--prompt_file", file, "--max_new_tokens", "0"]
+        argv = {
+            "score": [file],
+            "generate": ["--prompt_file", file, "--max_new_tokens", "0"],
+            "evaluate": ["--data.kind", "text", "--data.path", file],
+        }[command]
         status, _, err = call(command, run, *argv)
         assert status == 0
-        name = str(file) if command == "score" else "the prompt"
+        name = {"score": str(file), "generate": "the prompt", "evaluate": "the documents"}[command]
         expected = (
             f"75% of the tokens of {name} are words outside the vocabulary of the run, which are all read as <unk>"
         )

@@ -1,5 +1,6 @@
 """Runs on series: trained, resumed, evaluated, scored and continued like those on texts, with bins of their own."""
 
+import json
 import math
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from memformer.cli import generate as generate_module
 from memformer.data import BinTokenizer
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
@@ -94,6 +96,46 @@ def test_a_resumed_run_is_the_whole_one(series, tmp_path, values):
     changed = write_csv(tmp_path / "changed.csv", values * 2)
     message = refused("train", copy, "--resume", "--data.train.path", changed, "--data.validation.path", changed)
     assert "data.train has changed since the run began" in message
+
+
+def test_generation_ends_with_a_row(series, tmp_path, monkeypatch):
+    folder, _, _ = series
+    assert "--max_new_tokens (5) must end with a row: a row has 2 tokens" in refused(
+        "generate", folder, "--max_new_tokens", "5"
+    )
+    monkeypatch.setattr(generate_module, "NEW_TOKENS", 5)
+    done = call_json("generate", folder, "--prompt", "1.0,0.5\n", "--seed", "1")
+    assert len(done["token_ids"]) == 6
+    # A session that stops within a row, as after Ctrl-C.
+    session = load_run(folder).session()
+    session.feed([0, 5, 1])
+    session.save(tmp_path / "state")
+    (tmp_path / "rows.csv").write_text("1.0,0.5\n")
+    for argv in (["score", folder, tmp_path / "rows.csv"], ["generate", folder, "--prompt", "1.0,0.5\n"]):
+        message = refused(*argv, "--load_session", tmp_path / "state")
+        assert "has read 1 of the 2 columns of a row" in message
+    assert len(call_json("generate", folder, "--load_session", tmp_path / "state")["token_ids"]) == 5
+    assert "and the session has read 1 of one" in refused(
+        "generate", folder, "--load_session", tmp_path / "state", "--max_new_tokens", "4"
+    )
+
+
+def test_rows_before_a_refused_one_are_scored(series, tmp_path):
+    folder, _, _ = series
+    (tmp_path / "rows.csv").write_text("1.0,0.5\n2.0,0.5\n3.0,\n4.0,0.5\n")
+    status, out, err = call("score", folder, tmp_path / "rows.csv", "--json", "--save_session", tmp_path / "state")
+    assert status == 2
+    assert "the line '3.0,' has '', which is not a finite number; the session up to there is saved" in err
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["1.0,0.5", "2.0,0.5"]
+
+
+def test_other_bins_cannot_be_compared(series, base, tmp_path):
+    folder, _, file = series
+    call_json(*arguments(base, file, tmp_path / "again"))
+    call_json(*arguments(base, file, tmp_path / "coarse"), "--data.tokenizer.num_bins", "2")
+    for other, is_same in (("again", True), ("coarse", False)):
+        found = call_json("compare", folder, tmp_path / other, "--output", tmp_path / "x.png")
+        assert found["same_data"] is is_same
 
 
 def test_refused_runs_on_series(series, base, tmp_path):

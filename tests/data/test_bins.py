@@ -88,9 +88,32 @@ def test_few_different_values_and_one(spacing):
     )
 
 
+def test_rare_values_are_told_from_a_common_one():
+    """Quantiles see no value that is rarer than a bin: a flag that is seldom set, a counter that is seldom not 0."""
+    generator = np.random.default_rng(0)
+    rare = generator.random(5000) < 0.02
+    flag = rare[:, None].astype(float)
+    assert fit(flag, num_bins=32).edges[0].tolist() == [1.0]
+    assert fit(1 - flag, num_bins=32).edges[0].tolist() == [1.0]
+    amounts = np.where(rare, generator.gamma(2.0, size=5000), 0.0)
+    for content in (amounts, -amounts, amounts - 7):
+        tokenizer = fit(content[:, None], num_bins=32)
+        common = np.median(content)
+        (own,) = set(tokenizer.encode(np.array([[common]]), ""))
+        ids = tokenizer.encode(content[:, None], "")
+        assert (ids == own).tolist() == (content == common).tolist()
+        assert len(tokenizer.centres[0]) <= 32
+    middle = np.concatenate([np.full(4000, 5.0), generator.normal(5, 2, 1000)])
+    tokenizer = fit(middle[:, None], num_bins=8)
+    ids = tokenizer.encode(middle[:, None], "")
+    assert set(ids[4000:]).isdisjoint(ids[:4000])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (b"c0,c1,c2\n", "has names of columns; the rows must have c0, c1, in this order"),
+        (b"c1,c0\n", "has names of columns; the rows must have c0, c1, in this order"),
         (b"1,2,3\n", "the line '1,2,3' has 3 fields; a row has one number for each of the columns c0, c1"),
         (b"1,x\n", "has 'x', which is not a finite number"),
         (b"1,\n", "has '', which is not a finite number"),

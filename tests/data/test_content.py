@@ -95,7 +95,10 @@ def array() -> bytes:
 
 
 NOT_TEXT = {
-    "latin": (TEXT[:16].encode("latin-1"), r"at byte offset 12 \(0xc4\): it is binary or in another encoding"),
+    "latin": (
+        TEXT[:16].replace("\n", " ").encode("latin-1"),
+        r"at byte offset 12 \(0xc4\): it is binary or in another encoding",
+    ),
     "parquet": (b"PAR1\x15\x04\x15\x10\x00\xffPAR1", "it is a parquet file"),
     "zip": (archive(), "it is a zip archive"),
     "tar": (tar_archive(), "it is a tar archive"),
@@ -135,6 +138,20 @@ def test_a_byte_order_mark_is_not_content(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbfab\xff")
     with pytest.raises(InputError, match=r"at byte offset 5 \(0xff\)"):
         read(path)
+
+
+def test_the_text_before_a_wrong_byte_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for wrong in (b"\xff", b"\xe7\x8c!", b"\0"):
+        path.write_bytes(TEXT.encode() + wrong + TEXT.encode())
+        with open_text(path) as stream:
+            assert stream.read1(10_000) == TEXT.encode()
+            for _ in range(2):
+                with pytest.raises(InputError, match=f"at byte offset {len(TEXT.encode())} "):
+                    stream.read1(10_000)
+    path.write_bytes(b"%PDF-1.4\n\xe2\xe3")  # a known format holds no text
+    with open_text(path) as stream, pytest.raises(InputError, match="it is a PDF file"):
+        stream.read1(10_000)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

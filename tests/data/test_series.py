@@ -39,6 +39,16 @@ def test_a_file_without_names_and_an_array_are_the_same(tmp_path, compress):
     assert read([tmp_path / "x.csv", tmp_path / "y.npy"], columns=["0"]) == [values[:, [0]].tolist(), [[1.0], [2.0]]]
 
 
+def test_names_may_be_numbers_if_the_columns_say_so(tmp_path):
+    (tmp_path / "x").write_text("time,50,x\n2024,2,3\n2025,4,5\n")
+    assert read(tmp_path / "x", columns=["50", "x"]) == [[[2, 3], [4, 5]]]
+    assert read(tmp_path / "x", columns=["50"]) == [[[2], [4]]]
+    (tmp_path / "x").write_text("2024-01-01,3,4\n2024-01-02,5,6\n")  # no names
+    assert read(tmp_path / "x", columns=["2", "1"]) == [[[4, 3], [6, 5]]]
+    (tmp_path / "x").write_text("a,a,b\n1,2,3\n")  # two columns that are not read
+    assert read(tmp_path / "x", columns=["b"]) == [[[3]]]
+
+
 def test_rows_divide_a_file(file):
     for rows, expected in ((":2", [2.0, 4.0]), ("2:", [6.0]), ("-2:", [4.0, 6.0]), ("1:-1", [4.0])):
         assert read(file, columns=["load"], rows=rows) == [[[value] for value in expected]]
@@ -60,6 +70,8 @@ def npy_header(text):
         ("a,b\n1,2\n3,\n", {"columns": ["b"], "rows": "1:"}, r"row 1 \(counted from 0\), column 'b' is nan"),
         ("1\ninf\n", {}, "column '0' is inf"),
         ("a,a\n1,2\n", {}, "has two columns of the same name: a, a"),
+        ("time,2,1\n9,8,7\n", {"columns": ["2", "1"]}, "x: the first line 'time,2,1' has the columns 2, 1 as names"),
+        ("2024-01-01,1,0\n", {"columns": ["1"]}, "has the columns 1 as names or as values"),
         ("a,b\n", {}, "has no values to read"),
         ("a\n" + '"' + "x" * 200_000, {}, "is not CSV"),
         (b"\x93NUMPY\x01\x00\x76", {}, "is not a NumPy array of numbers"),

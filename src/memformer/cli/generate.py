@@ -12,16 +12,20 @@ from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive
 from memformer.cli.positions import Position
 from memformer.cli.prompts import open_prompt
 from memformer.cli.reading import Reading, saved_position, skip_to
-from memformer.cli.saving import add_saving_arguments, check_saving_options, check_session_file, saved_on_refusal
+from memformer.cli.saving import (
+    add_saving_arguments,
+    check_saving_options,
+    check_session_file,
+    check_whole_rows,
+    saved_on_refusal,
+)
 from memformer.cli.scoring import held_bytes
 from memformer.cli.unknown_words import UnknownWords
-from memformer.data import (
-    PixelTokenizer,
-    Tokenizer,
-)
+from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
+from memformer.generation.session import Session
 from memformer.models import LanguageModel
 from memformer.training.run_folder import LoadedRun
 from memformer.training.samples import NUM_IMAGES
@@ -59,7 +63,10 @@ def generate_parser() -> ArgumentParser:
     parser.add_argument("--prompt", type=str, default=None, help="Text to continue.")
     parser.add_argument("--prompt_file", type=str, default=None, help="File with the text to continue; - reads stdin.")
     parser.add_argument(
-        "--max_new_tokens", type=int | None, default=None, help=f"Number of tokens to generate. Default: {NEW_TOKENS}."
+        "--max_new_tokens",
+        type=int | None,
+        default=None,
+        help=f"Number of tokens to generate. Default: {NEW_TOKENS}, or for a series so many more that a row is whole.",
     )
     parser.add_argument(
         "--temperature",
@@ -154,6 +161,8 @@ def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: 
                 "continue the session with --load_session instead of --resume"
             )
         return Reading(session, file, minutes=minutes, start=position)
+    if options.prompt is not None or options.prompt_file is not None:
+        check_whole_rows(session, run.tokenizer, source)
     if count := held_bytes(source):
         print_warning(
             f"{source} has not read the last {count:,} bytes of a text that was scored: they begin a line, which "
@@ -175,6 +184,7 @@ def _continue(
     Without --json the new text is printed as it is generated.
     """
     session = reading.session
+    _num_new_tokens(session, tokenizer, options.max_new_tokens)  # refuses here, before hours of reading
     with (
         open_prompt(options.prompt, options.prompt_file, while_waiting=reading.save_if_due) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
@@ -190,7 +200,7 @@ def _continue(
     reading.is_finished = not signals.received
     reading.save()  # a reader of stdout may close it while text is generated
     ids: list[int] = []
-    num_tokens = NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
+    num_tokens = _num_new_tokens(session, tokenizer, options.max_new_tokens)
     steps = signals.until_signalled(session.stream(num_tokens, **sampling))
     text = ""
     # Text that is printed on a terminal shows the progress itself.
@@ -208,6 +218,25 @@ def _continue(
         "text": text,
         "state_bytes": session.state_bytes,
     }
+
+
+def _num_new_tokens(session: Session, tokenizer: Tokenizer, given: int | None) -> int:
+    """Return the number of tokens to generate; of a series, so many that the last row is whole.
+
+    Raises:
+        InputError: The given number would cut a row.
+    """
+    num_tokens = NEW_TOKENS if given is None else given
+    if not isinstance(tokenizer, BinTokenizer):
+        return num_tokens
+    num_columns, num_read = len(tokenizer.columns), session.num_tokens[0]
+    missing = -(num_read + num_tokens) % num_columns
+    if given is not None and missing:
+        raise InputError(
+            f"--max_new_tokens ({given}) must end with a row: a row has {num_columns} tokens, one for each column"
+            + (f", and the session has read {num_read % num_columns} of one" if num_read % num_columns else "")
+        )
+    return num_tokens + missing
 
 
 def _sampling_options(options: Any) -> dict[str, Any]:

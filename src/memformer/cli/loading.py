@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from memformer.cli.run_config import parse_run_config
+from memformer.cli.unknown_words import UnknownWords
 from memformer.data import Corpus, SourceConfig
 from memformer.data.sources import locate_source_files
 from memformer.errors import InputError
@@ -89,7 +90,12 @@ def open_given(run: LoadedRun, source: SourceConfig) -> Corpus:
     locate_source_files(source, section="data")  # here, so that a message about the path names the option
     config = DataConfig() if run.run_config is None else run_config_of(run).data
     config = dataclasses.replace(config, max_document_tokens=None)
-    return open_corpus(config, source, tokenizer=run.tokenizer, shows_progress=True)
+    corpus = open_corpus(config, source, tokenizer=run.tokenizer, shows_progress=True)
+    unknown = UnknownWords(run.tokenizer)
+    for index in range(corpus.num_documents):
+        unknown.add(corpus.document(index))
+    unknown.warn_if_most("the documents")
+    return corpus
 
 
 def prepare_torch(device: str, threads: int | None) -> torch.device:

@@ -180,8 +180,14 @@ def open_input(file: str, *, option: str = "", while_waiting: Callable[[], None]
 
 
 def _open(file: str) -> Any:
+    path = user_path(file)
     try:
-        return user_path(file).open("rb")
+        if sys.platform == "linux" and path.is_fifo():
+            # Does not wait for a writer here, where no signal would end the wait; `_Counted` waits for the first byte.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            return os.fdopen(descriptor, "rb")
+        return path.open("rb")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
 

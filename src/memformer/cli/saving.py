@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from memformer.data import BinTokenizer, Tokenizer
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.utils.checks import check_number
@@ -85,12 +86,27 @@ def check_session_file(options: Any, file: Path) -> None:
     """
     check_can_write(file)
     begins_with = None if options.load_session is None else user_path(options.load_session)
+    if begins_with is not None and not begins_with.exists():
+        return  # nothing is written: loading says what is missing
     if options.resume or not file.exists() or (begins_with is not None and file.samefile(begins_with)):
         return
     raise InputError(
         f"--save_session {file} exists: give --load_session {file} too to go on from it, --resume to read the rest of "
         "its text, or another file"
     )
+
+
+def check_whole_rows(session: Session, tokenizer: Tokenizer, source: Path) -> None:
+    """Check that the next row of a series can be read by a loaded session: it has read whole rows.
+
+    Raises:
+        InputError: The session stops in the middle of a row, as generation does that was interrupted.
+    """
+    if isinstance(tokenizer, BinTokenizer) and (read := session.num_tokens[0] % len(tokenizer.columns)):
+        raise InputError(
+            f"{source} has read {read} of the {len(tokenizer.columns)} columns of a row; memformer generate without "
+            "a prompt finishes the row"
+        )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from memformer.cli.saving import (
     add_saving_arguments,
     check_saving_options,
     check_session_file,
+    check_whole_rows,
     saved_on_refusal,
 )
 from memformer.cli.score_output import ScoreOutput
@@ -159,6 +160,8 @@ def _start(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -
     else:
         source = user_path(source)
         session = run.load_session(source, compiled=options.compiled)
+        if not options.resume:
+            check_whole_rows(session, run.tokenizer, source)
     context = NUM_CONTEXT_LINES if options.context is None else options.context
     saving = Saving(session, file, minutes=minutes)
     unit = content_unit(run.tokenizer)

@@ -86,7 +86,10 @@ class ScoreOutput:
             self._print_totals(scoring.totals)
         for rank, found in enumerate(scoring.surprising.most_surprising(), start=1):
             if self._is_json:
-                context = {"before": [*map(_shown, found.before)], "after": [*map(_shown, found.after)]}
+                before, after = (
+                    [_shown(_without_return(text)) for text in texts] for texts in (found.before, found.after)
+                )
+                context = {"before": before, "after": after}
                 self._print_json("top", rank=rank, **self._line_fields(found.line), **context)
             else:
                 self._print_top(rank, found)
@@ -125,11 +128,16 @@ class ScoreOutput:
             f"bits_per_{self._unit}": line.bits_per_unit,
             "tokens": line.num_tokens,
             f"{self._unit}s": line.size,
-            "text": _shown(line.text),
+            "text": _shown(_without_return(line.text)),
         }
 
     def _print_json(self, kind: str, **fields: Any) -> None:
         print(json.dumps({"kind": kind, **fields}))
+
+
+def _without_return(line: bytes) -> bytes:
+    """Return a line without the carriage return that ends it in files of Windows."""
+    return line.removesuffix(b"\r")
 
 
 def _shown(text: bytes) -> str:
@@ -138,5 +146,5 @@ def _shown(text: bytes) -> str:
 
 def _printable(text: bytes) -> str:
     """Return a line's text as a terminal can show it: control characters could change what is on the screen."""
-    shown = _shown(text)
+    shown = _shown(_without_return(text))
     return shown if shown.isprintable() else "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in shown)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data.documents import Document
-from memformer.data.series import is_header, parse_row
+from memformer.data.series import is_header, number_of, parse_row
 from memformer.data.tokenizers import check_token_id, fingerprint_of, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_choice, check_integer
@@ -115,8 +115,12 @@ class BinTokenizer:
                 fields = [field.strip() for field in next(csv.reader([line]), [])]
             except csv.Error as error:
                 raise InputError(f"{where} is not CSV: {error}") from error
-            if fields in ([], [""]) or (fields == self.columns and is_header(fields)):
+            if fields in ([], [""]) or (fields == self.columns and _has_word(fields)):
                 continue
+            if is_header(fields):
+                raise InputError(
+                    f"{where} has names of columns; the rows must have {', '.join(self.columns)}, in this order"
+                )
             if len(fields) != len(self.columns):
                 raise InputError(
                     f"{where} has {len(fields)} fields; a row has one number for each of the columns "
@@ -134,9 +138,12 @@ def fit_bins(
     Args:
         documents: The training documents, of shape (rows, columns) each. Their values are held in memory.
         columns: Names of the columns.
-        num_bins: Number of bins of a column. A column with fewer different values may get fewer quantile bins.
-        spacing: quantile: every bin holds about as many training values, and its centre is their mean. uniform: all
-            bins between the smallest and the largest training value are equally wide, and its centre is in the middle.
+        num_bins: Largest number of bins of a column; it gets fewer if it has fewer different values, or very common
+            ones.
+        spacing: quantile: every bin holds about as many training values, and its centre is their mean; a value that is
+            more common than that has a bin of its own, and so has each value if there are at most `num_bins`. uniform:
+            all bins between the smallest and the largest training value are equally wide, and its centre is in the
+            middle.
 
     Raises:
         InputError: An argument is out of range, or a document is not a series of these columns.
@@ -148,6 +155,11 @@ def fit_bins(
     return BinTokenizer(columns, [edges for edges, _ in fitted], [centres for _, centres in fitted])
 
 
+def _has_word(fields: Sequence[str]) -> bool:
+    """Return whether some field is no number, so that the fields can be names of columns."""
+    return any(field and number_of(field) is None for field in fields)
+
+
 def _checked(document: Document, num_columns: int) -> NDArray[np.float64]:
     content = document.content
     if isinstance(content, bytes) or content.ndim != 2 or content.shape[1] != num_columns:
@@ -157,8 +169,16 @@ def _checked(document: Document, num_columns: int) -> NDArray[np.float64]:
 
 def _quantile_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[float], list[float]]:
     # Edges are values of the data, so that no bin is empty.
-    edges = np.unique(np.quantile(values, np.arange(1, num_bins) / num_bins, method="inverted_cdf"))
-    edges = edges[edges > values.min()]
+    distinct = np.unique(values)
+    if len(distinct) <= num_bins:
+        edges = distinct[1:]
+    else:
+        quantiles = np.quantile(values, np.arange(1, num_bins) / num_bins, method="inverted_cdf")
+        edges, counts = np.unique(quantiles, return_counts=True)
+        # A quantile that occurs twice is a common value: another edge behind it keeps rarer ones out of its bin.
+        next_values = np.searchsorted(distinct, edges[counts > 1], side="right")
+        edges = np.union1d(edges, distinct[next_values[next_values < len(distinct)]])
+        edges = edges[edges > distinct[0]]
     bins = np.searchsorted(edges, values, side="right")
     counts = np.bincount(bins, minlength=len(edges) + 1)
     means = np.bincount(bins, weights=values, minlength=len(edges) + 1) / counts

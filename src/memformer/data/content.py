@@ -184,6 +184,7 @@ class _TextReader(io.RawIOBase):
         self._head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
         self._offset = len(stream.read(len(codecs.BOM_UTF8))) if self._head.startswith(codecs.BOM_UTF8) else 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._refusal: InputError | None = None  # of the byte behind those that were read
 
     def readable(self) -> bool:
         """Return True."""
@@ -193,14 +194,18 @@ class _TextReader(io.RawIOBase):
         """Read what has arrived of at most the buffer's size; return the number of bytes, 0 at the end.
 
         Raises:
-            InputError: The bytes are not UTF-8 text.
+            InputError: The bytes are not UTF-8 text; those before were returned by the call before.
         """
-        block = self._stream.read1(len(buffer))
-        self._check(block)
+        block = b"" if self._refusal is not None else self._stream.read1(len(buffer))
+        if self._refusal is None:
+            block = self._text_of(block)
+        if self._refusal is not None and not block:
+            raise self._refusal
         buffer[: len(block)] = block
         return len(block)
 
-    def _check(self, block: bytes) -> None:
+    def _text_of(self, block: bytes) -> bytes:
+        """Return the block up to the first byte that is no text, and keep the refusal of that byte."""
         # The decoder holds back the bytes of a character that is not complete yet.
         content = self._decoder.getstate()[0] + block
         wrong = content.find(b"\0")
@@ -209,10 +214,12 @@ class _TextReader(io.RawIOBase):
         except UnicodeDecodeError as error:
             wrong = error.start if wrong < 0 else min(wrong, error.start)
         self._offset += len(block)
-        if wrong >= 0:
-            found = next((name for start, name in _FORMATS if re.match(start, self._head, re.DOTALL)), None)
-            raise InputError(
-                f"{self._path} is not UTF-8 text at byte offset {self._offset - len(content) + wrong} "
-                f"(0x{content[wrong]:02x}): "
-                + (f"it is {found}" if found else "it is binary or in another encoding; convert it to UTF-8 first")
-            )
+        if wrong < 0:
+            return block
+        found = next((name for start, name in _FORMATS if re.match(start, self._head, re.DOTALL)), None)
+        self._refusal = InputError(
+            f"{self._path} is not UTF-8 text at byte offset {self._offset - len(content) + wrong} "
+            f"(0x{content[wrong]:02x}): "
+            + (f"it is {found}" if found else "it is binary or in another encoding; convert it to UTF-8 first")
+        )
+        return b"" if found else block[: max(wrong - (len(content) - len(block)), 0)]

@@ -92,13 +92,22 @@ class LineReader:
             yield TextPart(piece, ids, is_end.cumsum() - is_end)
 
     def _lines(self, content: bytes) -> Iterator[TextPart]:
-        """Yield whole lines; their ids do not depend on each other, because no token crosses the end of a line."""
+        """Yield whole lines; their ids do not depend on each other, because no token crosses the end of a line.
+
+        Raises:
+            InputError: A line is refused; those before it are yielded.
+        """
         lines: list[bytes] = []
         ids: list[NDArray[np.integer[Any]]] = []
         num_tokens = 0
         for line in io.BytesIO(content):
+            try:
+                ids.append(self._tokenizer.encode(line, self._name))
+            except InputError:
+                if lines:
+                    yield _joined(lines, ids)
+                raise
             lines.append(line)
-            ids.append(self._tokenizer.encode(line, self._name))
             num_tokens += len(ids[-1])
             if num_tokens >= _PART_TOKENS:
                 yield _joined(lines, ids)

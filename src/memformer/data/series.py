@@ -27,7 +27,8 @@ def read_series(
     """Yield every file as one document, whose content has the shape (rows, columns).
 
     A file is a NumPy array (.npy) of one or two dimensions, or text with one row in each line, separated by commas; the
-    first line may hold the names of the columns. Without names, columns are called 0, 1, 2, ...
+    first line may hold the names of the columns, none of which is a number unless `columns` names it. Without names,
+    columns are called 0, 1, 2, ...
 
     Args:
         files: The files.
@@ -70,7 +71,7 @@ def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -
     if _is_numpy(path):
         return _read_numpy(path)[0]
     with _csv_rows(path) as reader:
-        return next((_names_of(fields) for fields in reader if fields), [])
+        return next((_names_of(fields) or _numbered(fields) for fields in reader if fields), [])
 
 
 def parse_row(fields: Sequence[str], *, where: str) -> list[float]:
@@ -81,14 +82,14 @@ def parse_row(fields: Sequence[str], *, where: str) -> list[float]:
     """
     numbers = []
     for field in fields:
-        number = _number(field)
+        number = number_of(field)
         if number is None or not np.isfinite(number):
             raise InputError(f"{where} has {field!r}, which is not a finite number")
         numbers.append(number)
     return numbers
 
 
-def _number(field: str) -> float | None:
+def number_of(field: str) -> float | None:
     """Return a field as a number; None if it is none. An empty field is a missing value, NaN."""
     text = field.strip()
     if not text:
@@ -99,11 +100,26 @@ def _number(field: str) -> float | None:
         return None
 
 
-def is_header(fields: Sequence[str]) -> bool:
-    """Return whether the fields of a first line are names: none of them is a number."""
-    return bool(fields) and all(not field.strip() or _number(field) is None for field in fields) and any(
-        field.strip() for field in fields
-    )  # fmt: skip
+def is_header(fields: Sequence[str], *, columns: Sequence[str] | None = None) -> bool:
+    """Return whether the fields of a first line are names.
+
+    They are if none of them is a number; and if they hold the names of all `columns`, some field is no number, and the
+    columns cannot be meant by their place.
+
+    Raises:
+        InputError: The columns may be meant by name or by place.
+    """
+    words = [field for field in fields if field.strip() and number_of(field) is None]
+    if not words or all(not field.strip() or number_of(field) is None for field in fields):
+        return bool(words)
+    if columns is None or not set(columns) <= {field.strip() for field in fields}:
+        return False
+    if set(columns) <= set(_numbered(fields)):
+        raise InputError(
+            f"the first line {','.join(fields)!r} has the columns {', '.join(columns)} as names or as values: name "
+            "them so that none is a number, or choose others"
+        )
+    return True
 
 
 def _is_numpy(path: Path) -> bool:
@@ -131,7 +147,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
     """Return the names of the columns, and their values; a column that is not read is NaN.
 
     Raises:
-        InputError: The file is not CSV, a value is not a number, or two columns have the same name.
+        InputError: The file is not CSV, a value is not a number, or two columns that are read have the same name.
     """
     names: list[str] = []
     found: list[list[float]] = []
@@ -141,12 +157,16 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
             if not fields:
                 continue
             if not names:
-                names = _names_of(fields)
+                try:
+                    header = _names_of(fields, columns)
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from error
+                names = header or _numbered(fields)
                 read = [index for index, name in enumerate(names) if columns is None or name in columns]
-                if is_header(fields):
+                if header:
                     continue
             found.append(_row(path, reader.line_num, fields, names, read))
-    if len(set(names)) < len(names):
+    if len({names[index] for index in read}) < len(read):
         raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
     return names, np.array(found, np.float64).reshape(len(found), len(names))
 
@@ -161,9 +181,13 @@ def _csv_rows(path: Path) -> Iterator[Any]:
             raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
 
 
-def _names_of(fields: list[str]) -> list[str]:
-    """Return the names of the columns, by the fields of the first line."""
-    return [field.strip() for field in fields] if is_header(fields) else [str(index) for index in range(len(fields))]
+def _names_of(fields: list[str], columns: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the columns in the first line; none if it holds values."""
+    return [field.strip() for field in fields] if is_header(fields, columns=columns) else []
+
+
+def _numbered(fields: Sequence[str]) -> list[str]:
+    return [str(index) for index in range(len(fields))]
 
 
 def _row(path: Path, line: int, fields: list[str], names: list[str], read: list[int]) -> list[float]:
@@ -171,7 +195,7 @@ def _row(path: Path, line: int, fields: list[str], names: list[str], read: list[
         raise InputError(f"{path}, line {line} has {len(fields)} fields; the first line has {len(names)}")
     row = [float("nan")] * len(names)
     for index in read:
-        number = _number(fields[index])
+        number = number_of(fields[index])
         if number is None:
             raise InputError(
                 f"{path}, line {line}, column {names[index]!r} is {fields[index]!r}, which is not a number; "

@@ -208,8 +208,10 @@ def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
     if not by_content:
         return chosen
     assert run.inputs is not None
-    if data.get("validation") is None and data.get("max_document_tokens"):
-        chosen["tokenizer"] = run.inputs["tokenizer"]  # pieces of so many tokens are drawn at random
+    # Pieces of so many tokens are drawn at random. Bins and words decide what of the data is predicted at all.
+    is_drawn = data.get("validation") is None and data.get("max_document_tokens")
+    if is_drawn or (data.get("tokenizer") or {}).get("kind") in {"bins", "word"}:
+        chosen["tokenizer"] = run.inputs["tokenizer"]
     sections = tuple(f"data.{name}" for name in names)
     contents = {key: value for key, value in file_contents(run.inputs).items() if key.startswith(sections)}
     return {key: value for key, value in chosen.items() if key not in LOCATION_KEYS} | contents
