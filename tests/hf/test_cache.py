@@ -113,11 +113,13 @@ def test_a_cache_goes_on_with_all_tokens_as_with_the_new_ones(options):
         assert torch.equal(found.sequences, expected.sequences[:, start:])
         assert_close(torch.stack(found.logits)[..., :VOCAB_SIZE], torch.stack(expected.logits)[..., :VOCAB_SIZE])
         assert cache.session.num_tokens == expected.cache.session.num_tokens
-    # Other rows, or a session of which no token is known here: everything is new.
+    # Other rows, or a session that has read tokens which are not known here: everything is new.
     other = copy.deepcopy(turn.cache)
     other.batch_select_indices(torch.tensor([0, 2, 1]))
     other_session = hf.MemformerCache(copy.deepcopy(turn.cache.session))
-    for cache in (other, other_session):
+    fed = copy.deepcopy(turn.cache)
+    fed.session.feed([[1], [2], [3]])
+    for cache in (other, other_session, fed):
         before = list(cache.session.num_tokens)
         model.generate(so_far, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
         tokens = mask.sum(dim=1).tolist()

@@ -57,7 +57,9 @@ class MemformerCache(Cache):
 
     def has_read(self, rows: TokenRows) -> bool:
         """Return whether these tokens, and no others, are those that were read so far."""
-        return self._checksums is not None and self._checksums == _checksums(rows, after=[0] * self.batch_size)
+        # The session may have been fed by others, too.
+        is_all = self._checksums is not None and self.session.num_tokens == rows.counts.tolist()
+        return is_all and self._checksums == _checksums(rows, after=[0] * self.batch_size)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns so far, padding included."""
