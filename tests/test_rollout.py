@@ -1,7 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
-from memformer import InputError, InputTypeError, Rollout
+from memformer import InputError, InputTypeError, Rollout, Session, backpropagate
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.models.baselines import BASELINES, tiny_baseline
 
 TOKENS = torch.zeros(2, 3, 4, dtype=torch.int64)
 
@@ -52,3 +56,34 @@ def test_shifting_by_one_token_gives_each_target_the_preceding_token_as_input():
     whole = Rollout(inputs=inputs[1:], targets=targets[1:])
     assert whole.shifted_by_one_token().input_padding is None
     assert whole.shifted_by_one_token().inputs.tolist() == [[[3, 4, 5], [6, 7, 8]]]
+
+
+@pytest.mark.parametrize("name", [None, *BASELINES])
+@pytest.mark.parametrize("excluded", [[*range(9)], [1, 2, 8], [0, 5, 6, 11, 12]])
+def test_targets_that_are_excluded_from_the_loss_are_read_by_every_model(name, excluded):
+    """A prompt whose tokens do not count, or tokens in between: the others are scored as in a stream of all tokens."""
+    model = tiny_model() if name is None else tiny_baseline(name)
+    model.eval()
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 3 * SEGMENT_LENGTH), generator=torch.Generator().manual_seed(5))
+    targets = tokens.view(2, 3, SEGMENT_LENGTH).transpose(0, 1)
+    first = torch.full_like(targets[:1], model.bos_token_id)
+    is_excluded = torch.zeros(2, 3 * SEGMENT_LENGTH, dtype=torch.bool)
+    is_excluded[:, excluded] = True
+    padding = torch.zeros_like(targets, dtype=torch.bool)
+    padding[0, :, 1:] = True
+    rollout = Rollout(
+        inputs=torch.cat([first, targets[:-1]]),
+        targets=targets,
+        input_padding=padding,
+        target_padding=is_excluded.view(2, 3, SEGMENT_LENGTH).transpose(0, 1),
+    )
+    result = backpropagate(model, rollout)
+    scores = torch.stack(Session(model, batch_size=2).score(tokens.tolist()))
+    assert result.num_tokens == 2 * (3 * SEGMENT_LENGTH - len(excluded))
+    assert_close(result.loss, scores[~is_excluded].mean())
+    # A row that begins anew does not follow, so its excluded end is padding.
+    reset = torch.tensor([[False, False], [False, True], [False, False]])
+    ends = torch.zeros_like(padding)
+    ends[0, :, 4:] = True
+    cut = dataclasses.replace(rollout, reset=reset, target_padding=ends).shifted_by_one_token()
+    assert cut.input_padding[:, :, 4:].tolist() == [[[False] * 2, [True] * 2], [[False] * 2] * 2, [[False] * 2] * 2]

@@ -25,9 +25,11 @@ class Rollout:
         targets: (N, B, T) int64, the segments that the decoder predicts; for a classifier the labels, (N, B, 1).
         reset: (N, B) bool, True where a row starts a new document: its memory is set to the initial memory before that
             timestep. None: no row is reset.
-        input_padding: (N, B, S) bool, True at padding of `inputs`. None: no padding.
+        input_padding: (N, B, S) bool, True at padding of `inputs`, before or after the tokens of a row but not between
+            them. None: no padding.
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are excluded from the loss.
-            Excluded targets are still inputs of the decoder for the targets after them. None: all targets count.
+            Excluded targets are still read: as inputs of the decoder for the targets after them, and as the next
+            timestep's inputs. None: all targets count.
         decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
             with `decoder_start_tokens` starts from the last input instead of `[BOS]`; other ids stand in its place.
         targets_are_answers: The inputs are read in full before the targets are predicted, as in recall tasks; otherwise
@@ -139,8 +141,10 @@ class Rollout:
         """Return the rollout for next-token models: the same targets, each with the preceding token as its input.
 
         A timestep's new inputs are the last token of its old inputs and all its targets but the last. The input of a
-        padded target is padding. If the targets are answers, the inputs stay, and the answer is the target of the last.
-        A shifted rollout is returned as it is.
+        padded target is padding. A target that is excluded from the loss is known from padding by a target behind it
+        that counts, or by the next timestep's inputs, which are the same tokens; so excluded targets at the very end of
+        the rollout are taken for padding. If the targets are answers, the inputs stay, and the answer is the target of
+        the last. A shifted rollout is returned as it is.
 
         Raises:
             InputError: `decoder_start_ids` are given, for which a next-token model has no input; or an answer has
@@ -161,9 +165,21 @@ class Rollout:
         return dataclasses.replace(
             self,
             inputs=torch.cat([previous, self.targets[..., :-1]], dim=-1),
-            input_padding=self.target_padding,
+            input_padding=None if self.target_padding is None else self._unread_targets(self.target_padding),
             is_shifted=True,
         )
+
+    def _unread_targets(self, target_padding: Tensor) -> Tensor:
+        """Return True at targets that are padding: they do not count, and nothing shows that they are read."""
+        is_read = (~target_padding).flip(-1).cumsum(dim=-1).flip(-1) > 0
+        if self.inputs.shape == self.targets.shape:
+            follows = self.inputs[1:] == self.targets[:-1]
+            if self.input_padding is not None:
+                follows = follows & ~self.input_padding[1:]
+            if self.reset is not None:
+                follows = follows & ~self.reset[1:, :, None]
+            is_read[:-1] |= follows
+        return ~is_read
 
     def _with_answers_at_last_inputs(self) -> "Rollout":
         answer_length, others = self.targets.shape[-1], self.inputs.shape[-1] - 1

@@ -1,12 +1,20 @@
 """Session files of `score` and `generate`: nothing else is replaced, and a text that is refused loses nothing."""
 
 import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from memformer.data import lines as lines_module
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
+
+LINES = "the cat sat on a mat\nwhile dogs ran\n\nxQ%9 zz!"
 
 
 class Chunks(io.RawIOBase):
@@ -108,3 +116,30 @@ def test_a_text_of_unknown_words_is_warned_of(command, base, tmp_path):
         )
         assert (expected in err) != is_known, err
         assert ("warning" in err) != is_known
+
+
+def test_lines_before_a_wrong_byte_are_scored(run_folder, tmp_path):
+    """Also if byte and lines arrive together."""
+    (tmp_path / "log").write_bytes(LINES.encode() + b"\nthe \xff cat\n")
+    status, out, err = call("score", run_folder, tmp_path / "log", "--json", "--save_session", tmp_path / "state")
+    assert status == 2
+    assert "is not UTF-8 text at byte offset" in err
+    assert [json.loads(line)["text"] for line in out.splitlines()] == LINES.split("\n")
+    assert (tmp_path / "state").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the wait for a writer cannot be ended")
+def test_a_signal_ends_the_wait_for_the_writer_of_a_named_pipe(run_folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = [sys.executable, "-m", "memformer", "score", str(run_folder), str(tmp_path / "pipe")]
+    command += ["--save_session", str(tmp_path / "state")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / ".state.lock").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            assert "stopped by SIGINT; 0 bytes scored" in process.communicate(timeout=60)[1]
+        finally:
+            process.kill()

@@ -7,9 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -307,33 +304,6 @@ def test_lines_of_windows_are_shown_without_their_carriage_return(run_folder, tm
     assert (texts, [line["bytes"] for line in lines[:3]]) == (["the cat", "sat", "on"], [9, 5, 4])
     (top,) = lines[3:]
     assert not any("\r" in text for text in [top["text"], *top["before"], *top["after"]])
-
-
-def test_lines_before_a_wrong_byte_are_scored(run_folder, tmp_path):
-    """Also if byte and lines arrive together."""
-    (tmp_path / "log").write_bytes(TEXT.encode() + b"\nthe \xff cat\n")
-    status, out, err = call("score", run_folder, tmp_path / "log", "--json", "--save_session", tmp_path / "state")
-    assert status == 2
-    assert "is not UTF-8 text at byte offset" in err
-    assert [json.loads(line)["text"] for line in out.splitlines()] == TEXT.split("\n")
-    assert (tmp_path / "state").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the wait for a writer cannot be ended")
-def test_a_signal_ends_the_wait_for_the_writer_of_a_named_pipe(run_folder, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    command = [sys.executable, "-m", "memformer", "score", str(run_folder), str(tmp_path / "pipe")]
-    command += ["--save_session", str(tmp_path / "state")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / ".state.lock").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
-            assert "stopped by SIGINT; 0 bytes scored" in process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
 
 
 def test_the_most_surprising_lines_have_their_context(run_folder, file):

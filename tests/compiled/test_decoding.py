@@ -8,11 +8,11 @@ import torch._inductor.config as inductor_config
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from memformer import InputError, Session
+from memformer import InputError, Session, backpropagate
 from memformer.generation.compiling import _functions, compiled_function
 from memformer.models.presets import PAPER_DECODER
 from tests.compiled.compiler import needs_compiler
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_model
 
 # torch.compile emits warnings about torch's own code.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -118,3 +118,27 @@ def test_a_missing_compiler_is_an_input_error():
 def test_relative_positions_are_refused():
     with pytest.raises(InputError, match=r"positions \('relative'\) must be 'rotary' to compile a session"):
         make_pair(positions="relative")
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["fused optimizer", "data"])
+def test_changes_that_leave_no_version_behind_are_noticed(change):
+    """Compiled code for a CPU holds the values of the weights; a new session must not get that of old weights."""
+    eager, compiled = make_pair()
+    model, (row,) = eager.model, random_rows(2 * SEGMENT_LENGTH)
+    compiled.feed(row)
+    before = compiled.next_token_logits()
+    versions = [weight._version for weight in model.parameters()]
+    if change == "data":
+        model.embedding.weight.data.mul_(1.5)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        backpropagate(model.train(), random_rollout(2, 2))
+        optimizer.step()
+        model.eval()
+    assert [weight._version for weight in model.parameters()] == versions
+    later, again = (Session(model, compiled=is_compiled) for is_compiled in (False, True))
+    for session in (later, again):
+        session.feed(row)
+    assert_close(again.next_token_logits(), later.next_token_logits(), relative=1e-5)
+    assert not torch.allclose(again.next_token_logits(), before, rtol=1e-3)

@@ -1,6 +1,8 @@
 """A compiled model gives the results of the eager one, with the same dropout, and is compiled once per shape."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -87,3 +89,17 @@ def test_weights_are_saved_under_the_same_names():
     model, compiled = tiny_model(), tiny_model()
     compiled.compile(backend="aot_eager")
     assert model.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights():
+    model = tiny_model()
+    model.compile(backend="eager")
+    assert pickle.dumps(model)
+    other, fresh = copy.deepcopy(model), tiny_model()
+    with torch.no_grad():
+        for changed in (other, fresh):
+            changed.embedding.weight.mul_(0.5)
+    rollout = random_rollout(2, 2)
+    loss = backpropagate(other, rollout).loss
+    assert_close(loss, backpropagate(fresh, rollout).loss)
+    assert all(weight.grad is None for weight in model.parameters())

@@ -19,7 +19,7 @@ from memformer.cli.run_config import parse_run_config
 from memformer.training import loop
 from memformer.training.checkpoint import TrainingState, load_checkpoint
 from memformer.training.optimizer import make_optimizer
-from memformer.training.processes import Processes
+from memformer.training.processes import Processes, processes_started
 from tests.helpers import assert_close
 from tests.training import jobs, process_worker
 from tests.training.jobs import run_job, train
@@ -233,3 +233,22 @@ def test_after_a_signal_to_one_process_all_save_and_stop(base):
     assert "stopped by SIGINT" in done.output
     assert checkpoint_of(base / "stopped", 5).is_dir()
     assert "stopped by SIGTERM" in done.output  # the other process, which received no signal itself
+
+
+def test_a_parameter_without_gradient_in_all_processes_has_none_afterwards(tmp_path):
+    """As in one process, where the optimizer leaves it alone: with a gradient of zero it would decay."""
+    done = run_job(sum_up_gradients, tmp_path)
+    assert done.status == 0, done.output
+
+
+def sum_up_gradients(folder):
+    del folder
+    model = torch.nn.ParameterList([torch.zeros(2), torch.zeros(3), torch.zeros(1)])
+    with processes_started("cpu") as processes:
+        model[0].grad = torch.ones(2)
+        if not processes.is_first:
+            model[2].grad = torch.full((1,), 5.0)
+        assert processes.sum_up(model, [1.5, 2.0]) == [3.0, 4.0]
+        assert model[0].grad.tolist() == [2, 2]
+        assert model[1].grad is None
+        assert model[2].grad.tolist() == [5]

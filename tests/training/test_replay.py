@@ -296,6 +296,32 @@ def test_invalid_arguments_are_refused():
         backpropagate(model, rollout, memory=memory.float())
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_are_refused_by_replay_which_makes_them_in_parts(register):
+    model, rollout, seen = tiny_model(), random_rollout(2, 2), []
+    handle = getattr(model.embedding.weight, register)(lambda given: seen.append(given))
+    with pytest.raises(InputError, match=r"embedding.weight has a hook on its gradient.*or use method 'bptt'"):
+        backpropagate(model, rollout)
+    backpropagate(model, rollout, method="bptt")
+    assert len(seen) == 1
+    handle.remove()
+    backpropagate(model, rollout)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_disabled_gradients_are_said(mode):
+    with mode(), pytest.raises(InputError, match="gradients are disabled by torch.no_grad"):
+        backpropagate(tiny_model(), random_rollout(2, 2))
+
+
+def test_ignored_targets_of_other_libraries_are_refused_by_own_models_too():
+    rollout = random_rollout(2, 2)
+    rollout.targets[0, 0, 0] = -100
+    model = StateIsHidden()
+    with pytest.raises(InputError, match="targets holds token id -100.*mask targets that are not counted"):
+        backpropagate(model, rollout)
+
+
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
 def test_the_gradient_norm_at_a_timestep_is_that_of_a_rollout_starting_there(method):
     model = tiny_model()

@@ -87,6 +87,14 @@ def compiled_function(
     return functions[key]
 
 
-def identify_weights(model: nn.Module) -> list[tuple[int, int]]:
-    """Return the address of each weight and the number of its in-place changes; changes of `.data` do not count."""
-    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+def identify_weights(model: nn.Module) -> list[tuple[float, ...]]:
+    """Return what tells weights from others: where they are and, on a CPU, how large.
+
+    Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these.
+    """
+    places = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+    if next(model.parameters()).device.type != "cpu":
+        return list(places)
+    sums = [(weight.sum(dtype=torch.float64), weight.norm(dtype=torch.float64)) for weight in model.parameters()]
+    values = torch.stack([each for pair in sums for each in pair]).detach().tolist()
+    return [(*place, *values[2 * index : 2 * index + 2]) for index, place in enumerate(places)]

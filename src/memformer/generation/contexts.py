@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from memformer.errors import InputError
+from memformer.errors import InputError, InputTypeError
 from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, identify
@@ -263,13 +263,17 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
 
     Raises:
         InputError: `compiled` is set and the model has no decoding step or has relative positions.
+        InputTypeError: The model is of a class that sessions do not know.
     """
     if isinstance(model, Memformer):
         if compiled and model.config.positions != "rotary":
             # With relative positions, shapes depend on the distances that occur.
             raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to compile a session")
         return SegmentContext(model, batch_size, compiled=compiled)
-    assert isinstance(model, NextTokenModel)
+    if not isinstance(model, NextTokenModel):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}; a session needs a Memformer or a NextTokenModel (docs/own-model.md)"
+        )
     if compiled:
         raise InputError(f"a {model.config.model_type} has no decoding step to compile; only a memformer has one")
     return TokenContext(model, batch_size)

@@ -139,6 +139,7 @@ class RecurrentModel(nn.Module, ABC):
         """
         if decoder_start_ids is not None:
             raise InputError(f"decoder_start_ids are given, but a {type(self).__name__} does not support them")
+        check_tokens(targets, largest=torch.iinfo(torch.int64).max, name="targets")  # -100 would be left out silently
         logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
         if target_padding_mask is not None:
             targets = targets.masked_fill(target_padding_mask, IGNORED)

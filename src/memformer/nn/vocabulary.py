@@ -62,6 +62,10 @@ class TiedEmbedding(nn.Embedding):
         """Compile the loss in place with `torch.compile`, so that logits are read and written less often."""
         self._nll = torch.compile(self._nll, **options)  # type: ignore[method-assign]  # of this instance
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without compiled code, which belongs to this instance: a copy computes with its weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "_nll"}
+
     def _nll(self, features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
         if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:
             logits = F.linear(features, *self._padded())

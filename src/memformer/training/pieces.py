@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from memformer.errors import InputTypeError
+from memformer.errors import InputError, InputTypeError
 from memformer.models.recurrence import RecurrentModel, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
@@ -59,13 +60,15 @@ NO_HOOKS = RolloutHooks()
 
 
 def check_arguments(rollout: object, *, readout_timesteps: Integer, gradient_scale: Number) -> tuple[int, float]:
-    """Return `readout_timesteps` and `gradient_scale` as plain numbers, after checking them and the rollout's type.
+    """Return `readout_timesteps` and `gradient_scale` as plain numbers; check them, the rollout and the grad mode.
 
     Raises:
         InputError: As `backpropagate`.
         InputTypeError: As `backpropagate`.
     """
     check_type("rollout", rollout, Rollout)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise InputError("gradients are disabled by torch.no_grad() or torch.inference_mode(): call outside of it")
     return (
         check_integer("readout_timesteps", readout_timesteps, 1),
         float(check_number("gradient_scale", gradient_scale)),
@@ -107,6 +110,22 @@ def trainable(model: nn.Module) -> RecurrentModel:
             "model.module, and sum the gradients of all processes afterwards (docs/distributed.md)"
         )
     return unwrapped(model)
+
+
+def check_no_gradient_hooks(model: RecurrentModel) -> None:
+    """Check that no hook waits for a parameter's gradient: replay adds it up in several backward passes.
+
+    Raises:
+        InputError: A parameter has such a hook.
+    """
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor) and (
+            parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        ):
+            raise InputError(
+                f"{name} has a hook on its gradient, which memory replay would call for each part of the gradient; "
+                "change gradients or weights after backpropagate, or use method 'bptt'"
+            )
 
 
 def current_autocast(device_type: str, *, cache_enabled: bool = True) -> NewAutocast:

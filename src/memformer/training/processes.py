@@ -59,6 +59,7 @@ class Processes:
     def sum_up(self, model: nn.Module, values: list[float]) -> list[float]:
         """Sum all gradients, in place, and the given values over the processes with one all-reduce; return the sums.
 
+        A parameter that has no gradient in any process has none afterwards, as in a single process.
         The gradients of a sharded model are already summed in its backward pass; then only the values are reduced.
         """
         if self.count == 1:
@@ -70,17 +71,22 @@ class Processes:
             dist.all_reduce(numbers)
             return [float(number) for number in numbers]
         parameters = list(model.parameters())
+        has_gradient = [float(parameter.grad is not None) for parameter in parameters]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        numbers = gradients[0].new_tensor(values)
+        numbers = gradients[0].new_tensor([*values, *has_gradient])
         together = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
         dist.all_reduce(together)
-        *summed, numbers = together.split([*(gradient.numel() for gradient in gradients), len(values)])
+        *summed, numbers = together.split([*(gradient.numel() for gradient in gradients), len(numbers)])
         for gradient, total in zip(gradients, summed, strict=True):
             gradient.copy_(total.view_as(gradient))
-        return [float(number) for number in numbers]
+        totals: list[float] = numbers.tolist()
+        for parameter, number in zip(parameters, totals[len(values) :], strict=True):
+            if not number:
+                parameter.grad = None
+        return totals[: len(values)]
 
     def gather_lanes(self, memory: Tensor) -> Tensor:
         """Return the memory of all lanes, in order of the lanes."""

@@ -7,16 +7,26 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 def capture_randomness(device: torch.device) -> RandomState:
-    """Return the states of the random generators used by a model on `device`: CPU, and CUDA or None."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """Return the states of the random generators used by a model on `device`: the CPU's, and another device's or None.
+
+    Known to work for CPU and CUDA; for other devices (MPS, XPU) it follows PyTorch's interface, untried.
+    """
+    state = None
+    if device.type != "cpu":
+        state = torch.get_device_module(device).get_rng_state(*_named(device))
+    return torch.get_rng_state(), state
 
 
 def restore_randomness(state: RandomState, *, device: torch.device) -> None:
     """Restore the random generator states returned by `capture_randomness`."""
-    cpu_state, cuda_state = state
+    cpu_state, device_state = state
     torch.set_rng_state(cpu_state)
-    if cuda_state is not None:
-        torch.cuda.set_rng_state(cuda_state, device)
+    if device_state is not None:
+        torch.get_device_module(device).set_rng_state(device_state, *_named(device))
+
+
+def _named(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one, and its functions take no device
 
 
 class Randomness:

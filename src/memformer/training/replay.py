@@ -37,6 +37,7 @@ from memformer.training.pieces import (
     RolloutResult,
     auxiliary_scale,
     check_arguments,
+    check_no_gradient_hooks,
     chunks,
     current_autocast,
     encode_timestep,
@@ -80,12 +81,15 @@ def backpropagate(
         hooks: Weight of the auxiliary loss, and a callback before the last backward pass.
 
     Raises:
-        InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, or an
-            auxiliary weight is given for a model without an auxiliary loss.
+        InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, gradients are
+            disabled, a parameter has a hook on its gradient (method "replay" only: it would see parts), or an auxiliary
+            weight is given for a model without an auxiliary loss.
         InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
     model = trainable(model)
+    if method == "replay":
+        check_no_gradient_hooks(model)
     readout_timesteps, gradient_scale = check_arguments(
         rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
     )
