@@ -173,12 +173,13 @@ class Rollout:
         """Return True at targets that are padding: they do not count, and nothing shows that they are read."""
         is_read = (~target_padding).flip(-1).cumsum(dim=-1).flip(-1) > 0
         if self.inputs.shape == self.targets.shape:
-            follows = self.inputs[1:] == self.targets[:-1]
+            follows = torch.ones_like(is_read[1:])
             if self.input_padding is not None:
-                follows = follows & ~self.input_padding[1:]
+                follows = ~self.input_padding[1:]
+            is_same = ((self.inputs[1:] == self.targets[:-1]) | ~follows).all(dim=-1, keepdim=True)
             if self.reset is not None:
-                follows = follows & ~self.reset[1:, :, None]
-            is_read[:-1] |= follows
+                is_same = is_same & ~self.reset[1:, :, None]
+            is_read[:-1] |= follows & is_same
         return ~is_read
 
     def _with_answers_at_last_inputs(self) -> "Rollout":
