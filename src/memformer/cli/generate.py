@@ -184,7 +184,8 @@ def _continue(
     Without --json the new text is printed as it is generated.
     """
     session = reading.session
-    _num_new_tokens(session, tokenizer, options.max_new_tokens)  # refuses here, before hours of reading
+    if not options.resume:  # a reading is saved anywhere, but a prompt ends with a row
+        _num_new_tokens(session, tokenizer, options.max_new_tokens)  # refuses here, before hours of reading
     with (
         open_prompt(options.prompt, options.prompt_file, while_waiting=reading.save_if_due) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,

@@ -86,10 +86,7 @@ class ScoreOutput:
             self._print_totals(scoring.totals)
         for rank, found in enumerate(scoring.surprising.most_surprising(), start=1):
             if self._is_json:
-                before, after = (
-                    [_shown(_without_return(text)) for text in texts] for texts in (found.before, found.after)
-                )
-                context = {"before": before, "after": after}
+                context = {"before": [*map(_shown_line, found.before)], "after": [*map(_shown_line, found.after)]}
                 self._print_json("top", rank=rank, **self._line_fields(found.line), **context)
             else:
                 self._print_top(rank, found)
@@ -128,23 +125,23 @@ class ScoreOutput:
             f"bits_per_{self._unit}": line.bits_per_unit,
             "tokens": line.num_tokens,
             f"{self._unit}s": line.size,
-            "text": _shown(_without_return(line.text)),
+            "text": _shown_line(line.text),
         }
 
     def _print_json(self, kind: str, **fields: Any) -> None:
         print(json.dumps({"kind": kind, **fields}))
 
 
-def _without_return(line: bytes) -> bytes:
-    """Return a line without the carriage return that ends it in files of Windows."""
-    return line.removesuffix(b"\r")
-
-
 def _shown(text: bytes) -> str:
     return text.decode("utf-8", "replace")
 
 
+def _shown_line(line: bytes) -> str:
+    """Return a line's text without the carriage return that ends it in files of Windows."""
+    return _shown(line.removesuffix(b"\r"))
+
+
 def _printable(text: bytes) -> str:
     """Return a line's text as a terminal can show it: control characters could change what is on the screen."""
-    shown = _shown(_without_return(text))
+    shown = _shown_line(text)
     return shown if shown.isprintable() else "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in shown)
