@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from memformer.cli import generate as generate_module
+from memformer.cli.positions import Position
+from memformer.cli.prompts import open_prompt
+from memformer.cli.reading import Reading
 from memformer.data import BinTokenizer
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
@@ -120,6 +123,21 @@ def test_generation_ends_with_a_row(series, tmp_path, monkeypatch):
     )
 
 
+def test_a_prompt_is_resumed_within_a_row(series, tmp_path):
+    """A reading is saved wherever it stops; the rest of the prompt ends the row."""
+    folder, _, _ = series
+    (tmp_path / "prompt.csv").write_text("1.0,0.5\n2.0,0.5\n3.0,0.5\n")
+    argv = ["generate", folder, "--prompt_file", tmp_path / "prompt.csv", "--max_new_tokens", "4", "--seed", "1"]
+    run = load_run(folder)
+    reading = Reading(run.session(), tmp_path / "state", minutes=1, start=Position())
+    with open_prompt(None, str(tmp_path / "prompt.csv")) as prompt:
+        reading.feed(next(prompt.pieces(run.tokenizer))[:3])
+    reading.save()
+    resumed = call_json(*argv, "--save_session", tmp_path / "state", "--resume")
+    assert resumed == call_json(*argv)
+    assert (resumed["prompt_tokens"], len(resumed["token_ids"])) == (6, 4)
+
+
 def test_rows_before_a_refused_one_are_scored(series, tmp_path):
     folder, _, _ = series
     (tmp_path / "rows.csv").write_text("1.0,0.5\n2.0,0.5\n3.0,\n4.0,0.5\n")
@@ -127,6 +145,28 @@ def test_rows_before_a_refused_one_are_scored(series, tmp_path):
     assert status == 2
     assert "the line '3.0,' has '', which is not a finite number; the session up to there is saved" in err
     assert [json.loads(line)["text"] for line in out.splitlines()] == ["1.0,0.5", "2.0,0.5"]
+
+
+def test_values_outside_of_the_training_data_are_warned_of(series, base, values, tmp_path):
+    """Once for each column of a text that may never end, and by their share in documents."""
+    folder, _, file = series
+    (tmp_path / "rows.csv").write_text("1.0,0.5\n101,0.5\n-200,0.5\n1.0,2\n")
+    _, _, err = call("score", folder, tmp_path / "rows.csv")
+    lowest, highest = values[:200, 1].min(), values[:200, 1].max()
+    assert err.count("outside of those of the training data") == 2
+    assert f"has values of column 'b' outside of those of the training data ({lowest:g} to {highest:g})" in err
+    later = values.copy()
+    later[200:220, 1] = 500
+    changed = write_csv(tmp_path / "changed.csv", later)
+    source = ("--data.kind", "array", "--data.path", changed, "--data.rows", "200:")
+    for err in (
+        call("evaluate", folder, *source)[2],
+        call(*arguments(base, changed, tmp_path / "x"), "--training.num_updates", "1")[2],
+    ):
+        assert "has values of column 'b' outside" in err
+        assert "outermost bins: 20% of its rows" in err
+        assert "column 'a'" not in err
+    assert "outside" not in call("evaluate", folder, *source[:3], file, *source[4:])[2]
 
 
 def test_other_bins_cannot_be_compared(series, base, tmp_path):

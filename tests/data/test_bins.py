@@ -139,6 +139,21 @@ def test_fields_in_quotation_marks_are_read_as_in_a_file_of_training():
     assert tokenizer.encode(b'"time","temp, C"\n"0","2.5"\n', "").tolist() == tokenizer.encode(b"0,2.5", "").tolist()
 
 
+@pytest.mark.parametrize("spacing", ["quantile", "uniform"])
+def test_values_outside_of_the_training_data_are_counted(spacing, tmp_path):
+    tokenizer = fit(np.array([[0.0, 10.0], [2.0, 30.0], [4.0, 20.0]]), num_bins=2, spacing=spacing)
+    save_tokenizer(tokenizer, tmp_path)
+    rows = b"c0,c1\n0,10\n4,30\n-1,31\n4.001,20\n"
+    for one in (tokenizer, load_tokenizer(tmp_path)):
+        assert one.count_outside(rows, "").tolist() == [2, 1]
+        assert one.count_outside(np.array([[5.0, 5.0]]), "").tolist() == [1, 1]
+    # A run of an earlier version does not know them.
+    definition = {key: value for key, value in tokenizer.definition.items() if key != "ranges"}
+    earlier = BinTokenizer(**definition)
+    assert earlier.count_outside(rows, "").tolist() == [0, 0]
+    assert earlier.definition == definition
+
+
 def test_other_arrays_and_damaged_files_are_refused(tmp_path):
     tokenizer = fit(np.arange(8.0).reshape(4, 2))
     for wrong, message in (
@@ -152,9 +167,18 @@ def test_other_arrays_and_damaged_files_are_refused(tmp_path):
     for edges, centres in (([[2.0, 1.0]], [[0.0, 1.5, 3.0]]), ([[1.0]], [[2.0, 3.0]]), ([[1.0]], [[0.0]]), ([], [])):
         with pytest.raises(InputError, match="bins"):
             BinTokenizer(["c"], edges, centres)
+    for ranges in ([], [[0.0]], [[2.0, 1.0]], [[0.0, float("nan")]]):
+        with pytest.raises(InputError, match="smallest and the largest value"):
+            BinTokenizer(["c"], [[1.0]], [[0.0, 2.0]], ranges)
     save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for key, value in (("edges", [[1.0], ["a"]]), ("edges", [[0.5], [9.0]]), ("columns", ["c0"]), ("centres", 3)):
+    for key, value in (
+        ("edges", [[1.0], ["a"]]),
+        ("edges", [[0.5], [9.0]]),
+        ("columns", ["c0"]),
+        ("centres", 3),
+        ("ranges", 3),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(CheckpointError, match="tokenizer_config.json"):
             load_tokenizer(tmp_path)

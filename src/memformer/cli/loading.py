@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from memformer.cli.outside_values import warn_of_outside_values
 from memformer.cli.run_config import parse_run_config
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import Corpus, SourceConfig
@@ -91,8 +92,9 @@ def open_given(run: LoadedRun, source: SourceConfig) -> Corpus:
     config = DataConfig() if run.run_config is None else run_config_of(run).data
     config = dataclasses.replace(config, max_document_tokens=None)
     corpus = open_corpus(config, source, tokenizer=run.tokenizer, shows_progress=True)
+    warn_of_outside_values(run.tokenizer, source, name="data")
     unknown = UnknownWords(run.tokenizer)
-    for index in range(corpus.num_documents):
+    for index in range(corpus.num_documents if unknown.can_occur else 0):
         unknown.add(corpus.document(index))
     unknown.warn_if_most("the documents")
     return corpus

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from memformer.cli.loading import load_run_of
+from memformer.cli.outside_values import OutsideValues
 from memformer.cli.parsing import add_run_arguments, new_parser, parse
 from memformer.cli.positions import Position, take_up_to
 from memformer.cli.prompts import InputText, open_input
@@ -184,7 +185,8 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
     ):
         reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held)
         parts = reader.parts(ends_line=options.save_session is None)
-        start, unknown = scoring.position, UnknownWords(run.tokenizer)
+        start = scoring.position
+        unknown, outside = UnknownWords(run.tokenizer), OutsideValues(run.tokenizer, text.name)
 
         def bytes_scored() -> int:
             # Before decompression, of which only the bytes read are known: those scored are about the same share.
@@ -194,6 +196,7 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
             if start.length and not number:
                 progress.begin_at(bytes_scored())
             unknown.add(part.token_ids)
+            outside.add(part.content)
             first_line = scoring.sums.line.number
             nll, lines = scoring.score(part)
             output.tokens(part, nll, first_line=first_line)

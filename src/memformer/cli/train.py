@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memformer.cli.loading import prepare_torch
+from memformer.cli.outside_values import warn_of_outside_values
 from memformer.cli.parsing import parse
 from memformer.cli.run_config import find_model_type, parse_run_config, read_config, train_parser
 from memformer.data import (
@@ -114,6 +115,8 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     data.make_stream(model, config)  # data that do not fit the model are refused before the run has a folder
     if processes.is_first:
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
+        if config.data.validation is not None:
+            warn_of_outside_values(data.tokenizer, config.data.validation, name="data.validation")
         # The config first: it marks the folder as that of a run.
         write_run_config(folder, config.to_dict())
         save_tokenizer(data.tokenizer, folder)

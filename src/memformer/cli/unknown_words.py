@@ -25,6 +25,11 @@ class UnknownWords:
             self._unknown = inner.tokenizer.token_to_id(UNKNOWN_WORD)
         self._num_tokens = self._num_unknown = 0
 
+    @property
+    def can_occur(self) -> bool:
+        """Whether the tokenizer reads any word as unknown."""
+        return self._unknown is not None
+
     def add(self, token_ids: NDArray[np.integer[Any]]) -> None:
         """Count a part of the text."""
         if self._unknown is not None:

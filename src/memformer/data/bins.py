@@ -28,15 +28,21 @@ class BinTokenizer:
         columns: Names of the columns.
         edges: For each column, the increasing edges between its bins; a value at an edge is in the upper bin.
         centres: For each column, one value in each of its bins, as which the bin is decoded.
+        ranges: For each column, the smallest and the largest training value. None: unknown, as in runs of earlier
+            versions.
 
     Raises:
-        InputError: There is no column, or edges and centres of a column do not fit each other.
+        InputError: There is no column, or edges, centres and range of a column do not fit each other.
     """
 
     kind = "bins"
 
     def __init__(
-        self, columns: Sequence[str], edges: Sequence[Sequence[float]], centres: Sequence[Sequence[float]]
+        self,
+        columns: Sequence[str],
+        edges: Sequence[Sequence[float]],
+        centres: Sequence[Sequence[float]],
+        ranges: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.columns = [str(name) for name in columns]
         self.edges = [np.array(column, np.float64).reshape(-1) for column in edges]
@@ -50,6 +56,11 @@ class BinTokenizer:
                 or np.searchsorted(own_edges, own_centres, side="right").tolist() != [*range(len(own_edges) + 1)]
             ):
                 raise InputError(f"the bins of column {name!r} need increasing edges, and one centre in each bin")
+        self.ranges = None if ranges is None else np.array(ranges, np.float64)
+        if self.ranges is not None and (
+            self.ranges.shape != (len(self.columns), 2) or not (self.ranges[:, 0] <= self.ranges[:, 1]).all()
+        ):
+            raise InputError(f"the bins need the smallest and the largest value of each of the {len(columns)} columns")
         counts = [len(column) for column in self.centres]
         self.vocab_size = sum(counts)
         self._first = np.cumsum([0, *counts])  # token id of each column's first bin
@@ -58,11 +69,12 @@ class BinTokenizer:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """Columns, edges and centres as JSON values."""
+        """Columns, edges, centres and ranges as JSON values."""
         return {
             "columns": self.columns,
             "edges": [own.tolist() for own in self.edges],
             "centres": [own.tolist() for own in self.centres],
+            **({} if self.ranges is None else {"ranges": self.ranges.tolist()}),
         }
 
     @property
@@ -79,15 +91,30 @@ class BinTokenizer:
         Raises:
             InputError: A row has another number of columns, or a value is not a finite number.
         """
+        values = self._values(content, name)
+        ids = np.empty(values.shape, smallest_dtype(self.vocab_size))
+        for index, own_edges in enumerate(self.edges):
+            ids[:, index] = np.searchsorted(own_edges, values[:, index], side="right") + self._first[index]
+        return ids.reshape(-1)
+
+    def count_outside(self, content: bytes | NDArray[Any], name: str) -> NDArray[np.int64]:
+        """Return how many values of each column of a series lie outside of its range; 0 if the ranges are unknown.
+
+        Raises:
+            InputError: As `encode`.
+        """
+        values = self._values(content, name)
+        if self.ranges is None:
+            return np.zeros(len(self.columns), np.int64)
+        return ((values < self.ranges[:, 0]) | (values > self.ranges[:, 1])).sum(axis=0)
+
+    def _values(self, content: bytes | NDArray[Any], name: str) -> NDArray[np.float64]:
         values = self._parse(content, name) if isinstance(content, bytes) else np.asarray(content, np.float64)
         if values.ndim != 2 or values.shape[1] != len(self.columns):
             raise InputError(f"document {name} has shape {values.shape}; it must be (rows, {len(self.columns)})")
         if not np.isfinite(values).all():
             raise InputError(f"document {name} has values that are not finite")
-        ids = np.empty(values.shape, smallest_dtype(self.vocab_size))
-        for index, own_edges in enumerate(self.edges):
-            ids[:, index] = np.searchsorted(own_edges, values[:, index], side="right") + self._first[index]
-        return ids.reshape(-1)
+        return values
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """Return the centres of the bins as lines of text.
@@ -152,7 +179,8 @@ def fit_bins(
     check_choice("spacing", spacing, ("quantile", "uniform"))
     values = np.concatenate([_checked(document, len(columns)) for document in documents])
     fitted = [(_quantile_bins if spacing == "quantile" else _uniform_bins)(column, num_bins) for column in values.T]
-    return BinTokenizer(columns, [edges for edges, _ in fitted], [centres for _, centres in fitted])
+    ranges = np.stack([values.min(axis=0), values.max(axis=0)], axis=1)
+    return BinTokenizer(columns, [edges for edges, _ in fitted], [centres for _, centres in fitted], ranges.tolist())
 
 
 def _has_word(fields: Sequence[str]) -> bool:

@@ -262,7 +262,7 @@ def _build_tokenizer(config: dict[str, Any], folder: Path) -> Tokenizer:
                 raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
         case {"kind": "bins", "columns": list(columns), "edges": list(edges), "centres": list(centres)}:
             try:
-                return BinTokenizer(columns, edges, centres)
+                return BinTokenizer(columns, edges, centres, config.get("ranges"))
             except (InputError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{folder / _CONFIG_FILE} is damaged: {error}") from error
         case {"kind": "bpe" | "word" | "pretrained" as kind}:
