@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import InputError, Session
-from memformer.data import RecallConfig, make_task
+from memformer.data import RecallConfig, RecallStream, make_task
 from memformer.evaluation.recall import measure_recall
 from memformer.models import RecurrentModel
+from memformer.training.run_data import RecallData
 from tests.helpers import assert_close, tiny_model
 
 
@@ -65,6 +66,29 @@ class Oracle(RecurrentModel):
 
     def decode(self, targets, *, hidden, hidden_padding_mask=None):
         return torch.nn.functional.one_hot(hidden[:, :1, 0].long(), self.vocab_size).float()
+
+
+def test_no_episode_of_an_evaluation_is_one_of_training(monkeypatch):
+    """Whatever the seed of both: episodes that were seen are no evidence."""
+    drawn, generator = [], np.random.PCG64
+    monkeypatch.setattr(np.random, "PCG64", lambda seed: drawn.append(str(generator(seed).state)) or generator(seed))
+    config = RecallConfig(task="associative", num_facts=(1, 6), max_distance=4)
+    task = make_task(config)
+    model = tiny_model(vocab_size=task.tokenizer.vocab_size, segment_length=16)
+    options = {"num_lanes": 1, "segment_length": 16, "rollout_length": 64, "bos_token_id": model.bos_token_id}
+    for seed in range(3):
+        for _ in zip(range(20), RecallStream(task, config, seed=seed, **options), strict=False):
+            pass
+    training = set(drawn)
+    assert len(training) >= 60
+    drawn.clear()
+    for seed in range(3):
+        RecallData(config, task, task).held_out_episode(model, seed=seed)
+        for num_facts in (1, 2, 6):
+            measure_recall(model, task, config, distances=[1, 2, 4], num_facts=num_facts, num_episodes=2, seed=seed)
+    assert len(set(drawn)) >= 3 * (1 + 3 * 4)
+    # The episode of generator 0 is asked nothing: it tells how many questions an episode has.
+    assert not training & set(drawn) - {str(generator(0).state)}
 
 
 def random_model(config, seed=0):

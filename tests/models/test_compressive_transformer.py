@@ -75,6 +75,21 @@ def test_the_memory_is_a_list_of_tokens_whose_oldest_are_compressed_in_whole_blo
                     assert_close(part[num_missing:, :16], torch.stack(expected))
 
 
+def test_empty_slots_behind_compressed_memories_add_nothing_to_distances():
+    """A memory of 6 tokens that holds 5 or 6 of them: a token sees them, and the compressed ones, without a gap."""
+    model = tiny_baseline("compressive", num_layers=2)
+    config, memory, num_gaps = model.config, model.initial_memory(1), 0
+    for timestep in range(6):
+        segment = tokens(1, 5, seed=timestep)
+        is_present = memory[0, :, -1] > 0
+        num_gaps += bool(is_present[0 : config.compressed_length].any() and not is_present[config.compressed_length])
+        packed = torch.cat([memory[:, ~is_present], memory[:, is_present]], dim=1)
+        hidden, following = model.encode(segment, memory=memory)
+        assert_close(hidden, model._run_layers(model._embed(segment), packed)[0])
+        memory = following
+    assert num_gaps
+
+
 def test_a_state_depends_on_the_memory_and_the_compressed_memory_only():
     model = tiny_baseline("compressive", num_layers=1)  # a memory of 6 tokens, and 4 compressed memories of 2 tokens
     document = tokens(1, 30)

@@ -38,6 +38,12 @@ def test_the_gradient_matches_finite_differences(normalizer, scores):
 
 
 @pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
+def test_second_derivatives_match_finite_differences(normalizer, scores):
+    assert (normalize_scores(scores, normalizer) == 0).any()
+    assert torch.autograd.gradgradcheck(lambda z: normalize_scores(z, normalizer), scores.requires_grad_())
+
+
+@pytest.mark.parametrize("normalizer", ["entmax15", "sparsemax"])
 def test_a_clearly_highest_score_gets_weight_exactly_one(normalizer):
     weights = normalize_scores(torch.tensor([[5.0, 0.0, -1.0, float("-inf")]]), normalizer)
     assert weights.tolist() == [[1.0, 0.0, 0.0, 0.0]]

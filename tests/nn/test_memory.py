@@ -150,7 +150,7 @@ def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_head
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = torch.arange(S).expand(B, S) >= torch.tensor([[2], [S]])
     width, support_width = D // num_heads, {"entmax15": 2.0, "sparsemax": 1.0}[normalizer]
-    expected = 0.0
+    expected, best = 0.0, torch.full((B, num_heads), float("-inf")).double()
     for b, s in torch.nonzero(~padding).tolist():
         for h in range(num_heads):
             part = slice(h * width, (h + 1) * width)
@@ -159,12 +159,15 @@ def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_head
                 query = (writer.query.weight @ memory[b, i])[part] / (math.sqrt(width) * 0.25)
                 own, token = writer.key.weight @ memory[b, i], writer.key.weight @ hidden[b, s]
                 excess.append(query @ token[part] - query @ own[part])
+            best[b, h] = max(best[b, h], *excess)
             value = F.relu(max(excess) + support_width + 1)
             expected = expected + (10 * value if is_filler and is_filler[b] else torch.log1p(value)) / num_heads
     penalty = AuxiliaryLoss(is_filler=None if is_filler is None else torch.tensor(is_filler))
     writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, auxiliary=penalty)
     assert expected > 0
     assert_close(penalty.total, expected)
+    shortfall = F.relu(1 - support_width - best).masked_fill(torch.tensor(is_filler or [False] * B)[:, None], 0.0)
+    assert_close(penalty.shortfall, shortfall.sum() / num_heads)
 
 
 def test_a_write_penalty_of_zero_means_that_nothing_is_written():
@@ -178,6 +181,15 @@ def test_a_write_penalty_of_zero_means_that_nothing_is_written():
     writer(memory, terminal=TERMINAL, hidden=hidden, record=record, auxiliary=penalty)
     assert penalty.total == 0
     assert (record.writer[..., 0] == 1).all()
+    own = ((memory @ writer.query.weight.mT) * (memory @ writer.key.weight.mT)).sum(dim=-1) / math.sqrt(D) / 0.25
+    token = (memory @ writer.query.weight.mT) @ (hidden @ writer.key.weight.mT).mT / math.sqrt(D) / 0.25
+    shortfall = -1 - (token - own[..., None]).amax(dim=(1, 2))
+    assert (shortfall > 0).all()
+    assert_close(penalty.shortfall, shortfall.sum())
+    # A row without tokens falls short of nothing.
+    padding = torch.tensor([[False] * S, [True] * S])
+    writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, auxiliary=penalty)
+    assert_close(penalty.shortfall, shortfall[0])
 
 
 def test_a_write_penalty_with_the_softmax_is_refused():

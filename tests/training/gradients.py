@@ -27,6 +27,8 @@ def assert_same_gradients(actual, expected):
         assert_close(grads[name], grad)
 
 
-def penalty(weight):
-    """Return hooks with a constant weight of the auxiliary loss."""
-    return RolloutHooks(auxiliary_weight=lambda loss: weight)
+def penalty(weight, shortfall=None):
+    """Return hooks with constant weights of the auxiliary loss and of the writer's shortfall."""
+    return RolloutHooks(
+        auxiliary_weight=lambda loss: weight, shortfall_weight=None if shortfall is None else lambda loss: shortfall
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memformer import Rollout
+from memformer import InputError, Rollout
 from memformer.models.presets import preset_fields
 from memformer.training.engine import MOST_SHAPES, ReplayEngine
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
@@ -49,6 +49,30 @@ def test_the_engine_equals_bptt_for_every_baseline(name, padding):
         )
     expected = gradients(model, rollout, None, "bptt", readout_timesteps=2)
     assert_same_gradients(by_engine(model, rollout, None, readout_timesteps=2), expected)
+
+
+def test_the_engine_refuses_hooks_on_gradients_as_replay_does():
+    model, rollout = tiny_model(), random_rollout(2, 2)
+    handle = model.embedding.weight.register_hook(lambda grad: grad)
+    with pytest.raises(InputError, match=r"embedding.weight has a hook on its gradient"):
+        ReplayEngine(model, records=False).backpropagate(rollout)
+    handle.remove()
+    ReplayEngine(model, records=False).backpropagate(rollout)
+
+
+def test_pieces_are_recorded_anew_for_another_precision_of_products():
+    """Also if it is set by the newer of PyTorch's two interfaces, after which the older one raises."""
+    model, rollout = tiny_model(), random_rollout(2, 2)
+    engine = ReplayEngine(model, records=False)
+    engine.backpropagate(rollout)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        engine.backpropagate(rollout)
+        engine.backpropagate(rollout)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(engine._shapes) == 2
 
 
 @pytest.mark.parametrize("records", [False, True])
@@ -105,7 +129,7 @@ def test_with_a_write_penalty_the_engine_equals_bptt_with_known_filler_and_witho
     model = tiny_model(dropout=0.2, write_normalizer="entmax15", write_competition=True)
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(5, 3, resets=True, padding=True)
-    options = {"readout_timesteps": 2, "hooks": penalty(0.5), "gradient_scale": 0.3}
+    options = {"readout_timesteps": 2, "hooks": penalty(0.5, 1.5), "gradient_scale": 0.3}
     engine = ReplayEngine(model, records=False)
     for is_filler in (None, torch.arange(15).view(5, 3) % 2 == 0, torch.arange(15).view(5, 3) % 3 == 0, None):
         known = replace(rollout, is_filler=is_filler)

@@ -21,7 +21,9 @@ def test_with_a_write_penalty_replay_and_checkpoint_equal_bptt(competition, know
     if knows_filler:
         rollout = dataclasses.replace(rollout, is_filler=torch.arange(15).view(5, 3) % 2 == 0)
     free, *runs = [
-        gradients(model, rollout, memory, method, readout_timesteps=2, hooks=penalty(weight), gradient_scale=0.3)
+        gradients(
+            model, rollout, memory, method, readout_timesteps=2, hooks=penalty(weight, 2 * weight), gradient_scale=0.3
+        )
         for method, weight in (("bptt", 0.0), ("bptt", 0.5), ("checkpoint", 0.5), ("replay", 0.5))
     ]
     for run in runs[1:]:
@@ -46,11 +48,11 @@ def test_the_auxiliary_loss_is_its_weight_times_the_mean_over_the_tokens_read(me
         state = model.reset_memory(state, rollout.reset[t])
         padding = rollout.input_padding[t]
         _, state = model.encode(rollout.inputs[t], memory=state, padding_mask=padding, auxiliary=auxiliary)
-        total = total + auxiliary.total
+        total = total + auxiliary.total + 3 * auxiliary.shortfall
     (0.7 * total / (~rollout.input_padding).sum()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     _, free, _ = gradients(model, rollout, memory, method)
-    _, penalized, _ = gradients(model, rollout, memory, method, hooks=penalty(0.7))
+    _, penalized, _ = gradients(model, rollout, memory, method, hooks=penalty(0.7, 2.1))
     for name, grad in free.items():
         assert_close(penalized[name], grad + expected.get(name, 0))
 
@@ -72,6 +74,20 @@ def test_the_weight_of_the_auxiliary_loss_may_depend_on_the_loss(method):
     assert_same_gradients(gradients(model, rollout, memory, method, hooks=below(loss * 0.99)), free)
     assert seen == pytest.approx([loss, loss], rel=1e-12)
     assert (always[1]["memory_writer.key.weight"] - free[1]["memory_writer.key.weight"]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_a_writer_that_has_stopped_writing_learns_to_write_again_by_its_shortfall(method):
+    """Weights of exactly 0 have no gradient, and neither has the penalty of tokens that are clearly not written."""
+    model = tiny_model(write_normalizer="entmax15", free_slot_bias=1.0)
+    with torch.no_grad():
+        model.memory_writer.free_slot_bias.fill_(-1000.0)  # a free slot keeps what it is, whatever it reads
+    rollout, memory = random_rollout(3, 2, padding=True), model.initial_memory(2).detach()
+    names = [f"memory_writer.{name}" for name in ("query.weight", "key.weight", "free_slot_bias")]
+    for hooks, is_learned in ((penalty(1.0), False), (penalty(0.0, 1.0), True), (penalty(1.0, 0.0), False)):
+        _, grads, _ = gradients(model, rollout, memory, method, hooks=hooks)
+        assert [bool(grads[name].norm() > 0) for name in names] == [is_learned] * len(names)
+        assert (grads[names[-1]] < 0) == is_learned  # free slots take tokens more easily again
 
 
 @pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])

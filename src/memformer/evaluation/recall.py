@@ -228,8 +228,9 @@ class _EpisodeReader:
     ) -> None:
         self.model = model
         self.task = task
+        # Training draws its episodes from `RecallStream` seeds of two numbers, which must be others.
         self.seed = seed, num_facts
-        self.generator = generator = np.random.Generator(np.random.PCG64(self.seed))
+        self.generator = generator = np.random.Generator(np.random.PCG64([*self.seed, 1]))
         self.episodes: list[Episode] = [task.make_episode(generator, num_facts) for _ in range(num_episodes)]
         bos = torch.full((num_episodes, 1), model.bos_token_id, device=model.device)
         _, self.memory = model.encode(bos, memory=model.initial_memory(num_episodes))
@@ -267,7 +268,7 @@ class _EpisodeReader:
         """
         # A separate generator: with the reader's, questions would change the filler that follows them.
         # (The last number must not be 0: numpy ignores a 0 at the end of a seed.)
-        generator = np.random.Generator(np.random.PCG64([*self.seed, self.distance + 1]))
+        generator = np.random.Generator(np.random.PCG64([*self.seed, self.distance, 2]))
         num_right, num_questions = [0, 0], 0
         memories = self.memory, self.model.initial_memory(len(self.episodes))
         # Each row starts at a random question of its episode and continues in order.

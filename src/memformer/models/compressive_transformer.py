@@ -110,7 +110,9 @@ class CompressiveTransformer(TransformerXL):
         auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, Memory]:
         memory = memory.detach()
-        hidden, slots = self._run_layers(x, memory)
+        # Empty slots before all others: between compressed memories and tokens they would add to distances.
+        order = is_present(memory).int().argsort(dim=1, stable=True)
+        hidden, slots = self._run_layers(x, gather_slots(memory, order))
         if num_tokens is None:
             num_tokens = torch.full((x.shape[0],), x.shape[1], device=x.device)
         rate, length = self.config.compression_rate, self.config.memory_length

@@ -182,9 +182,14 @@ def _causal_mask(length: int, *, device: torch.device) -> Bool[Tensor, "1 1 Q Q"
 
 def _join_masks(
     past: Past, keep_own: Bool[Tensor, "#B 1 #Q Y"], *, queries_of: Float[Tensor, "B Q D"]
-) -> Bool[Tensor, "B 1 Q J"]:
-    """Return the mask of one attention to the past and, behind it, to the tokens of another mask."""
-    keep_past = keep_own.new_ones(past.positions.shape[-1]) if past.keep_mask is None else past.keep_mask
-    return torch.cat(
-        [part.expand(*queries_of.shape[:1], 1, queries_of.shape[1], -1) for part in (keep_past, keep_own)], -1
-    )
+) -> Bool[Tensor, "#B 1 Q J"]:
+    """Return the mask of one attention to the past and, behind it, to the tokens of another mask.
+
+    Without padding it is the same for all rows and returned once: attention turns it into numbers, which every layer
+    keeps for its backward pass.
+    """
+    keep_past = past.keep_mask
+    if keep_past is None:
+        keep_past = keep_own.new_ones(1, 1, 1, past.positions.shape[-1])
+    rows, num_queries = max(keep_past.shape[0], keep_own.shape[0]), queries_of.shape[1]
+    return torch.cat([part.expand(rows, 1, num_queries, -1) for part in (keep_past, keep_own)], -1)

@@ -15,7 +15,10 @@ class AuxiliaryLoss:
     Attributes:
         is_filler: (B,) bool, True at rows whose segment is known to contain nothing to remember. None: known of none.
         total: Scalar with gradient, summed over the segment's tokens; None until `encode` fills it.
+        shortfall: Scalar with gradient, summed over rows: how far the writer is from writing anything in a segment.
+            None, if the model has no such writer.
     """
 
     is_filler: Tensor | None = None
     total: Tensor | None = None
+    shortfall: Tensor | None = None

@@ -50,6 +50,8 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
-        slope = torch.where(weights > 0, weights ** (2 - ctx.alpha), 0)
+        # The inner `where` keeps 0 out of a power whose derivative there is infinite: second derivatives would be NaN.
+        is_positive = weights > 0
+        slope = torch.where(is_positive, torch.where(is_positive, weights, 1) ** (2 - ctx.alpha), 0)
         through = grad * slope
         return through - through.sum(dim=-1, keepdim=True) / slope.sum(dim=-1, keepdim=True) * slope, None

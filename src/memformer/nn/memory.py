@@ -19,6 +19,7 @@ from memformer.shapes import Hidden, Memory, SlotBias
 WrittenShare = Float[Tensor, "B H K 1"]
 
 # Margin of the write penalty: a token is not penalized if its best score is this far below the threshold for a write.
+# The best token of a segment has no shortfall if it is as far above it.
 _MARGIN = 1.0
 
 # In a segment that is known to be filler, the penalty is this many times as steep, and not logarithmic.
@@ -102,6 +103,11 @@ class MemoryWriter(nn.Module):
     logarithm, one full write has a smaller penalty than two half writes. In a segment that is known to contain nothing
     to remember (`Rollout.is_filler`) the penalty is 10 e: there no write has to be spared.
 
+    The shortfall is the opposite: max(0, 1 - support width - max over slots and tokens of (score of the slot for the
+    token - score of the slot for itself)), summed over rows and averaged over heads, 0 in a segment known to contain
+    nothing to remember. Weights of exactly 0 have no gradient, so a writer that writes no token cannot learn to write
+    one again; the shortfall can.
+
     Args:
         width: Width W of a slot.
         token_width: Width D of the tokens' hidden states.
@@ -155,7 +161,7 @@ class MemoryWriter(nn.Module):
             terminal: Terminal state of forgetting, one per slot or one for all; free slots are similar to it.
             padding_mask: True at padding.
             record: Receives the attention weights, (B, H, K, 1 + S), the slot's weight for itself first.
-            auxiliary: Receives the write penalty, if given.
+            auxiliary: Receives the write penalty and the shortfall, if given.
 
         Raises:
             InputError: `auxiliary` is given and the normalizer is the softmax, which writes every token.
@@ -169,12 +175,7 @@ class MemoryWriter(nn.Module):
             if padding_mask is not None:
                 token_scores = token_scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
             if auxiliary is not None:
-                highest = (token_scores - own_score).amax(dim=-2)  # (B, H, S)
-                excess = F.relu(highest + support_width + _MARGIN)
-                penalty = excess.log1p()
-                if auxiliary.is_filler is not None:
-                    penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, penalty)
-                auxiliary.total = penalty.sum() / self.num_heads
+                self._add_auxiliary_loss(auxiliary, (token_scores - own_score).amax(dim=-2))
             if self.competition:
                 matching = match_slots(token_scores - own_score, least=-support_width, sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
@@ -212,6 +213,19 @@ class MemoryWriter(nn.Module):
                 f"write_normalizer ({self.normalizer!r}) writes every token; "
                 "a write penalty needs a sparse normalizer (entmax15 or sparsemax)"
             )
+
+    def _add_auxiliary_loss(self, auxiliary: AuxiliaryLoss, highest: Float[Tensor, "B H S"]) -> None:
+        """Fill in the write penalty and the shortfall, given each token's highest preference of any slot."""
+        threshold = -SUPPORT_WIDTH[self.normalizer]
+        excess = F.relu(highest - threshold + _MARGIN)
+        best = highest.amax(dim=-1)
+        penalty, shortfall = excess.log1p(), F.relu(threshold + _MARGIN - best)
+        is_exempt = best == float("-inf")  # a row without tokens
+        if auxiliary.is_filler is not None:
+            penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, penalty)
+            is_exempt = is_exempt | auxiliary.is_filler[:, None]
+        auxiliary.total = penalty.sum() / self.num_heads
+        auxiliary.shortfall = shortfall.masked_fill(is_exempt, 0.0).sum() / self.num_heads
 
     def _in_slot_width(self, hidden: Hidden, memory: Memory) -> Float[Tensor, "B R W"]:
         hidden = hidden.to(memory.dtype)

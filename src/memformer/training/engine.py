@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from memformer.rollout import Rollout
 from memformer.training.gradients import Gradients
-from memformer.training.pieces import NO_HOOKS, RolloutHooks, RolloutResult, check_arguments, prepare, trainable
+from memformer.training.pieces import (
+    NO_HOOKS,
+    RolloutHooks,
+    RolloutResult,
+    check_arguments,
+    check_no_gradient_hooks,
+    prepare,
+    trainable,
+)
 from memformer.training.recorded_replay import RecordedReplay
 from memformer.training.replay import backpropagate
 from memformer.utils.checks import Integer, Number
@@ -73,6 +81,7 @@ class ReplayEngine:
             InputTypeError: As `backpropagate`.
         """
         model = self.model
+        check_no_gradient_hooks(model)
         readout_timesteps, gradient_scale = check_arguments(
             rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
         )
@@ -86,7 +95,7 @@ class ReplayEngine:
             rollout.is_filler is not None,
             torch.is_autocast_enabled(model.device.type),
             torch.get_autocast_dtype(model.device.type),
-            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.fp32_precision,  # also as set by torch.set_float32_matmul_precision
         )
         options: dict[str, Any] = {
             "readout_timesteps": readout_timesteps,

@@ -26,7 +26,7 @@ from memformer.training.checkpoint import (
 from memformer.training.config import RunConfig
 from memformer.training.engine import ReplayEngine
 from memformer.training.logs import LoggedValues, RunLog, open_log
-from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, write_penalty_at
+from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, writer_weights
 from memformer.training.processes import Processes
 from memformer.training.replay import RolloutHooks, RolloutResult, backpropagate
 from memformer.training.run_data import RunData
@@ -310,7 +310,6 @@ class _Trainer:
     def _backpropagate(self, rollout: Rollout, *, gradient_scale: float, is_last: bool) -> RolloutResult:
         """Add the gradients of a rollout and carry the memory on."""
         training = self.config.training
-        penalizes = training.write_penalty > 0
         is_mixed = training.precision == "bfloat16"
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=is_mixed):
             options: dict[str, Any] = {
@@ -318,7 +317,7 @@ class _Trainer:
                 "readout_timesteps": training.readout_timesteps,
                 "gradient_scale": gradient_scale,
                 "hooks": RolloutHooks(
-                    auxiliary_weight=partial(write_penalty_at, self.num_updates, training) if penalizes else None,
+                    **writer_weights(self.num_updates, training),
                     before_last_backward=partial(sum_gradients_in_next_backward, self.model) if is_last else None,
                 ),
             }

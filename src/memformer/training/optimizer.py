@@ -1,6 +1,8 @@
-"""AdamW with weight decay on matrices only, and the schedules of the learning rate and the write penalty."""
+"""AdamW with weight decay on matrices only, and the schedules of the learning rate and of the writer's losses."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +14,11 @@ from memformer.training.config import TrainingConfig
 # Of the thresholds tried (0.01, 0.1, none), this one kept facts in the memory and filler out of it; see
 # "A penalty on writing" in experiments/RETENTION.md.
 LEARNED_LOSS = 0.1
+
+# The shortfall applies to the other rollouts: there a writer that writes nothing has to learn to write again. Without
+# it, two of the seeds that were trained stopped writing within 40 updates and stayed at chance; see "Writers that stop
+# writing" in experiments/RETENTION.md.
+SHORTFALL_WEIGHT = 1.0
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -57,6 +64,21 @@ def write_penalty_at(update: int, config: TrainingConfig, loss: float) -> float:
     if loss >= LEARNED_LOSS:
         return 0.0
     return config.write_penalty * _half_cosine(update / config.num_updates)
+
+
+def writer_weights(update: int, config: TrainingConfig) -> dict[str, Callable[[float], float]]:
+    """Return the weights of the write penalty and of the shortfall as fields of `RolloutHooks`; none if not given."""
+    if not config.write_penalty:
+        return {}
+    return {
+        "auxiliary_weight": partial(write_penalty_at, update, config),
+        "shortfall_weight": shortfall_weight_at,
+    }
+
+
+def shortfall_weight_at(loss: float) -> float:
+    """Return the weight of the writer's shortfall, in nats: 0 once the loss, in nats per token, is `LEARNED_LOSS`."""
+    return SHORTFALL_WEIGHT if loss >= LEARNED_LOSS else 0.0
 
 
 def _half_cosine(progress: float) -> float:

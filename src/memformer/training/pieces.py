@@ -48,11 +48,14 @@ class RolloutHooks:
         auxiliary_weight: Maps the rollout's loss (nats per token) to the weight of the model's auxiliary loss, a
             factor. The auxiliary loss is a mean over the rollout's non-padding input tokens. None: use
             `model.auxiliary_weight`.
+        shortfall_weight: Maps the rollout's loss to the weight of the writer's shortfall (`memformer.nn.MemoryWriter`),
+            which is divided by the number of these tokens. It needs an `auxiliary_weight`. None: 0.
         before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
             gradient synchronization there.
     """
 
     auxiliary_weight: Callable[[float], float] | None = None
+    shortfall_weight: Callable[[float], float] | None = None
     before_last_backward: Callable[[], object] | None = None
 
 
@@ -154,7 +157,7 @@ def encode_timestep(
     is_filler: Tensor | None,
     with_auxiliary: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden states (B, R, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
+    """Return the hidden states (B, R, D), the next memory (B, K, W), and the auxiliary loss and the shortfall (2,)."""
     if reset is not None:
         memory = model.reset_memory(memory, reset)
     # The auxiliary loss is needed only for its gradient.
@@ -162,9 +165,10 @@ def encode_timestep(
         auxiliary = AuxiliaryLoss(is_filler=is_filler)
         hidden, memory = model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
         assert auxiliary.total is not None
-        return hidden, memory, auxiliary.total
+        shortfall = torch.zeros_like(auxiliary.total) if auxiliary.shortfall is None else auxiliary.shortfall
+        return hidden, memory, torch.stack([auxiliary.total, shortfall])
     hidden, memory = model.encode(segment, memory=memory, padding_mask=padding)
-    return hidden, memory, memory.new_zeros(())
+    return hidden, memory, memory.new_zeros(2)
 
 
 def has_auxiliary_loss(model: RecurrentModel, hooks: RolloutHooks) -> bool:
@@ -172,17 +176,20 @@ def has_auxiliary_loss(model: RecurrentModel, hooks: RolloutHooks) -> bool:
     return hooks.auxiliary_weight is not None or model.auxiliary_weight != 0
 
 
-def auxiliary_scale(
+def auxiliary_scales(
     model: RecurrentModel, rollout: Rollout, total_nll: Tensor, *, gradient_scale: float, hooks: RolloutHooks
-) -> float:
-    """Return the factor on the summed auxiliary loss, given the rollout's summed negative log-likelihood."""
+) -> tuple[float, float]:
+    """Return the factors on the summed auxiliary loss and shortfall, given the summed negative log-likelihood."""
     num_tokens = rollout.count_target_tokens()
     if not has_auxiliary_loss(model, hooks) or not num_tokens:
-        return 0.0
-    weight = model.auxiliary_weight
+        return 0.0, 0.0
+    weight, shortfall_weight = model.auxiliary_weight, 0.0
     if hooks.auxiliary_weight is not None:
-        weight = hooks.auxiliary_weight(float(total_nll) / num_tokens)
-    return gradient_scale * weight / max(rollout.count_input_tokens(), 1)
+        loss = float(total_nll) / num_tokens
+        weight = hooks.auxiliary_weight(loss)
+        shortfall_weight = 0.0 if hooks.shortfall_weight is None else hooks.shortfall_weight(loss)
+    scale = gradient_scale / max(rollout.count_input_tokens(), 1)
+    return scale * weight, scale * shortfall_weight
 
 
 def chunks(num_timesteps: int, readout_timesteps: int) -> list[slice]:

@@ -19,7 +19,7 @@ from memformer.training.pieces import (
     NewAutocast,
     RolloutHooks,
     RolloutResult,
-    auxiliary_scale,
+    auxiliary_scales,
     chunks,
     current_autocast,
     encode_timestep,
@@ -104,7 +104,7 @@ class RecordedReplay:
         self.hidden_again: Tensor | None = None
         self.timestep, self.chunk_start = zeros(1), zeros(1)
         self.total_nll = memory.new_zeros(())
-        self.nll_scale, self.auxiliary_scale = memory.new_zeros(()), memory.new_zeros(())
+        self.nll_scale, self.auxiliary_scales = memory.new_zeros(()), memory.new_zeros(2)
         # A graph must cast the weights itself: a cached cast is of the weights at the time of recording.
         self.autocast: NewAutocast = current_autocast(device.type, cache_enabled=False)
 
@@ -157,9 +157,9 @@ class RecordedReplay:
             encode()
         read_out[-1]()
         after = self.randomness.capture()
-        self.auxiliary_scale.fill_(
-            auxiliary_scale(self.model, rollout, self.total_nll, gradient_scale=gradient_scale, hooks=hooks)
-        )
+        scales = auxiliary_scales(self.model, rollout, self.total_nll, gradient_scale=gradient_scale, hooks=hooks)
+        for factor, scale in zip(self.auxiliary_scales, scales, strict=True):
+            factor.fill_(scale)
         for timestep in reversed(range(last + 1)):
             self.randomness.restore(states[timestep])
             if timestep == 0 and hooks.before_last_backward is not None:
@@ -295,7 +295,7 @@ class RecordedReplay:
             )
         assert self.hidden_again is not None
         self.hidden_again.copy_(hidden.detach())
-        outputs = [(hidden, self._at(self.hiddens)), (auxiliary, self.auxiliary_scale)]
+        outputs = [(hidden, self._at(self.hiddens)), (auxiliary, self.auxiliary_scales)]
         if kind.with_memory:
             outputs.append((memory, self.memory_grad))
         memory_grad = self._add_gradients(entering, [pair for pair in outputs if pair[0].requires_grad])

@@ -35,7 +35,7 @@ from memformer.training.pieces import (
     NewAutocast,
     RolloutHooks,
     RolloutResult,
-    auxiliary_scale,
+    auxiliary_scales,
     check_arguments,
     check_no_gradient_hooks,
     chunks,
@@ -137,7 +137,7 @@ class _Work:
     hooks: RolloutHooks
 
     def encode(self, timestep: int, memory: Tensor, *, with_auxiliary: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the hidden states (B, R, D), the next memory (B, K, W) and the auxiliary loss (a scalar)."""
+        """Return the hidden states (B, R, D), the next memory (B, K, W), and the auxiliary loss and shortfall (2,)."""
         rollout = self.rollout
         with self.autocast():
             return encode_timestep(
@@ -150,11 +150,12 @@ class _Work:
                 with_auxiliary=with_auxiliary and has_auxiliary_loss(self.model, self.hooks),
             )
 
-    def auxiliary_scale(self, total_nll: Tensor) -> float:
-        """Return the factor on the summed auxiliary loss, given the rollout's summed negative log-likelihood."""
-        return auxiliary_scale(
+    def auxiliary_scales(self, total_nll: Tensor) -> Tensor:
+        """Return the factors (2,) on the summed auxiliary loss and shortfall, given the summed likelihood."""
+        scales = auxiliary_scales(
             self.model, self.rollout, total_nll, gradient_scale=self.gradient_scale, hooks=self.hooks
         )
+        return total_nll.new_tensor(scales)
 
     def before_last_backward(self) -> None:
         """Call the hook, if given."""
@@ -194,7 +195,7 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
     run = partial(checkpoint, use_reentrant=False) if recompute else _call
     entering = [memory.requires_grad_()]
     hiddens: list[Tensor] = []
-    total_auxiliary, total_nll = memory.new_zeros(()), memory.new_zeros(())
+    total_auxiliary, total_nll = memory.new_zeros(2), memory.new_zeros(())
     *earlier_chunks, last_chunk = work.chunks
     last = work.rollout.num_timesteps - 1
     # The same order as in `_replay`, so that dropout draws the same masks.
@@ -214,7 +215,8 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
         total_auxiliary = total_auxiliary + auxiliary
     total_nll = total_nll + run(work.read_out, last_chunk, *hiddens[last_chunk])
     work.before_last_backward()
-    (total_nll * work.nll_scale + total_auxiliary * work.auxiliary_scale(total_nll.detach())).backward()
+    auxiliary_scales = work.auxiliary_scales(total_nll.detach())
+    (total_nll * work.nll_scale + (total_auxiliary * auxiliary_scales).sum()).backward()
     grads = [_grad_of(each) for each in entering]
     return total_nll.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
 
@@ -267,7 +269,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     read_out(last_chunk)
 
     after = capture_randomness(device)
-    auxiliary_grad = memory.new_tensor(work.auxiliary_scale(total_nll))
+    auxiliary_grad = work.auxiliary_scales(total_nll)
     if last == 0:
         work.before_last_backward()
     _backward((hidden, hidden_grads.pop()), (auxiliary, auxiliary_grad))
