@@ -87,7 +87,8 @@ class Evaluation(Result):
 
     Attributes:
         with_memory: Likelihood with the memory carried from segment to segment.
-        memory_erased: Likelihood with the initial memory at every segment; the previous segment is still read.
+        memory_erased: Likelihood with the initial memory at every segment. A decoder still reads the previous segment;
+            a model without one, such as Transformer-XL, reads only its last token.
         unit: Unit of the documents' size in texts: "byte", "pixel" for images, or "value" for series.
     """
 

@@ -90,11 +90,12 @@ def compiled_function(
 def identify_weights(model: nn.Module) -> list[tuple[float, ...]]:
     """Return what tells weights from others: where they are and, on a CPU, how large.
 
-    Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these.
+    Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these. On other
+    devices it reads the weights where they are.
     """
-    places = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
     if next(model.parameters()).device.type != "cpu":
-        return list(places)
+        return [(weight.data_ptr(),) for weight in model.parameters()]
+    places = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
     sums = [(weight.sum(dtype=torch.float64), weight.norm(dtype=torch.float64)) for weight in model.parameters()]
     values = torch.stack([each for pair in sums for each in pair]).detach().tolist()
     return [(*place, *values[2 * index : 2 * index + 2]) for index, place in enumerate(places)]
