@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import matplotlib.image
 import pytest
@@ -148,10 +149,28 @@ def test_a_moved_run_resumes_in_its_new_folder(copied, run_folder, tmp_path, mon
     assert {file.name for file in (run_folder / "checkpoints").iterdir()} == before
     monkeypatch.chdir(tmp_path)
     assert call_json("train", "moved", "--resume", "--training.num_updates", "8")["run"] == "moved"
-    status, _, err = call("train", moved, "--resume", "--training.num_updates", "8", "--training.warmup_updates", "8")
+    status, _, err = call("train", moved, "--resume", "--training.num_updates", "8", "--training.warmup_updates", "9")
     assert status == 0
     assert "training.num_updates (8) is reached: nothing is left to train" in err
-    assert "training.warmup_updates (8) is not below training.num_updates (8)" in err
+    assert "training.warmup_updates (9) is above training.num_updates (8)" in err
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(copied):
+    before = (copied / "config.yaml").read_bytes()
+    message = refused("train", copied, "--resume", "--training.engine", "graphs", "--training.num_updates", "16")
+    assert "training.engine ('graphs') needs a CUDA device" in message
+    assert (copied / "config.yaml").read_bytes() == before
+
+
+def test_a_run_without_its_best_weights_chooses_them_again(copied):
+    """Before the training, not after it: no later score may be as good as the one whose weights are gone."""
+    updates = yaml.safe_load((copied / "config.yaml").read_text())["training"]["num_updates"]
+    shutil.rmtree(copied / "best")
+    further = ("--training.num_updates", str(2 * updates), "--training.learning_rate", "1")
+    status, _, err = call("train", copied, "--resume", *further, "--training.final_learning_rate", "1")
+    assert status == 0
+    assert f"{copied / 'best'} is missing; the best weights are chosen from here on" in err
+    assert (copied / "best" / "model.safetensors").is_file()
 
 
 def test_a_run_is_not_resumed_to_an_earlier_end(copied):

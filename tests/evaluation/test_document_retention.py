@@ -95,9 +95,9 @@ def test_buckets_cover_every_token_once(lengths, num_lanes):
     ):
         mean = sum(getattr(bucket, name) * bucket.num_tokens for bucket in result.buckets) / corpus.num_tokens
         assert mean == pytest.approx(figures.bits_per_token, rel=1e-10)
-    edges = [0, 1, 2, 4, 8, 16, 32]
+    edges, longest = [0, 1, 2, 4, 8, 16, 32], math.ceil(max(lengths) / SEGMENT_LENGTH)
     for index, bucket in enumerate(result.buckets):
-        first, last = edges[index], edges[index + 1] - 1
+        first, last = edges[index], min(edges[index + 1], longest) - 1
         assert (bucket.first_segment, bucket.last_segment) == (first, last)
         assert bucket.label == (f"{first}" if first == last else f"{first}-{last}")
         in_bucket = [

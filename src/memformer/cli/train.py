@@ -82,6 +82,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     from memformer.training.run_memory import read_memory
 
     processes.do_in_first(lambda: check_trackers(config.logging.trackers))
+    config.training.check_device(device)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     resume = options.resume or (started_before and were_restarted())
     if started_before and not resume:

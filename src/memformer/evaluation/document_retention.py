@@ -249,7 +249,7 @@ def measure_documents(
     if not (np.isfinite(totals.nll).all() and np.isfinite(totals.delayed_nll).all()):
         raise InputError("the model's negative log-likelihood is not finite: the model's weights are broken")
     erased, *delayed = totals.delayed_nll.tolist()
-    lasts = [first - 1 for first in firsts[1:]] + [2 * firsts[-1] - 1 if firsts[-1] else 0]
+    lasts = [first - 1 for first in firsts[1:]] + [longest_document - 1]
     return DocumentRetention(
         num_documents=corpus.num_documents,
         num_tokens=corpus.num_tokens,

@@ -22,7 +22,8 @@ def token_surprisal(
     """Return the negative log-likelihood of each token of one document in nats, with the memory and with it erased.
 
     The first is that of `Session.score`. With the memory erased, every segment is read with the initial memory, as in
-    `evaluate`: a decoder still reads the segment before it. Apart from the result, memory use does not depend on the length.
+    `evaluate`: a decoder still reads the segment before it. Apart from the result, memory use does not depend on the
+    length.
 
     Args:
         model: The model that reads.

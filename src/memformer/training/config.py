@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from memformer.data import MultitaskConfig, RecallConfig, SourceConfig, TokenizerConfig
 from memformer.data.recall.config import has_own_vocabulary
 from memformer.data.sources import unit_of_kind
@@ -248,6 +250,15 @@ class TrainingConfig:
                 f"training.sharding ({self.sharding!r}) needs training.method 'replay' and training.compiled false; "
                 f"they are {self.method!r} and {self.compiled}"
             )
+
+    def check_device(self, device: torch.device) -> None:
+        """Check that the engine can be had on a device.
+
+        Raises:
+            InputError: Graphs are asked for and it is no CUDA device.
+        """
+        if self.engine == "graphs" and device.type != "cuda":
+            raise InputError(f"training.engine ('graphs') needs a CUDA device; the run's device is {device.type!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,14 +129,9 @@ class _Trainer:
         self.engine = self._make_engine()
 
     def _make_engine(self) -> ReplayEngine | None:
-        """Return the engine that launches replay as CUDA graphs; None if it runs operation by operation.
-
-        Raises:
-            InputError: Graphs are asked for and there is no CUDA device.
-        """
+        """Return the engine that launches replay as CUDA graphs; None if it runs operation by operation."""
         training, device = self.config.training, self.model.device
-        if training.engine == "graphs" and device.type != "cuda":
-            raise InputError(f"training.engine ('graphs') needs a CUDA device; the run's device is {device.type!r}")
+        training.check_device(device)
         suits = device.type == "cuda" and training.method == "replay" and training.sharding == "none"
         return ReplayEngine(self.model, say=print_warning) if suits and training.engine != "eager" else None
 
@@ -159,6 +154,9 @@ class _Trainer:
         self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress, "num_processes": self.processes.count}
         num_read = partial(self.data.evaluation_tokens, self.model, is_final=False)
         warning = forget_other_scores(self.state.progress, self.config.training, num_read)
+        if not (self.folder / BEST).exists() and self.state.progress["best_score"] is not None:
+            self.state.progress["best_score"] = None
+            warning = f"{self.folder / BEST} is missing; the best weights are chosen from here on"
         if warning and self.processes.is_first:
             print_warning(warning)
         self.stream.load_state(self.state.progress["stream"])
@@ -174,9 +172,9 @@ class _Trainer:
                     log.say(f"training.num_updates ({training.num_updates}) is reached: nothing is left to train")
             if self.engine is not None:
                 log.say("replay runs as CUDA graphs (training.engine)")
-            if training.num_updates <= training.warmup_updates:
+            if training.num_updates < training.warmup_updates:
                 log.say(
-                    f"training.warmup_updates ({training.warmup_updates}) is not below training.num_updates "
+                    f"training.warmup_updates ({training.warmup_updates}) is above training.num_updates "
                     f"({training.num_updates}): the learning rate does not reach its peak before the end"
                 )
             if self.processes.is_first and self.num_updates < training.num_updates:
