@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
-from memformer.training.config import TrainingConfig
-from memformer.training.optimizer import learning_rate_at, make_optimizer
+from memformer import MemformerConfig
+from memformer.data import RecallConfig, SourceConfig
+from memformer.training.config import DataConfig, RunConfig, TrainingConfig
+from memformer.training.optimizer import learning_rate_at, make_optimizer, writer_weights
 from memformer.training.replay import backpropagate
 from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
@@ -103,3 +105,34 @@ def test_gradients_of_rollouts_weighted_by_tokens_equal_the_gradient_of_all_toke
     backpropagate(model, side_by_side)
     for parameter, expected in zip(model.parameters(), accumulated, strict=True):
         assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "penalty", "recall", "num_processes", "has_shortfall"),
+    [
+        ({"write_normalizer": "entmax15"}, 0.0, True, 1, True),
+        ({"write_normalizer": "sparsemax"}, 0.5, True, 1, True),
+        ({"write_normalizer": "entmax15"}, 0.5, False, 1, False),
+        ({"write_normalizer": "entmax15"}, 0.0, True, 2, False),
+        ({"num_slots": 0}, 0.0, True, 1, False),
+        ({}, 0.0, True, 1, False),
+    ],
+)
+def test_a_sparse_writer_has_a_shortfall_while_a_recall_task_is_not_learned(
+    model, penalty, recall, num_processes, has_shortfall
+):
+    data = DataConfig(recall=RecallConfig(task="fact")) if recall else DataConfig(train=SourceConfig(path="x"))
+    config = RunConfig(
+        folder="x",
+        model=MemformerConfig(**model),
+        data=data,
+        training=TrainingConfig(num_updates=10, write_penalty=penalty),
+    )
+    weights = writer_weights(5, config, num_processes=num_processes)
+    assert ("auxiliary_weight" in weights) == (has_shortfall or penalty > 0)
+    assert ("shortfall_weight" in weights) == has_shortfall
+    if has_shortfall:
+        assert (weights["shortfall_weight"](0.05), weights["shortfall_weight"](0.1)) == (0.0, 1.0)
+    if weights:
+        assert weights["auxiliary_weight"](0.05) == pytest.approx(penalty / 2)
+        assert weights["auxiliary_weight"](0.1) == 0.0

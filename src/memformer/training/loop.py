@@ -315,7 +315,7 @@ class _Trainer:
                 "readout_timesteps": training.readout_timesteps,
                 "gradient_scale": gradient_scale,
                 "hooks": RolloutHooks(
-                    **writer_weights(self.num_updates, training),
+                    **writer_weights(self.num_updates, self.config, num_processes=self.processes.count),
                     before_last_backward=partial(sum_gradients_in_next_backward, self.model) if is_last else None,
                 ),
             }

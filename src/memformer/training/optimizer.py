@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from memformer.training.config import TrainingConfig
+from memformer.models.config import MemformerConfig
+from memformer.training.config import RunConfig, TrainingConfig
 
 # The write penalty applies to rollouts with a loss below this, in nats per token: the model has then learned to write.
 # Of the thresholds tried (0.01, 0.1, none), this one kept facts in the memory and filler out of it; see
@@ -16,8 +17,8 @@ from memformer.training.config import TrainingConfig
 LEARNED_LOSS = 0.1
 
 # The shortfall applies to the other rollouts: there a writer that writes nothing has to learn to write again. Without
-# it, two of the seeds that were trained stopped writing within 40 updates and stayed at chance; see "Writers that stop
-# writing" in experiments/RETENTION.md.
+# it, some seeds stop writing within 70 updates and stay at chance; see "Writers that stop writing" in
+# experiments/RETENTION.md.
 SHORTFALL_WEIGHT = 1.0
 
 
@@ -66,14 +67,17 @@ def write_penalty_at(update: int, config: TrainingConfig, loss: float) -> float:
     return config.write_penalty * _half_cosine(update / config.num_updates)
 
 
-def writer_weights(update: int, config: TrainingConfig) -> dict[str, Callable[[float], float]]:
-    """Return the weights of the write penalty and of the shortfall as fields of `RolloutHooks`; none if not given."""
-    if not config.write_penalty:
-        return {}
-    return {
-        "auxiliary_weight": partial(write_penalty_at, update, config),
-        "shortfall_weight": shortfall_weight_at,
-    }
+def writer_weights(update: int, config: RunConfig, *, num_processes: int) -> dict[str, Callable[[float], float]]:
+    """Return the weights of the write penalty and of the shortfall as fields of `RolloutHooks`; none if not needed.
+
+    The shortfall is for sparse writers on recall tasks, whose loss says whether writing is learned. Both depend on the
+    loss of the whole rollout, which one of several processes does not have.
+    """
+    model, penalty = config.model, partial(write_penalty_at, update, config.training)
+    is_sparse = isinstance(model, MemformerConfig) and model.num_slots > 0 and model.write_normalizer != "softmax"
+    if is_sparse and config.data.recall is not None and num_processes == 1:
+        return {"auxiliary_weight": penalty, "shortfall_weight": shortfall_weight_at}
+    return {"auxiliary_weight": penalty} if config.training.write_penalty else {}
 
 
 def shortfall_weight_at(loss: float) -> float:
