@@ -112,3 +112,5 @@ def test_a_model_whose_writes_cannot_be_penalized_is_refused_before_any_gradient
     with pytest.raises(InputError, match=message):
         backpropagate(model, random_rollout(2, 2), hooks=penalty(1.0))
     assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(InputError, match="shortfall_weight is given without hooks.auxiliary_weight"):
+        backpropagate(model, random_rollout(2, 2), hooks=RolloutHooks(shortfall_weight=lambda loss: 1.0))

@@ -89,6 +89,8 @@ def prepare(
     """
     if hooks.auxiliary_weight is not None:
         model.check_auxiliary_loss()
+    elif hooks.shortfall_weight is not None:
+        raise InputError("hooks.shortfall_weight is given without hooks.auxiliary_weight, which it needs")
     if memory is None:
         memory = model.initial_memory(rollout.batch_size)
         first = torch.zeros(rollout.inputs.shape[:2], dtype=torch.bool, device=rollout.inputs.device)

@@ -215,8 +215,8 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
         total_auxiliary = total_auxiliary + auxiliary
     total_nll = total_nll + run(work.read_out, last_chunk, *hiddens[last_chunk])
     work.before_last_backward()
-    auxiliary_scales = work.auxiliary_scales(total_nll.detach())
-    (total_nll * work.nll_scale + (total_auxiliary * auxiliary_scales).sum()).backward()
+    scales = work.auxiliary_scales(total_nll.detach())
+    (total_nll * work.nll_scale + (total_auxiliary * scales).sum()).backward()
     grads = [_grad_of(each) for each in entering]
     return total_nll.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
 
