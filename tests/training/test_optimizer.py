@@ -132,7 +132,7 @@ def test_a_sparse_writer_has_a_shortfall_while_a_recall_task_is_not_learned(
     assert ("auxiliary_weight" in weights) == (has_shortfall or penalty > 0)
     assert ("shortfall_weight" in weights) == has_shortfall
     if has_shortfall:
-        assert (weights["shortfall_weight"](0.05), weights["shortfall_weight"](0.1)) == (0.0, 1.0)
+        assert (weights["shortfall_weight"](0.99), weights["shortfall_weight"](1.0)) == (0.0, 1.0)
     if weights:
         assert weights["auxiliary_weight"](0.05) == pytest.approx(penalty / 2)
         assert weights["auxiliary_weight"](0.1) == 0.0

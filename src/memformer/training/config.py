@@ -167,7 +167,7 @@ class TrainingConfig:
             It decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that
             are still needed. In segments of a recall task that hold no fact it becomes steeper once the curriculum has
             ended. Needs a sparse model.write_normalizer. 0: no penalty. On recall tasks, with or without a penalty, a
-            sparse writer that writes nothing has the opposite loss in the other rollouts, those with a higher loss;
+            sparse writer that writes nothing has the opposite loss in rollouts whose loss is 1 nat per token or more;
             else it could stop writing for good.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An

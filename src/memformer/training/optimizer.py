@@ -16,9 +16,10 @@ from memformer.training.config import RunConfig, TrainingConfig
 # "A penalty on writing" in experiments/RETENTION.md.
 LEARNED_LOSS = 0.1
 
-# The shortfall applies to the other rollouts: there a writer that writes nothing has to learn to write again. Without
-# it, some seeds stop writing within 70 updates and stay at chance; see "Writers that stop writing" in
-# experiments/RETENTION.md.
+# The shortfall applies to rollouts with a loss of this or more, in nats per token: there a writer that writes nothing
+# has to learn to write again. Without it, some seeds stop writing within 70 updates and stay at chance; applied down to
+# `LEARNED_LOSS`, it also teaches to write filler. See "Writers that stop writing" in experiments/RETENTION.md.
+HARDLY_LEARNED_LOSS = 1.0
 SHORTFALL_WEIGHT = 1.0
 
 
@@ -81,8 +82,8 @@ def writer_weights(update: int, config: RunConfig, *, num_processes: int) -> dic
 
 
 def shortfall_weight_at(loss: float) -> float:
-    """Return the weight of the writer's shortfall, in nats: 0 once the loss, in nats per token, is `LEARNED_LOSS`."""
-    return SHORTFALL_WEIGHT if loss >= LEARNED_LOSS else 0.0
+    """Return the weight of the writer's shortfall: 0 if the loss, in nats per token, is below `HARDLY_LEARNED_LOSS`."""
+    return SHORTFALL_WEIGHT if loss >= HARDLY_LEARNED_LOSS else 0.0
 
 
 def _half_cosine(progress: float) -> float:
