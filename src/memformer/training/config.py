@@ -328,7 +328,7 @@ class RunConfig:
             ):
                 if is_given:
                     raise InputError(f"{name} needs model_type 'memformer', not {self.model_type!r}")
-        elif penalty and (self.model.num_slots == 0 or self.model.write_normalizer == "softmax"):
+        elif penalty and not self.writes_sparsely:
             raise InputError(
                 f"training.write_penalty ({penalty}) needs memory slots and a sparse write_normalizer; model.num_slots "
                 f"is {self.model.num_slots}, model.write_normalizer is {self.model.write_normalizer!r}"
@@ -344,6 +344,12 @@ class RunConfig:
                 f"{self.model.free_slot_bias}: torch cannot shard a single number"
             )
         check_seed("seed", self.seed)
+
+    @property
+    def writes_sparsely(self) -> bool:
+        """Whether the model has a memory writer that can give a token weight 0."""
+        model = self.model
+        return isinstance(model, MemformerConfig) and model.num_slots > 0 and model.write_normalizer != "softmax"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain values for YAML or JSON."""

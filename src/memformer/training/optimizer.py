@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from memformer.models.config import MemformerConfig
 from memformer.training.config import RunConfig, TrainingConfig
 
 # The write penalty applies to rollouts with a loss below this, in nats per token: the model has then learned to write.
@@ -74,9 +73,8 @@ def writer_weights(update: int, config: RunConfig, *, num_processes: int) -> dic
     The shortfall is for sparse writers on recall tasks, whose loss says whether writing is learned. Both depend on the
     loss of the whole rollout, which one of several processes does not have.
     """
-    model, penalty = config.model, partial(write_penalty_at, update, config.training)
-    is_sparse = isinstance(model, MemformerConfig) and model.num_slots > 0 and model.write_normalizer != "softmax"
-    if is_sparse and config.data.recall is not None and num_processes == 1:
+    penalty = partial(write_penalty_at, update, config.training)
+    if config.writes_sparsely and config.data.recall is not None and num_processes == 1:
         return {"auxiliary_weight": penalty, "shortfall_weight": shortfall_weight_at}
     return {"auxiliary_weight": penalty} if config.training.write_penalty else {}
 

@@ -82,8 +82,8 @@ def backpropagate(
 
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, gradients are
-            disabled, a parameter has a hook on its gradient (method "replay" only: it would see parts), or an auxiliary
-            weight is given for a model without an auxiliary loss.
+            disabled, a parameter has a hook on its gradient (method "replay" only: it would see parts), an auxiliary
+            weight is given for a model without an auxiliary loss, or a shortfall weight without an auxiliary weight.
         InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
