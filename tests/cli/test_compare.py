@@ -164,10 +164,21 @@ def test_accuracies_of_recall_runs(copies, tmp_path):
         lines = [{"kind": "evaluation", "update": update, "accuracy": 1 / update} for update in (1, 2)]
         (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "evaluation.json").write_text('{"mean_accuracy": 0.75, "mean_accuracy_memory_erased": 0.25}')
+        (run / "best" / "update.json").unlink()  # as in a run of an earlier version
     for run in call_json("compare", *copies, "--output", tmp_path / "x.png")["runs"]:
         assert (run["best"], run["last"]["update"]) == ({"value": 1.0, "update": 1}, 2)
         assert (run["final"], run["final_memory_erased"]) == (0.75, 0.25)
         assert run["metric"] == "accuracy (mean over distances)"
+
+
+def test_the_best_evaluation_is_that_of_the_best_weights(copies, tmp_path):
+    """The log also holds those on other documents, from before training.evaluation_tokens was changed."""
+    for run in copies:
+        log = (run / "log.jsonl").read_text()
+        (run / "log.jsonl").write_text('{"kind": "evaluation", "update": 1, "bits_per_byte": 0.1}\n' + log)
+    for run, entry in zip(copies, call_json("compare", *copies, "--output", tmp_path / "x.png")["runs"], strict=True):
+        best = json.loads((run / "best" / "update.json").read_text())
+        assert entry["best"] == {"value": best["bits_per_byte"], "update": best["update"]}
 
 
 @pytest.mark.parametrize("change", ["evaluation_tokens", "tokenizer"])

@@ -31,6 +31,7 @@ def test_a_run_writes_all_files_of_its_folder(run_folder):
         "config.json",
         "model.safetensors",
         "tokenizer_config.json",
+        "update.json",
     ]
     assert sorted(path.name for path in (run_folder / "samples").iterdir()) == [
         "update-000000002.txt",

@@ -250,7 +250,8 @@ def test_an_answer_is_right_if_a_session_generates_it(task, num_facts, options):
         assert_close(session.next_token_logits(), logits[:, 0])
         answers = torch.tensor(session.generate(targets.shape[1], temperature=0))
         num_right[num_tokens] = num_right.get(num_tokens, 0) + int((answers == targets).all(dim=-1).sum())
-    assert filler[0].tolist() == [[model.bos_token_id]] * 12
+    # [BOS] and padding, as in training.
+    assert filler[0].tolist() == [[model.bos_token_id] + [0] * (model.segment_length - 1)] * 12
     assert {point.num_tokens: point.num_right for point in measured.points} == num_right
     assert sum(point.num_right_memory_erased for point in measured.points) == num_right_erased
     assert 0 < sum(num_right.values()) < sum(point.num_questions for point in measured.points)

@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer import CheckpointError, InputError, InputTypeError, SaveError, Session
+from memformer import CheckpointError, InputError, InputTypeError, Memformer, MemformerConfig, SaveError, Session
+from memformer.evaluation.inspection_streams import read_stream
 from memformer.generation.sampling import sample
 from memformer.generation.session_files import FORMAT, FORMAT_VERSION, WEIGHTS, check_state
 from memformer.utils.files import write_tensors
@@ -23,6 +25,23 @@ def test_next_token_distribution_matches_the_whole_document(variant):
     for position, token in enumerate(tokens):
         assert_close(session.next_token_logits()[0].log_softmax(-1), expected[position])
         session.feed([token])
+
+
+def test_a_session_reads_exactly_as_evaluation_does():
+    # Bit for bit, because until a model is trained the rounding of one segment grows from segment to segment.
+    config = MemformerConfig(vocab_size=30, d_model=32, num_heads=4, d_ff=64, segment_length=16, num_slots=8)
+    torch.manual_seed(0)
+    model = Memformer(config).eval()
+    tokens = np.random.default_rng(0).integers(30, size=10 * 16)
+    session = Session(model)
+    session.feed(tokens)
+    memory = None
+    for rollout in read_stream([tokens, tokens[:1]], segment_length=16, bos_token_id=model.bos_token_id):
+        for timestep, segment in enumerate(rollout.inputs):
+            padding = rollout.input_padding[timestep]
+            with torch.no_grad():
+                _, memory = model.encode(segment, memory=memory, padding_mask=padding if padding.any() else None)
+    assert torch.equal(session.memory, memory)
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,7 +16,7 @@ from memformer.data.recall.tasks import Episode, RecallTask, Tokens, pad_answers
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.evaluation.reading_ahead import AheadReader
-from memformer.models.recurrence import RecurrentModel, reading, unwrapped
+from memformer.models.recurrence import RecurrentModel, read_bos, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_seed
 from memformer.utils.machine import peak_memory_bytes
@@ -232,8 +232,7 @@ class _EpisodeReader:
         self.seed = seed, num_facts
         self.generator = generator = np.random.Generator(np.random.PCG64([*self.seed, 1]))
         self.episodes: list[Episode] = [task.make_episode(generator, num_facts) for _ in range(num_episodes)]
-        bos = torch.full((num_episodes, 1), model.bos_token_id, device=model.device)
-        _, self.memory = model.encode(bos, memory=model.initial_memory(num_episodes))
+        _, self.memory, _ = read_bos(model, num_episodes)
         # Stories may have fewer facts than `num_facts`; distances count from the last fact that was inserted.
         self.num_facts = max(len(episode.facts) for episode in self.episodes)
         fact_timesteps = draw_fact_timesteps(

@@ -12,6 +12,7 @@ from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
+from memformer.models.recurrence import read_bos
 from memformer.shapes import Hidden, Memory
 
 Rows = Int64[Tensor, " R"] | slice
@@ -98,16 +99,7 @@ class SegmentContext:
     def __init__(self, model: Memformer, batch_size: int, *, compiled: bool) -> None:
         self.model = model
         self.compiled = compiled
-        length = model.segment_length
-        bos = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
-        hidden, self.first_memory = model.encode(bos, memory=model.initial_memory(batch_size))
-        # The hidden state of [BOS] takes the place of a segment's first; the extra state, if any, follows the segment.
-        num_extra_states = hidden.shape[1] - 1
-        self.hidden = hidden.new_zeros((batch_size, length + num_extra_states, hidden.shape[2]))
-        self.hidden[:, :1] = hidden[:, :1]
-        self.hidden[:, length:] = hidden[:, 1:]
-        self.hidden_padding = torch.ones((batch_size, length), dtype=torch.bool, device=model.device)
-        self.hidden_padding[:, 0] = False
+        self.hidden, self.first_memory, self.hidden_padding = read_bos(model, batch_size)
         self._decoding: Decoding | None = None
         self.reader = Reader(model, batch_size, compiled=compiled)
 

@@ -261,6 +261,22 @@ def _modules_in_training(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def read_bos(model: RecurrentModel, batch_size: int) -> tuple[Hidden, Memory, SegmentPadding]:
+    """Read `[BOS]` as the first segment of a document, as the timesteps of rollouts do: one token, the rest is padding.
+
+    A segment of one token would be the same only up to rounding.
+
+    Returns:
+        The hidden states, the memory after it and the segment's padding.
+    """
+    segment = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device=model.device)
+    segment[:, 0] = model.bos_token_id
+    padding = torch.ones_like(segment, dtype=torch.bool)
+    padding[:, 0] = False
+    hidden, memory = model.encode(segment, memory=model.initial_memory(batch_size), padding_mask=padding)
+    return hidden, memory, padding
+
+
 def check_tokens(tokens: object, *, largest: int, name: str) -> None:
     """Check the type and, on a CPU only, the range of token ids: elsewhere it would synchronize the device.
 

@@ -1,11 +1,10 @@
 """Checkpoints: folders with the full training state, written atomically and verified by checksums when loaded."""
 
-import dataclasses
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
-from memformer.training.config import TrainingConfig
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.utils.files import read_json, read_tensors, sync_file, sync_folder, write_json, write_tensors
 
@@ -183,30 +181,6 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
     cuda_state = tensors.get(_name_for_rank("cuda_randomness", rank))
     if cpu_state is not None:
         restore_randomness((cpu_state, cuda_state if device.type == "cuda" else None), device=device)
-
-
-def forget_other_scores(
-    progress: dict[str, Any], training: TrainingConfig, num_read: Callable[[TrainingConfig], int]
-) -> str | None:
-    """Forget the best score of a resumed run, in place, if it is on other documents; return a warning that says so.
-
-    Args:
-        progress: Progress of the run.
-        training: Training config of the run.
-        num_read: Returns the number of tokens that an evaluation reads. It reads the first documents, so other ones
-            have another number.
-    """
-    now = training.evaluation_tokens
-    before = progress.get("evaluation_tokens", now)
-    progress["evaluation_tokens"] = now
-    old, new = (dataclasses.replace(training, evaluation_tokens=tokens) for tokens in (before, now))
-    if num_read(old) == num_read(new):
-        return None
-    progress["best_score"] = None
-    return (
-        f"training.evaluation_tokens was {before} and is {now}: scores on other documents cannot be compared, so the "
-        "weights of the next evaluation become the best"
-    )
 
 
 def checkpoints_newest_first(folder: Path) -> Iterator[Path]:

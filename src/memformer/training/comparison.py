@@ -9,6 +9,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.generation.session import Session
 from memformer.models import load_model
 from memformer.models.loading import MODELS
+from memformer.training.best_weights import read_best_evaluation
 from memformer.training.config import TrainingConfig
 from memformer.training.curves import Metric, metric_of
 from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
@@ -114,15 +115,13 @@ def _summarize(
     for line in training:
         float(line["bits_per_token"])  # the plot needs it
     final, erased = _final_values(result, metric)
-    choose = max if metric.is_better_if_higher else min
     return RunSummary(
         folder=str(folder),
         config=config,
         inputs=read_inputs(folder),
         lines=lines,
         metric=metric,
-        # Of equal values the latest, as in training.
-        best=choose(reversed(evaluations), key=lambda pair: pair[0]) if evaluations else None,
+        best=_best(folder, evaluations, metric),
         last=evaluations[-1] if evaluations else None,
         final=final,
         final_memory_erased=erased,
@@ -132,6 +131,16 @@ def _summarize(
         num_tokens=newest["num_tokens"],
         tokens_per_second=newest["tokens_per_second"],
     )
+
+
+def _best(folder: Path, evaluations: list[tuple[float, int]], metric: Metric) -> tuple[float, int] | None:
+    """Return the value and the update of the best weights; the log may hold evaluations on other documents."""
+    best = read_best_evaluation(folder)
+    if best is not None:
+        return float(best[metric.key]), best["update"]
+    # An older run: of equal values the latest, as in training.
+    choose = max if metric.is_better_if_higher else min
+    return choose(reversed(evaluations), key=lambda pair: pair[0]) if evaluations else None
 
 
 def _final_values(result: Mapping[str, Any], metric: Metric) -> tuple[float | None, float | None]:

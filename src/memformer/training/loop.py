@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from memformer.data import save_tokenizer
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import Result
 from memformer.models import LanguageModel, Memformer, load_model
 from memformer.rollout import Rollout
+from memformer.training.best_weights import forget_best, save_if_best
 from memformer.training.checkpoint import (
     TrainingState,
     checkpoint_name,
-    forget_other_scores,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -153,10 +152,7 @@ class _Trainer:
         # Old checkpoints lack the counters.
         self.state.progress = {**_NOTHING_SKIPPED, **self.state.progress, "num_processes": self.processes.count}
         num_read = partial(self.data.evaluation_tokens, self.model, is_final=False)
-        warning = forget_other_scores(self.state.progress, self.config.training, num_read)
-        if not (self.folder / BEST).exists() and self.state.progress["best_score"] is not None:
-            self.state.progress["best_score"] = None
-            warning = f"{self.folder / BEST} is missing; the best weights are chosen from here on"
+        warning = forget_best(self.folder, self.state.progress, self.config.training, num_read)
         if warning and self.processes.is_first:
             print_warning(warning)
         self.stream.load_state(self.state.progress["stream"])
@@ -367,13 +363,7 @@ class _Trainer:
         except InputError as error:
             raise InputError(f"update {self.num_updates}: {error}. {self._advice_on_broken_weights()}") from error
         log.evaluation(self.num_updates, result)
-        best = self.state.progress["best_score"]
-        # Of equal scores keep the later: when all recall answers are right, the weights can still improve.
-        if best is None or not math.isfinite(best) or result.score <= best:
-            self.state.progress["best_score"] = result.score
-            model.save_pretrained(self.folder / BEST)
-            # With the tokenizer, this folder is a complete model.
-            save_tokenizer(self.data.tokenizer, self.folder / BEST)
+        save_if_best(self.folder, model, self.data.tokenizer, result, progress=self.state.progress)
         sample = write_sample(
             model,
             self.data.tokenizer,
