@@ -74,13 +74,13 @@ def tiny_model(seed=0, **changes):
     return model.train(model.config.dropout > 0)
 
 
-def random_rollout(num_timesteps, batch_size, *, resets=False, padding=False, seed=1):
+def random_rollout(num_timesteps, batch_size, *, segment_length=SEGMENT_LENGTH, resets=False, padding=False, seed=1):
     """Return a rollout of random tokens.
 
     With padding, the input of one row is shortened, one timestep of a row is empty, and targets end early.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (num_timesteps, batch_size, SEGMENT_LENGTH)
+    shape = (num_timesteps, batch_size, segment_length)
     reset = torch.rand(shape[:2], generator=generator) < 0.4 if resets else None
     input_padding = target_padding = None
     if padding:

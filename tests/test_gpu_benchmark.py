@@ -91,7 +91,8 @@ def interrupted(update):
 
 
 def test_the_floor_has_the_operations_of_the_model():
-    for size in (sizes(smoke=True)["MNIST, segments of 14"], SIZES["MNIST, segments of 28"]):
+    name = "MNIST, segments of 28"
+    for size in (sizes(smoke=True)["MNIST, segments of 14"], SIZES[name], SIZES[f"{name}, the default's decoder"]):
         one_row = replace(size, batch_size=1)
         forward = [
             sum(work.operations for work in part) for part in (encoding(one_row), readout(one_row, num_timesteps=1))

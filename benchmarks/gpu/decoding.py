@@ -45,6 +45,14 @@ def decoding(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], di
             if length * batch_size <= max(lengths):
                 name = f"memformer, {batch_size} rows after {length:,} tokens"
                 yield name, partial(measure, config, batch_size, length, num_tokens=8 if options.smoke else 256)
+    default = MemformerConfig(
+        **{name: value for name, value in {**CONFIG, **changes}.items() if name not in PAPER_DECODER}
+    )
+    for batch_size in (1, 32):
+        yield (
+            f"memformer, the default's decoder, {batch_size} rows after {lengths[0]:,} tokens",
+            partial(measure, default, batch_size, lengths[0], num_tokens=8 if options.smoke else 256),
+        )
     if DEVICE.type == "cuda":
         yield (
             f"memformer compiled, 1 rows after {lengths[0]:,} tokens",

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.gpu.sizes import Size, sizes
+from memformer import MemformerConfig
 from memformer.training.pieces import chunks
 
 # Of an H100: the fastest matrix product in results/gpu-speed.json, and the memory's rate in the data sheet.
@@ -123,19 +124,41 @@ def readout(size: Size, *, num_timesteps: int) -> list[Work]:
     """Return the work of reading out some timesteps together, forward."""
     model = size.model
     width, rows, length = model["d_model"], num_timesteps * size.batch_size, model["segment_length"]
-    tokens = rows * length
-    layer = [
-        product(tokens, width, 3 * width),
-        attention(tokens, length, width, rows),
-        product(tokens, width, width),
-        product(tokens, width, width),  # cross-attention: queries
-        product(tokens, width, 2 * width),
-        attention(tokens, length, width, rows),
-        product(tokens, width, width),
-        product(tokens, width, model["d_ff"]),
-        product(tokens, model["d_ff"], width),
-    ]
-    return [*model["num_decoder_layers"] * layer, product(tokens, width, model["vocab_size"], writes=False)]
+    tokens, num_layers = rows * length, model["num_decoder_layers"]
+    feed_forward = [product(tokens, width, model["d_ff"]), product(tokens, model["d_ff"], width)]
+    config = size.config()
+    assert isinstance(config, MemformerConfig)
+    if config.decoder_attention == "joint":
+        again = config.decoder_start_tokens - 1  # tokens of a row that are read again before the start
+        layer = [
+            product(tokens, width, 2 * width),  # keys and values of the past
+            product(tokens, width, 3 * width),
+            attention(tokens, 2 * length + again, width, rows),
+            product(tokens, width, width),
+            *feed_forward,
+            product(rows * again, width, 2 * width),
+        ]
+        layer_again = [  # the last layer's output is not used
+            product(rows * again, width, 3 * width),
+            attention(rows * again, length + again, width, rows),
+            product(rows * again, width, width),
+            product(rows * again, width, model["d_ff"]),
+            product(rows * again, model["d_ff"], width),
+        ]
+        layers = num_layers * layer + (num_layers - 1) * layer_again
+    else:
+        layer = [
+            product(tokens, width, 3 * width),
+            attention(tokens, length, width, rows),
+            product(tokens, width, width),
+            product(tokens, width, width),  # cross-attention: queries
+            product(tokens, width, 2 * width),
+            attention(tokens, length, width, rows),
+            product(tokens, width, width),
+            *feed_forward,
+        ]
+        layers = num_layers * layer
+    return [*layers, product(tokens, width, model["vocab_size"], writes=False)]
 
 
 def product(rows: int, inner: int, columns: int, *, size_of: int = _BFLOAT16, writes: bool = True) -> Work:
