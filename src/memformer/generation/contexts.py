@@ -10,7 +10,7 @@ from torch import Tensor
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
-from memformer.generation.recording import RecordedReading, identify
+from memformer.generation.recording import RecordedReading, can_record, identify
 from memformer.models import LanguageModel, Memformer, NextTokenModel
 from memformer.models.recurrence import read_bos
 from memformer.shapes import Hidden, Memory
@@ -75,7 +75,7 @@ class Reader:
             hidden, next_memory = self._compiled(model, segment, memory)
             return hidden, next_memory
         self._num_read += 1
-        if model.device.type != "cuda" or self._num_read <= self._READ_BEFORE_RECORDING:
+        if not can_record(model.device) or self._num_read <= self._READ_BEFORE_RECORDING:
             return model.encode(segment, memory=memory)
         if self._recorded is None:
             self._recorded = RecordedReading(model, segment, memory)

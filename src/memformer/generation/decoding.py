@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from memformer.generation.compiling import compiled_function
-from memformer.generation.recording import RecordedStep
+from memformer.generation.recording import RecordedStep, can_record
 from memformer.models.decoder import Past
 from memformer.models.memformer import Memformer
 from memformer.nn.attention import KeyValueCache
@@ -22,6 +22,9 @@ class Decoding:
         compiled: Whether the step of one token per row is compiled; used from the second segment on.
     """
 
+    # A short answer is decoded sooner than recorded.
+    _DECODED_BEFORE_RECORDING = 8
+
     def __init__(self, model: Memformer, batch_size: int, *, compiled: bool = False) -> None:
         self.model = model
         self.compiled = compiled
@@ -30,6 +33,9 @@ class Decoding:
         self.past: Past | None = None
         self.logits: Tensor | None = None
         self._recorded: RecordedStep | None = None
+        self._num_steps = 0
+        # Whether the current segment can have a compiled or recorded step: not the first, whose past has padding.
+        self._has_step = False
         # Decodes one token per row, given tokens and positions (B, 1) on the CPU.
         self._step: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -60,10 +66,12 @@ class Decoding:
         """
         model, device = self.model, self.model.device
         if self.past is None:
-            self.past = self._make_past(hidden, hidden_padding)
+            self._begin_segment(hidden, hidden_padding)
         # The decoder's inputs are [BOS], or what replaces it, and the pending tokens; some may be decoded already.
         num_new = [pending + 1 - done for pending, done in zip(num_pending, self.num_decoded, strict=True)]
         width = max(num_new)
+        if width == 1 and self._step is None and self._has_step:
+            self._prepare_step(hidden)
         if width > 0:
             is_uniform = min(num_new) == width and min(self.num_decoded) == max(self.num_decoded)
             num_cached = self.num_decoded[0] if is_uniform else None
@@ -76,6 +84,7 @@ class Decoding:
             if self._step is not None and width == 1:
                 logits = self._step(inputs, positions)
             else:
+                assert self.past is not None
                 logits = model.decode_step(
                     inputs.to(device),
                     past=self.past,
@@ -95,27 +104,38 @@ class Decoding:
         assert self.logits is not None
         return self.logits
 
-    def _make_past(self, hidden: Tensor, hidden_padding: Tensor) -> Past:
+    def _begin_segment(self, hidden: Tensor, hidden_padding: Tensor) -> None:
+        """Compute the past; keep the recorded step of earlier segments, if it suits."""
         # A mask slows down every token; after the first segment there is no padding to mask.
         padding = hidden_padding if hidden_padding.any() else None
-        past = self.model.precompute_past(hidden, hidden_padding_mask=padding)
-        self._step = self._make_step(past, hidden) if padding is None else None
-        return past
+        self._has_step, self._step, recorded = padding is None, None, self._recorded
+        if recorded is not None and padding is None and not recorded.is_stale(self._function(recorded.past)):
+            recorded.restart(hidden)
+            self.past, self._step = recorded.past, recorded
+        else:
+            self.past = self.model.precompute_past(hidden, hidden_padding_mask=padding)
 
-    def _make_step(self, past: Past, hidden: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return the compiled step, or the recorded one on CUDA; None if there is neither."""
-        model, caches = self.model, self.caches
-        step: Callable[..., Tensor] = decode_step
-        if self.compiled:
-            bos = torch.full((hidden.shape[0], 1), model.bos_token_id, device=model.device)
-            padding = torch.full_like(bos, model.segment_length)  # does not change the cached tokens
-            step = compiled_function(decode_step, model, (bos, past, caches, padding), key=("decode", len(hidden)))
-        if model.device.type == "cuda":
-            if self._recorded is None or self._recorded.is_stale(step):
-                self._recorded = RecordedStep(model, step, hidden=hidden, caches=caches)
-            self._recorded.restart(hidden)
-            return self._recorded
-        return (lambda tokens, positions: step(model, tokens, past, caches, positions)) if self.compiled else None
+    def _prepare_step(self, hidden: Tensor) -> None:
+        """Compile the step of the current segment, or on CUDA record it, if enough tokens were decoded."""
+        assert self.past is not None
+        self._num_steps += 1
+        if can_record(self.model.device):
+            if self.compiled or self._num_steps > self._DECODED_BEFORE_RECORDING:
+                step = self._function(self.past)
+                self._recorded = RecordedStep(self.model, step, hidden=hidden, caches=self.caches)
+                self.past, self._step = self._recorded.past, self._recorded
+        elif self.compiled:
+            function, model, past, caches = self._function(self.past), self.model, self.past, self.caches
+            self._step = lambda tokens, positions: function(model, tokens, past, caches, positions)
+
+    def _function(self, past: Past) -> Callable[..., Tensor]:
+        """Return `decode_step`, compiled if the session is."""
+        if not self.compiled:
+            return decode_step
+        rows = len(self.num_decoded)
+        bos = torch.full((rows, 1), self.model.bos_token_id, device=self.model.device)
+        padding = torch.full_like(bos, self.model.segment_length)  # does not change the cached tokens
+        return compiled_function(decode_step, self.model, (bos, past, self.caches, padding), key=("decode", rows))
 
 
 def decode_step(

@@ -16,6 +16,11 @@ from memformer.utils.progress import print_warning
 _said: set[str] = set()
 
 
+def can_record(device: torch.device) -> bool:
+    """Return whether work on this device can become a graph."""
+    return device.type == "cuda"
+
+
 def record_or_run(pool: GraphPool, work: Work, *, name: str) -> Work:
     """Return the recorded work, or the work itself if it cannot be recorded; that is said once."""
     try:
@@ -65,8 +70,11 @@ class RecordedStep:
     Args:
         model: The model on a CUDA device, in evaluation mode.
         step: `decoding.decode_step`, compiled or not.
-        hidden: Hidden states of the same shape as those of later segments.
+        hidden: Hidden states of the previous segment; those of later segments must have the same shape.
         caches: The caches that the step reads and writes.
+
+    Attributes:
+        past: The past that the step reads; `restart` overwrites it.
     """
 
     def __init__(
@@ -80,7 +88,7 @@ class RecordedStep:
         # Tokens and positions together, so that they are copied at once. Decoding padding does not change the caches.
         self._inputs = torch.tensor([model.bos_token_id, model.segment_length], device=model.device)
         self._inputs = self._inputs[:, None, None].repeat(1, hidden.shape[0], 1)
-        self._past = model.precompute_past(self._hidden)
+        self.past = model.precompute_past(self._hidden)
         pool = GraphPool(model.device)
         self._project = record_or_run(pool, self._fill_past, name="the past of a segment")
         self._launch = record_or_run(pool, self._decode, name="decoding a token")
@@ -91,14 +99,14 @@ class RecordedStep:
 
     def _fill_past(self) -> None:
         past = self.model.precompute_past(self._hidden)
-        torch._foreach_copy_(_tensors(self._past), _tensors(past))
+        torch._foreach_copy_(_tensors(self.past), _tensors(past))
 
     def _decode(self) -> None:
         tokens, positions = self._inputs
-        self.logits = self.step(self.model, tokens, self._past, self._caches, positions)
+        self.logits = self.step(self.model, tokens, self.past, self._caches, positions)
 
     def restart(self, hidden: Tensor) -> None:
-        """Set the hidden states of the previous segment."""
+        """Compute `past` from the hidden states of the previous segment."""
         self._hidden.copy_(hidden)
         self._project()
 
