@@ -236,6 +236,38 @@ def test_sampling_keeps_only_the_most_likely_tokens():
     assert drawn(temperature=0.0)[0] == drawn(top_p=1e-6)[0] == 1
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 0}, {"seed": 0, "top_k": 1, "top_p": 0.5}])
+def test_only_allowed_tokens_are_generated(options):
+    """Here even ids follow an even number of tokens, and the rows have different ranges."""
+    session = Session(tiny_model(), batch_size=2)
+    session.feed([[1, 2, 3], [4]])
+
+    def allowed(row, num_tokens):
+        return range(5 * row + num_tokens % 2, 5 * row + 5, 2)
+
+    generated = session.generate(12, allowed_token_ids=allowed, **options)
+    for row, tokens in enumerate(generated):
+        assert all(token in allowed(row, number) for number, token in enumerate(tokens, start=(3, 1)[row]))
+    assert len({*generated[0]}) > 1
+
+
+def test_all_tokens_may_be_allowed():
+    sessions = [Session(tiny_model()) for _ in range(2)]
+    rows = [
+        session.generate(20, seed=0, allowed_token_ids=allowed)
+        for session, allowed in zip(sessions, (None, lambda *_: range(VOCAB_SIZE)), strict=True)
+    ]
+    assert rows[0] == rows[1]
+    for allowed, error, message in (
+        ([], InputError, "lets no token follow the 20 tokens of row 0"),
+        (VOCAB_SIZE, InputError, rf"allowed token id \({VOCAB_SIZE}\)"),
+        (["a"], InputTypeError, "allowed token id"),
+    ):
+        with pytest.raises(error, match=message):
+            sessions[0].generate(1, allowed_token_ids=lambda *_, allowed=allowed: allowed)
+    assert sessions[0].num_tokens == [20]
+
+
 def test_empty_lists_tensors_and_arrays_can_be_fed():
     session = Session(tiny_model())
     session.feed([])

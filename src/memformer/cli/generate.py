@@ -28,7 +28,7 @@ from memformer.generation.sampling import check_sampling
 from memformer.generation.session import Session
 from memformer.models import LanguageModel
 from memformer.training.run_folder import LoadedRun
-from memformer.training.samples import NUM_IMAGES
+from memformer.training.samples import NUM_IMAGES, allowed_tokens
 from memformer.utils.checks import check_integer, check_seed
 from memformer.utils.files import check_can_write, user_path
 from memformer.utils.ownership import owned_file
@@ -202,7 +202,8 @@ def _continue(
     reading.save()  # a reader of stdout may close it while text is generated
     ids: list[int] = []
     num_tokens = _num_new_tokens(session, tokenizer, options.max_new_tokens)
-    steps = signals.until_signalled(session.stream(num_tokens, **sampling))
+    new_tokens = session.stream(num_tokens, **sampling, allowed_token_ids=allowed_tokens(tokenizer))
+    steps = signals.until_signalled(new_tokens)
     text = ""
     # Text that is printed on a terminal shows the progress itself.
     is_shown = options.json or not sys.stdout.isatty()

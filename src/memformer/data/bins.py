@@ -97,6 +97,11 @@ class BinTokenizer:
             ids[:, index] = np.searchsorted(own_edges, values[:, index], side="right") + self._first[index]
         return ids.reshape(-1)
 
+    def next_ids(self, num_tokens: int) -> range:
+        """Return the token ids of the column that follows after a number of tokens, counted from the start of a row."""
+        column = num_tokens % len(self.columns)
+        return range(self._first[column], self._first[column + 1])
+
     def count_outside(self, content: bytes | NDArray[Any], name: str) -> NDArray[np.int64]:
         """Return how many values of each column of a series lie outside of its range; 0 if the ranges are unknown.
 

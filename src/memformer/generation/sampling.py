@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
@@ -39,6 +39,7 @@ def sample(
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
+    allowed: Bool[Tensor, "B V"] | None = None,
 ) -> Int64[Tensor, " B"]:
     """Return one sampled token id for each row, on the CPU.
 
@@ -48,14 +49,16 @@ def sample(
         top_k: Keep only the k most likely tokens. None: keep all.
         top_p: Keep the most likely tokens whose total probability reaches this value. None: keep all.
         generator: Source of randomness. None: PyTorch's global generator.
+        allowed: True at the tokens that may be drawn, at least one in each row. None: all.
 
     Raises:
         InputError: A logit is not finite.
     """
     # The device is waited for once, at the end. Drawing needs finite logits, on CUDA most of all.
     is_finite = logits.isfinite().all(dim=-1)
+    logits = torch.where(is_finite[:, None], logits, 0.0)
     drawn = _draw(
-        torch.where(is_finite[:, None], logits, 0.0),
+        logits if allowed is None else logits.masked_fill(~allowed, float("-inf")),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

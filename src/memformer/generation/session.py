@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import Memory
 from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
 from memformer.utils.files import user_path
+
+AllowedTokens = Callable[[int, int], Integers]
 
 
 class Session:
@@ -149,6 +151,7 @@ class Session:
         top_p: Number | None = None,
         seed: Integer | None = None,
         stop_token_ids: Integers | None = None,
+        allowed_token_ids: AllowedTokens | None = None,
     ) -> list[int] | list[list[int]]:
         """Generate tokens; return their ids (a list for each row if there are several) and add them to the stream.
 
@@ -161,9 +164,11 @@ class Session:
             seed: Random seed, which makes the result reproducible. None: use PyTorch's global generator.
             stop_token_ids: One token id or several. A row ends with the first of them that it generates; its state
                 does not change while other rows continue. An empty list: no row stops. None: those of the session.
+            allowed_token_ids: Called before each token with the number of the row and the number of its tokens so far;
+                returns the token ids of which one may follow. None: all.
 
         Raises:
-            InputError: An option is out of range.
+            InputError: An option is out of range, or no token is allowed.
             InputTypeError: `max_new_tokens` is not an integer.
         """
         stop = self._check_stop(stop_token_ids)
@@ -175,6 +180,7 @@ class Session:
                 top_p=top_p,
                 seed=seed,
                 stop_token_ids=stop,
+                allowed_token_ids=allowed_token_ids,
             )
         )
         rows = [_until_stop([step[row] for step in steps], stop) for row in range(self.batch_size)]
@@ -189,13 +195,14 @@ class Session:
         top_p: Number | None = None,
         seed: Integer | None = None,
         stop_token_ids: Integers | None = None,
+        allowed_token_ids: AllowedTokens | None = None,
     ) -> Iterator[list[int]]:
         """Generate tokens one step at a time and yield one token id for each row; arguments as in `generate`.
 
         A row that has stopped yields its stop token, without reading it again, until all rows have stopped.
 
         Raises:
-            InputError: An option is out of range, or rows were selected since the last step.
+            InputError: An option is out of range, no token is allowed, or rows were selected since the last step.
             InputTypeError: `max_new_tokens` is not an integer.
         """
         num_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
@@ -211,7 +218,8 @@ class Session:
             for _ in range(num_tokens):
                 if self._streams.num_selections != num_selections:
                     raise InputError("the rows were selected during generation; call stream again")
-                drawn = sample(self.next_token_logits(), **sampling, generator=generator)
+                allowed = None if allowed_token_ids is None else self._allowed(allowed_token_ids)
+                drawn = sample(self.next_token_logits(), **sampling, generator=generator, allowed=allowed)
                 self._streams.feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
                 tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
                 yield tokens
@@ -263,6 +271,21 @@ class Session:
         if token_ids is None:
             return self.stop_token_ids
         return frozenset(check_integers("stop token id", token_ids, 0, self.model.vocab_size - 1))
+
+    def _allowed(self, allowed_token_ids: AllowedTokens) -> Bool[Tensor, "B V"]:
+        """Return True at the tokens that may follow in each row.
+
+        Raises:
+            InputError: There is none, or a token id is outside the vocabulary.
+            InputTypeError: A token id is not an integer.
+        """
+        allowed = torch.zeros(self.batch_size, self.model.vocab_size, dtype=torch.bool, device="cpu")
+        for row, num_tokens in enumerate(self.num_tokens):
+            ids = check_integers("allowed token id", allowed_token_ids(row, num_tokens), 0, self.model.vocab_size - 1)
+            if not ids:
+                raise InputError(f"allowed_token_ids lets no token follow the {num_tokens:,} tokens of row {row}")
+            allowed[row, ids] = True
+        return allowed.to(self.model.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Session":
         """Return a session with the same state, which continues on its own; both use the same model."""

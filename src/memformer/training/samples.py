@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from memformer.data import PixelTokenizer, Tokenizer
+from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
 from memformer.data.document_end import stop_tokens_of
-from memformer.generation.session import Session
+from memformer.generation.session import AllowedTokens, Session
 from memformer.models import LanguageModel
 from memformer.utils.files import atomic_write, write_text
 
@@ -31,10 +31,16 @@ def write_sample(model: LanguageModel, tokenizer: Tokenizer, path: Path, *, num_
         images = sample_images(model, tokenizer, NUM_IMAGES, seed=seed)
         write_image_grid(path.with_suffix(".png"), images, tokenizer=tokenizer)
         return None
-    steps = Session(model, stop_token_ids=stop_tokens_of(tokenizer)).stream(num_tokens, seed=seed)
+    session = Session(model, stop_token_ids=stop_tokens_of(tokenizer))
+    steps = session.stream(num_tokens, seed=seed, allowed_token_ids=allowed_tokens(tokenizer))
     text = "".join(tokenizer.decode_stream(step[0] for step in steps))
     write_text(path.with_suffix(".txt"), text)
     return text
+
+
+def allowed_tokens(tokenizer: Tokenizer) -> AllowedTokens | None:
+    """Return which tokens may follow: of a series, the bins of the next column; None if all may."""
+    return (lambda row, num_tokens: tokenizer.next_ids(num_tokens)) if isinstance(tokenizer, BinTokenizer) else None
 
 
 def sample_images(
