@@ -7,15 +7,14 @@ The two models alternate in one process, and a ratio compares the same round.
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe_machine
-from sizes import PAPER_DECODER, half_and_half
-from turns import spread
+from sizes import half_and_half
+from turns import in_words, spread, time_in_turns
 
 from memformer import Memformer, MemformerConfig, Rollout, Session, backpropagate, evaluate
 from memformer.data import corpus_from_arrays
@@ -39,13 +38,11 @@ def main() -> None:
     result = {"machine": describe_machine(options.threads), "rounds": options.rounds, "models": {}}
     print("| model | work | default, ms | speed ratio, default to paper |\n|---|---|---|---|")
     for name, size in SIZES.items():
-        paper = half_and_half(**size)
-        kept = {field: value for field, value in paper.to_dict().items() if field not in PAPER_DECODER}
-        configs = {"default": MemformerConfig.from_dict(kept), "paper": paper}
+        configs = {"default": half_and_half(**size, decoder={}), "paper": half_and_half(**size)}
         result["models"][name] = measure(configs, options.rounds)
         for work, row in result["models"][name]["work"].items():
             ratio, ms = row["default_faster_by"], row["default_ms"]
-            print(f"| {name} | {work} | {in_words(ms, '.2f')} | x{in_words(ratio, '.2f')} |")
+            print(f"| {name} | {work} | {in_words(ms)} | x{in_words(ratio)} |")
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -59,9 +56,7 @@ def measure(configs: dict[str, MemformerConfig], rounds: int) -> dict[str, Any]:
     return {
         "parameters": {name: model.num_parameters for name, model in models.items()},
         "flops_per_token": {name: flops_per_token(model) for name, model in models.items()},
-        "work": {
-            kind: alternate({name: work[kind] for name, work in works.items()}, rounds) for kind in works["paper"]
-        },
+        "work": {kind: compare({name: work[kind] for name, work in works.items()}, rounds) for kind in works["paper"]},
     }
 
 
@@ -88,25 +83,14 @@ def kinds_of_work(model: Memformer) -> dict[str, Callable[[], object]]:
     }
 
 
-def alternate(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+def compare(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
     """Return the milliseconds of the default's work, and how many times as fast it is as the paper's."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for count in range(rounds + 1):
-        for name, function in work.items():
-            started = time.perf_counter()
-            function()
-            if count:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+    seconds = time_in_turns(works, rounds=rounds)
     pairs = zip(seconds["default"], seconds["paper"], strict=True)
     return {
         "default_ms": spread([1e3 * value for value in seconds["default"]]),
         "default_faster_by": spread([paper / default for default, paper in pairs]),
     }
-
-
-def in_words(values: dict[str, float], form: str) -> str:
-    """Return a median and its range."""
-    return f"{values['median']:{form}} ({values['low']:{form}}-{values['high']:{form}})"
 
 
 if __name__ == "__main__":

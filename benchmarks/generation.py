@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
-from turns import Contender, ratios, spread, take_turns
+from turns import Contender, in_words, ratios, spread, take_turns
 
 SCRIPT = "generators.py"
 OURS = {"memformer": "memformer", "memformer, compiled": "memformer-compiled"}
@@ -50,7 +50,7 @@ def main() -> None:
         contender.close()
     print(format_table(rows))
     for name, values in flat.items():
-        print(f"\n{name}: time per token after {options.million:,} tokens, relative to 1,024: {format_spread(values)}")
+        print(f"\n{name}: time per token after {options.million:,} tokens, relative to 1,024: {in_words(values)}")
     result = {
         "setting": {**setting, "rounds": options.rounds},
         "machine": describe_machine(options.threads),
@@ -115,17 +115,12 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|" + "---|" * len(OURS) + "---|",
     ]
     for row in rows:
-        faster = " | ".join("" if row["name"] in OURS else f"x{format_spread(row['ours_faster_by'][o])}" for o in OURS)
+        faster = " | ".join("" if row["name"] in OURS else f"x{in_words(row['ours_faster_by'][o])}" for o in OURS)
         lines.append(
             f"| {row['name']} | {row['context']:,} | {row['ms_per_token']['median']:.2f} | {faster} "
             f"| {row['state_bytes'] / 1024:,.0f} |"
         )
     return "\n".join(lines)
-
-
-def format_spread(values: dict[str, float]) -> str:
-    """Return a median and its range."""
-    return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ The two alternate in one process, and ratios compare the same round.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from machine import describe_machine
 from torch import Tensor
-from turns import spread
+from turns import in_words, spread, time_in_turns
 
 from memformer.nn import linear as ours
 
@@ -39,10 +39,9 @@ def main() -> None:
     rows = [measure(shape, options.rounds) for shape in SHAPES]
     print("| rows x inputs x outputs | torch, GFLOP/s | oneDNN, GFLOP/s | oneDNN speed ratio |\n|---|---|---|---|")
     for row in rows:
-        ratio = row["ratio"]
         print(
             f"| {' x '.join(map(str, row['shape']))} | {row['torch_gflops']:.0f} | {row['onednn_gflops']:.0f} "
-            f"| x{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+            f"| x{in_words(row['ratio'])} |"
         )
     result = {"machine": describe_machine(options.threads), "rounds": options.rounds, "rows": rows}
     Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -55,28 +54,20 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:
     flops = 6 * rows * inner * columns
     repeats = max(1, int(2e8 / flops))
 
-    def by_torch() -> None:
-        run(F.linear, x, weight, grad)
+    def repeated(function: Callable[..., Tensor]) -> None:
+        for _ in range(repeats):
+            run(function, x, weight, grad)
 
-    def by_onednn() -> None:
-        run(ours._OneDNNLinear.apply, x, weight, grad)
-
-    seconds: dict[Callable[[], None], list[float]] = {by_torch: [], by_onednn: []}
     ours._USES_ONEDNN = True  # whatever this processor's vendor
     ours._LEAST_PRODUCTS, least = 0, ours._LEAST_PRODUCTS  # use oneDNN in the backward pass at any size
-    for count in range(rounds + 1):
-        for function, own in seconds.items():
-            started = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            if count:
-                own.append((time.perf_counter() - started) / repeats)
+    works = {"torch": partial(repeated, F.linear), "onednn": partial(repeated, ours._OneDNNLinear.apply)}
+    seconds = time_in_turns(works, rounds=rounds)
     ours._LEAST_PRODUCTS = least
     return {
         "shape": list(shape),
-        "torch_gflops": flops / statistics.median(seconds[by_torch]) / 1e9,
-        "onednn_gflops": flops / statistics.median(seconds[by_onednn]) / 1e9,
-        "ratio": spread([base / own for base, own in zip(seconds[by_torch], seconds[by_onednn], strict=True)]),
+        "torch_gflops": flops * repeats / statistics.median(seconds["torch"]) / 1e9,
+        "onednn_gflops": flops * repeats / statistics.median(seconds["onednn"]) / 1e9,
+        "ratio": spread([base / own for base, own in zip(seconds["torch"], seconds["onednn"], strict=True)]),
     }
 
 

@@ -7,14 +7,14 @@ The three alternate in one process, and a ratio compares the same round.
 
 import argparse
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe_machine
 from sizes import PAPER_DECODER
-from turns import spread
+from turns import in_words, spread, time_in_turns
 
 from memformer import Memformer, MemformerConfig, Session
 
@@ -76,17 +76,12 @@ def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any
     model = Memformer(MemformerConfig(**size, **PAPER_DECODER)).eval()
     stream = torch.randint(0, 256, (num_tokens,))
     ways = {
-        "reading": Session(model).feed,
-        "compiled": Session(model, compiled=True).feed,
-        "scoring": Session(model).score,
+        "reading": partial(Session(model).feed, stream),
+        "compiled": partial(Session(model, compiled=True).feed, stream),
+        "scoring": partial(Session(model).score, stream),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for count in range(rounds + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way(stream)
-            if count:  # the first round warms up, and compiles
-                speeds[name].append(num_tokens / (time.perf_counter() - started))
+    seconds = time_in_turns(ways, rounds=rounds)
+    speeds = {name: [num_tokens / value for value in values] for name, values in seconds.items()}
     base = speeds["reading"]
     return {
         "parameters": model.num_parameters,
@@ -95,11 +90,6 @@ def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any
         "compiled": spread([own / other for own, other in zip(speeds["compiled"], base, strict=True)]),
         "scoring": spread([other / own for own, other in zip(speeds["scoring"], base, strict=True)]),
     }
-
-
-def in_words(values: dict[str, float], form: str) -> str:
-    """Return the median with the lowest and the highest value."""
-    return f"{values['median']:{form}} ({values['low']:{form}}-{values['high']:{form}})"
 
 
 if __name__ == "__main__":

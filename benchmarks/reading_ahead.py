@@ -14,8 +14,7 @@ from unittest.mock import patch
 
 import torch
 from machine import describe_machine
-from reading import in_words
-from turns import spread
+from turns import in_words, spread
 
 from memformer.cli.loading import prepare_data_of, run_config_of
 from memformer.evaluation.recall import measure_recall

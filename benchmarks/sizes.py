@@ -21,11 +21,18 @@ SIZES = ("width", "heads", "layers", "segment_length", "num_slots")
 
 
 def half_and_half(
-    *, width: int, layers: int, segment_length: int, heads: int = 4, num_slots: int = 32, **further: Any
+    *,
+    width: int,
+    layers: int,
+    segment_length: int,
+    heads: int = 4,
+    num_slots: int = 32,
+    decoder: Mapping[str, Any] = PAPER_DECODER,
+    **further: Any,
 ) -> MemformerConfig:
-    """Return a config with the paper's decoder and half of the `layers` in each stack; bytes by default."""
+    """Return a config with half of the `layers` in each stack; bytes and the paper's decoder by default."""
     return MemformerConfig(
-        **PAPER_DECODER,
+        **decoder,
         d_model=width,
         num_heads=heads,
         d_ff=4 * width,

@@ -1,4 +1,4 @@
-"""Run models alternately, each in a separate process, so that they can use different environments.
+"""Run models alternately: each in a separate process, so that they can use different environments, or in this one.
 
 Compare two models by the ratio of their speeds in the same round: absolute times drift on a shared machine. Each model
 is built once and warmed up once; while one works, the others wait.
@@ -9,7 +9,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def take_turns(contenders: Mapping[str, Contender], what: str, *, rounds: int) -
     return measured
 
 
+def time_in_turns(works: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds that each function of this process takes, one per round, after a round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for count in range(rounds + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if count:  # the first round warms up, and compiles
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
 def speed(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the tokens per second of each round."""
     return [turn["tokens"] / turn["seconds"] for turn in rounds]
@@ -79,6 +92,11 @@ def speed(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return the median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def in_words(values: Mapping[str, float], form: str = ".2f") -> str:
+    """Return the median with the lowest and the highest value."""
+    return f"{values['median']:{form}} ({values['low']:{form}}-{values['high']:{form}})"
 
 
 def ratios(rounds: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, float]:

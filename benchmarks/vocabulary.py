@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import describe_machine, memory_mib
 from sizes import half_and_half
-from turns import spread
+from turns import in_words, spread
 
 from memformer import Memformer, Rollout, backpropagate
 from memformer.nn import vocabulary
@@ -123,10 +123,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = row["ratio"]
         lines.append(
             f"| {row['name']} | {row['parameters'] / 1e6:.1f} | {row['tokens_per_second']:,.0f} "
-            f"| x{ratio['median']:.1f} ({ratio['low']:.1f}-{ratio['high']:.1f}) | {row['peak_memory_mib']:,.0f} |"
+            f"| x{in_words(row['ratio'], '.1f')} | {row['peak_memory_mib']:,.0f} |"
         )
     return "\n".join(lines)
 

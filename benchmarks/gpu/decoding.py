@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ from memformer.models.presets import PAPER_DECODER
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 CONFIG = {
-    **PAPER_DECODER,
     "vocab_size": 256,
     "d_model": 512,
     "num_heads": 8,
@@ -32,7 +32,8 @@ def decoding(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], di
     """Yield each measurement's name and function."""
     changes = {"d_model": 16, "d_ff": 32, "num_heads": 2, "segment_length": 8, "num_slots": 4} if options.smoke else {}
     lengths = (20, 40) if options.smoke else LENGTHS
-    config = MemformerConfig(**{**CONFIG, **changes})
+    default = MemformerConfig(**{**CONFIG, **changes})
+    config = replace(default, **PAPER_DECODER)
     if importlib.util.find_spec("transformers") and DEVICE.type == "cuda" and not options.smoke:
         for length in lengths[:3]:
             for recorded in (False, True):
@@ -45,9 +46,6 @@ def decoding(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], di
             if length * batch_size <= max(lengths):
                 name = f"memformer, {batch_size} rows after {length:,} tokens"
                 yield name, partial(measure, config, batch_size, length, num_tokens=8 if options.smoke else 256)
-    default = MemformerConfig(
-        **{name: value for name, value in {**CONFIG, **changes}.items() if name not in PAPER_DECODER}
-    )
     for batch_size in (1, 32):
         yield (
             f"memformer, the default's decoder, {batch_size} rows after {lengths[0]:,} tokens",

@@ -102,15 +102,8 @@ def encoding(size: Size) -> list[Work]:
     width, rows, length, slots = model["d_model"], size.batch_size, model["segment_length"], model["num_slots"]
     tokens, memory = rows * length, rows * slots
     layer = [
-        product(tokens, width, 3 * width),  # self-attention: queries, keys and values
-        attention(tokens, length, width, rows),
-        product(tokens, width, width),
-        product(tokens, width, width),  # memory reader: queries
-        product(memory, width, 2 * width),
-        attention(tokens, slots, width, rows),
-        product(tokens, width, width),
-        product(tokens, width, model["d_ff"]),
-        product(tokens, model["d_ff"], width),
+        *transformer_layer(size, tokens, keys_per_row=length, rows=rows),
+        *cross_attention(size, tokens, memory, rows),  # the memory reader
     ]
     writer = [  # in float32
         product(memory, width, 2 * width, size_of=_FLOAT32),  # queries, and keys of the slots for themselves
@@ -125,40 +118,41 @@ def readout(size: Size, *, num_timesteps: int) -> list[Work]:
     model = size.model
     width, rows, length = model["d_model"], num_timesteps * size.batch_size, model["segment_length"]
     tokens, num_layers = rows * length, model["num_decoder_layers"]
-    feed_forward = [product(tokens, width, model["d_ff"]), product(tokens, model["d_ff"], width)]
     config = size.config()
     assert isinstance(config, MemformerConfig)
     if config.decoder_attention == "joint":
         again = config.decoder_start_tokens - 1  # tokens of a row that are read again before the start
-        layer = [
-            product(tokens, width, 2 * width),  # keys and values of the past
-            product(tokens, width, 3 * width),
-            attention(tokens, 2 * length + again, width, rows),
-            product(tokens, width, width),
-            *feed_forward,
-            product(rows * again, width, 2 * width),
-        ]
-        layer_again = [  # the last layer's output is not used
-            product(rows * again, width, 3 * width),
-            attention(rows * again, length + again, width, rows),
-            product(rows * again, width, width),
-            product(rows * again, width, model["d_ff"]),
-            product(rows * again, model["d_ff"], width),
-        ]
-        layers = num_layers * layer + (num_layers - 1) * layer_again
+        keys_values = [product(tokens, width, 2 * width), product(rows * again, width, 2 * width)]
+        layer = [*keys_values, *transformer_layer(size, tokens, keys_per_row=2 * length + again, rows=rows)]
+        layer_again = transformer_layer(size, rows * again, keys_per_row=length + again, rows=rows)
+        layers = num_layers * layer + (num_layers - 1) * layer_again  # of the last layer only keys and values are used
     else:
-        layer = [
-            product(tokens, width, 3 * width),
-            attention(tokens, length, width, rows),
-            product(tokens, width, width),
-            product(tokens, width, width),  # cross-attention: queries
-            product(tokens, width, 2 * width),
-            attention(tokens, length, width, rows),
-            product(tokens, width, width),
-            *feed_forward,
-        ]
-        layers = num_layers * layer
+        layer = transformer_layer(size, tokens, keys_per_row=length, rows=rows)
+        layers = num_layers * [*layer, *cross_attention(size, tokens, tokens, rows)]
     return [*layers, product(tokens, width, model["vocab_size"], writes=False)]
+
+
+def transformer_layer(size: Size, tokens: int, *, keys_per_row: int, rows: int) -> list[Work]:
+    """Return the work of self-attention and feed-forward."""
+    width, d_ff = size.model["d_model"], size.model["d_ff"]
+    return [
+        product(tokens, width, 3 * width),  # queries, keys and values
+        attention(tokens, keys_per_row, width, rows),
+        product(tokens, width, width),
+        product(tokens, width, d_ff),
+        product(tokens, d_ff, width),
+    ]
+
+
+def cross_attention(size: Size, queries: int, keys: int, rows: int) -> list[Work]:
+    """Return the work of an attention to other states."""
+    width = size.model["d_model"]
+    return [
+        product(queries, width, width),
+        product(keys, width, 2 * width),
+        attention(queries, keys // rows, width, rows),
+        product(queries, width, width),
+    ]
 
 
 def product(rows: int, inner: int, columns: int, *, size_of: int = _BFLOAT16, writes: bool = True) -> Work:

@@ -10,7 +10,8 @@ import torch
 from memformer import Session
 from memformer.generation import contexts, decoding, recording
 from memformer.utils.cuda_graphs import CannotRecord
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, StandInPool, assert_close, tiny_model
+from tests.generation.sessions import random_tokens
+from tests.helpers import SEGMENT_LENGTH, StandInPool, assert_close, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 
 
@@ -36,26 +37,21 @@ def recorded_on(device):
     device.can_record = False
 
 
-def random_rows(*lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-
-
 def assert_equal_sessions(model, device, change=lambda session: None):
     """Compare a recorded session with another one: rows of one length, then of two, token by token."""
     recorded, other = (Session(copy.deepcopy(model), batch_size=2) for _ in range(2))
     first = (4 * SEGMENT_LENGTH, 4 * SEGMENT_LENGTH), (SEGMENT_LENGTH + 2, 1)
     for number, lengths in enumerate((*first, *[(1, 1)] * (4 * SEGMENT_LENGTH))):
-        rows = random_rows(*lengths, seed=number)
+        rows = [random_tokens(length, seed=2 * number + row) for row, length in enumerate(lengths)]
+        logits = []
         for session, context in ((recorded, recorded_on(device)), (other, contextlib.nullcontext())):
             with context:
                 session.feed(rows)
-                session.next_token_logits()
                 if number == 2 * SEGMENT_LENGTH:
+                    session.next_token_logits()
                     change(session)
-        with recorded_on(device):
-            logits = recorded.next_token_logits()
-        assert_close(logits, other.next_token_logits())
+                logits.append(session.next_token_logits())
+        assert_close(*logits)
     assert_close(recorded.memory, other.memory)
     with recorded_on(device):
         tokens = recorded.generate(SEGMENT_LENGTH + 2, temperature=0)
@@ -108,7 +104,7 @@ def test_changes_between_tokens_are_noticed(device, change, num_recorded_again):
 
 def test_short_answers_are_not_recorded(device):
     session = Session(tiny_model())
-    session.feed(*random_rows(SEGMENT_LENGTH, seed=0))
+    session.feed(random_tokens(SEGMENT_LENGTH))
     with recorded_on(device):
         session.generate(SEGMENT_LENGTH - 1)
     assert device.pools == []
