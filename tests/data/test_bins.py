@@ -109,6 +109,46 @@ def test_rare_values_are_told_from_a_common_one():
     assert set(ids[4000:]).isdisjoint(ids[:4000])
 
 
+common_values = st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 40)), min_size=1, max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(counts=common_values, num_bins=st.integers(2, 16))
+def test_a_value_more_common_than_a_bin_has_one_of_its_own(counts, num_bins):
+    content = np.concatenate([np.full(count, value / 2) for value, count in counts])
+    tokenizer = fit(content[:, None], num_bins=num_bins)
+    ids = tokenizer.encode(content[:, None], "")
+    assert np.unique(ids).tolist() == [*range(tokenizer.vocab_size)]
+    assert tokenizer.vocab_size <= num_bins
+    values, totals = np.unique(content, return_counts=True)
+    common = values[totals * num_bins > len(content)]
+    if 2 * len(common) + 1 <= num_bins or len(values) <= num_bins:
+        for value in common:
+            assert len(np.unique(content[ids == ids[content == value][0]])) == 1
+            assert tokenizer.centres[0][ids[content == value][0]] == value
+
+
+def test_common_values_at_the_ends_and_in_few_bins():
+    zeros = np.append(np.zeros(25), np.linspace(1, 50, 975))  # 2.5 %, one and a half of 64 bins
+    tokenizer = fit(zeros[:, None], num_bins=64)
+    assert (tokenizer.centres[0][0], tokenizer.edges[0][0]) == (0.0, 1.0)
+    counts = np.bincount(tokenizer.encode(zeros[:, None], ""))
+    assert (counts[0], counts[1:].min(), counts[1:].max()) == (25, 15, 16)
+    many = np.append(np.zeros(46), np.linspace(1, 50, 16))
+    assert fit(many[:, None], num_bins=2).edges[0].tolist() == [1.0]
+    # Two bins cannot separate a value from those on both of its sides.
+    middle = np.concatenate([-np.arange(1.0, 21), np.zeros(46), np.arange(1.0, 21)])
+    assert fit(middle[:, None], num_bins=2).edges[0].tolist() == [0.0]
+    assert fit(middle[:, None], num_bins=3).edges[0].tolist() == [0.0, 1.0]
+
+
+def test_uniform_bins_of_the_widest_and_the_narrowest_columns():
+    wide = np.array([[-1.7e308], [1.7e308]])
+    assert fit(wide, spacing="uniform").edges[0] / 1.7e308 == pytest.approx([-0.5, 0, 0.5])
+    for narrow in ([1.0, 1 + 3e-16], [0.0, 5e-324], [1e16, 1e16 + 4]):
+        assert fit(np.array(narrow)[:, None], spacing="uniform").vocab_size == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

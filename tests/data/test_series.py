@@ -45,6 +45,13 @@ def test_names_may_be_numbers_if_the_columns_say_so(tmp_path):
     assert read(tmp_path / "x", columns=["50"]) == [[[2], [4]]]
     (tmp_path / "x").write_text("2024-01-01,3,4\n2024-01-02,5,6\n")  # no names
     assert read(tmp_path / "x", columns=["2", "1"]) == [[[4, 3], [6, 5]]]
+    (tmp_path / "x").write_text("2019,2020\n1,2\n3,4\n")
+    assert read(tmp_path / "x", columns=["2020", "2019"]) == [[[2, 1], [4, 3]]]
+    assert read(tmp_path / "x") == [[[2019, 2020], [1, 2], [3, 4]]]
+    (tmp_path / "x").write_text("1,0\n5,6\n")  # no names
+    assert read(tmp_path / "x", columns=["1"]) == [[[0], [6]]]
+    (tmp_path / "x").write_text(",a\n0,5\n1,6\n")  # an index
+    assert read(tmp_path / "x", columns=["a"]) == [[[5], [6]]]
     (tmp_path / "x").write_text("a,a,b\n1,2,3\n")  # two columns that are not read
     assert read(tmp_path / "x", columns=["b"]) == [[[3]]]
 
@@ -70,6 +77,7 @@ def npy_header(text):
         ("a,b\n1,2\n3,\n", {"columns": ["b"], "rows": "1:"}, r"row 1 \(counted from 0\), column 'b' is nan"),
         ("1\ninf\n", {}, "column '0' is inf"),
         ("a,a\n1,2\n", {}, "has two columns of the same name: a, a"),
+        (",a\n0,5\n1,6\n", {}, "the first line ',a' has a column without a name .* choose the columns to read"),
         ("time,2,1\n9,8,7\n", {"columns": ["2", "1"]}, "x: the first line 'time,2,1' has the columns 2, 1 as names"),
         ("2024-01-01,1,0\n", {"columns": ["1"]}, "has the columns 1 as names or as values"),
         ("a,b\n", {}, "has no values to read"),

@@ -11,10 +11,10 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 from transformers import DynamicCache
 
 import memformer
-from memformer import InputError, Session, hf
+from memformer import InputError, InputTypeError, Session, hf
 from memformer.data import ByteTokenizer
 from tests.helpers import VOCAB_SIZE, assert_close, tiny_config, tiny_model
-from tests.hf.models import BOS, left_padded, make_hf, texts
+from tests.hf.models import BOS, left_padded, make_hf, scattered, texts
 
 
 def generated(model, tokens, count, stop):
@@ -124,6 +124,39 @@ def test_a_cache_goes_on_with_all_tokens_as_with_the_new_ones(options):
         model.generate(so_far, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
         tokens = mask.sum(dim=1).tolist()
         assert cache.session.num_tokens == [old + new for old, new in zip(before, tokens, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}], ids=["greedy", "beams", "chunks"]
+)
+@pytest.mark.parametrize("lengths", [(3, 1, 7), (0, 0, 0), (0, 4, 1)], ids=["longer", "the same", "some longer"])
+def test_a_cache_knows_its_tokens_wherever_padding_stands(options, lengths):
+    """Every turn of a conversation is padded anew, so that the same tokens stand in other columns."""
+    model, rows = make_hf(), texts()
+    ids, mask = left_padded(rows, filler=3)
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
+    rows = [torch.cat([row, more]) for row, more in zip(rows, texts(lengths, seed=4), strict=True)]
+    options |= {"do_sample": False, "max_new_tokens": 5}
+    for pad in (left_padded, scattered):
+        ids, mask = pad(rows, filler=3)
+        if pad is scattered:  # generation begins after the last column, which the beams of transformers count from
+            ids, mask = torch.cat([ids, ids[:, :1]], dim=1), torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)
+        expected = model.generate(ids, attention_mask=mask, **options)
+        again = copy.deepcopy(cache)
+        assert torch.equal(model.generate(ids, attention_mask=mask, cache=again, **options), expected)
+        if "num_beams" not in options:
+            assert again.session.num_tokens == [len(row) + 4 for row in rows]
+
+
+def test_a_turn_without_a_mask_is_known_too():
+    model, tokens = make_hf(), texts((9,))[0]
+    padding = torch.tensor([BOS])
+    cache = model(torch.cat([padding, tokens])[None], use_cache=True).cache
+    for ids in (tokens[None], torch.cat([padding, padding, tokens, tokens[:3]])[None]):
+        expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+        again = copy.deepcopy(cache)
+        assert torch.equal(model.generate(ids, cache=again, max_new_tokens=5, do_sample=False), expected)
+        assert again.session.num_tokens == [int((ids != BOS).sum()) + 4]
 
 
 def test_all_tokens_without_padding_and_mask_go_on_too():
@@ -262,6 +295,8 @@ def test_other_uses_that_cannot_work_are_refused():
         model(ids, attention_mask=torch.ones(1, 16), cache=cache)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, max_new_tokens=2, assistant_model=make_hf())
+    with pytest.raises(InputTypeError, match=r"logits_to_keep \(\[1\]\) must be a number of columns, or a tensor"):
+        model(ids, logits_to_keep=[1])
     with pytest.raises(InputError, match="inputs_embeds cannot be read"):
         model.generate(inputs_embeds=torch.ones(1, 4, 16), max_new_tokens=2)
     model.train()

@@ -91,6 +91,14 @@ def test_given_special_tokens_are_kept():
     assert torch.equal(model(ids).logits[0, 2], model(ids[:, 1:3]).logits[0, 1])
 
 
+def test_special_tokens_follow_another_number_of_tokens(tmp_path):
+    hf.MemformerHFConfig(vocab_size=10, pad_token_id=3).save_pretrained(tmp_path / "given")
+    hf.MemformerHFConfig(vocab_size=10).save_pretrained(tmp_path / "default")
+    for name, padding in (("given", 3), ("default", 12)):
+        config = AutoConfig.from_pretrained(tmp_path / name, vocab_size=12)
+        assert (config.vocab_size, config.bos_token_id, config.pad_token_id) == (12, 12, padding)
+
+
 def test_models_are_made_from_configs_by_the_auto_classes():
     fields = {**tiny_config().to_dict(), "num_slots": 3}
     model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**fields))

@@ -51,6 +51,16 @@ def test_a_saved_tokenizer_is_read_by_both_with_the_same_ids(kind, tmp_path):
         found.save_pretrained(tmp_path)
 
 
+def test_names_of_special_tokens_can_be_read_as_text(tmp_path):
+    tokenizer = make("bytes, end")
+    text = "a <|endofdocument|> and a <|beginofdocument|>"
+    hf.as_hf_tokenizer(tokenizer).save_pretrained(tmp_path)
+    for found in (hf.as_hf_tokenizer(tokenizer), AutoTokenizer.from_pretrained(tmp_path)):
+        expected = tokenizer.encode(text.encode(), "text").tolist()
+        assert found(text, split_special_tokens=True).input_ids == expected
+        assert found(text).input_ids.count(found.eos_token_id) == found(text).input_ids.count(found.bos_token_id) == 1
+
+
 def test_arguments_of_transformers_are_read(tmp_path, monkeypatch):
     tokenizer = make("bytes")
     Memformer(tiny_config(vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -173,9 +172,9 @@ def fit_bins(
         num_bins: Largest number of bins of a column; it gets fewer if it has fewer different values, or very common
             ones.
         spacing: quantile: every bin holds about as many training values, and its centre is their mean; a value that is
-            more common than that has a bin of its own, and so has each value if there are at most `num_bins`. uniform:
-            all bins between the smallest and the largest training value are equally wide, and its centre is in the
-            middle.
+            more common than that has a bin of its own (the most common ones, if there are too few bins), and so has
+            each value if there are at most `num_bins`. uniform: all bins between the smallest and the largest training
+            value are equally wide, and its centre is in the middle; a column of values that differ by rounding has one.
 
     Raises:
         InputError: An argument is out of range, or a document is not a series of these columns.
@@ -202,16 +201,7 @@ def _checked(document: Document, num_columns: int) -> NDArray[np.float64]:
 
 def _quantile_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[float], list[float]]:
     # Edges are values of the data, so that no bin is empty.
-    distinct = np.unique(values)
-    if len(distinct) <= num_bins:
-        edges = distinct[1:]
-    else:
-        quantiles = np.quantile(values, np.arange(1, num_bins) / num_bins, method="inverted_cdf")
-        edges, counts = np.unique(quantiles, return_counts=True)
-        # A quantile that occurs twice is a common value: another edge behind it keeps rarer ones out of its bin.
-        next_values = np.searchsorted(distinct, edges[counts > 1], side="right")
-        edges = np.union1d(edges, distinct[next_values[next_values < len(distinct)]])
-        edges = edges[edges > distinct[0]]
+    edges = _quantile_edges(values, num_bins)
     bins = np.searchsorted(edges, values, side="right")
     counts = np.bincount(bins, minlength=len(edges) + 1)
     means = np.bincount(bins, weights=values, minlength=len(edges) + 1) / counts
@@ -221,12 +211,38 @@ def _quantile_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[flo
     return edges.tolist(), np.clip(means, lowest, highest).tolist()
 
 
+def _quantile_edges(values: NDArray[np.float64], num_bins: int) -> NDArray[np.float64]:
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= num_bins:
+        return distinct[1:]
+    # The values that are more common than a bin of the others get their own bins, the most common ones first. The
+    # others are spread over the bins that are left, of which each gap between common values needs one.
+    is_common = np.zeros(len(distinct), bool)
+    num_others, num_other_bins = len(values), num_bins
+    for index in np.argsort(-counts, kind="stable"):
+        if counts[index] * num_bins <= len(values) and counts[index] * num_other_bins <= num_others:
+            break
+        is_common[index] = True
+        num_gaps = int((~is_common & np.append(True, is_common[:-1])).sum())
+        if is_common.sum() + num_gaps > num_bins:
+            is_common[index] = False
+            break
+        num_others -= int(counts[index])
+        num_other_bins = num_bins - int(is_common.sum()) - (num_gaps - 1)
+    others = np.repeat(distinct[~is_common], counts[~is_common])
+    quantiles = np.quantile(others, np.arange(1, num_other_bins) / num_other_bins, method="inverted_cdf")
+    edges = np.union1d(quantiles, distinct[is_common | np.append(False, is_common[:-1])])
+    return edges[edges > distinct[0]]
+
+
 def _uniform_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[float], list[float]]:
     lowest, highest = float(values.min()), float(values.max())
-    edges = np.unique(np.linspace(lowest, highest, num_bins + 1))
-    if len(edges) < 2 or len(np.unique((edges[:-1] + edges[1:]) / 2)) < len(edges) - 1:
-        return [], [lowest]  # one value, or values that float64 cannot tell apart
-    return edges[1:-1].tolist(), [float(low / 2 + high / 2) for low, high in pairwise(edges)]
+    shares = np.linspace(0, 1, num_bins + 1)
+    edges = lowest * (1 - shares) + highest * shares  # the difference of the two may be too large for float64
+    centres = edges[:-1] / 2 + edges[1:] / 2
+    if np.searchsorted(edges[1:-1], centres, side="right").tolist() != [*range(num_bins)]:
+        return [], [lowest]  # one value, or values that float64 can hardly tell apart
+    return edges[1:-1].tolist(), centres.tolist()
 
 
 def _shortest(edges: NDArray[np.float64], value: float) -> str:

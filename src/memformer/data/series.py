@@ -103,18 +103,20 @@ def number_of(field: str) -> float | None:
 def is_header(fields: Sequence[str], *, columns: Sequence[str] | None = None) -> bool:
     """Return whether the fields of a first line are names.
 
-    They are if none of them is a number; and if they hold the names of all `columns`, some field is no number, and the
-    columns cannot be meant by their place.
+    They are if none of them is a number; and if they hold the names of all `columns`, which cannot be meant by their
+    place.
 
     Raises:
-        InputError: The columns may be meant by name or by place.
+        InputError: Some field is no number, and the columns may be meant by name or by place.
     """
     words = [field for field in fields if field.strip() and number_of(field) is None]
-    if not words or all(not field.strip() or number_of(field) is None for field in fields):
-        return bool(words)
+    if words and all(not field.strip() or number_of(field) is None for field in fields):
+        return True
     if columns is None or not set(columns) <= {field.strip() for field in fields}:
         return False
     if set(columns) <= set(_numbered(fields)):
+        if not words:
+            return False
         raise InputError(
             f"the first line {','.join(fields)!r} has the columns {', '.join(columns)} as names or as values: name "
             "them so that none is a number, or choose others"
@@ -161,6 +163,11 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
                     header = _names_of(fields, columns)
                 except InputError as error:
                     raise InputError(f"{path}: {error}") from error
+                if "" in header and columns is None:
+                    raise InputError(
+                        f"{path}: the first line {','.join(fields)!r} has a column without a name (as an index that "
+                        "pandas wrote); choose the columns to read with columns"
+                    )
                 names = header or _numbered(fields)
                 read = [index for index, name in enumerate(names) if columns is None or name in columns]
                 if header:

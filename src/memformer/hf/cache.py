@@ -17,7 +17,8 @@ class MemformerCache(Cache):
 
     A call passes only the tokens that are new. `generate` does not read the token that it returns last, so the next
     call begins with it: `model.generate(sequences[:, -1:], cache=cache)`. It may also be given all tokens since the
-    cache was new, as for other models; those that were read before are recognized by a checksum.
+    cache was new, as for other models, wherever padding stands in them; those that were read before are recognized by
+    a checksum.
 
     Args:
         session: The session; a new one, or one from `Session.load`.
@@ -53,13 +54,15 @@ class MemformerCache(Cache):
         """Count the columns, padding included, of the tokens that the session was fed."""
         self._num_columns += rows.tokens.shape[1]
         if self._checksums is not None:
-            self._checksums = _checksums(rows, after=self._checksums)
+            self._checksums = _checksums(rows.tokens, rows.counts.tolist(), after=self._checksums)
 
-    def has_read(self, rows: TokenRows) -> bool:
-        """Return whether these tokens, and no others, are those that were read so far."""
-        # The session may have been fed by others, too.
-        is_all = self._checksums is not None and self.session.num_tokens == rows.counts.tolist()
-        return is_all and self._checksums == _checksums(rows, after=[0] * self.batch_size)
+    def is_continued_by(self, rows: TokenRows) -> bool:
+        """Return whether each row begins with exactly the tokens that the cache has read in it."""
+        num_read = self.session.num_tokens
+        is_known = self._checksums is not None and len(rows.counts) == self.batch_size
+        if not is_known or any(read > count for read, count in zip(num_read, rows.counts.tolist(), strict=True)):
+            return False
+        return self._checksums == _checksums(rows.tokens, num_read, after=[0] * self.batch_size)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns so far, padding included."""
@@ -111,12 +114,11 @@ class MemformerCache(Cache):
             self._checksums = [self._checksums[row] for row in rows]
 
 
-def _checksums(rows: TokenRows, *, after: list[int]) -> list[int]:
-    """Return the checksum of each row's tokens, which follow those of other checksums."""
-    tokens = rows.tokens.cpu().numpy()
-    counts = rows.counts.tolist()
+def _checksums(tokens: Tensor, counts: list[int], *, after: list[int]) -> list[int]:
+    """Return the checksum of each row's first tokens, which follow those of other checksums."""
     return [
-        zlib.crc32(row[:count].tobytes(), checksum) for row, count, checksum in zip(tokens, counts, after, strict=True)
+        zlib.crc32(row[:count].tobytes(), checksum)
+        for row, count, checksum in zip(tokens.cpu().numpy(), counts, after, strict=True)
     ]
 
 

@@ -65,11 +65,18 @@ class RecurrentHFConfig(PreTrainedConfig):
     def from_dict(cls: type[HFConfig], config_dict: dict[str, Any], **kwargs: Any) -> HFConfig:
         """Return the config of a saved config.json; fields that it did not have yet get the values of that time.
 
+        With another `vocab_size`, the ids of `[BOS]` and padding that were the saved one become the new one.
+
         Raises:
             InputError: A value is out of range.
             InputTypeError: A value has the wrong type.
         """
-        return super().from_dict(with_first_defaults(cls.model_type, config_dict), **kwargs)
+        fields = with_first_defaults(cls.model_type, config_dict)
+        if "vocab_size" in kwargs:
+            saved = fields.get("vocab_size")
+            special = {name: None for name in ("bos_token_id", "pad_token_id") if fields.get(name) == saved}
+            fields = {**fields, **special, "vocab_size": kwargs["vocab_size"]}
+        return super().from_dict(fields, **kwargs)
 
     @classmethod
     def from_json_file(cls: type[HFConfig], json_file: str | os.PathLike[str]) -> HFConfig:

@@ -72,22 +72,26 @@ class StreamGenerationMixin(GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
     ) -> Any:
-        """Read the prompt, or what follows in it after the columns that the cache has read.
+        """Read the prompt, or what follows in it after the tokens that the cache has read.
 
         As for other models, a mask with more columns than the prompt says that the prompt holds new columns only. Here
-        it may also do so with a mask of its own columns or none; then the mask is extended to those before.
+        it may also do so with a mask of its own columns or none. Either way, `forward` gets a mask that begins with the
+        columns that the cache has read.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         num_columns = input_ids.shape[1]
         width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
-        if isinstance(cache, MemformerCache) and width == num_columns:
-            num_read = cache.get_seq_length()
-            if 0 < num_read < num_columns and cache.has_read(
-                self._find_tokens(input_ids[:, :num_read], None if mask is None else mask[:, :num_read], None)
-            ):
-                input_ids = input_ids[:, num_read:]
-            elif mask is not None:
-                past = mask.new_ones((mask.shape[0], num_read))
+        if isinstance(cache, MemformerCache) and cache.get_seq_length() and width == num_columns:
+            rows = self._find_tokens(input_ids, mask, None)
+            if cache.is_continued_by(rows):
+                # The first new token of any row, or the last column if there is none, stands in the first column to
+                # read; tokens of other rows that were read before are masked.
+                num_read = torch.tensor(cache.session.num_tokens, device=rows.ranks.device)
+                mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
+                first = min(int(mask.cumsum(dim=1).eq(0).all(dim=0).sum()), num_columns - 1)
+                input_ids, mask = input_ids[:, first:], mask[:, first:]
+            if mask is not None:
+                past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
                 model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 

@@ -325,7 +325,11 @@ def _check_absent(absent: Mapping[str, object]) -> None:
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:
-    return logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    if not isinstance(logits_to_keep, int):
+        raise InputTypeError(f"logits_to_keep ({logits_to_keep!r}) must be a number of columns, or a tensor of indices")
+    return slice(-logits_to_keep or None, None)
 
 
 class MemformerModel(RecurrentHiddenModel):

@@ -16,6 +16,8 @@ def as_hf_tokenizer(tokenizer: Tokenizer) -> Any:
     """Return a `PreTrainedTokenizerFast` with the same ids for any text.
 
     It adds no token to a text. Its token for begin and padding has the id of the model's `[BOS]`, which is never read.
+    As in all tokenizers of transformers, a text that contains the name of a special token is read as that token; the
+    tokenizer's argument `split_special_tokens=True` reads the characters instead.
 
     Raises:
         InputError: The tokenizer reads images.
