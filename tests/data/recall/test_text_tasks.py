@@ -207,7 +207,7 @@ DECOY_TEXTS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoys_are_text_around_answers_and_names(tmp_path, kind):
+def test_decoys_are_one_or_two_texts_around_answers_and_names(tmp_path, kind):
     task = text_task(babi(write_stories(tmp_path, DECOY_STORIES)), kind, texts=DECOY_TEXTS)
     encoded = [task.tokenizer.encode(text.encode(), "text").tolist() for text in DECOY_TEXTS]
     endless, length, num_draws = [*itertools.chain(*encoded, *encoded)], 4, 4000
@@ -219,11 +219,21 @@ def test_decoys_are_text_around_answers_and_names(tmp_path, kind):
             found += [first + i for i in range(len(document)) if document[i : i + len(tokens)] == tokens]
         first += len(document)
     assert [len(found) for found in places.values()] == [3, 0, 0, 1]
-    expected = collections.Counter()
-    for found in (places["bathroom"], places["Sandra"]):
-        for place, before in itertools.product(found, range(length)):
-            start = max(place - before, 0)
-            expected[tuple(endless[start : start + length])] += num_draws / 2 / len(found) / length
+
+    def passages(length):
+        shares = collections.Counter()
+        for found in (places["bathroom"], places["Sandra"]):
+            for place, before in itertools.product(found, range(length)):
+                start = max(place - before, 0)
+                shares[tuple(endless[start : start + length])] += 1 / 2 / len(found) / length
+        return shares
+
+    expected = collections.Counter({window: num_draws / 2 * share for window, share in passages(length).items()})
+    for (left, share), (right, other) in itertools.product(passages(2).items(), repeat=2):
+        expected[left + right] += num_draws / 2 * share * other
+    assert task.make_decoy(np.random.default_rng(0), 1).tolist() in [
+        [endless[i]] for i in itertools.chain(*places.values())
+    ]
     generator = np.random.default_rng(0)
     counts = collections.Counter(tuple(task.make_decoy(generator, length)) for _ in range(num_draws))
     assert counts.keys() <= expected.keys()

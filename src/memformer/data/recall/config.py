@@ -72,8 +72,8 @@ class RecallConfig:
         question_probability: Probability that a segment before the horizon ends with a question; the segment at the
             horizon always does.
         decoy_probability: For babi: probability that a training segment without a fact is text around an answer or a
-            name, such as "garden" or "Mary". Such words are rare in documents, and a model that saw few of them takes
-            them for facts.
+            name, such as "garden" or "Mary", or two halves of such texts. Such words are rare in documents, above all
+            both at once, and a model that saw few of them takes them for facts.
         num_keys: For associative and rewrite: number of different keys.
         num_values: For fact, associative, rewrite and copy: number of different values.
         num_fillers: For fact, associative, rewrite and copy: number of different filler words.

@@ -276,16 +276,26 @@ class BabiTask(_TextTask):
         return Episode(facts[:count], [question])
 
     def make_decoy(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
-        """Return consecutive tokens of the documents, with the first token of a content word at a random position.
+        """Return a passage of the documents with a content word, or, equally likely, the halves of two of them.
 
-        Content words are the answers and the words by which questions differ, such as names. All that the documents
-        contain are equally likely, and so are all places of one.
+        Content words are the answers and the words by which questions differ, such as names. Two passages bring a name
+        and an answer together, which is rare in the documents and resembles a fact most.
 
         Raises:
             InputError: No document contains a content word.
         """
         if not self._places_of_words:
             raise InputError("recall.decoy_probability: no document contains an answer or a name of the task")
+        if num_tokens < 2 or generator.random() < 0.5:
+            return self._draw_passage(generator, num_tokens)
+        half = num_tokens // 2
+        return np.concatenate([self._draw_passage(generator, each) for each in (half, num_tokens - half)])
+
+    def _draw_passage(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
+        """Return consecutive tokens of the documents, with the first token of a content word at a random position.
+
+        All content words that the documents contain are equally likely, and so are all places of one.
+        """
         places = self._places_of_words[int(generator.integers(len(self._places_of_words)))]
         place = int(places[int(generator.integers(len(places)))])
         return self._read(max(place - int(generator.integers(num_tokens)), 0), num_tokens)
