@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,11 @@ def test_what_a_script_imports_from_the_package_exists(script):
                 if not hasattr(module, name.name) and importlib.util.find_spec(f"{node.module}.{name.name}") is None
             ]
             assert missing == [], f"from {node.module}"
+
+
+def test_the_command_starts_without_modules_that_are_slow_to_import():
+    """Each takes from half a second to two; only what needs one imports it."""
+    slow = ("torch.distributed.tensor", "torch._dynamo", "sympy", "matplotlib", "tensorboard", "transformers")
+    code = f"import sys, memformer.cli.main; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.strip() == "[]"

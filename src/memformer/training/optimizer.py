@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from memformer.training.config import RunConfig, TrainingConfig
+from memformer.training.distributed_tensors import gathered
 
 # The write penalty applies to rollouts with a loss below this, in nats per token: the model has then learned to write.
 # Of the thresholds tried (0.01, 0.1, none), this one kept facts in the memory and filler out of it; see
@@ -42,7 +42,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Clip the gradient norm to `max_norm` in place; return the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(gathered(norm))
 
 
 def learning_rate_at(update: int, config: TrainingConfig) -> float:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from memformer.errors import InputError, InputTypeError
 from memformer.models.recurrence import RecurrentModel, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
+from memformer.training.distributed_tensors import is_distributed
 from memformer.utils.checks import Integer, Number, check_integer, check_number, check_type
 
 NewAutocast = Callable[[], AbstractContextManager[Any]]
@@ -124,7 +124,7 @@ def check_no_gradient_hooks(model: RecurrentModel) -> None:
         InputError: A parameter has such a hook.
     """
     for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor) and (
+        if not is_distributed(parameter) and (
             parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
         ):
             raise InputError(
