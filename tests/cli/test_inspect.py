@@ -193,9 +193,13 @@ def test_bad_texts_write_nothing(run_folder, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
 
-def test_the_page_does_not_replace_the_text(run_folder, text):
+def test_the_page_does_not_replace_the_text(run_folder, text, tmp_path):
     before = text.read_bytes()
     assert "is the text that is read" in refused("inspect", run_folder, "--text", text, "--output", text)
+    page = tmp_path / "page.html"
+    page.write_text("of before", encoding="utf-8")
+    missing = refused("inspect", run_folder, "--text", tmp_path / "missing.txt", "--output", page)
+    assert "cannot be read: No such file or directory" in missing
     assert text.read_bytes() == before
 
 

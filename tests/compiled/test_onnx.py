@@ -122,7 +122,7 @@ def assert_steps_equal(model, folder):
                 np.testing.assert_allclose(state["next_memory"], session.memory, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory"])
+@pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory", "compressive", "compressive, uneven"])
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
     model = tiny_baseline(name).half().eval()
     graphs = Graphs(export_onnx(model, tmp_path / "graphs"))

@@ -117,7 +117,8 @@ def run_inspect(argv: list[str]) -> None:
     writes_page = not options.json or options.output is not None
     if writes_page:
         check_can_write(output)
-        if options.text not in (None, "-") and output.exists() and output.samefile(user_path(options.text)):
+        text = None if options.text in (None, "-") else user_path(options.text)
+        if text is not None and text.exists() and output.exists() and output.samefile(text):
             raise InputError(f"--output {output} is the text that is read; choose another file")
         check_can_render()
     with (

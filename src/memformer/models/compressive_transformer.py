@@ -4,7 +4,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.models.baseline_configs import CompressiveTransformerConfig
@@ -111,7 +111,7 @@ class CompressiveTransformer(TransformerXL):
     ) -> tuple[Hidden, Memory]:
         memory = memory.detach()
         # Empty slots before all others: between compressed memories and tokens they would add to distances.
-        order = is_present(memory).int().argsort(dim=1, stable=True)
+        order = _order_with_empty_first(is_present(memory))
         hidden, slots = self._run_layers(x, gather_slots(memory, order))
         if num_tokens is None:
             num_tokens = torch.full((x.shape[0],), x.shape[1], device=x.device)
@@ -163,3 +163,11 @@ class CompressiveTransformer(TransformerXL):
     def _split_layers(self, slots: Tensor) -> tuple[Tensor, ...]:
         """Return the states of each layer."""
         return slots[..., :-1].split(self.config.d_model, dim=-1)
+
+
+def _order_with_empty_first(present: Bool[Tensor, "B K"]) -> Int64[Tensor, "B K"]:
+    """Return the indices of the empty slots of each row, then those of the others; ONNX has no stable sort for this."""
+    num_empty = (~present).sum(dim=1, keepdim=True)
+    places = torch.where(present, num_empty + present.cumsum(dim=1), (~present).cumsum(dim=1)) - 1
+    slots = torch.arange(present.shape[1], device=present.device).expand_as(places)
+    return torch.zeros_like(places).scatter(1, places, slots)
