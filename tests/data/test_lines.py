@@ -99,6 +99,22 @@ def test_a_text_in_two_streams_is_read_like_one(kind, text, data):
     assert (kind == "bytes") <= (first.held == b"")
 
 
+@settings(deadline=None)
+@given(text=texts, data=st.data())
+def test_a_begun_line_of_an_outside_tokenizer_waits_for_its_end(text, data):
+    """Its tokens are those of whole lines; only tokens that cross the end of the line of the cut are others."""
+    content, tokenizer = text.encode(), TOKENIZERS["pretrained"]
+    cut = content.decode()[: data.draw(st.integers(0, len(text)))].encode()
+    lines = cut[: cut.rfind(b"\n") + 1]
+    first = LineReader(tokenizer, io.BytesIO(cut), name="first")
+    parts = [*first.parts(ends_line=False)]
+    assert first.held == cut[len(lines) :]
+    second = LineReader(tokenizer, io.BytesIO(content[len(cut) :]), name="second", held=first.held)
+    found, ids, _ = joined([*parts, *second.parts()])
+    expected = [tokenizer.encode(part, "").tolist() if part else [] for part in (lines, content[len(lines) :])]
+    assert (found, ids) == (content, expected[0] + expected[1])
+
+
 def test_a_token_across_the_end_of_a_line_belongs_to_the_line_in_which_it_begins():
     tokenizer = PretrainedTokenizer(byte_level())
     content = b"the mat.\n\n the"

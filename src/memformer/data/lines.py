@@ -35,7 +35,7 @@ class LineReader:
 
     Bytes are cut anywhere, so a line that has only begun is yielded as far as it has arrived. Subwords and words
     depend on the rest of their line: such a line is yielded when its end has arrived. Nothing is known of a tokenizer
-    of kind pretrained, so for it the whole text is read first.
+    of kind pretrained, so for it the whole text is read first, and a token may cross the end of a line.
 
     Args:
         tokenizer: Tokenizer of the text.
@@ -67,7 +67,8 @@ class LineReader:
         """
         if self._tokenizer.kind == "pretrained":
             content = b"".join([self.held, *self._blocks()])
-            self.held = b""
+            end = len(content) if ends_line else content.rfind(b"\n") + 1
+            content, self.held = content[:end], content[end:]
             yield from self._cut(content)
             return
         is_bytes = self._tokenizer.kind == "bytes"
