@@ -100,7 +100,7 @@ def test_what_a_script_imports_from_the_package_exists(script):
 
 
 def test_the_command_starts_without_modules_that_are_slow_to_import():
-    """Each takes from half a second to two; only what needs one imports it."""
+    """Only what needs one imports it."""
     slow = ("torch.distributed.tensor", "torch._dynamo", "sympy", "matplotlib", "tensorboard", "transformers")
     code = f"import sys, memformer.cli.main; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)

@@ -4,9 +4,10 @@
         --num_facts 4 8 16 --data.recall.num_keys 128 --data.recall.num_values 128
 
 The episodes, curriculum, optimizer and number of updates are those of `memformer train`; an episode is read as one
-sequence, so gradients flow through all of it. The measurement is that of `memformer retention`. Options not listed here
-set keys of the config. JSON goes to experiments/results/retention-NAME.json, in which `num_slots` is the number of
-states of a channel; `capacity.py` reads it.
+sequence, so gradients flow through all of it. The measurement inserts facts and filler as `memformer retention` does,
+and asks one question for each episode. Options not listed here set keys of the config. JSON goes to
+experiments/results/retention-NAME.json, in which `num_slots` is the number of states of a channel; `capacity.py` reads
+it.
 """
 
 import argparse

@@ -84,11 +84,10 @@ class StreamGenerationMixin(GenerationMixin):
         if isinstance(cache, MemformerCache) and cache.get_seq_length() and width == num_columns:
             rows = self._find_tokens(input_ids, mask, None)
             if cache.is_continued_by(rows):
-                # The first new token of any row, or the last column if there is none, stands in the first column to
-                # read; tokens of other rows that were read before are masked.
+                # The first column with a new token is the first to read; tokens that were read before are masked.
                 num_read = torch.tensor(cache.session.num_tokens, device=rows.ranks.device)
                 mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
-                first = min(int(mask.cumsum(dim=1).eq(0).all(dim=0).sum()), num_columns - 1)
+                first = int(mask.amax(dim=0).argmax())  # 0 if no token is new: all columns are masked then
                 input_ids, mask = input_ids[:, first:], mask[:, first:]
             if mask is not None:
                 past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
