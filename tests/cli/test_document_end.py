@@ -47,6 +47,14 @@ def test_generation_stops_at_the_token_and_never_prints_it(ended):
     assert result["text"] == load_run(folder).tokenizer.inner.decode(result["token_ids"][:-1]).decode()
 
 
+def test_a_session_saved_after_the_end_of_its_document_says_so(ended, tmp_path):
+    warning = "the document has ended"
+    argv = ["generate", ended[0], "--seed", "1", "--save_session", tmp_path / "session", "--max_new_tokens"]
+    assert warning not in call(*argv, "1")[2]
+    (tmp_path / "session").unlink()
+    assert warning in call(*argv, "2000")[2]
+
+
 def test_a_session_loaded_from_a_run_stops_by_itself(ended, tmp_path):
     run = load_run(ended[0])
     end = document_end_of(run.tokenizer)

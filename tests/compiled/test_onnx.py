@@ -124,11 +124,13 @@ def assert_steps_equal(model, folder):
 
 @pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory", "compressive", "compressive, uneven"])
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
-    model = tiny_baseline(name).half().eval()
+    # A Compressive Transformer's graph in double precision is refused by onnxruntime.
+    dtype = torch.float64 if name.startswith("compressive") else torch.float16
+    model = tiny_baseline(name).to(dtype).eval()
     graphs = Graphs(export_onnx(model, tmp_path / "graphs"))
     assert list(graphs.graphs) == [TIMESTEP_FILE]
     # The graph has single precision, and the model keeps its own.
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     model.float()
     rows, length = 3, model.segment_length
     segments = torch.randint(0, VOCAB_SIZE, (2, rows, length))

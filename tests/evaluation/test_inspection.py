@@ -95,6 +95,7 @@ def test_a_recurrent_memory_transformer_has_weights_but_no_forgetting_vectors(na
 @given(lengths=st.lists(st.integers(1, 3 * SEGMENT_LENGTH), min_size=1, max_size=4))
 def test_surprisals_sum_to_what_evaluate_says(lengths):
     model = tiny_model()
+    lengths = [*lengths, SEGMENT_LENGTH + 1]
     corpus = corpus_from_arrays(documents(lengths), VOCAB_SIZE)
     found = inspect_memory(model, one_lane(model, corpus))
     expected = evaluate(model, corpus)
@@ -221,6 +222,26 @@ def test_slots_summarize_all_timesteps_but_the_first(array):
         assert found.kind_shares_of_heads[name] == pytest.approx((heads == number).mean())
     assert found.kind_shares != found.kind_shares_of_heads
     assert sum(found.kind_shares.values()) == pytest.approx(1)
+
+
+def test_the_text_of_a_write_has_whole_characters():
+    model = tiny_model(vocab_size=256)
+    text = "äöü€" * SEGMENT_LENGTH  # segments begin inside characters
+    stream = stream_of(model, [np.frombuffer(text.encode(), np.uint8)])
+    found = inspect_memory(model, stream, tokenizer=ByteTokenizer(), options=InspectionOptions(num_passages=99))
+    reads = [read for passage in found.passages for read in passage.slots]
+    texts = [each.last_write.text for each in (*found.slots, *reads) if each.last_write]
+    assert "".join(texts)
+    assert set("".join(texts)) <= set(text)
+
+
+def test_a_text_of_one_segment_is_refused_because_the_memory_never_takes_it(array):
+    model = tiny_model()
+    with pytest.raises(InputError, match=rf"needs a document of at least {SEGMENT_LENGTH + 1} tokens"):
+        inspected(model, array[:SEGMENT_LENGTH])
+    assert inspected(model, array[: SEGMENT_LENGTH + 1]).num_timesteps == 2
+    # A Recurrent Memory Transformer takes a segment while it predicts it.
+    assert inspected(tiny_baseline("recurrent memory"), array[:SEGMENT_LENGTH]).num_timesteps == 1
 
 
 def test_a_new_document_has_no_earlier_writes():

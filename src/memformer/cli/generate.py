@@ -131,6 +131,11 @@ def run_generate(argv: list[str]) -> None:
             with saved_on_refusal(reading, file):
                 done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
+        if reading.session.stop_token_ids.intersection(done["token_ids"][-1:]):
+            print_warning(
+                f"the document has ended: {file} holds the state after its end, from which the model has not learned "
+                "to go on"
+            )
     # Also after a signal: the session has moved past the new text, which nobody would see otherwise.
     print(json.dumps(done) if options.json else "")
     if signals.received:

@@ -110,8 +110,8 @@ def inspect_memory(
         progress: Called after each rollout with the number of predicted tokens so far.
 
     Raises:
-        InputError: The model has no memory slots, a rollout has several rows, the stream has no token, or the model's
-            likelihood is not finite.
+        InputError: The model has no memory slots, a rollout has several rows, the stream has no token or no document of
+            more than one segment, or the model's likelihood is not finite.
     """
     inner = check_can_inspect(model)
     with reading(inner):
@@ -242,6 +242,7 @@ class _Inspector:
                 document,
                 timestep,
                 read_ids,
+                before=self._previous_read_ids,
                 kept=reading.kept,
                 writer=reading.writer,
                 own_of_heads=reading.own_of_heads,
@@ -270,10 +271,16 @@ class _Inspector:
         """Return the results.
 
         Raises:
-            InputError: No token was read.
+            InputError: No token was read, or only `[BOS]`.
         """
         if not self._num_timesteps:
             raise InputError("the stream has no token; an inspection needs at least 1")
+        if not self._history.num_timesteps:
+            length = self._model.segment_length
+            raise InputError(
+                f"no document is longer than one segment ({length} tokens), so the memory is written from [BOS] alone; "
+                f"an inspection needs a document of at least {length + 1} tokens"
+            )
         return Inspection(
             num_documents=self._document + 1,
             num_timesteps=self._num_timesteps,

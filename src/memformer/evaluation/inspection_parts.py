@@ -75,13 +75,14 @@ class Sampler:
 
 
 class _Mark(NamedTuple):
-    """A write without its text; `ids` are the tokens that were read."""
+    """A write without its text; `ids` are the tokens that were read, `before` those of the timestep before."""
 
     document: int
     timestep: int
     token: int
     weight: float
     ids: list[int]
+    before: list[int]
 
 
 class SlotHistory:
@@ -111,6 +112,7 @@ class SlotHistory:
         timestep: int,
         ids: list[int],
         *,
+        before: list[int],
         kept: NDArray[np.float64],
         writer: NDArray[np.float64],
         own_of_heads: NDArray[np.float64],
@@ -121,6 +123,7 @@ class SlotHistory:
             document: Number of the document.
             timestep: Timestep in the document.
             ids: Token ids that were read.
+            before: Token ids that were read before them, which may hold the beginning of a character.
             kept: Kept share of each slot, (K,).
             writer: Weights of each slot for itself and the tokens, averaged over heads, (K, 1 + S).
             own_of_heads: Weight of each slot for itself in each head, (H, K).
@@ -132,7 +135,7 @@ class SlotHistory:
         tokens = writer[:, 1:].argmax(axis=1)
         written = np.flatnonzero(kinds != 0)
         for slot, token in zip(written.tolist(), tokens[written].tolist(), strict=True):
-            mark = _Mark(document, timestep, token, float(writer[slot, 1 + token]), ids)
+            mark = _Mark(document, timestep, token, float(writer[slot, 1 + token]), ids, before)
             self._last[slot] = self._last_of_stream[slot] = mark
 
     def last_write(self, slot: int) -> Write | None:
@@ -143,13 +146,18 @@ class SlotHistory:
         """Return a write with its text, which takes too long to make for every write."""
         if mark is None:
             return None
-        document, timestep, token, weight, ids = mark
+        document, timestep, token, weight, ids, before = mark
         start, end = max(0, token - _TOKENS_BEFORE_WRITE), token + 1 + _TOKENS_AFTER_WRITE
-        text = self._texts.joined(ids[start:end], before=ids[:start])
+        text = self._texts.joined(ids[start:end], before=[*before, *ids[:start]])
         return Write(document=document, timestep=timestep, token=token, weight=weight, text=text)
 
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps that were added."""
+        return int(self._counts[0].sum())
+
     def kind_shares(self) -> dict[str, float]:
-        """Return the share of each kind over all slots and timesteps; all 0 if there was no timestep."""
+        """Return the share of each kind over all slots and timesteps."""
         return _shares(self._counts.sum(axis=0))
 
     def kind_shares_of_heads(self) -> dict[str, float]:

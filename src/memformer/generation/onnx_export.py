@@ -155,7 +155,7 @@ def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[
     """Write the timestep and, for a Memformer, the decoding step as ONNX graphs; return the folder.
 
     The folder also holds sizes.json: segment length, id of `[BOS]`, vocabulary, and the shapes of memory and caches for
-    one row. It appears complete or not at all. The graphs compute in float32, or in float64 if the weights are float64.
+    one row. It appears complete or not at all. The graphs compute in float32, whatever the model computes in.
 
     Args:
         model: A model on the CPU.
@@ -176,8 +176,9 @@ def export_onnx(model: LanguageModel, folder: str | Path, *, progress: Callable[
         raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to export a model to ONNX")
     if isinstance(model, LSTM):
         raise InputError("a model of type lstm cannot be exported to ONNX: it packs rows of unequal lengths")
-    if model.memory_dtype != next(model.parameters()).dtype:
-        model = copy.deepcopy(model).float()  # in half precision the inputs would have different dtypes
+    if next(model.parameters()).dtype != torch.float32:
+        # In half precision the inputs would have different dtypes; ONNX Runtime lacks operations in float64.
+        model = copy.deepcopy(model).float()
     with new_folder(folder) as partial, reading(model):
         examples = example_inputs(model)
         past = [name for name in examples.get(DECODING_STEP_FILE, {}) if name in _PAST]
