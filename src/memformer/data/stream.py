@@ -1,8 +1,10 @@
 """Abstract stream of training rollouts, with a cursor that a checkpoint can store."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from memformer.rollout import Rollout
 
@@ -22,5 +24,10 @@ class RolloutStream(Iterator[Rollout]):
             CheckpointError: The cursor belongs to another stream or is damaged; this stream's position is unchanged.
         """
 
-    def observe(self, loss: float) -> None:
-        """Record the loss of an update, in nats per target token; streams without a curriculum ignore it."""
+    def observe(self, loss: float, *, is_written: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Adapt to the model after an update; most streams do not.
+
+        Args:
+            loss: Loss of the update, in nats per target token.
+            is_written: Returns for segments (B, S) of which the model, as it is now, would write something, (B,).
+        """

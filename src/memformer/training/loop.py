@@ -25,6 +25,7 @@ from memformer.training.checkpoint import (
 from memformer.training.config import RunConfig
 from memformer.training.engine import ReplayEngine
 from memformer.training.logs import LoggedValues, RunLog, open_log
+from memformer.training.mining import check_mining, is_written
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, writer_weights
 from memformer.training.processes import Processes
 from memformer.training.replay import RolloutHooks, RolloutResult, backpropagate
@@ -87,6 +88,7 @@ class _Trainer:
                 f"training.write_penalty ({config.training.write_penalty}) needs a single process, because it depends "
                 f"on the loss of all lanes; there are {processes.count} processes"
             )
+        check_mining(config, model, num_processes=processes.count)
         self.config, self.processes = config, processes
         self.lanes = processes.lanes_of(config.training.num_lanes)
         self.all_stop = False
@@ -257,7 +259,7 @@ class _Trainer:
         if reason is None:
             self.state.optimizer.step()
             self.state.progress["num_tokens"] += total
-            self.stream.observe(loss)
+            self.stream.observe(loss, is_written=partial(is_written, self.model, self.state.memory))
         self.state.optimizer.zero_grad(set_to_none=True)
         self._count(reason, log)
         if reason is not None:

@@ -197,7 +197,7 @@ class RecallData(RunData):
         """Return one held-out episode of the full task, as one row; without decoys, which are for training."""
         stream = RecallStream(
             self.validation,
-            replace(self.config, curriculum=None, decoy_probability=0.0),
+            replace(self.config, curriculum=None, decoy_probability=0.0, mine_decoys=False),
             num_lanes=1,
             segment_length=model.segment_length,
             rollout_length=max_timesteps,

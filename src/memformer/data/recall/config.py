@@ -16,7 +16,7 @@ _FIELDS_OF_TASK: dict[str, frozenset[str]] = {
     "rewrite": frozenset({"num_keys", "num_values", "num_fillers"}),
     "copy": frozenset({"num_values", "num_fillers"}),
     "passkey": frozenset(),
-    "babi": frozenset({"path", "validation_path", "decoy_probability"}),
+    "babi": frozenset({"path", "validation_path", "decoy_probability", "mine_decoys"}),
 }
 
 
@@ -74,6 +74,10 @@ class RecallConfig:
         decoy_probability: For babi: probability that a training segment without a fact is text around an answer or a
             name, such as "garden" or "Mary", or two halves of such texts. Such words are rare in documents, above all
             both at once, and a model that saw few of them takes them for facts.
+        mine_decoys: For babi: whether half of the decoys are text that the model itself took for a fact a short time
+            ago. Some time after the end of the curriculum the model begins to read 512 segments of the training text
+            beside each update; the last 128 of which it wrote something are shown again. Needs the preset recall, or a
+            model that like it leaves the memory as it is unless it writes.
         num_keys: For associative and rewrite: number of different keys.
         num_values: For fact, associative, rewrite and copy: number of different values.
         num_fillers: For fact, associative, rewrite and copy: number of different filler words.
@@ -93,6 +97,7 @@ class RecallConfig:
     max_distance: int = 32
     question_probability: float = 0.25
     decoy_probability: float = 0.0
+    mine_decoys: bool = False
     num_keys: int = 32
     num_values: int = 32
     num_fillers: int = 16
@@ -117,6 +122,8 @@ class RecallConfig:
         check_integer("recall.max_fact_gap", self.max_fact_gap, 0)
         for name in ("question_probability", "decoy_probability"):
             check_number(f"recall.{name}", getattr(self, name), minimum=0, maximum=1)
+        if self.mine_decoys and not self.decoy_probability:
+            raise InputError("recall.mine_decoys (true) needs a recall.decoy_probability above 0")
         for name in ("num_facts", "facts_per_segment"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:

@@ -8,7 +8,7 @@ never refreshes its fact.
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from memformer.data.recall.text_tasks import (
     PASSKEY_SENTENCES,
     BabiTask,
     PasskeyTask,
+    TextTask,
     read_stories,
     spell,
     story_sentences,
@@ -36,6 +37,9 @@ from memformer.utils.checks import Integer, check_integer, check_seed
 _PADDING_TOKEN_ID = 0
 # Once the curriculum has ended, filler becomes known within so many episodes, a growing share of it in each.
 _EPISODES_UNTIL_FILLER_IS_KNOWN = 300
+# Segments of the documents that the model reads to find decoys beside an update, and the most that are remembered.
+_SEGMENTS_TO_MINE = 512
+_MOST_MINED = 128
 # Missing in the cursors of version 0.1.
 _FINGERPRINT = "task_fingerprint"
 
@@ -89,7 +93,7 @@ def task_text(config: RecallConfig, kind: str) -> str:
 
 
 class RecallStream(RolloutStream):
-    """A stream of rollouts with recall episodes: a pure function of seed, position and curriculum level.
+    """A stream of rollouts with recall episodes: a pure function of seed, position, curriculum level and mined decoys.
 
     All rows of a rollout have the same number of timesteps. An episode longer than `rollout_length` is cut: the memory
     is carried across the cut, the gradient is not.
@@ -131,6 +135,8 @@ class RecallStream(RolloutStream):
         self._episode = 0
         self._first_episode_of_level = 0
         self._timestep = 0
+        # Positions in the documents.
+        self._mined_decoys: list[int] = []
         self._whole: Rollout | None = None
         check_segment_length(task, config, self.segment_length)
         if config.decoy_probability:
@@ -173,8 +179,18 @@ class RecallStream(RolloutStream):
         """Whether the curriculum is complete; True without a curriculum."""
         return (self.most_facts, self.max_distance) == (self.config.num_facts[1], self.config.max_distance)
 
-    def observe(self, loss: float) -> None:
-        """Record the loss of an update, in nats per answer token; a low mean advances the curriculum."""
+    def observe(self, loss: float, *, is_written: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Advance the curriculum if the mean loss is low; after its end, find decoys if the config wants it.
+
+        Args:
+            loss: Loss of the update, in nats per answer token.
+            is_written: As in `RolloutStream`; must be given to find decoys.
+        """
+        is_known = self.is_hardest and self._share_of_known_filler() >= 1
+        # An episode that is cut has the decoys that were known at its start.
+        if self.config.mine_decoys and is_known and self._whole is None:
+            assert is_written is not None
+            self._mine_decoys(is_written)
         curriculum = self.config.curriculum
         if curriculum is None or self.is_hardest:
             return
@@ -185,6 +201,25 @@ class RecallStream(RolloutStream):
             self._whole, self._timestep = None, 0
             self._episode += 1
             self._first_episode_of_level = self._episode
+
+    def _share_of_known_filler(self) -> float:
+        return (self._episode - self._first_episode_of_level) / _EPISODES_UNTIL_FILLER_IS_KNOWN
+
+    def _mine_decoys(self, is_written: Callable[[Tensor], Tensor]) -> None:
+        assert isinstance(self.task, TextTask)
+        generator = np.random.Generator(np.random.PCG64([self.seed, self._episode, _SEGMENTS_TO_MINE]))
+        starts = generator.integers(self.task.num_document_tokens, size=_SEGMENTS_TO_MINE)
+        segments = np.stack([self.task.read(start, self.segment_length) for start in starts.tolist()])
+        found = starts[is_written(torch.from_numpy(segments)).cpu().numpy()].tolist()
+        self._mined_decoys = [*self._mined_decoys, *found][-_MOST_MINED:]
+
+    def _make_decoy(self, generator: np.random.Generator) -> Tokens:
+        if self._mined_decoys and generator.random() < 0.5:
+            assert isinstance(self.task, TextTask)
+            start = self._mined_decoys[int(generator.integers(len(self._mined_decoys)))]
+            shift = int(generator.integers(self.segment_length)) - self.segment_length // 2
+            return self.task.read((start + shift) % self.task.num_document_tokens, self.segment_length)
+        return self.task.make_decoy(generator, self.segment_length)
 
     def _make_episodes(self) -> Rollout:
         generator = np.random.Generator(np.random.PCG64([self.seed, self._episode]))
@@ -209,7 +244,7 @@ class RecallStream(RolloutStream):
             is_decoy = generator.random(shape) < self.config.decoy_probability
             is_decoy[fact_timesteps] = False
             for timestep, row in np.argwhere(is_decoy):
-                inputs[timestep, row] = self.task.make_decoy(generator, self.segment_length)
+                inputs[timestep, row] = self._make_decoy(generator)
         answers = [np.empty(0, np.int64)] * has_question.size
         for timestep, row in np.argwhere(has_question):
             questions = episodes[row].questions
@@ -221,8 +256,7 @@ class RecallStream(RolloutStream):
         rollout = with_first_timestep(inputs, targets, target_padding=padding, bos_token_id=self.bos_token_id)
         is_filler = None
         if self.is_hardest:
-            share = (self._episode - self._first_episode_of_level) / _EPISODES_UNTIL_FILLER_IS_KNOWN
-            is_filler = torch.from_numpy(generator.random(rollout.inputs.shape[:2]) < share)
+            is_filler = torch.from_numpy(generator.random(rollout.inputs.shape[:2]) < self._share_of_known_filler())
             is_filler[1:][fact_timesteps] = False  # not the first timestep, which reads no text
         return dataclasses.replace(rollout, targets_are_answers=True, is_filler=is_filler)
 
@@ -235,7 +269,7 @@ class RecallStream(RolloutStream):
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the cursor and the state of the curriculum as JSON values."""
+        """Return the cursor, the state of the curriculum and the mined decoys as JSON values."""
         return {
             **self._identity(),
             "episode": self._episode,
@@ -243,6 +277,7 @@ class RecallStream(RolloutStream):
             "level": self.level,
             "recent_losses": list(self._recent_losses),
             "first_episode_of_level": self._first_episode_of_level,
+            "mined_decoys": list(self._mined_decoys),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -256,7 +291,7 @@ class RecallStream(RolloutStream):
                 raise CheckpointError(f"the data cursor has {name} {state.get(name)!r}; this stream has {expected!r}")
         counts = [state.get(name) for name in ("episode", "timestep", "level")]
         counts.append(state.get("first_episode_of_level", counts[0]))  # missing in the cursors of version 0.1
-        losses = state.get("recent_losses")
+        losses, mined = state.get("recent_losses"), state.get("mined_decoys", [])
         if not all(type(count) is int and count >= 0 for count in counts):
             raise CheckpointError(
                 f"the data cursor has episode, timestep, level, first episode of the level {counts}; they must be "
@@ -264,11 +299,15 @@ class RecallStream(RolloutStream):
             )
         if not isinstance(losses, list) or not all(isinstance(loss, float) for loss in losses):
             raise CheckpointError(f"the data cursor has recent_losses {losses!r}; it must be a list of numbers")
+        if not isinstance(mined, list) or not all(type(start) is int and start >= 0 for start in mined):
+            raise CheckpointError(
+                f"the data cursor has mined_decoys {mined!r}; it must be a list of non-negative integers"
+            )
         resumed = copy.copy(self)
         resumed._episode, resumed._timestep, resumed.level, resumed._first_episode_of_level = (
             int(count or 0) for count in counts
         )
-        resumed._recent_losses = losses
+        resumed._recent_losses, resumed._mined_decoys = losses, mined
         resumed._whole = resumed._make_episodes() if resumed._timestep else None
         if resumed._whole is not None and resumed._timestep >= resumed._whole.num_timesteps:
             raise CheckpointError(

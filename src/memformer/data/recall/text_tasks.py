@@ -124,7 +124,7 @@ def spell(text: str, kind: str) -> str:
     return re.sub(r"([.?,\d])", r" \1 ", text) if kind == "word" else text
 
 
-class _TextTask(RecallTask):
+class TextTask(RecallTask):
     """A task whose filler comes from documents.
 
     Args:
@@ -144,10 +144,18 @@ class _TextTask(RecallTask):
 
     def make_filler(self, generator: np.random.Generator, num_tokens: int) -> Tokens:
         """Return consecutive tokens from a random position in the documents; the next document follows each end."""
-        return self._read(int(generator.integers(self._ends[-1])), num_tokens)
+        return self.read(int(generator.integers(self.num_document_tokens)), num_tokens)
 
-    def _read(self, start: int, num_tokens: int) -> Tokens:
-        """Return consecutive tokens from a position in the documents, counted from the first document's start."""
+    @property
+    def num_document_tokens(self) -> int:
+        """Number of tokens of all documents."""
+        return int(self._ends[-1])
+
+    def read(self, start: int, num_tokens: int) -> Tokens:
+        """Return consecutive tokens from a position in the documents, counted from the first document's start.
+
+        The next document follows each end, and the first one the last.
+        """
         index = int(np.searchsorted(self._ends, start, side="right"))
         offset = start - int(self._ends[index] - self._haystack.document_lengths[index])
         parts = []
@@ -175,7 +183,7 @@ class _TextTask(RecallTask):
         return self.tokenizer.encode(text.encode(), name="recall task").astype(np.int64)
 
 
-class PasskeyTask(_TextTask):
+class PasskeyTask(TextTask):
     """A task with one pass key hidden in documents: "The pass key is 71432. Remember it." (arXiv 2305.16300).
 
     Args:
@@ -214,7 +222,7 @@ class PasskeyTask(_TextTask):
         return Episode([np.concatenate([self._before, answer, self._after])], [Question(self._question, answer)])
 
 
-class BabiTask(_TextTask):
+class BabiTask(TextTask):
     """A task with stories of bAbI scattered in documents, as in BABILong (arXiv 2406.10149).
 
     A fact is a statement. An episode inserts the statements before one question, in order, and appends that question.
@@ -298,11 +306,11 @@ class BabiTask(_TextTask):
         """
         places = self._places_of_words[int(generator.integers(len(self._places_of_words)))]
         place = int(places[int(generator.integers(len(places)))])
-        return self._read(max(place - int(generator.integers(num_tokens)), 0), num_tokens)
+        return self.read(max(place - int(generator.integers(num_tokens)), 0), num_tokens)
 
     @functools.cached_property
     def _places_of_words(self) -> list[Tokens]:
-        """Positions in the documents, as `_read` counts them, at which a content word begins, for each that occurs."""
+        """Positions in the documents, as `read` counts them, at which a content word begins, for each that occurs."""
         places: list[list[Tokens]] = [[] for _ in self._content_words]
         for index, end in enumerate(self._ends.tolist()):
             document = self._haystack.document(index)
