@@ -29,7 +29,8 @@ class Rollout:
             them. None: no padding.
         target_padding: (N, B, T) bool, True at padding of `targets` and at targets that are excluded from the loss.
             Excluded targets are still read: as inputs of the decoder for the targets after them, and as the next
-            timestep's inputs. None: all targets count.
+            timestep's inputs. None: all targets count. A model that predicts a next token at every input reads excluded
+            targets at the end of a timestep only if the rollout has the next one: do not cut a rollout there.
         decoder_start_ids: (N, B) int64, the token ids that the decoder starts from. None: `[BOS]` everywhere. A model
             with `decoder_start_tokens` starts from the last input instead of `[BOS]`; other ids stand in its place.
         targets_are_answers: The inputs are read in full before the targets are predicted, as in recall tasks; otherwise

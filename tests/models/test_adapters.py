@@ -1,14 +1,16 @@
 """Layers are called, not read: adapters, hooks, pruning and conversions of layers work in every model."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from memformer import Session
+from memformer import InputError, Session, backpropagate
 from memformer.nn import AuxiliaryLoss
+from memformer.training.engine import ReplayEngine
 from tests.helpers import VARIANTS, assert_close, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline, tokens
 from tests.training.gradients import assert_same_gradients, gradients
@@ -109,6 +111,46 @@ def test_pruned_and_parametrized_layers_are_replayed(change):
     rollout = random_rollout(3, 2)
     expected = gradients(model, rollout, None, "bptt")
     assert_same_gradients(gradients(model, rollout, None, "replay"), expected)
+
+
+@pytest.mark.parametrize("change", ["pruned", "weight norm", "added"])
+@pytest.mark.parametrize("name", MODELS)
+def test_embeddings_whose_weights_a_hook_computes_are_replayed(name, change):
+    model = MODELS[name]()
+    embedding = model.embedding
+    if change == "pruned":
+        prune.random_unstructured(embedding, "weight", amount=0.5)
+    elif change == "weight norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(embedding, "weight")
+    else:
+        base = nn.Parameter(embedding.weight.detach().clone())
+        difference = nn.Parameter(0.1 * torch.randn_like(base))
+        del embedding.weight
+        embedding.base, embedding.difference, embedding.weight = base, difference, base + difference
+
+        def add(module, inputs):
+            module.weight = module.base + module.difference
+
+        embedding.register_forward_pre_hook(add)
+    rollout = random_rollout(3, 2)
+    expected = gradients(model, rollout, None, "bptt")
+    assert_same_gradients(gradients(model, rollout, None, "replay"), expected)
+    assert_same_gradients(gradients(model, rollout, None, "checkpoint"), expected)
+
+
+def test_cached_parametrized_weights_are_refused_by_replay_because_they_lack_gradient():
+    model, rollout = tiny_model(), random_rollout(3, 2)
+    for parent, name in linear_layers(model):
+        parametrizations.weight_norm(getattr(parent, name))
+    expected = gradients(model, rollout, None, "replay")
+    with nn.utils.parametrize.cached():
+        with pytest.raises(InputError, match=r"parametrize\.cached\(\) is active"):
+            backpropagate(model, rollout)
+        with pytest.raises(InputError, match=r"parametrize\.cached\(\) is active"):
+            ReplayEngine(model, records=False).backpropagate(rollout)
+        assert_same_gradients(gradients(model, rollout, None, "bptt"), expected)
 
 
 def test_a_model_in_half_precision_keeps_its_memory_in_float32():

@@ -57,6 +57,37 @@ def test_a_stream_in_any_split_equals_the_whole_computation(name):
         assert model.classify(torch.tensor(document)) == expected.argmax(dim=-1).tolist()
 
 
+def test_an_interrupted_stream_goes_on_from_the_tokens_that_it_has_read(monkeypatch):
+    model = tiny_classifier()
+    document = documents_of(model)[0][-1]
+    document = [*document, *document, *document][: 3 * SEGMENT_LENGTH + 2]
+    stream, calls, encode = model.stream(), [], model.encode
+    stream.feed(document[:2])
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.feed(document[2:])
+    assert stream.num_tokens == SEGMENT_LENGTH
+    stream.feed(document[stream.num_tokens :])
+    assert_close(stream.log_probabilities(), model.log_probabilities(document))
+
+
+def test_a_changed_result_does_not_change_the_stream():
+    model = tiny_classifier()
+    stream = model.stream()
+    stream.feed([1] * SEGMENT_LENGTH)
+    expected = stream.log_probabilities().clone()
+    stream.log_probabilities().exp_()
+    assert torch.equal(stream.log_probabilities(), expected)
+
+
 def test_long_documents_are_read_in_parts(monkeypatch):
     model = tiny_classifier(label_unit="segment")
     document = documents_of(model)[0][-1]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from memformer import CheckpointError, Memformer
+from memformer import CheckpointError, InputError, Memformer, load_model
 from tests.helpers import tiny_config, tiny_model
 
 
@@ -57,6 +57,23 @@ def test_saved_and_loaded_model_is_the_same(tmp_path, variant):
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_model_with_shared_layers_is_saved_as_what_it_computes(tmp_path):
+    model = tiny_model(num_encoder_layers=2)
+    model.encoder.layers[1] = model.encoder.layers[0]
+    model.save_pretrained(tmp_path)
+    segment = torch.arange(12).view(2, 6)
+    for actual, expected in zip(load_model(tmp_path).encode(segment), model.eval().encode(segment), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parametrized_weights_are_refused_before_they_are_saved(tmp_path):
+    model = tiny_model()
+    torch.nn.utils.parametrizations.weight_norm(model.encoder.layers[0].feed_forward.expand)
+    with pytest.raises(InputError, match=r"encoder\.layers\.0\.\S+ has parametrized weights.*remove_parametrizations"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import memformer.nn.linear as module
 from memformer.nn.linear import Linear, linear
@@ -111,6 +112,31 @@ def test_a_compiled_map_leaves_the_choice_of_library_to_the_compiler():
     assert torch.allclose(compiled(x, weight, bias), linear(x, weight, bias), atol=1e-4)
     assert len(graphs) == 1
     assert "_linear_pointwise" not in graphs[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 1024), (2, 3, 1024)])
+def test_several_gradients_at_once(shape):
+    module = Linear(1024, 1024)
+    x = torch.randn(shape, requires_grad=True)
+    output, grads = module(x), torch.randn(2, *shape)
+    inputs = [x, module.weight, module.bias]
+    found = torch.autograd.grad(output, inputs, grads, retain_graph=True, is_grads_batched=True)
+    for grad, *each in zip(grads, *found, strict=True):
+        for actual, expected in zip(each, torch.autograd.grad(output, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(1024,), (3, 1024), (2, 3, 1024)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_operations_are_counted(shape, has_bias):
+    module, expected = Linear(1024, 1024, bias=has_bias), torch.nn.Linear(1024, 1024, bias=has_bias)
+    counts = []
+    for each in (module, expected):
+        x = torch.randn(shape, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            each(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_module_is_a_torch_linear():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memformer import InputError, Rollout
+from memformer import InputError, Rollout, backpropagate
 from memformer.models.presets import preset_fields
 from memformer.training.engine import MOST_SHAPES, ReplayEngine
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
@@ -248,6 +248,28 @@ class Unrepeatable(torch.nn.Module):
 
     def forward(self, x):
         return x * torch.from_numpy(np.random.default_rng().random(x.shape))
+
+
+def test_a_model_whose_hidden_states_are_zero_repeats_them():
+    class Zero(torch.nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    model, said = tiny_model(decoder_start_tokens=0), []
+    model.encoder.norm = Zero()
+    rollout = random_rollout(3, 2)
+    assert not model.encode(rollout.inputs[0])[0].any()
+    ReplayEngine(model, records=False, say=said.append).backpropagate(rollout)
+    assert not said
+
+
+def test_the_gradient_of_the_memory_needs_no_trained_parameter():
+    model, rollout = tiny_model().requires_grad_(False), random_rollout(3, 2)
+    memory = model.initial_memory(2).detach()
+    found = ReplayEngine(model, records=False).backpropagate(rollout, memory=memory)
+    expected = backpropagate(model, rollout, memory=memory, method="bptt")
+    assert_close(found.memory_grad, expected.memory_grad)
+    assert found.memory_grad.any()
 
 
 def test_a_model_that_cannot_repeat_its_dropout_is_noticed():

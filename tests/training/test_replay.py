@@ -2,12 +2,17 @@
 
 import inspect
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from memformer import InputError, InputTypeError, Memformer, RecurrentModel, Rollout, backpropagate
+from memformer.training.engine import ReplayEngine
+from memformer.training.replay import RolloutHooks
 from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
+from tests.models.baselines import tiny_baseline
 from tests.training.gradients import assert_same_gradients, gradients
 
 
@@ -312,6 +317,45 @@ def test_hooks_on_gradients_are_refused_by_replay_which_makes_them_in_parts(regi
 def test_disabled_gradients_are_said(mode):
     with mode(), pytest.raises(InputError, match="gradients are disabled by torch.no_grad"):
         backpropagate(tiny_model(), random_rollout(2, 2))
+
+
+@pytest.mark.parametrize("method", ["replay", "bptt", "engine"])
+@pytest.mark.parametrize("name", ["memformer", "start", "transformer-xl", "own"])
+def test_a_refused_rollout_changes_no_gradient(name, method):
+    models = {"memformer": tiny_model, "start": tiny_model, "own": StateIsHidden}
+    model = models[name]() if name in models else tiny_baseline(name)
+    rollout = random_rollout(4, 2)
+    backpropagate(model, rollout)
+    before = [None if each.grad is None else each.grad.clone() for each in model.parameters()]
+    run = {"engine": ReplayEngine(model, records=False).backpropagate}.get(
+        method, partial(backpropagate, model, method=method)
+    )
+    if name == "start":
+        start = torch.full(rollout.inputs.shape[:2], model.bos_token_id)
+        start[-1, 1] = -100
+        rollout, message = replace(rollout, decoder_start_ids=start), "decoder_start_ids holds token id -100"
+    else:
+        rollout.targets[-1, 1, -1] = -100
+        message = "targets holds token id -100.*mask targets that are not counted with target_padding"
+    with pytest.raises(InputError, match=message):
+        run(rollout)
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        assert (parameter.grad is None) if expected is None else torch.equal(parameter.grad, expected)
+
+
+class ForgetsItsLoss(StateIsHidden):
+    auxiliary_weight = 0.5
+
+
+def test_broken_auxiliary_losses_are_named():
+    rollout = random_rollout(2, 2)
+    with pytest.raises(InputError, match="encode of ForgetsItsLoss has left auxiliary.total empty"):
+        backpropagate(ForgetsItsLoss(), rollout)
+    model = tiny_model(write_normalizer="entmax15")
+    for weight in (None, "0.1", math.nan):
+        hooks = RolloutHooks(auxiliary_weight=lambda loss, weight=weight: weight)
+        with pytest.raises(InputError, match=r"the result of hooks\.auxiliary_weight \("):
+            backpropagate(model, rollout, hooks=hooks)
 
 
 def test_ignored_targets_of_other_libraries_are_refused_by_own_models_too():

@@ -48,7 +48,7 @@ class _Replay(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise InputError(
                 "memory replay has no second derivatives (create_graph=True); compute a loss from the logits, which "
-                "forward returns without labels"
+                "forward returns without labels, inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
         (factor,) = grad_outputs
         grads = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.grads]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -274,6 +274,15 @@ class MemformerForSequenceClassification(MemoryEncoder):
         return labels
 
 
+class _StreamState(NamedTuple):
+    """What a stream has read: `pending` are tokens of a segment that is not complete, `last` the last result."""
+
+    num_tokens: int
+    memory: Tensor
+    pending: Tensor
+    last: Tensor | None
+
+
 class ClassificationStream:
     """Reads one document in pieces of any length and gives the log-probabilities of its labels at any point.
 
@@ -282,18 +291,18 @@ class ClassificationStream:
 
     Args:
         model: The classifier.
-
-    Attributes:
-        num_tokens: Number of tokens read.
     """
 
     def __init__(self, model: MemformerForSequenceClassification) -> None:
         self._model = model
-        self.num_tokens = 0
         with reading(model):
-            self._memory = model.initial_memory(1).clone()
-        self._pending = torch.zeros((1, 0), dtype=torch.int64)
-        self._last: Tensor | None = None
+            memory = model.initial_memory(1).clone()
+        self._state = _StreamState(0, memory, torch.zeros((1, 0), dtype=torch.int64), None)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens read, also if an exception has ended `feed` early."""
+        return self._state.num_tokens
 
     def feed(self, token_ids: TokenRow) -> Float[Tensor, "M L"]:
         """Read tokens; return the log-probabilities of the labels after each segment that they complete.
@@ -304,19 +313,19 @@ class ClassificationStream:
         """
         model = self._model
         ids = torch.from_numpy(check_token_ids(token_ids, vocab_size=model.vocab_size).astype(np.int64))[None]
-        self.num_tokens += ids.shape[1]
         found = []
         with reading(model):
             # A part fills the segment that was begun, or is a segment of its own.
-            while self._pending.shape[1] + ids.shape[1] >= model.segment_length:
-                missing = model.segment_length - self._pending.shape[1]
-                segment, ids = torch.cat([self._pending, ids[:, :missing]], dim=1), ids[:, missing:]
-                self._pending = segment[:, :0]
-                hidden, self._memory = model.encode(segment.to(model.device), memory=self._memory)
-                self._last = model._log_probabilities(hidden)[0]
-                found.append(self._last)
+            while (state := self._state).pending.shape[1] + ids.shape[1] >= model.segment_length:
+                missing = model.segment_length - state.pending.shape[1]
+                segment, ids = torch.cat([state.pending, ids[:, :missing]], dim=1), ids[:, missing:]
+                hidden, memory = model.encode(segment.to(model.device), memory=state.memory)
+                found.append(model._log_probabilities(hidden)[0])
+                # In one step, so that an interrupt finds a whole state.
+                self._state = _StreamState(state.num_tokens + missing, memory, segment[:, :0].clone(), found[-1])
             # A new tensor, not a view, which would keep all tokens.
-            self._pending = torch.cat([self._pending, ids], dim=1).clone()
+            pending = torch.cat([state.pending, ids], dim=1).clone()
+            self._state = state._replace(num_tokens=state.num_tokens + ids.shape[1], pending=pending)
         if not found:
             return torch.zeros((0, model.num_labels), dtype=model.memory_dtype, device=model.device)
         return torch.stack(found)
@@ -327,19 +336,21 @@ class ClassificationStream:
         Raises:
             InputError: No token has been read.
         """
-        if not self._pending.shape[1]:
-            if self._last is None:
+        state = self._state
+        if not state.pending.shape[1]:
+            if state.last is None:
                 raise InputError("no token has been read; a label needs at least one")
-            return self._last
+            return state.last.clone()
         with reading(self._model):
-            hidden, _ = self._model.encode(self._pending.to(self._model.device), memory=self._memory)
+            hidden, _ = self._model.encode(state.pending.to(self._model.device), memory=state.memory)
             return self._model._log_probabilities(hidden)[0]
 
     @property
     def state_bytes(self) -> int:
         """Size of the state in bytes."""
-        last = self._model.num_labels * self._memory.element_size()
-        return self._memory.nbytes + self._model.segment_length * self._pending.element_size() + last
+        memory, pending = self._state.memory, self._state.pending
+        last = self._model.num_labels * memory.element_size()
+        return memory.nbytes + self._model.segment_length * pending.element_size() + last
 
 
 def _mean_of(hidden: Float[Tensor, "B S D"], padding_mask: SegmentPadding | None) -> Float[Tensor, "B 1 D"]:

@@ -16,7 +16,7 @@ from memformer.models.memory_encoder import MemoryEncoder, last_of
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.auxiliary import AuxiliaryLoss
-from memformer.rollout import check_mask
+from memformer.rollout import Rollout, check_mask
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 from memformer.utils.checks import check_type
 
@@ -87,6 +87,17 @@ class Memformer(MemoryEncoder, LanguageModel):
         if count := self.config.decoder_start_tokens:
             hidden = torch.cat([hidden, last_of(embedded, padding_mask, count=count).to(hidden.dtype)], dim=1)
         return hidden, next_memory
+
+    def align_inputs(self, rollout: Rollout) -> Rollout:
+        """Return the rollout itself, after checking what is predicted.
+
+        Raises:
+            InputError: A target or a start id is not a token id (checked on a CPU only).
+        """
+        check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
+        if rollout.decoder_start_ids is not None:
+            check_tokens(rollout.decoder_start_ids, largest=self._largest_token_id, name="decoder_start_ids")
+        return rollout
 
     def _features(
         self,

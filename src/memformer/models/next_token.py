@@ -28,7 +28,12 @@ class NextTokenModel(LanguageModel):
     """
 
     def align_inputs(self, rollout: Rollout) -> Rollout:
-        """Return a rollout with the same targets, each with the preceding token as its input."""
+        """Return a rollout with the same targets, each with the preceding token as its input.
+
+        Raises:
+            InputError: A target is not a token id (checked on a CPU only).
+        """
+        check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
         return rollout.shifted_by_one_token()
 
     def initial_memory(self, batch_size: int) -> Memory:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models.config import ModelConfig
@@ -42,9 +43,18 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; each is written completely or not at all.
 
+        Weights that share memory are written once for each name; the loaded model has a copy for each.
+
         Raises:
+            InputError: Weights are parametrized: a model of this config could not load them.
             SaveError: Writing failed; earlier files are intact.
         """
+        for name, module in self.named_modules():
+            if parametrize.is_parametrized(module):
+                raise InputError(
+                    f"{name} has parametrized weights, which a loaded model would lack; call "
+                    "torch.nn.utils.parametrize.remove_parametrizations first, or save the state_dict"
+                )
         folder = user_path(folder)
         write_tensors(folder / WEIGHTS_FILE, self.state_dict())
         write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})

@@ -7,6 +7,7 @@ not by a measurement at run time, so that the same run on the same machine gives
 rounding.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils.flop_counter import register_flop_formula
 
 from memformer.utils.machine import has_intel_processor
 
@@ -22,6 +24,14 @@ _HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _USES_ONEDNN = _HAS_ONEDNN_LINEAR and not has_intel_processor()
 # Smallest number of multiplications for which oneDNN is faster: each call has an overhead of 10 microseconds.
 _LEAST_PRODUCTS = 1 << 20
+
+
+if _HAS_ONEDNN_LINEAR:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _count_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+        """Return the operations of the product, which `FlopCounterMode` would not count."""
+        return 2 * math.prod(x) * int(weight[0])
 
 
 class Linear(nn.Linear):
@@ -88,6 +98,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         _USES_ONEDNN
         and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
+        and x.ndim > 1
         # torch.compile chooses the library itself, and rejects this operator if weights may change. A compared size
         # would also become a condition on it.
         and not torch.compiler.is_compiling()
@@ -124,6 +135,13 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # autograd.grad(is_grads_batched=True)
+            rows = grad.reshape(-1, grad.shape[-1])
+            return (
+                grad @ weight if needs_x else None,
+                rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+                rows.sum(dim=0) if needs_bias else None,
+            )
         rows = grad.flatten(0, -2)
         return (
             linear(grad, weight.t()) if needs_x else None,

@@ -42,7 +42,13 @@ class TiedEmbedding(nn.Embedding):
 
     def logits(self, features: Features) -> Float[Tensor, "B Q V"]:
         """Return the next-token logits at each position."""
-        return linear(features, self.weight[: self.vocab_size])
+        return linear(features, self._current_weight()[: self.vocab_size])
+
+    def _current_weight(self) -> Tensor:
+        """Return the weights, computed anew if a hook computes them when the module is called (pruning, adapters)."""
+        if self._forward_pre_hooks:
+            self(torch.zeros(0, dtype=torch.int64, device=self.weight.device))
+        return self.weight
 
     def nll(self, features: Features, targets: Tokens) -> Float[Tensor, "B Q"]:
         """Return the negative log-likelihood of each target, in at least float32.
@@ -70,7 +76,7 @@ class TiedEmbedding(nn.Embedding):
         if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:
             logits = F.linear(features, *self._padded())
         else:
-            logits = linear(features, self.weight[: self.vocab_size])
+            logits = linear(features, self._current_weight()[: self.vocab_size])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
     def _padded(self) -> tuple[Tensor, Tensor]:
@@ -78,8 +84,9 @@ class TiedEmbedding(nn.Embedding):
 
         With an odd number of columns, CUDA's matrix products fall back to old kernels, three times as slow.
         """
-        num_columns = -(-self.weight.shape[0] // _ALIGNMENT) * _ALIGNMENT
-        weight = F.pad(self.weight, (0, 0, 0, num_columns - self.weight.shape[0]))
+        weight = self._current_weight()
+        num_rows, num_columns = weight.shape[0], -(-weight.shape[0] // _ALIGNMENT) * _ALIGNMENT
+        weight = F.pad(weight, (0, 0, 0, num_columns - num_rows))
         is_predicted = torch.arange(num_columns, device=weight.device) < self.vocab_size
         excluded = torch.full((), float("-inf"), dtype=weight.dtype, device=weight.device)
         return weight, torch.where(is_predicted, excluded.new_zeros(()), excluded)

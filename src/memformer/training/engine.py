@@ -21,7 +21,7 @@ from memformer.training.pieces import (
     RolloutHooks,
     RolloutResult,
     check_arguments,
-    check_no_gradient_hooks,
+    check_can_replay,
     prepare,
     trainable,
 )
@@ -81,7 +81,7 @@ class ReplayEngine:
             InputTypeError: As `backpropagate`.
         """
         model = self.model
-        check_no_gradient_hooks(model)
+        check_can_replay(model)
         readout_timesteps, gradient_scale = check_arguments(
             rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
         )

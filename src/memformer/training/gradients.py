@@ -51,4 +51,5 @@ class Gradients:
 
     def restore(self, values: list[Tensor]) -> None:
         """Set the values to those that `copy` returned."""
-        torch._foreach_copy_(self._tensors, values)
+        if values:
+            torch._foreach_copy_(self._tensors, values)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from memformer.errors import InputError, InputTypeError
-from memformer.models.recurrence import RecurrentModel, unwrapped
+from memformer.models.recurrence import RecurrentModel, check_tokens, unwrapped
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
 from memformer.training.distributed_tensors import is_distributed
@@ -97,7 +98,9 @@ def prepare(
         first[0] = True
         reset = first if rollout.reset is None else rollout.reset | first
         rollout = dataclasses.replace(rollout, reset=reset)
+    # Before anything is computed: a rollout that is refused later has already added a part of its gradient.
     rollout = model.align_inputs(rollout)
+    check_tokens(rollout.targets.flatten(0, 1), largest=torch.iinfo(torch.int64).max, name="targets")
     model.check_memory(memory, batch_size=rollout.batch_size)
     # The only place where the gradient is cut. A clone, because requires_grad must not be set on the caller's tensor.
     return rollout, memory.detach().clone()
@@ -117,12 +120,19 @@ def trainable(model: nn.Module) -> RecurrentModel:
     return unwrapped(model)
 
 
-def check_no_gradient_hooks(model: RecurrentModel) -> None:
-    """Check that no hook waits for a parameter's gradient: replay adds it up in several backward passes.
+def check_can_replay(model: RecurrentModel) -> None:
+    """Check that weights are computed anew by every encoding, and that no hook waits for a parameter's gradient.
+
+    Replay encodes without gradient first, and adds up the gradient in several backward passes.
 
     Raises:
-        InputError: A parameter has such a hook.
+        InputError: A parameter has such a hook, or parametrized weights are cached.
     """
+    if parametrize._cache_enabled:
+        raise InputError(
+            "torch.nn.utils.parametrize.cached() is active: memory replay would find weights in it that were computed "
+            "without gradient; call backpropagate outside of it, or use method 'bptt'"
+        )
     for name, parameter in model.named_parameters():
         if not is_distributed(parameter) and (
             parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
@@ -159,14 +169,22 @@ def encode_timestep(
     is_filler: Tensor | None,
     with_auxiliary: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden states (B, R, D), the next memory (B, K, W), and the auxiliary loss and the shortfall (2,)."""
+    """Return the hidden states (B, R, D), the next memory (B, K, W), and the auxiliary loss and the shortfall (2,).
+
+    Raises:
+        InputError: The model has an auxiliary loss, but does not compute it.
+    """
     if reset is not None:
         memory = model.reset_memory(memory, reset)
     # The auxiliary loss is needed only for its gradient.
     if with_auxiliary and torch.is_grad_enabled():
         auxiliary = AuxiliaryLoss(is_filler=is_filler)
         hidden, memory = model.encode(segment, memory=memory, padding_mask=padding, auxiliary=auxiliary)
-        assert auxiliary.total is not None
+        if auxiliary.total is None:
+            raise InputError(
+                f"encode of {type(model).__name__} has left auxiliary.total empty; a model with an auxiliary loss must "
+                "set it when it is given auxiliary"
+            )
         shortfall = torch.zeros_like(auxiliary.total) if auxiliary.shortfall is None else auxiliary.shortfall
         return hidden, memory, torch.stack([auxiliary.total, shortfall])
     hidden, memory = model.encode(segment, memory=memory, padding_mask=padding)
@@ -188,10 +206,15 @@ def auxiliary_scales(
     weight, shortfall_weight = model.auxiliary_weight, 0.0
     if hooks.auxiliary_weight is not None:
         loss = float(total_nll) / num_tokens
-        weight = hooks.auxiliary_weight(loss)
-        shortfall_weight = 0.0 if hooks.shortfall_weight is None else hooks.shortfall_weight(loss)
+        weight = _number_of("auxiliary_weight", hooks.auxiliary_weight(loss))
+        if hooks.shortfall_weight is not None:
+            shortfall_weight = _number_of("shortfall_weight", hooks.shortfall_weight(loss))
     scale = gradient_scale / max(rollout.count_input_tokens(), 1)
     return scale * weight, scale * shortfall_weight
+
+
+def _number_of(name: str, weight: object) -> float:
+    return float(check_number(f"the result of hooks.{name}", weight))
 
 
 def chunks(num_timesteps: int, readout_timesteps: int) -> list[slice]:

@@ -235,11 +235,13 @@ class RecordedReplay:
         self.randomness.restore(start)
         self.gradients.restore(gradients)
         # Rounding may differ between two kernels; another dropout mask changes far more.
-        difference = (self.hidden_again - expected).norm() / expected.norm()
+        size = expected.norm()
+        difference = (self.hidden_again - expected).norm() / torch.where(size > 0, size, 1.0)
         if not drew_as_much or not difference < _LARGEST_DIFFERENCE:
             raise RecordingFailed(
                 f"the second encoding of a timestep differs from the first by {float(difference):.1e} of its norm; "
-                "the model draws random numbers that cannot be repeated"
+                "the model draws random numbers that cannot be repeated (if they are not from PyTorch's own "
+                "generators, replay without graphs gives wrong gradients, too)"
             )
         self._checked.add(inputs)
 

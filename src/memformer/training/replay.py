@@ -37,7 +37,7 @@ from memformer.training.pieces import (
     RolloutResult,
     auxiliary_scales,
     check_arguments,
-    check_no_gradient_hooks,
+    check_can_replay,
     chunks,
     current_autocast,
     encode_timestep,
@@ -82,14 +82,15 @@ def backpropagate(
 
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, gradients are
-            disabled, a parameter has a hook on its gradient (method "replay" only: it would see parts), an auxiliary
-            weight is given for a model without an auxiliary loss, or a shortfall weight without an auxiliary weight.
+            disabled, a target is not a token id, an auxiliary weight is given for a model without an auxiliary loss, or
+            a shortfall weight without an auxiliary weight; with method "replay" also: a parameter has a hook on its
+            gradient, which would see parts, or parametrized weights are cached, which would lack gradient.
         InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
     model = trainable(model)
     if method == "replay":
-        check_no_gradient_hooks(model)
+        check_can_replay(model)
     readout_timesteps, gradient_scale = check_arguments(
         rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
     )

@@ -210,10 +210,17 @@ def write_json(file: Path, value: Any) -> None:
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically, with a checksum of its tensors in the metadata.
 
+    Tensors that share memory are written once for each name.
+
     Raises:
         SaveError: Writing failed; see `atomic_write`.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous, seen = {}, set[int]()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        contiguous[name] = value.clone() if start in seen else value
+        seen.add(start)
     metadata = {**(metadata or {}), CHECKSUM: _checksum(contiguous)}
     atomic_write(file, lambda partial: save_file(contiguous, partial, metadata=metadata))
 
