@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import yaml
-
 from memformer.errors import InputError
 from memformer.reproduction.runs import Run, check_data, plan_runs
 from memformer.reproduction.tables import Row as TableRow
@@ -23,6 +21,7 @@ from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.logs import read_log
 from memformer.training.run_folder import CHECKPOINTS
 from memformer.utils.files import write_text
+from memformer.utils.yaml_files import to_yaml
 
 Row = dict[str, Any]
 # The paper's Memformer first, then its ablations, then the others; the LSTM has no memory to show.
@@ -94,7 +93,7 @@ def train_on(run: Run, options: tuple[str, ...], deadline: float, *, metric: str
     """
     config = run.folder.with_name(f"{run.folder.name}.yaml")
     config.parent.mkdir(parents=True, exist_ok=True)
-    write_text(config, yaml.safe_dump(run.config, sort_keys=False))
+    write_text(config, to_yaml(run.config))
     command = ["train", str(config), "--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
         command.append("--resume")

@@ -109,7 +109,7 @@ def trained(monkeypatch):
         return 0
 
     monkeypatch.setattr(runs, "_train", train)
-    monkeypatch.setattr(command, "check_finished", lambda runs, **_: None)  # reads configs, which are not written here
+    monkeypatch.setattr(command, "check_runs", lambda runs, **_: None)  # reads configs, which are not written here
     return found
 
 
@@ -207,7 +207,7 @@ def test_runs_are_those_of_the_tables_and_finished_ones_are_reused(options, tmp_
     for run in planned[1:]:
         finish(run)
     checked = []
-    monkeypatch.setattr(command, "check_finished", lambda runs, *, options, parse: checked.extend([runs, options]))
+    monkeypatch.setattr(command, "check_runs", lambda runs, *, options, parse: checked.extend([runs, options]))
     monkeypatch.setattr(command, "_write_headline", lambda *_: "written")
     message = call("reproduce", *options, "--seeds", "2", "--", "--training.num_lanes=3")[2]
     assert "7 of 8 runs are finished" in message

@@ -249,9 +249,14 @@ def test_invalid_input_is_refused(table, tmp_path):
     assert "tiny has no scale 'paper'; it has small" in refused("reproduce", *table, "--scale", "paper")
     assert "seeds (0) must be at least 1" in refused("reproduce", *table, "--seeds", "0")
     assert "there is nothing to write" in refused("reproduce", *table, "--only_write")
-    message = refused("reproduce", *table, "--rows", "1-lstm", "--", "--training.num_lanes", "0")
+    # Options are refused before anything is trained or written.
+    message = refused("reproduce", *table, "--", "--training.num_lanes", "0")
+    assert message == "training.num_lanes (0) must be at least 1"
+    assert "unknown option --nokey" in refused("reproduce", *table, "--", "--nokey", "3")
+    assert not [*(tmp_path / "out").glob("*lstm*")]
+    message = refused("reproduce", *table, "--rows", "1-lstm", "--", "--data.train.path", "nowhere")
     assert "1 of 1 runs failed; " in message
-    assert "train.log ends with: memformer: error: training.num_lanes (0) must be at least 1" in message
+    assert "train.log ends with: memformer: error: data.train.path (nowhere)" in message
     row = tmp_path / "experiments" / "tiny" / "1-lstm.yaml"
     row.write_text(row.read_text().replace("paper:", "papre:"))
     assert "unknown key 'papre'" in refused("reproduce", *table)

@@ -189,7 +189,7 @@ def _open(file: str) -> Any:
             return os.fdopen(descriptor, "rb")
         return path.open("rb")
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{file or repr(file)} cannot be read: {error.strerror or error}") from error
 
 
 def _file_size(stream: Any) -> int | None:

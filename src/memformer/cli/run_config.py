@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from memformer.cli.parsing import new_parser, parse
@@ -23,7 +22,7 @@ from memformer.utils.fields import convert_text
 from memformer.utils.files import user_path
 from memformer.utils.progress import print_warning
 from memformer.utils.renames import old_names_sentence, update_options
-from memformer.utils.yaml_files import read_yaml
+from memformer.utils.yaml_files import read_yaml, to_yaml
 
 PRESET_HELP = (
     "A named set of model options, each of which can still be overridden. paper: the paper's memory, with one "
@@ -119,7 +118,7 @@ def parse_run_config(
         # Derived again, because a new run with this config may have another tokenizer.
         derived.pop("vocab_size", None)
     parser = train_parser(model_type)
-    options = parse(parser, ["--config", yaml.safe_dump(given, sort_keys=False), *folder_option, *rest])
+    options = parse(parser, ["--config", to_yaml(given), *folder_option, *rest])
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     fields["model"] = dataclasses.replace(fields["model"], **derived)
     return RunConfig(**fields), options

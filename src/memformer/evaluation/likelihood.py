@@ -128,7 +128,7 @@ class Evaluation(Result):
         )
         return (
             f"{table}\nmemory gain: {self.memory_gain:.4f} bits/{self.unit} (erased minus intact) "
-            f"over {self.with_memory.num_tokens:,} held-out tokens"
+            f"over {self.with_memory.num_tokens:,} tokens"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.headline import Headline, headline_names, measure_part, read_headline
 from memformer.reproduction.headline_results import draw_headline, headline_json, headline_markdown
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
-from memformer.reproduction.reuse import ParseConfig, check_finished
+from memformer.reproduction.reuse import ParseConfig, check_runs
 from memformer.reproduction.runs import Run, check_data, finish_runs, plan_runs
 from memformer.reproduction.tables import Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
@@ -41,6 +41,7 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         raise InputError(f"unknown table {options.table!r}; the tables are {', '.join(sorted(known))}")
     output = user_path(options.folder or f"runs/{options.table}-{options.scale}")
     if options.table in costs:
+        _refuse_training_options(options, train_options)
         with owned_folder(output, option="--folder"):
             return _write_costs(folder / options.table, output, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
@@ -61,9 +62,16 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         return _write_table(table, runs, output, options)
     check_data(runs, table, data=data, options=train_options)
     with owned_folder(output, option="--folder"):
-        check_finished(runs, options=train_options, parse=parse)
+        check_runs(runs, options=train_options, parse=parse)
         finish_runs(runs, jobs=options.jobs, options=train_options)
         return _write_table(table, runs, output, options)
+
+
+def _refuse_training_options(options: Any, train_options: Sequence[str]) -> None:
+    given = {"--seeds": options.seeds != 1, "--rows": options.rows is not None, "--jobs": options.jobs != 1}
+    given |= {"--only_write": options.only_write, train_options[0] if train_options else "": bool(train_options)}
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise InputError(f"{', '.join(names)} cannot be given: {options.table} trains nothing, it measures costs")
 
 
 def _reproduce_headline(
@@ -84,7 +92,7 @@ def _reproduce_headline(
         for owned in dict.fromkeys([output, *(part.folder_in(tables) for part in headline.parts)]):
             stack.enter_context(owned_folder(owned, option="--folder"))
         every = [run for runs in plans for run in runs]
-        check_finished(every, options=train_options, parse=parse)
+        check_runs(every, options=train_options, parse=parse)
         finish_runs(every, jobs=options.jobs, options=train_options)
         return _write_headline(headline, plans, output, options)
 

@@ -189,7 +189,7 @@ def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, 
     for model_type in costs.models:
         found[model_type] = []
         for size in costs.memory_sizes:
-            say(f"measuring device memory of a {model_type} with {MEMORY_SIZES[model_type]} {size:,}")
+            say(f"measuring the memory of a {model_type} with {MEMORY_SIZES[model_type]} {size:,}")
             setting = memory_setting(costs, model_type, size)
             found[model_type].append(float(measure_growth(setting, MethodSpec("replay"))))
     return found

@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from memformer.data import load_tokenizer
 from memformer.errors import InputError
 from memformer.reproduction.runs import Run
@@ -22,6 +20,7 @@ from memformer.training.run_inputs import (
     read_inputs,
 )
 from memformer.utils.files import write_text
+from memformer.utils.yaml_files import to_yaml
 
 ParseConfig = Callable[[Sequence[str]], RunConfig]
 
@@ -43,8 +42,8 @@ _COMPARED = {field.name for field in dataclasses.fields(TrainingConfig)} - _SAME
 _ADVICE = "train it again in another --folder, or delete it"
 
 
-def check_finished(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfig) -> None:
-    """Check that all finished runs can be reused.
+def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfig) -> None:
+    """Check the options with the config of every row, and that all finished runs can be reused.
 
     The data is compared by content. If its files are not there, it is not compared: finished runs do not need them.
 
@@ -57,17 +56,17 @@ def check_finished(runs: Sequence[Run], *, options: Sequence[str], parse: ParseC
         InputError: A finished run was trained with another config or other data; or an option is invalid.
         CheckpointError: A file of a run is damaged.
     """
-    finished = [run for run in runs if run.is_finished]
     # The runs of a row differ in the seed alone.
-    planned = {run.row.key: _parse(run, options, parse) for run in {run.row.key: run for run in finished}.values()}
-    for run in finished:
-        _check(run, planned[run.row.key])
+    planned = {key: _parse(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
+    for run in runs:
+        if run.is_finished:
+            _check(run, planned[run.row.key])
 
 
 def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{run.folder.name}.yaml"
-        write_text(file, yaml.safe_dump(run.config, sort_keys=False))
+        write_text(file, to_yaml(run.config))
         return parse([str(file), *options])
 
 

@@ -12,8 +12,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from memformer.data.files import locate_files
 from memformer.errors import CheckpointError, InputError
 from memformer.reproduction.tables import Row, Table
@@ -23,6 +21,7 @@ from memformer.training.logs import missing_value_sentence, read_log
 from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
 from memformer.utils.progress import ProgressBar
+from memformer.utils.yaml_files import to_yaml
 
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -186,7 +185,7 @@ def _num_updates(run: Run) -> int:
 
 def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
     config = run.folder.with_name(f"{run.folder.name}.yaml")
-    write_text(config, yaml.safe_dump(run.config, sort_keys=False))
+    write_text(config, to_yaml(run.config))
     command = [sys.executable, "-m", "memformer", "train", str(config)]
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
     if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):

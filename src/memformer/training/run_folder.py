@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from memformer.data import ByteTokenizer, Tokenizer, load_tokenizer
 from memformer.data.document_end import stop_tokens_of
@@ -25,7 +24,7 @@ from memformer.utils.files import write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
 from memformer.utils.renames import old_names_sentence, run_config_with_first_defaults, update_run_config
-from memformer.utils.yaml_files import parse_yaml
+from memformer.utils.yaml_files import parse_yaml, to_yaml
 
 RUN_CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
@@ -211,7 +210,7 @@ def write_run_config(folder: Path, fields: dict[str, Any]) -> None:
     Raises:
         SaveError: Writing failed.
     """
-    text = yaml.safe_dump(fields, sort_keys=False)
+    text = to_yaml(fields)
     write_text(folder / RUN_CONFIG_FILE, f"{_checksum_line(text)}\n{text}")
     write_json(folder / VERSIONS_FILE, versions())
 

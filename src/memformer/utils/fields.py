@@ -131,5 +131,5 @@ def _parse(value: object) -> object:
     with contextlib.suppress(ValueError):
         value = parse_yaml(value)
         if isinstance(value, str):
-            value = float(value)  # YAML 1.1 reads 1e-3 as a text
+            value = float(value)  # "inf"
     return value
