@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memformer
-from memformer import CheckpointError, InputError, InputTypeError, Memformer, build_model, evaluate, load_model
+from memformer import (
+    CheckpointError,
+    InputError,
+    InputTypeError,
+    Memformer,
+    backpropagate,
+    build_model,
+    evaluate,
+    load_model,
+)
 from memformer.data import corpus_from_arrays
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_config
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config
 from tests.models.baselines import BASELINES, TYPES, tiny_baseline, tokens, used_memory
 
 B, S = 3, SEGMENT_LENGTH
@@ -245,3 +254,17 @@ def test_configs_survive_a_round_trip_through_a_dictionary(name):
     config = tiny_baseline(name, dropout=0.1).config
     assert type(config).from_dict(config.to_dict()) == config
     assert type(config).__name__ in memformer.__all__
+
+
+def test_a_baseline_is_not_compiled_as_a_whole_which_would_have_no_effect():
+    with pytest.raises(
+        InputError, match=r"a TransformerXL cannot be compiled in one call.* compile its layers instead"
+    ):
+        tiny_baseline("transformer-xl").compile()
+
+
+def test_the_model_inside_another_wrapper_is_asked_for():
+    averaged = torch.optim.swa_utils.AveragedModel(tiny_baseline("lstm"))
+    with pytest.raises(InputTypeError, match=r"model is a AveragedModel; .*; give its \.module"):
+        backpropagate(averaged, random_rollout(2, 2))
+    backpropagate(averaged.module, random_rollout(2, 2))

@@ -206,9 +206,8 @@ def _quantile_bins(values: NDArray[np.float64], num_bins: int) -> tuple[list[flo
     counts = np.bincount(bins, minlength=len(edges) + 1)
     means = np.bincount(bins, weights=values, minlength=len(edges) + 1) / counts
     # The mean of equal values may be rounded out of their bin.
-    lowest = np.array([values[bins == index].min() for index in range(len(counts))])
-    highest = np.array([values[bins == index].max() for index in range(len(counts))])
-    return edges.tolist(), np.clip(means, lowest, highest).tolist()
+    ordered, ends = np.sort(values), counts.cumsum()
+    return edges.tolist(), np.clip(means, ordered[ends - counts], ordered[ends - 1]).tolist()
 
 
 def _quantile_edges(values: NDArray[np.float64], num_bins: int) -> NDArray[np.float64]:

@@ -69,6 +69,17 @@ class RecurrentModel(nn.Module, ABC):
         """Return the rollout in this model's format: the same targets in the same timesteps, possibly other inputs."""
         return rollout
 
+    def compile(self, **options: object) -> None:
+        """Raise an error: a model is not called as a whole, so compiling its call would have no effect.
+
+        Raises:
+            InputError: Always; a Memformer has a method of its own.
+        """
+        raise InputError(
+            f"a {type(self).__name__} cannot be compiled in one call, because it is not called as a whole; compile its "
+            "layers instead (module.compile() of each)"
+        )
+
     def forward(self, *args: object, **kwargs: object) -> None:
         """Raise an error, because `encode` and `decode` are called by name.
 
@@ -201,9 +212,10 @@ def unwrapped(model: nn.Module) -> RecurrentModel:
         is_parallel = isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel)
         inner = inner.module if is_parallel else inner._modules.get("_orig_mod")
     if not isinstance(inner, RecurrentModel):
+        advice = "; give its .module" if isinstance(getattr(model, "module", None), RecurrentModel) else ""
         raise InputTypeError(
             f"model is a {type(model).__name__}; it must be a memformer model (Memformer, TransformerXL, ...) or one "
-            "wrapped by torch.compile, DataParallel or DistributedDataParallel"
+            f"wrapped by torch.compile, DataParallel or DistributedDataParallel{advice}"
         )
     return inner
 
