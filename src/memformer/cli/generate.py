@@ -131,13 +131,13 @@ def run_generate(argv: list[str]) -> None:
             with saved_on_refusal(reading, file):
                 done = _continue(reading, run.tokenizer, options, sampling, signals)
             reading.save()
-        if reading.session.stop_token_ids.intersection(done["token_ids"][-1:]):
-            print_warning(
-                f"the document has ended: {file} holds the state after its end, from which the model has not learned "
-                "to go on"
-            )
     # Also after a signal: the session has moved past the new text, which nobody would see otherwise.
     print(json.dumps(done) if options.json else "")
+    if options.save_session is not None and reading.session.stop_token_ids.intersection(done["token_ids"][-1:]):
+        print_warning(
+            f"the document has ended: {file} holds the state after its end, from which the model has not learned to go "
+            "on"
+        )
     if signals.received:
         read, new = done["prompt_tokens"], len(done["token_ids"])
         option = f"--load_session {file}" if reading.is_finished else "--resume"

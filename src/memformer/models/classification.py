@@ -275,7 +275,7 @@ class MemformerForSequenceClassification(MemoryEncoder):
 
 
 class _StreamState(NamedTuple):
-    """What a stream has read: `pending` are tokens of a segment that is not complete, `last` the last result."""
+    """State of a stream: `pending` holds the tokens of the unfinished segment, `last` the latest result."""
 
     num_tokens: int
     memory: Tensor

@@ -106,6 +106,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and not is_transformed()
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, (x, weight)))  # is_grads_batched of torch.autograd
     )
 
 
@@ -135,14 +136,7 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch._C._functorch.is_legacy_batchedtensor(grad):  # autograd.grad(is_grads_batched=True)
-            rows = grad.reshape(-1, grad.shape[-1])
-            return (
-                grad @ weight if needs_x else None,
-                rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
-                rows.sum(dim=0) if needs_bias else None,
-            )
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])  # flatten does not take several gradients at once
         return (
             linear(grad, weight.t()) if needs_x else None,
             _multiply_transposed(rows, x.flatten(0, -2)) if needs_weight else None,

@@ -68,9 +68,13 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
 
 
 def _refuse_training_options(options: Any, train_options: Sequence[str]) -> None:
-    given = {"--seeds": options.seeds != 1, "--rows": options.rows is not None, "--jobs": options.jobs != 1}
-    given |= {"--only_write": options.only_write, train_options[0] if train_options else "": bool(train_options)}
-    if names := [name for name, is_given in given.items() if is_given]:
+    given = {
+        "--seeds": options.seeds != 1,
+        "--rows": options.rows is not None,
+        "--jobs": options.jobs != 1,
+        "--only_write": options.only_write,
+    }
+    if names := [name for name, is_given in given.items() if is_given] + [*train_options[:1]]:
         raise InputError(f"{', '.join(names)} cannot be given: {options.table} trains nothing, it measures costs")
 
 

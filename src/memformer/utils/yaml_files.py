@@ -8,9 +8,9 @@ import yaml
 
 from memformer.errors import InputError
 
-_INTEGER = re.compile("[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
+_INTEGER = re.compile("(?:[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _NUMBER = re.compile(
-    r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    r"(?:[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
 _INTEGER_TAG, _NUMBER_TAG = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
@@ -49,8 +49,6 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in {_INTEGER_TAG, _NUMBER_TAG}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_INTEGER_TAG, re.compile(f"(?:{_INTEGER.pattern})$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(_NUMBER_TAG, re.compile(f"(?:{_NUMBER.pattern})$"), list("-+.0123456789"))
 _Loader.add_constructor(_INTEGER_TAG, _integer)
 
 
@@ -58,8 +56,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes texts that YAML 1.1 or 1.2 reads as numbers."""
 
 
-_Dumper.add_implicit_resolver(_INTEGER_TAG, re.compile(f"(?:{_INTEGER.pattern})$"), list("-+0123456789"))
-_Dumper.add_implicit_resolver(_NUMBER_TAG, re.compile(f"(?:{_NUMBER.pattern})$"), list("-+.0123456789"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(_INTEGER_TAG, _INTEGER, list("-+0123456789"))
+    _class.add_implicit_resolver(_NUMBER_TAG, _NUMBER, list("-+.0123456789"))
 
 
 def to_yaml(fields: dict[str, Any]) -> str:
