@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memformer.data import Corpus, LaneStream
 from memformer.errors import InputError
 from memformer.evaluation.likelihood import check_vocabulary
+from memformer.evaluation.stability import Stability, measure_stability
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers
@@ -87,6 +88,7 @@ class DocumentRetention:
         delayed_nll_memory_erased: The same with the memory erased before every segment.
         peak_memory_bytes: Peak memory: of the device for CUDA, otherwise of this process.
         unit: Unit of the documents' size in texts: "byte", "pixel" for images, or "value" for series.
+        stability: What becomes of a small change of the memory; None without slots or if all documents are short.
     """
 
     num_documents: int
@@ -99,6 +101,7 @@ class DocumentRetention:
     delayed_nll_memory_erased: float
     peak_memory_bytes: int
     unit: str = "byte"
+    stability: Stability | None = None
 
     def bits_per_byte(self, delay: int | None) -> float:
         """Return the bits per byte with the memory of `delay` segments earlier; None: with the memory erased.
@@ -125,6 +128,7 @@ class DocumentRetention:
             "unit": self.unit,
             "segment_length": self.segment_length,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "stability": None if self.stability is None else self.stability.to_dict(),
             "positions": [bucket.to_dict() for bucket in self.buckets],
             "delays": {
                 "num_tokens": self.num_delayed_tokens,
@@ -182,6 +186,7 @@ class DocumentRetention:
                 by_delay,
                 f"computed over the same {self.num_delayed_tokens:,} tokens, which have at least "
                 f"{counted(max(self.delayed_nll), 'segment')} of {self.segment_length} tokens before them",
+                *(() if self.stability is None else (self.stability.to_line(),)),
                 f"{counted(self.num_documents, 'held-out document')} of {self.num_tokens:,} tokens; peak memory "
                 f"{self.peak_memory_bytes / 2**20:,.0f} MiB",
             )
@@ -268,6 +273,7 @@ def measure_documents(
         delayed_nll_memory_erased=erased,
         peak_memory_bytes=peak_memory_bytes(model.device),
         unit=unit,
+        stability=measure_stability(model, corpus, num_lanes=num_lanes),
     )
 
 
