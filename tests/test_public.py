@@ -14,6 +14,7 @@ def test_public_names():
         "LSTM",
         "LSTMConfig",
         "Likelihood",
+        "LoadedRun",
         "Memformer",
         "MemformerClassificationConfig",
         "MemformerConfig",
@@ -32,6 +33,7 @@ def test_public_names():
         "build_model",
         "evaluate",
         "load_model",
+        "load_run",
     }
     assert all(getattr(memformer, name).__doc__ for name in memformer.__all__)
 

@@ -87,3 +87,13 @@ def test_targets_that_are_excluded_from_the_loss_are_read_by_every_model(name, e
     ends[0, :, 4:] = True
     cut = dataclasses.replace(rollout, reset=reset, target_padding=ends).shifted_by_one_token()
     assert cut.input_padding[:, :, 4:].tolist() == [[[False] * 2, [True] * 2], [[False] * 2] * 2, [[False] * 2] * 2]
+
+
+def test_padding_between_tokens_is_refused():
+    inputs = torch.zeros(2, 2, 4, dtype=torch.int64)
+    padding = torch.zeros(2, 2, 4, dtype=torch.bool)
+    padding[0, 1, 2:] = padding[1, 1, :3] = padding[1, 0] = True
+    Rollout(inputs=inputs, targets=inputs, input_padding=padding)
+    padding[0, 0, 1] = True
+    with pytest.raises(InputError, match="rollout input_padding is True between tokens of a row"):
+        Rollout(inputs=inputs, targets=inputs, input_padding=padding)

@@ -29,6 +29,7 @@ from memformer.models.config import MemformerConfig
 from memformer.nn import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.training.replay import RolloutHooks, RolloutResult, backpropagate
+from memformer.training.run_folder import LoadedRun, load_run
 
 __version__ = "0.2.0.dev0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "InputTypeError",
     "LSTMConfig",
     "Likelihood",
+    "LoadedRun",
     "Memformer",
     "MemformerClassificationConfig",
     "MemformerConfig",
@@ -62,6 +64,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "load_model",
+    "load_run",
 ]
 
 

@@ -41,7 +41,8 @@ class Rollout:
             (see `MemoryWriter`). None: known of none.
 
     Raises:
-        InputError: The shapes disagree, or there is no timestep, row or token.
+        InputError: The shapes disagree, there is no timestep, row or token, or there is padding between tokens of
+            `inputs` (checked on a CPU only).
         InputTypeError: Tokens are not int64, or masks are not bool.
     """
 
@@ -79,6 +80,8 @@ class Rollout:
         }
         for name, shape in expected_shapes.items():
             check_mask(getattr(self, name), shape=shape, name=f"rollout {name}")
+        if not self.is_shifted:
+            check_padding_outside(self.input_padding, name="rollout input_padding")
         if self.decoder_start_ids is not None:
             _check_tensor("rollout decoder_start_ids", self.decoder_start_ids)
             if self.decoder_start_ids.dtype != torch.int64:
@@ -222,6 +225,19 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
         raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
     if mask.shape != shape:
         raise InputError(f"{name} has shape {tuple(mask.shape)}; it must be {tuple(shape)}")
+
+
+def check_padding_outside(padding_mask: Tensor | None, *, name: str) -> None:
+    """Check on a CPU that padding (..., S) is before or after the tokens of each row, not between them.
+
+    Raises:
+        InputError: It is between them.
+    """
+    if padding_mask is None or padding_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    begins = padding_mask[..., :-1] & ~padding_mask[..., 1:]
+    if (begins.sum(dim=-1) + (~padding_mask[..., :1]).sum(dim=-1)).max() > 1:
+        raise InputError(f"{name} is True between tokens of a row; padding must be before or after them")
 
 
 def _check_tensor(name: str, value: object) -> None:

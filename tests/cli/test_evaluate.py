@@ -2,7 +2,9 @@
 
 import gzip
 import shutil
+import struct
 
+import numpy as np
 import pytest
 
 from memformer import Memformer
@@ -73,3 +75,14 @@ def test_evaluate_and_retention_warn_of_changed_documents(base, copied, tmp_path
 )
 def test_refused_evaluation(run_folder, options, message):
     assert message in refused("evaluate", run_folder, *options)
+
+
+def test_images_of_other_levels_are_refused(digits, tmp_path):
+    """Fewer levels are valid token ids too, but they mean other grey levels."""
+    folder = digits[0]
+    images = np.zeros((3, 8, 8), np.uint8)
+    (tmp_path / "images").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *images.shape) + images.tobytes())
+    options = ["--data.kind", "idx", "--data.path", tmp_path / "images", "--data.levels"]
+    message = "images of shape (8, 8) with 8 levels do not fit the run's (8, 8) and 17"
+    assert message in refused("evaluate", folder, *options, "8")
+    assert call("evaluate", folder, *options, "17")[0] == 0

@@ -154,8 +154,26 @@ def test_rows_before_a_refused_one_are_scored(series, tmp_path):
     (tmp_path / "rows.csv").write_text("1.0,0.5\n2.0,0.5\n3.0,\n4.0,0.5\n")
     status, out, err = call("score", folder, tmp_path / "rows.csv", "--json", "--save_session", tmp_path / "state")
     assert status == 2
-    assert "the line '3.0,' has '', which is not a finite number; the session up to there is saved" in err
+    assert "rows.csv, line 3: the line '3.0,' has '', which is not a finite number; the session up to there" in err
     assert [json.loads(line)["text"] for line in out.splitlines()] == ["1.0,0.5", "2.0,0.5"]
+    prompt = ("--prompt_file", tmp_path / "rows.csv", "--max_new_tokens", "0", "--save_session", tmp_path / "read")
+    status, _, err = call("generate", folder, *prompt)
+    assert (status, "rows.csv, line 3: the line '3.0,' has ''" in err) == (2, True)
+    run = load_run(folder)
+    assert run.load_session(tmp_path / "read").num_tokens == run.load_session(tmp_path / "state").num_tokens == [4]
+
+
+def test_a_missing_value_of_a_series_of_one_column_is_refused(base, tmp_path, values):
+    (tmp_path / "x.csv").write_text("".join(f"{value!r}\n" for value in values[:, 0].tolist()))
+    argv = arguments(base, tmp_path / "x.csv", tmp_path / "run")
+    call_json(*argv, "--data.train.columns", '["0"]', "--training.num_updates", "1")
+    for missing in ('""', "  "):
+        (tmp_path / "rows.csv").write_text(f"1.0\n{missing}\n2.0\n")
+        status, _, err = call("score", tmp_path / "run", tmp_path / "rows.csv")
+        assert (status, "rows.csv, line 2: the line" in err) == (2, True)
+    (tmp_path / "rows.csv").write_text("1.0\r\n\r\n2.0\n")
+    found = records(tmp_path / "run", tmp_path / "rows.csv")
+    assert [each["text"] for each in found if each["tokens"]] == ["1.0", "2.0"]
 
 
 def test_values_outside_of_the_training_data_are_warned_of(series, base, values, tmp_path):

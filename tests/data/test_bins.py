@@ -152,15 +152,15 @@ def test_uniform_bins_of_the_widest_and_the_narrowest_columns():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"c0,c1,c2\n", "has names of columns; the rows must have c0, c1, in this order"),
-        (b"c1,c0\n", "has names of columns; the rows must have c0, c1, in this order"),
+        (b"c0,c1,c2\n", "has no numbers; the rows must have c0, c1, in this order"),
+        (b"c1,c0\n", "has no numbers; the rows must have c0, c1, in this order"),
         (b"1,2,3\n", "the line '1,2,3' has 3 fields; a row has one number for each of the columns c0, c1"),
         (b"1,x\n", "has 'x', which is not a finite number"),
         (b"1,\n", "has '', which is not a finite number"),
         (b"1,nan\n", "has 'nan', which is not a finite number"),
         (b"inf,1\n", "has 'inf', which is not a finite number"),
         (b"1_0,1\n", "has '1_0', which is not a finite number"),
-        (b"1\r2,3\n", "prompt: the line .* is not CSV: "),
+        (b"1\r2,3\n", "has a carriage return in it; lines must end with a line feed"),
     ],
 )
 def test_refused_lines(text, message):

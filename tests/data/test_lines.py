@@ -143,3 +143,11 @@ def test_a_tokenizer_that_hides_ends_of_lines_is_refused():
     reader = LineReader(Hiding(byte_level()), io.BytesIO(b"a\nb\n"), name="notes.txt")
     with pytest.raises(InputError, match=r"notes.txt cannot be scored by line: the tokens .* hold 0 ends .* text 2"):
         list(reader.parts())
+
+
+def test_a_refused_line_is_named_by_its_number():
+    text = b"the cat\nthe\n\xff\n"
+    for sizes in ([6, 3, 100], [100]):
+        parts = LineReader(TOKENIZERS["bpe"], Pipe(text, sizes), name="notes").parts()
+        with pytest.raises(InputError, match=r"notes, line 3 is not UTF-8 at byte offset 0"):
+            list(parts)

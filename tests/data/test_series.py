@@ -7,6 +7,8 @@ import pytest
 
 from memformer import InputError
 from memformer.data import SourceConfig, iterate_documents
+from memformer.data.files import SourceFile
+from memformer.data.series import series_columns
 
 CSV = "time,temp,load\n2026-01-01,1.5,2\n2026-01-02,-3e2, 4\n2026-01-03,0,6\n"
 
@@ -127,3 +129,25 @@ def test_refused_arrays(tmp_path, array):
 def test_refused_configs(options, message):
     with pytest.raises(InputError, match=message):
         SourceConfig(**{"kind": "array", "path": "x", **options})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x has no values to read"),
+        (b"\n\r\n", "x has no values to read"),
+        (b",a\n0,5\n", "has a column without a name"),
+    ],
+)
+def test_columns_of_a_file_that_has_none_are_refused(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        series_columns([SourceFile(tmp_path / "x", None)], None)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "x")
+
+
+def test_columns_of_an_array_without_any_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((5, 0)))
+    with pytest.raises(InputError, match="has no values to read"):
+        series_columns([SourceFile(tmp_path / "x.npy", None)], None)

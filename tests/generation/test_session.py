@@ -378,3 +378,12 @@ def test_a_session_goes_on_with_the_same_weights_in_another_dtype(tmp_path, dtyp
     state["tokens"] = state["tokens"].int()
     with pytest.raises(CheckpointError, match="tokens is .* torch.int32; this model's is .* torch.int64"):
         check_state(tmp_path / "state", state, expected=loaded._streams.state(), model=loaded.model)
+
+
+def test_logits_that_the_caller_changes_do_not_change_what_is_generated():
+    session, other = Session(tiny_model()), Session(tiny_model())
+    for each in (session, other):
+        each.feed([1, 2, 3])
+    session.next_token_logits().mul_(-100)
+    assert_close(session.next_token_logits(), other.next_token_logits())
+    assert session.generate(3, temperature=0) == other.generate(3, temperature=0)

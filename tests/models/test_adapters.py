@@ -162,3 +162,20 @@ def test_a_model_in_half_precision_keeps_its_memory_in_float32():
     exact = tiny_model().to(torch.bfloat16).float()
     _, expected = exact.encode(tokens(2, 6))
     assert_close(memory, expected, relative=0.05)
+
+
+@pytest.mark.parametrize("method", ["replay", "checkpoint", "engine"])
+@pytest.mark.parametrize("normalize", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_buffers_that_reading_changes_are_refused_by_methods_that_read_twice(normalize, method):
+    model, rollout = tiny_model().train(), random_rollout(3, 2)
+    for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        normalize(layer)
+    backpropagate(model, rollout, method="bptt")
+    model.zero_grad()
+    run = ReplayEngine(model, records=False).backpropagate
+    with pytest.raises(InputError, match=r"the buffer \S+ changes when the model reads.*use method 'bptt'"):
+        run(rollout) if method == "engine" else backpropagate(model, rollout, method=method)
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    model.eval()
+    expected = gradients(model, rollout, None, "bptt")
+    assert_same_gradients(gradients(model, rollout, None, "replay"), expected)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memformer import AttentionRecord, InputError, InputTypeError, Memformer
+from memformer import AttentionRecord, InputError, InputTypeError, Memformer, Session
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
 
 B, S = 3, SEGMENT_LENGTH
@@ -171,6 +171,36 @@ def test_recorded_attention_weights_sum_to_one_and_recording_changes_nothing(var
     assert len(record.reader) == model.config.num_encoder_layers
     for weights in (*record.reader, record.writer):
         assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_a_record_that_is_used_again_holds_one_timestep():
+    model, record = tiny_model(), AttentionRecord()
+    model.encode(tokens(), memory=written(model), attention=record)
+    first = record.reader
+    model.encode(tokens(), attention=record)
+    assert len(record.reader) == len(first) == model.config.num_encoder_layers
+    assert not torch.equal(record.reader[0], first[0])
+
+
+def test_padding_between_tokens_is_refused():
+    mask = torch.zeros(B, SEGMENT_LENGTH, dtype=torch.bool)
+    for padded in (slice(0, 2), slice(4, None), slice(None)):
+        tiny_model().encode(tokens(), padding_mask=mask.index_fill(1, torch.arange(SEGMENT_LENGTH)[padded], True))
+    mask[1, 2] = True
+    with pytest.raises(InputError, match="padding_mask is True between tokens of a row"):
+        tiny_model().encode(tokens(), padding_mask=mask)
+    mask[1, 0] = True
+    with pytest.raises(InputError, match="padding_mask is True between tokens of a row"):
+        tiny_model().encode(tokens(), padding_mask=mask)
+
+
+def test_a_hook_on_the_decoder_acts_in_every_readout():
+    model = tiny_model().eval()
+    model.decoder.register_forward_hook(lambda module, given, features: 1.5 * features)
+    session = Session(model)
+    session.feed([1, 2])
+    nll = -session.next_token_logits().log_softmax(dim=-1)[0, 3]
+    assert_close(nll, Session(model).score([1, 2, 3])[-1])
 
 
 def test_every_dropout_acts_in_training_only():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from memformer import CheckpointError, InputError, Memformer, load_model
 from tests.helpers import tiny_config, tiny_model
@@ -99,3 +100,28 @@ def test_damaged_or_foreign_files_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(config.replace("memformer", "bert"))
     with pytest.raises(CheckpointError, match="does not describe a memformer"):
         Memformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["pruned", "weight norm", "added", "missing"])
+def test_changed_modules_are_refused_before_they_are_saved(change, tmp_path):
+    model = tiny_model()
+    if change == "pruned":
+        torch.nn.utils.prune.l1_unstructured(model.memory_writer.key, "weight", 0.3)
+    elif change == "weight norm":
+        with pytest.warns(FutureWarning):
+            torch.nn.utils.weight_norm(model.memory_writer.key)
+    elif change == "added":
+        model.encoder.adapter = torch.nn.Linear(2, 2)
+    else:
+        model.decoder.layers = model.decoder.layers[:1]
+    with pytest.raises(InputError, match=r"the model's weights are not those of its config: \S+ is (added|missing)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    if change == "pruned":
+        torch.nn.utils.prune.remove(model.memory_writer.key, "weight")
+        model.save_pretrained(tmp_path)
+        assert_same_weights(Memformer.from_pretrained(tmp_path), model)
+
+
+def assert_same_weights(model, other):
+    assert all(torch.equal(own, given) for own, given in zip(model.parameters(), other.parameters(), strict=True))

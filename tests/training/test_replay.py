@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -313,6 +314,15 @@ def test_hooks_on_gradients_are_refused_by_replay_which_makes_them_in_parts(regi
     backpropagate(model, rollout)
 
 
+def test_optimizers_that_step_in_the_backward_pass_are_refused_by_replay():
+    with warnings.catch_warnings(action="ignore"):  # of torch.jit
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    model, rollout = tiny_model(), random_rollout(2, 2)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(InputError, match=r"has a hook on its gradient.*or use method 'bptt'"):
+        backpropagate(model, rollout)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_disabled_gradients_are_said(mode):
     with mode(), pytest.raises(InputError, match="gradients are disabled by torch.no_grad"):
@@ -320,9 +330,9 @@ def test_disabled_gradients_are_said(mode):
 
 
 @pytest.mark.parametrize("method", ["replay", "bptt", "engine"])
-@pytest.mark.parametrize("name", ["memformer", "start", "transformer-xl", "own"])
+@pytest.mark.parametrize("name", ["memformer", "start", "input", "transformer-xl", "own"])
 def test_a_refused_rollout_changes_no_gradient(name, method):
-    models = {"memformer": tiny_model, "start": tiny_model, "own": StateIsHidden}
+    models = {"memformer": tiny_model, "start": tiny_model, "input": tiny_model, "own": StateIsHidden}
     model = models[name]() if name in models else tiny_baseline(name)
     rollout = random_rollout(4, 2)
     backpropagate(model, rollout)
@@ -334,6 +344,9 @@ def test_a_refused_rollout_changes_no_gradient(name, method):
         start = torch.full(rollout.inputs.shape[:2], model.bos_token_id)
         start[-1, 1] = -100
         rollout, message = replace(rollout, decoder_start_ids=start), "decoder_start_ids holds token id -100"
+    elif name == "input":
+        rollout.inputs[-1, 1, -1] = 99
+        message = "inputs holds token id 99"
     else:
         rollout.targets[-1, 1, -1] = -100
         message = "targets holds token id -100.*mask targets that are not counted with target_padding"

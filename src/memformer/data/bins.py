@@ -141,17 +141,20 @@ class BinTokenizer:
     def _parse(self, content: bytes, name: str) -> NDArray[np.float64]:
         rows = []
         for line in content.decode("utf-8", "replace").split("\n"):
+            line = line.removesuffix("\r")
+            if not line:
+                continue
             where = f"{name}: the line {line.strip()[:80]!r}"
+            if "\r" in line:
+                raise InputError(f"{where} has a carriage return in it; lines must end with a line feed")
             try:
                 fields = [field.strip() for field in next(csv.reader([line]), [])]
             except csv.Error as error:
                 raise InputError(f"{where} is not CSV: {error}") from error
-            if fields in ([], [""]) or (fields == self.columns and _has_word(fields)):
+            if fields == self.columns and _has_word(fields):
                 continue
             if is_header(fields):
-                raise InputError(
-                    f"{where} has names of columns; the rows must have {', '.join(self.columns)}, in this order"
-                )
+                raise InputError(f"{where} has no numbers; the rows must have {', '.join(self.columns)}, in this order")
             if len(fields) != len(self.columns):
                 raise InputError(
                     f"{where} has {len(fields)} fields; a row has one number for each of the columns "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memformer.data.tokenizers import Tokenizer, read_blocks
+from memformer.data.tokenizers import Tokenizer, encode_lines, read_blocks
 from memformer.errors import InputError
 
 # Tokens of a part, unless a line of subwords or words has more.
@@ -51,6 +51,7 @@ class LineReader:
     def __init__(self, tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str, held: bytes = b"") -> None:
         self.held = held
         self.num_bytes_read = 0
+        self._num_lines = 0
         self._tokenizer = tokenizer
         self._stream = stream
         self._name = name
@@ -101,18 +102,20 @@ class LineReader:
         lines: list[bytes] = []
         ids: list[NDArray[np.integer[Any]]] = []
         num_tokens = 0
-        for line in io.BytesIO(content):
-            try:
-                ids.append(self._tokenizer.encode(line, self._name))
-            except InputError:
-                if lines:
-                    yield _joined(lines, ids)
-                raise
-            lines.append(line)
-            num_tokens += len(ids[-1])
-            if num_tokens >= _PART_TOKENS:
+        numbered = encode_lines(self._tokenizer, content, name=self._name, num_lines_before=self._num_lines)
+        try:
+            for line, line_ids in numbered:
+                self._num_lines += 1
+                lines.append(line)
+                ids.append(line_ids)
+                num_tokens += len(line_ids)
+                if num_tokens >= _PART_TOKENS:
+                    part, (lines, ids, num_tokens) = _joined(lines, ids), ([], [], 0)
+                    yield part
+        except InputError:
+            if lines:
                 yield _joined(lines, ids)
-                lines, ids, num_tokens = [], [], 0
+            raise
         if lines:
             yield _joined(lines, ids)
 

@@ -63,15 +63,20 @@ def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -
     """Return the names of the columns of a source: those given, or all of its first file.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: The file cannot be read, has no values, or has a column without a name.
     """
     if columns is not None:
         return list(columns)
     path = files[0].path
     if _is_numpy(path):
-        return _read_numpy(path)[0]
-    with _csv_rows(path) as reader:
-        return next((_names_of(fields) or _numbered(fields) for fields in reader if fields), [])
+        names = _read_numpy(path)[0]
+    else:
+        with _csv_rows(path) as reader:
+            first: list[str] = next(filter(None, reader), [])
+            names = _checked_names(path, first) or _numbered(first)
+    if not names:
+        raise InputError(f"{path} has no values to read")
+    return names
 
 
 def parse_row(fields: Sequence[str], *, where: str) -> list[float]:
@@ -159,20 +164,14 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
             if not fields:
                 continue
             if not names:
-                try:
-                    header = _names_of(fields, columns)
-                except InputError as error:
-                    raise InputError(f"{path}: {error}") from error
-                if "" in header and columns is None:
-                    raise InputError(
-                        f"{path}: the first line {','.join(fields)!r} has a column without a name (as an index that "
-                        "pandas wrote); choose the columns to read with columns"
-                    )
+                header = _checked_names(path, fields, columns)
                 names = header or _numbered(fields)
                 read = [index for index, name in enumerate(names) if columns is None or name in columns]
                 if header:
                     continue
             found.append(_row(path, reader.line_num, fields, names, read))
+    if not found:
+        raise InputError(f"{path} has no values to read")
     if len({names[index] for index in read}) < len(read):
         raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
     return names, np.array(found, np.float64).reshape(len(found), len(names))
@@ -188,9 +187,22 @@ def _csv_rows(path: Path) -> Iterator[Any]:
             raise InputError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
 
 
-def _names_of(fields: list[str], columns: Sequence[str] | None = None) -> list[str]:
-    """Return the names of the columns in the first line; none if it holds values."""
-    return [field.strip() for field in fields] if is_header(fields, columns=columns) else []
+def _checked_names(path: Path, fields: list[str], columns: Sequence[str] | None = None) -> list[str]:
+    """Return the names of the columns in the first line; none if it holds values.
+
+    Raises:
+        InputError: The line may hold names or values, or a column has no name and all are to be read.
+    """
+    try:
+        names = [field.strip() for field in fields] if is_header(fields, columns=columns) else []
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if "" in names and columns is None:
+        raise InputError(
+            f"{path}: the first line {','.join(fields)!r} has a column without a name (as an index that pandas wrote); "
+            "choose the columns to read with columns"
+        )
+    return names
 
 
 def _numbered(fields: Sequence[str]) -> list[str]:

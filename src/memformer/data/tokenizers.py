@@ -272,8 +272,9 @@ def blocks_of_lines(text: str) -> Iterator[str]:
 def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
     """Yield the token ids of a binary stream part by part; joined, they are the ids of the whole content.
 
-    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. Nothing is
-    known of a tokenizer of kind pretrained, so for it the whole text is held in memory and is one part.
+    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. If a row of
+    a series is refused, the rows before it are yielded first. Nothing is known of a tokenizer of kind pretrained, so
+    for it the whole text is held in memory and is one part.
 
     Raises:
         InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
@@ -281,13 +282,40 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
     if tokenizer.kind == "pretrained":
         yield tokenizer.encode(b"".join(read_blocks(stream, name)), name)
         return
-    rest, start = b"", 0
+    rest, start, num_lines = b"", 0, 0
     for block in chain(read_blocks(stream, name), [b""]):
         end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
         content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
-        if content:
+        if content and tokenizer.kind == "bins":
+            ids: list[NDArray[np.integer[Any]]] = []
+            try:
+                for _, line_ids in encode_lines(tokenizer, content, name=name, num_lines_before=num_lines):
+                    ids.append(line_ids)
+            finally:
+                if ids:
+                    yield np.concatenate(ids)
+            num_lines += len(ids)
+        elif content:
             yield tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
             start += len(content)
+
+
+def encode_lines(
+    tokenizer: Tokenizer, content: bytes, *, name: str, num_lines_before: int
+) -> Iterator[tuple[bytes, NDArray[np.integer[Any]]]]:
+    """Yield every line with its token ids, for tokenizers of which no token crosses the end of a line.
+
+    Args:
+        tokenizer: The tokenizer.
+        content: Whole lines.
+        name: Name of the text in messages, which also give the number of the line.
+        num_lines_before: Number of lines of the text before `content`.
+
+    Raises:
+        InputError: A line is refused; those before it are yielded.
+    """
+    for number, line in enumerate(io.BytesIO(content), num_lines_before + 1):
+        yield line, tokenizer.encode(line, f"{name}, line {number:,}")
 
 
 def read_blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:

@@ -140,7 +140,7 @@ class Session:
 
     def next_token_logits(self) -> Float[Tensor, "B V"]:
         """Return the next-token logits of each row, given all tokens so far."""
-        return self._streams.next_token_logits()
+        return self._streams.next_token_logits().clone()  # generation goes on from the original
 
     def generate(
         self,

@@ -15,7 +15,7 @@ from memformer.models.classification_rollout import label_rollout
 from memformer.models.encoder import Encoder
 from memformer.models.memformer import Memformer
 from memformer.models.memory_encoder import MemoryEncoder, last_of
-from memformer.models.recurrence import reading
+from memformer.models.recurrence import check_tokens, reading
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.linear import is_transformed
@@ -165,12 +165,13 @@ class MemformerForSequenceClassification(MemoryEncoder):
                 raise InputError(f"label {int(wrong[0])} is out of range; valid labels are 0 to {self.num_labels - 1}")
 
     def align_inputs(self, rollout: Rollout) -> Rollout:
-        """Return the rollout itself, after checking its labels.
+        """Return the rollout itself, after checking its tokens and labels.
 
         Raises:
-            InputError: There is not one label for each timestep and row, a label is out of range, or there is a label
-                where a timestep has no token (checked on a CPU only).
+            InputError: A token id or a label is out of range, there is not one label for each timestep and row, or a
+                timestep without a token has a label (checked on a CPU only).
         """
+        check_tokens(rollout.inputs.flatten(0, 1), largest=self._largest_token_id, name="inputs")
         self._check_labels(rollout.targets)
         if rollout.input_padding is not None and rollout.inputs.device.type == "cpu":
             is_empty = rollout.input_padding.all(dim=-1, keepdim=True)

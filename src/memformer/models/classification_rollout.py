@@ -24,7 +24,8 @@ def label_rollout(
         InputTypeError: As `make_rollout`.
     """
     for name, given in (("documents", documents), ("labels", labels)):
-        if isinstance(given, str | bytes) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
+        is_list = hasattr(given, "__len__") and not isinstance(given, str | bytes | set | dict)
+        if not is_list or getattr(given, "ndim", 1) == 0:
             raise InputTypeError(f"{name} ({shown(given)}) must be a list with one item for each document")
     if len(documents) != len(labels) or not len(documents):
         raise InputError(

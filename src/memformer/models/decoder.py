@@ -113,26 +113,36 @@ class Decoder(nn.Module):
     def _typed_layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
-    def forward(self, x: Float[Tensor, "B T D"], *, past: Past) -> Float[Tensor, "B T D"]:
-        """Return the features of each target, from earlier targets and the past; `x` begins with the start."""
+    def forward(
+        self,
+        x: Float[Tensor, "B Q D"],
+        *,
+        past: Past,
+        caches: list[KeyValueCache] | None = None,
+        positions: Tensor | None = None,
+        num_cached: int | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Return the features of each target, from earlier targets and the past; `x` begins with the start.
+
+        With caches, which hold the keys and values of earlier targets, the targets are those at `positions` (B, Q). A
+        position equal to the caches' length marks padding; its features are meaningless. `num_cached` is the number of
+        earlier targets, if it is the same for all rows; then empty cache positions are not read.
+        """
+        if caches is not None and positions is not None:
+            return self._step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
         positions = torch.arange(x.shape[1], device=x.device)
         frame = self.positions(positions, key_positions=positions)
         return self._run_layers(x, past=past, frame=frame)
 
-    def step(
+    def _step(
         self,
         x: Float[Tensor, "B Q D"],
         *,
         past: Past,
         caches: list[KeyValueCache],
         positions: Tensor,
-        num_cached: int | None = None,
+        num_cached: int | None,
     ) -> Float[Tensor, "B Q D"]:
-        """Return the features of new targets at `positions` (B, Q); earlier targets are in the caches.
-
-        A position equal to the caches' length marks padding; its features are meaningless. `num_cached` is the number
-        of earlier targets, if it is the same for all rows; then empty cache positions are not read.
-        """
         num_new = x.shape[1]
         num_keys = caches[0].keys.shape[2] if num_cached is None else num_cached + num_new
         key_positions = torch.arange(num_keys, device=x.device)

@@ -89,11 +89,12 @@ class Memformer(MemoryEncoder, LanguageModel):
         return hidden, next_memory
 
     def align_inputs(self, rollout: Rollout) -> Rollout:
-        """Return the rollout itself, after checking what is predicted.
+        """Return the rollout itself, after checking its tokens.
 
         Raises:
-            InputError: A target or a start id is not a token id (checked on a CPU only).
+            InputError: An input, a target or a start id is not a token id (checked on a CPU only).
         """
+        check_tokens(rollout.inputs.flatten(0, 1), largest=self._largest_token_id, name="inputs")
         check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
         if rollout.decoder_start_ids is not None:
             check_tokens(rollout.decoder_start_ids, largest=self._largest_token_id, name="decoder_start_ids")
@@ -162,7 +163,7 @@ class Memformer(MemoryEncoder, LanguageModel):
                 the step is faster.
         """
         x = self._embed_for_decoder(tokens, past)
-        features = self.decoder.step(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
+        features: Tensor = self.decoder(x, past=past, caches=caches, positions=positions, num_cached=num_cached)
         return self.embedding.logits(features)
 
     def make_caches(self, batch_size: int) -> list[KeyValueCache]:

@@ -16,8 +16,9 @@ from memformer.models.recurrence import check_tokens
 from memformer.models.token_model import TokenModel
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.linear import is_transformed
 from memformer.nn.memory import MemoryNormalization, MemoryReader, MemoryWriter
-from memformer.rollout import check_mask, last_token_indices
+from memformer.rollout import check_mask, check_padding_outside, last_token_indices
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
 from memformer.utils.checks import Integer, check_size
 
@@ -228,6 +229,10 @@ class MemoryEncoder(TokenModel):
         """
         check_tokens(segment, largest=self._largest_token_id, name="segment")
         check_mask(padding_mask, shape=segment.shape, name="padding_mask")
+        if padding_mask is not None and not is_transformed():
+            check_padding_outside(padding_mask, name="padding_mask")
+        if attention is not None:
+            attention.clear()
         if self.config.position_embedding and segment.shape[1] > self.segment_length:
             raise InputError(
                 f"segment has {segment.shape[1]} tokens per row; with position_embedding it must have at most "

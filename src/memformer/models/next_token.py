@@ -31,8 +31,9 @@ class NextTokenModel(LanguageModel):
         """Return a rollout with the same targets, each with the preceding token as its input.
 
         Raises:
-            InputError: A target is not a token id (checked on a CPU only).
+            InputError: An input or a target is not a token id (checked on a CPU only).
         """
+        check_tokens(rollout.inputs.flatten(0, 1), largest=self.bos_token_id, name="inputs")
         check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
         return rollout.shifted_by_one_token()
 

@@ -46,7 +46,8 @@ class Pretrained(nn.Module):
         Weights that share memory are written once for each name; the loaded model has a copy for each.
 
         Raises:
-            InputError: Weights are parametrized: a model of this config could not load them.
+            InputError: Weights are parametrized or pruned, or modules were changed otherwise: a model of this config
+                could not load them.
             SaveError: Writing failed; earlier files are intact.
         """
         for name, module in self.named_modules():
@@ -55,8 +56,17 @@ class Pretrained(nn.Module):
                     f"{name} has parametrized weights, which a loaded model would lack; call "
                     "torch.nn.utils.parametrize.remove_parametrizations first, or save the state_dict"
                 )
+        weights = self.state_dict()
+        with torch.device("meta"):
+            expected = type(self)(self.config).state_dict()
+        if different := sorted(weights.keys() ^ expected.keys()):
+            raise InputError(
+                f"the model's weights are not those of its config: {different[0]} is "
+                f"{'missing' if different[0] in expected else 'added'}, as by pruning or weight normalization; undo "
+                "the change (for example with torch.nn.utils.prune.remove), or save the state_dict"
+            )
         folder = user_path(folder)
-        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_tensors(folder / WEIGHTS_FILE, weights)
         write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
 
     def fingerprint(self) -> str:

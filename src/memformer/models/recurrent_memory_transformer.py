@@ -86,6 +86,8 @@ class RecurrentMemoryTransformer(NextTokenModel):
         """
         if auxiliary is not None:
             self.check_auxiliary_loss()
+        if attention is not None:
+            attention.clear()
         read = self._read if attention is None else partial(self._read, attention=attention)
         return self._encode(segment, memory, padding_mask, read)
 

@@ -31,6 +31,10 @@ class AttentionRecord:
     writer: Tensor | None = None
     left: Tensor | None = None
 
+    def clear(self) -> None:
+        """Forget the weights of an earlier timestep."""
+        self.reader, self.writer, self.left = [], None, None
+
 
 def split_heads(x: Float[Tensor, "B J D"], num_heads: int) -> HeadTokens:
     """Return x split into heads, (B, H, J, D/H)."""

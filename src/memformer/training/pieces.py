@@ -135,12 +135,38 @@ def check_can_replay(model: RecurrentModel) -> None:
         )
     for name, parameter in model.named_parameters():
         if not is_distributed(parameter) and (
-            parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+            parameter._backward_hooks
+            or getattr(parameter, "_post_accumulate_grad_hooks", None)
+            or hasattr(parameter, "_in_backward_optimizers")
         ):
             raise InputError(
                 f"{name} has a hook on its gradient, which memory replay would call for each part of the gradient; "
                 "change gradients or weights after backpropagate, or use method 'bptt'"
             )
+
+
+class BufferCheck:
+    """Finds buffers that change when a model reads: replay and recomputation read twice, and must find the same.
+
+    Args:
+        model: The model, before it reads.
+    """
+
+    def __init__(self, model: RecurrentModel) -> None:
+        self._versions = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+
+    def __call__(self) -> None:
+        """Check that no buffer has changed.
+
+        Raises:
+            InputError: One has.
+        """
+        for name, (buffer, version) in self._versions.items():
+            if buffer._version != version:
+                raise InputError(
+                    f"the buffer {name} changes when the model reads, as with spectral or batch normalization in "
+                    "training mode; memory replay and method 'checkpoint' read twice: use method 'bptt'"
+                )
 
 
 def current_autocast(device_type: str, *, cache_enabled: bool = True) -> NewAutocast:

@@ -16,6 +16,7 @@ from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
 from memformer.training.gradients import Gradients
 from memformer.training.pieces import (
+    BufferCheck,
     NewAutocast,
     RolloutHooks,
     RolloutResult,
@@ -126,6 +127,7 @@ class RecordedReplay:
     ) -> RolloutResult:
         last = rollout.num_timesteps - 1
         num_tokens = rollout.count_target_tokens()
+        check_buffers = BufferCheck(self.model)
         self.gradients.attach()
         with_auxiliary = has_auxiliary_loss(self.model, hooks)
         encodings = _encodings(rollout)
@@ -155,6 +157,8 @@ class RecordedReplay:
                     read()
             states.append(self.randomness.capture())
             encode()
+            if not timestep:
+                check_buffers()  # recording has also changed them, if it happened
         read_out[-1]()
         after = self.randomness.capture()
         scales = auxiliary_scales(self.model, rollout, self.total_nll, gradient_scale=gradient_scale, hooks=hooks)

@@ -32,6 +32,7 @@ from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
 from memformer.training.pieces import (
     NO_HOOKS,
+    BufferCheck,
     NewAutocast,
     RolloutHooks,
     RolloutResult,
@@ -82,9 +83,10 @@ def backpropagate(
 
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, gradients are
-            disabled, a target is not a token id, an auxiliary weight is given for a model without an auxiliary loss, or
-            a shortfall weight without an auxiliary weight; with method "replay" also: a parameter has a hook on its
-            gradient, which would see parts, or parametrized weights are cached, which would lack gradient.
+            disabled, an input or a target is not a token id, an auxiliary weight is given for a model without an
+            auxiliary loss, or a shortfall weight without an auxiliary weight; with method "replay" also: a parameter
+            has a hook on its gradient, which would see parts, or parametrized weights are cached, which would lack
+            gradient; with "replay" and "checkpoint": a buffer of the model changes when it reads.
         InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
@@ -199,12 +201,15 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
     total_auxiliary, total_nll = memory.new_zeros(2), memory.new_zeros(())
     *earlier_chunks, last_chunk = work.chunks
     last = work.rollout.num_timesteps - 1
+    check_buffers = BufferCheck(work.model) if recompute else None
     # The same order as in `_replay`, so that dropout draws the same masks.
     for timestep in range(last + 1):
         if timestep == last:
             for chunk in earlier_chunks:
                 total_nll = total_nll + run(work.read_out, chunk, *hiddens[chunk])
         hidden, memory, auxiliary = run(work.encode, timestep, memory)
+        if check_buffers is not None:
+            check_buffers()
         hiddens.append(hidden)
         if timestep < last:
             # A separate tensor: the readout of this timestep may also read the memory, and the retained gradient must
@@ -236,6 +241,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     last = work.rollout.num_timesteps - 1
     *earlier_chunks, last_chunk = work.chunks
     replay_buffer, randomness, hiddens = [], [], []
+    check_buffers = BufferCheck(work.model)
     # On CUDA with gradient, though none is computed: without it PyTorch may choose another attention kernel, which
     # drops other weights than that of the second encoding.
     with torch.set_grad_enabled(device.type == "cuda"):
@@ -247,6 +253,8 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
             hiddens.append(hidden.detach())
             memory = memory.detach()
             del hidden, _  # and with them the graph, if there is one
+            if not timestep:
+                check_buffers()
 
     total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []

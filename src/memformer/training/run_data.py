@@ -308,7 +308,7 @@ def open_corpus(
     """Return the documents of a source as token ids.
 
     Raises:
-        InputError: The source is missing, empty or undecodable, or its images do not have the tokenizer's shape.
+        InputError: The source is missing, empty or undecodable, or its images do not fit the tokenizer.
         CheckpointError: The cached token ids are damaged.
         SaveError: The token ids cannot be written.
     """
@@ -318,8 +318,10 @@ def open_corpus(
         source = _with_columns(source, tokenizer)
     if (shape is not None) != is_image_tokenizer or (source.kind == "array") != isinstance(tokenizer, BinTokenizer):
         raise InputError(f"data of kind {source.kind!r} does not fit the run's tokenizer of kind {tokenizer.kind!r}")
-    if isinstance(tokenizer, PixelTokenizer) and shape != (tokenizer.height, tokenizer.width):
-        raise InputError(f"images of shape {shape} do not fit the run's {(tokenizer.height, tokenizer.width)}")
+    if isinstance(tokenizer, PixelTokenizer):
+        own, of_run = (shape, source_levels(source)), ((tokenizer.height, tokenizer.width), tokenizer.levels)
+        if own != of_run:
+            raise InputError("images of shape {} with {} levels do not fit the run's {} and {}".format(*own, *of_run))
     cache = default_cache() if config.cache is None else _make_cache(config.cache)
     with _reading("tokenizing", source, is_shown=shows_progress) as progress:
         return build_corpus(
