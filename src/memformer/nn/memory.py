@@ -100,8 +100,9 @@ class MemoryWriter(nn.Module):
     e = max(0, max_i(score of slot i for the token - score of slot i for itself) + support width + 1). The support width
     is the distance below the best score at which a weight becomes 0. So a token that is clearly not written has
     penalty 0. Unlike the written values, the penalty has a gradient even where a slot is fully replaced. Because of the
-    logarithm, one full write has a smaller penalty than two half writes. In a segment that is known to contain nothing
-    to remember (`Rollout.is_filler`) the penalty is 10 e: there no write has to be spared.
+    logarithm, one full write has a smaller penalty than two half writes. Once it is known which segments contain
+    nothing to remember (`Rollout.is_filler`), the penalty is 10 e in these, where no write has to be spared, and 0 in
+    the others: there it would lower the scores of facts as well, until a fact prefers the slot of another one.
 
     The shortfall is the opposite: max(0, 1 - support width - max over slots and tokens of (score of the slot for the
     token - score of the slot for itself)), summed over rows and averaged over heads, 0 in a segment known to contain
@@ -222,7 +223,7 @@ class MemoryWriter(nn.Module):
         penalty, shortfall = excess.log1p(), F.relu(threshold + _MARGIN - best)
         is_exempt = best == float("-inf")  # a row without tokens
         if auxiliary.is_filler is not None:
-            penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, penalty)
+            penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, 0.0)
             is_exempt = is_exempt | auxiliary.is_filler[:, None]
         auxiliary.total = penalty.sum() / self.num_heads
         auxiliary.shortfall = shortfall.masked_fill(is_exempt, 0.0).sum() / self.num_heads

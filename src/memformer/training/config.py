@@ -162,13 +162,13 @@ class TrainingConfig:
             forgetting vectors.
         betas: AdamW's betas: decay rates of the first and the second moment.
         write_penalty: Weight of the auxiliary loss that penalizes writing to the memory (`memformer.nn.MemoryWriter`),
-            a factor on that loss, so that irrelevant tokens are not written. It applies only to rollouts whose
-            loss is below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss.
-            It decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that
-            are still needed. In segments of a recall task that hold no fact it becomes steeper once the curriculum has
-            ended. Needs a sparse model.write_normalizer. 0: no penalty. On recall tasks, with or without a penalty, a
-            sparse writer that writes nothing has the opposite loss in rollouts whose loss is 1 nat per token or more;
-            else it could stop writing for good.
+            a factor on that loss, so that irrelevant tokens are not written. It applies only to rollouts whose loss is
+            below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss. It
+            decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that are
+            still needed. Once the curriculum of a recall task has ended, it becomes steeper in segments that are known
+            to hold no fact, and spares the others. Needs a sparse model.write_normalizer. 0: no penalty. On recall
+            tasks, with or without a penalty, a sparse writer that writes nothing has the opposite loss in rollouts
+            whose loss is 1 nat per token or more; else it could stop writing for good.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An
             update is skipped if its loss or gradient is not finite: the weights stay unchanged, and a lane whose memory
