@@ -97,3 +97,5 @@ def test_padding_between_tokens_is_refused():
     padding[0, 0, 1] = True
     with pytest.raises(InputError, match="rollout input_padding is True between tokens of a row"):
         Rollout(inputs=inputs, targets=inputs, input_padding=padding)
+    empty = torch.zeros(0, 4, dtype=torch.int64)
+    tiny_model().encode(empty, padding_mask=empty.bool())

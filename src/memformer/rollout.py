@@ -236,7 +236,7 @@ def check_padding_outside(padding_mask: Tensor | None, *, name: str) -> None:
     if padding_mask is None or padding_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
     begins = padding_mask[..., :-1] & ~padding_mask[..., 1:]
-    if (begins.sum(dim=-1) + (~padding_mask[..., :1]).sum(dim=-1)).max() > 1:
+    if (begins.sum(dim=-1) + (~padding_mask[..., :1]).sum(dim=-1) > 1).any():
         raise InputError(f"{name} is True between tokens of a row; padding must be before or after them")
 
 

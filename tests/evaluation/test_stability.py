@@ -72,6 +72,7 @@ def test_without_slots_or_with_short_documents_there_is_nothing_to_measure():
     assert measure_stability(tiny_model(num_slots=0), corpus_of(20)) is None
     assert measure_stability(lstm, corpus_of(20)) is None
     assert measure_stability(tiny_model(), corpus_of(8, 8)) is None
+    assert measure_stability(tiny_model().bfloat16(), corpus_of(20)) is None
 
 
 def test_a_change_that_is_gone_at_once_has_growth_0():

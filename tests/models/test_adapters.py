@@ -179,3 +179,34 @@ def test_buffers_that_reading_changes_are_refused_by_methods_that_read_twice(nor
     model.eval()
     expected = gradients(model, rollout, None, "bptt")
     assert_same_gradients(gradients(model, rollout, None, "replay"), expected)
+
+
+class KeepsMean(nn.Module):
+    """A layer that adds the mean of what it has read before, kept in a buffer."""
+
+    def __init__(self, layer, rebinds):
+        super().__init__()
+        self.layer, self.rebinds = layer, rebinds
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        mean = 0.5 * self.mean + x.detach().mean()
+        if self.rebinds:
+            self.mean = mean
+        else:
+            self.mean.copy_(mean)
+        return self.layer(x) + mean
+
+
+@pytest.mark.parametrize("rebinds", [False, True])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("readout_timesteps", [1, 3])
+def test_buffers_of_any_part_are_watched(part, rebinds, readout_timesteps):
+    model = tiny_model()
+    layer = getattr(model, part).layers[0].feed_forward
+    layer.expand = KeepsMean(layer.expand, rebinds)
+    options = {"readout_timesteps": readout_timesteps}
+    for method in ["checkpoint", "replay"] if part == "encoder" else ["checkpoint"]:
+        with pytest.raises(InputError, match=r"the buffer \S+\.mean changes when the model reads"):
+            backpropagate(model, random_rollout(3, 2), method=method, **options)
+        assert not any(parameter.grad is not None for parameter in model.parameters())

@@ -125,3 +125,15 @@ def test_changed_modules_are_refused_before_they_are_saved(change, tmp_path):
 
 def assert_same_weights(model, other):
     assert all(torch.equal(own, given) for own, given in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class NeedsMore(Memformer):
+    def __init__(self, config, more):
+        super().__init__(config)
+        self.more = more
+
+
+def test_a_class_that_needs_more_than_a_config_is_saved(tmp_path):
+    model = NeedsMore(tiny_config(), 3)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(Memformer.from_pretrained(tmp_path), model)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.calls import call, call_json
+from tests.cli.calls import call, call_json, refused
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "experiments" / "models"
@@ -30,3 +30,17 @@ def test_it_predicts_digits(name, scale, num_images, bits):
     options = [part for key, value in source.items() for part in (f"--data.{key}", value)]
     found = call_json("evaluate", MODELS / name, *options)["with_memory"]["bits_per_byte"]
     assert found == pytest.approx(bits, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seed", "4"], "--seed cannot be given after --: every run has its own seed; --seeds N, before --"),
+        (["--folder=x"], "--folder cannot be given after --: every run has its own folder"),
+        (["--resume"], "--resume cannot be given after --: runs that were begun are continued anyway"),
+    ],
+)
+@pytest.mark.parametrize("table", ["v1", "headline"])
+def test_options_that_differ_between_runs_are_refused(table, option, message, tmp_path):
+    assert message in refused("reproduce", table, "--folder", tmp_path, "--", "--training.num_updates", "1", *option)
+    assert not list(tmp_path.iterdir())

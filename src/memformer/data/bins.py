@@ -144,7 +144,7 @@ class BinTokenizer:
             line = line.removesuffix("\r")
             if not line:
                 continue
-            where = f"{name}: the line {line.strip()[:80]!r}"
+            where = f"{name}: the line {line[:80]!r}"
             if "\r" in line:
                 raise InputError(f"{where} has a carriage return in it; lines must end with a line feed")
             try:

@@ -291,9 +291,11 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
             try:
                 for _, line_ids in encode_lines(tokenizer, content, name=name, num_lines_before=num_lines):
                     ids.append(line_ids)
-            finally:
+            except InputError:
                 if ids:
                     yield np.concatenate(ids)
+                raise
+            yield np.concatenate(ids)
             num_lines += len(ids)
         elif content:
             yield tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")

@@ -57,7 +57,9 @@ class Stability:
 
 @torch.no_grad()
 def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8, seed: int = 0) -> Stability | None:
-    """Return what becomes of a small change of the memory; None without slots, or if all documents are too short.
+    """Return what becomes of a small change of the memory; None where it cannot be measured.
+
+    It cannot without slots, if all documents are too short, or in half precision, whose rounding is no small change.
 
     A second memory, which differs a little from the first in a random direction, reads the same segments. After every
     segment the difference is measured and scaled back to its size (the method of Benettin et al. 1980 for the largest
@@ -70,7 +72,7 @@ def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8, s
         seed: Seed of the directions.
     """
     model = unwrapped(model)
-    if not isinstance(model, MemoryEncoder) or not model.config.num_slots:
+    if not isinstance(model, MemoryEncoder) or not model.config.num_slots or _is_half(model):
         return None
     stream = LaneStream(
         corpus,
@@ -114,6 +116,10 @@ def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8, s
     if not num_segments:
         return None
     return Stability(growth=float(torch.cat(logarithms).mean().exp()), num_segments=num_segments)
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
 
 
 def _scaled(direction: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         parse: Returns the config of `memformer train` for its arguments.
 
     Raises:
-        InputError: The table, scale or row is unknown, a finished run was trained otherwise, or runs failed.
+        InputError: The table, scale or row is unknown, an option differs between runs, a finished run was trained
+            otherwise, or runs failed.
     """
     folder = tables_folder()
     costs, headlines = costs_names(folder), headline_names(folder)
@@ -46,6 +47,9 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
             return _write_costs(folder / options.table, output, options)
     for name, value in (("seeds", options.seeds), ("jobs", options.jobs)):
         check_integer(name, value, 1)
+    for option in train_options:
+        if (name := option.partition("=")[0]) in _SET_FOR_EACH_RUN:
+            raise InputError(f"{name} cannot be given after --: {_SET_FOR_EACH_RUN[name]}")
     if options.table in headlines:
         return _reproduce_headline(folder / options.table, output, options, train_options, parse)
     table = read_table(folder / options.table)
@@ -65,6 +69,14 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         check_runs(runs, options=train_options, parse=parse)
         finish_runs(runs, jobs=options.jobs, options=train_options)
         return _write_table(table, runs, output, options)
+
+
+# Options of `memformer train` that differ between the runs of a table, and what to do instead.
+_SET_FOR_EACH_RUN = {
+    "--seed": "every run has its own seed; --seeds N, before --, trains seeds 0 to N-1",
+    "--folder": "every run has its own folder, in the --folder before --",
+    "--resume": "runs that were begun are continued anyway",
+}
 
 
 def _refuse_training_options(options: Any, train_options: Sequence[str]) -> None:

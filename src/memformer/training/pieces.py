@@ -153,6 +153,7 @@ class BufferCheck:
     """
 
     def __init__(self, model: RecurrentModel) -> None:
+        self._model = model
         self._versions = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
 
     def __call__(self) -> None:
@@ -161,8 +162,9 @@ class BufferCheck:
         Raises:
             InputError: One has.
         """
-        for name, (buffer, version) in self._versions.items():
-            if buffer._version != version:
+        for name, found in self._model.named_buffers():
+            buffer, version = self._versions.get(name, (None, 0))
+            if found is not buffer or found._version != version:
                 raise InputError(
                     f"the buffer {name} changes when the model reads, as with spectral or batch normalization in "
                     "training mode; memory replay and method 'checkpoint' read twice: use method 'bptt'"

@@ -220,6 +220,8 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
                 memory.retain_grad()
         total_auxiliary = total_auxiliary + auxiliary
     total_nll = total_nll + run(work.read_out, last_chunk, *hiddens[last_chunk])
+    if check_buffers is not None:
+        check_buffers()
     work.before_last_backward()
     scales = work.auxiliary_scales(total_nll.detach())
     (total_nll * work.nll_scale + (total_auxiliary * scales).sum()).backward()
