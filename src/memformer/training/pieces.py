@@ -153,8 +153,12 @@ class BufferCheck:
     """
 
     def __init__(self, model: RecurrentModel) -> None:
-        self._model = model
-        self._versions = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+        self._found = [
+            (module, prefix, name, buffer, buffer._version)
+            for prefix, module in model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     def __call__(self) -> None:
         """Check that no buffer has changed.
@@ -162,12 +166,11 @@ class BufferCheck:
         Raises:
             InputError: One has.
         """
-        for name, found in self._model.named_buffers():
-            buffer, version = self._versions.get(name, (None, 0))
-            if found is not buffer or found._version != version:
+        for module, prefix, name, buffer, version in self._found:
+            if module._buffers.get(name) is not buffer or buffer._version != version:
                 raise InputError(
-                    f"the buffer {name} changes when the model reads, as with spectral or batch normalization in "
-                    "training mode; memory replay and method 'checkpoint' read twice: use method 'bptt'"
+                    f"the buffer {prefix}.{name} changes when the model reads, as with spectral or batch normalization "
+                    "in training mode; memory replay and method 'checkpoint' read twice: use method 'bptt'"
                 )
 
 
