@@ -1,4 +1,4 @@
-"""The growth of a small change of the memory equals what is known of it, and what a derivative gives."""
+"""How fast a small difference in the memory grows: known cases, and a comparison with the derivative."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_a_change_that_is_gone_at_once_has_growth_0():
     assert measure_stability(model, corpus_of(20)).growth == 0
 
 
-def test_the_line_says_what_becomes_of_a_change():
+def test_the_line_says_whether_a_change_doubles_or_is_halved():
     assert "x1.189 a segment: it doubles in 4.0 segments" in Stability(growth=2**0.25, num_segments=9).to_line()
     assert "x0.500 a segment: it is halved in 1.0 segments" in Stability(growth=0.5, num_segments=9).to_line()
     assert "x1.000 a segment: it stays as large" in Stability(growth=1.0, num_segments=9).to_line()

@@ -110,8 +110,8 @@ class LineReader:
                 ids.append(line_ids)
                 num_tokens += len(line_ids)
                 if num_tokens >= _PART_TOKENS:
-                    part, (lines, ids, num_tokens) = _joined(lines, ids), ([], [], 0)
-                    yield part
+                    yield _joined(lines, ids)
+                    lines, ids, num_tokens = [], [], 0
         except InputError:
             if lines:
                 yield _joined(lines, ids)

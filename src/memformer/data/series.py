@@ -40,7 +40,6 @@ def read_series(
     """
     for path, _ in files:
         names, values = _read_numpy(path) if _is_numpy(path) else _read_csv(path, columns)
-        values = _select(path, names, values, columns)
         start = 0
         if rows is not None:
             chosen = range(len(values))[slice(*parse_slice(rows, name="rows"))]
@@ -48,6 +47,7 @@ def read_series(
             values = values[chosen.start : chosen.stop]
         if not values.size:
             raise InputError(f"{path} has no values to read" + ("" if rows is None else f" in rows {rows}"))
+        values = _select(path, names, values, columns)
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             row, column = (int(index) for index in wrong[0])
@@ -170,8 +170,6 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
                 if header:
                     continue
             found.append(_row(path, reader.line_num, fields, names, read))
-    if not found:
-        raise InputError(f"{path} has no values to read")
     if len({names[index] for index in read}) < len(read):
         raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
     return names, np.array(found, np.float64).reshape(len(found), len(names))

@@ -88,7 +88,7 @@ class DocumentRetention:
         delayed_nll_memory_erased: The same with the memory erased before every segment.
         peak_memory_bytes: Peak memory: of the device for CUDA, otherwise of this process.
         unit: Unit of the documents' size in texts: "byte", "pixel" for images, or "value" for series.
-        stability: What becomes of a small change of the memory; None without slots or if all documents are short.
+        stability: How a small difference in the memory grows or fades; None where it cannot be measured.
     """
 
     num_documents: int

@@ -1,4 +1,4 @@
-"""Whether a small change of the memory fades or grows while a model reads on."""
+"""How a small difference in the memory grows or fades while a model reads on."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from memformer.data import Corpus, LaneStream
 from memformer.models.memory_encoder import MemoryEncoder
 from memformer.models.recurrence import reading, unwrapped
 
-# The change relative to the memory: in float32 far above rounding errors, and small enough to act linearly.
+# The difference relative to the memory: in float32 far above rounding errors, and small enough to act linearly.
 _RELATIVE_CHANGE = 1e-3
-# Segments after the beginning of a document until the change has turned into the direction that grows fastest.
+# Segments after the beginning of a document until the difference has turned into the direction that grows fastest.
 _SEGMENTS_TO_SETTLE = 8
 _MAX_SEGMENTS = 2048
 _ROLLOUT_LENGTH = 16
@@ -20,10 +20,10 @@ _ROLLOUT_LENGTH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Stability:
-    """What becomes of a small change of the memory.
+    """How a small difference between two memories grows or fades as a model reads the same text into both.
 
     Attributes:
-        growth: Factor by which the change grows in each segment (geometric mean). Below 1 it fades, with everything
+        growth: Factor by which it grows in each segment (geometric mean). Below 1 it fades, with everything
             that the memory holds. Above 1 the memory is chaotic: after enough segments, it depends on rounding errors
             more than on the text.
         num_segments: Number of segments over which `growth` is the mean.
@@ -34,7 +34,7 @@ class Stability:
 
     @property
     def segments_to_double(self) -> float:
-        """Segments until the change has doubled, negative if it fades (then: until it has halved); infinite at 1."""
+        """Segments until the difference has doubled; negative if it fades: until it is halved; infinite at 1."""
         if self.growth in {0.0, 1.0}:
             return -0.0 if not self.growth else math.inf
         return math.log(2) / math.log(self.growth)
@@ -55,11 +55,10 @@ class Stability:
         return f"a small change of the memory grows by x{self.growth:.3f} a segment: {fate}"
 
 
-@torch.no_grad()
 def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8, seed: int = 0) -> Stability | None:
-    """Return what becomes of a small change of the memory; None where it cannot be measured.
+    """Return how a small difference in the memory grows or fades; None where it cannot be measured.
 
-    It cannot without slots, if all documents are too short, or in half precision, whose rounding is no small change.
+    It cannot without slots, if all documents are too short, or in half precision, whose rounding errors are too large.
 
     A second memory, which differs a little from the first in a random direction, reads the same segments. After every
     segment the difference is measured and scaled back to its size (the method of Benettin et al. 1980 for the largest

@@ -208,8 +208,6 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
             for chunk in earlier_chunks:
                 total_nll = total_nll + run(work.read_out, chunk, *hiddens[chunk])
         hidden, memory, auxiliary = run(work.encode, timestep, memory)
-        if check_buffers is not None:
-            check_buffers()
         hiddens.append(hidden)
         if timestep < last:
             # A separate tensor: the readout of this timestep may also read the memory, and the retained gradient must
@@ -255,8 +253,7 @@ def _replay(work: _Work, memory: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
             hiddens.append(hidden.detach())
             memory = memory.detach()
             del hidden, _  # and with them the graph, if there is one
-            if not timestep:
-                check_buffers()
+    check_buffers()
 
     total_nll = memory.new_zeros(())
     hidden_grads: list[Tensor | None] = []
