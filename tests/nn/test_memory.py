@@ -1,5 +1,6 @@
 """Memory reader, writer and normalization, compared with loops that implement the paper's equations."""
 
+import itertools
 import math
 
 import pytest
@@ -150,19 +151,24 @@ def test_the_write_penalty_is_the_excess_over_the_threshold_for_a_write(num_head
     memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
     padding = torch.arange(S).expand(B, S) >= torch.tensor([[2], [S]])
     width, support_width = D // num_heads, {"entmax15": 2.0, "sparsemax": 1.0}[normalizer]
-    expected, best = 0.0, torch.full((B, num_heads), float("-inf")).double()
-    for b, s in torch.nonzero(~padding).tolist():
-        for h in range(num_heads):
-            part = slice(h * width, (h + 1) * width)
+    expected, best = 0.0, torch.empty(B, num_heads).double()
+    for b, h in itertools.product(range(B), range(num_heads)):
+        part = slice(h * width, (h + 1) * width)
+        scores = []
+        for s in torch.nonzero(~padding[b]).flatten().tolist():
             excess = []
             for i in range(K):
                 query = (writer.query.weight @ memory[b, i])[part] / (math.sqrt(width) * 0.25)
                 own, token = writer.key.weight @ memory[b, i], writer.key.weight @ hidden[b, s]
                 excess.append(query @ token[part] - query @ own[part])
-            best[b, h] = max(best[b, h], *excess)
-            value = F.relu(max(excess) + support_width + 1)
-            known = 10 * value if is_filler and is_filler[b] else 0.0  # and a segment that may hold a fact is spared
-            expected = expected + (known if is_filler else torch.log1p(value)) / num_heads
+            scores.append(max(excess))
+        best[b, h] = max(scores)
+        for score in scores:
+            value = F.relu(score + support_width + 1)
+            if is_filler and is_filler[b]:
+                expected = expected + 10 * value / num_heads
+            elif not is_filler or score < max(scores):  # the best token of a segment that may hold a fact is spared
+                expected = expected + torch.log1p(value) / num_heads
     penalty = AuxiliaryLoss(is_filler=None if is_filler is None else torch.tensor(is_filler))
     writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding, auxiliary=penalty)
     assert expected > 0

@@ -101,8 +101,9 @@ class MemoryWriter(nn.Module):
     is the distance below the best score at which a weight becomes 0. So a token that is clearly not written has
     penalty 0. Unlike the written values, the penalty has a gradient even where a slot is fully replaced. Because of the
     logarithm, one full write has a smaller penalty than two half writes. Once it is known which segments contain
-    nothing to remember (`Rollout.is_filler`), the penalty is 10 e in these, where no write has to be spared, and 0 in
-    the others: there it would lower the scores of facts as well, until a fact prefers the slot of another one.
+    nothing to remember (`Rollout.is_filler`), the penalty is 10 e in these, where no write has to be spared; in the
+    others, the token with the highest score is spared: otherwise the scores of facts would fall as well, until a fact
+    prefers the slot of another one.
 
     The shortfall is the opposite: max(0, 1 - support width - max over slots and tokens of (score of the slot for the
     token - score of the slot for itself)), summed over rows and averaged over heads, 0 in a segment known to contain
@@ -223,7 +224,8 @@ class MemoryWriter(nn.Module):
         penalty, shortfall = excess.log1p(), F.relu(threshold + _MARGIN - best)
         is_exempt = best == float("-inf")  # a row without tokens
         if auxiliary.is_filler is not None:
-            penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, 0.0)
+            others = penalty.masked_fill(highest == best[..., None], 0.0)
+            penalty = torch.where(auxiliary.is_filler[:, None, None], _FILLER_SLOPE * excess, others)
             is_exempt = is_exempt | auxiliary.is_filler[:, None]
         auxiliary.total = penalty.sum() / self.num_heads
         auxiliary.shortfall = shortfall.masked_fill(is_exempt, 0.0).sum() / self.num_heads

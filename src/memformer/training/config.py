@@ -166,9 +166,9 @@ class TrainingConfig:
             below 0.1 nats per token, because writing must be learned first, and is not part of the logged loss. It
             decays to 0 over the run along half a cosine; without decay, the penalty eventually erodes writes that are
             still needed. Once the curriculum of a recall task has ended, it becomes steeper in segments that are known
-            to hold no fact, and spares the others. Needs a sparse model.write_normalizer. 0: no penalty. On recall
-            tasks, with or without a penalty, a sparse writer that writes nothing has the opposite loss in rollouts
-            whose loss is 1 nat per token or more; else it could stop writing for good.
+            to hold no fact, and spares the best token of the others. Needs a sparse model.write_normalizer. 0: no
+            penalty. On recall tasks, with or without a penalty, a sparse writer that writes nothing has the opposite
+            loss in rollouts whose loss is 1 nat per token or more; else it could stop writing for good.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An
             update is skipped if its loss or gradient is not finite: the weights stay unchanged, and a lane whose memory
