@@ -89,7 +89,7 @@ def test_the_examples_of_the_card_run(exported, monkeypatch, capsys):
     for example in re.findall(r"```python\n(.*?)```", card_of(exported)[1], flags=re.DOTALL):
         exec(compile(example, "card", "exec"), names)
     assert capsys.readouterr().out.startswith("Once upon a time")
-    assert names["then"].shape == (1, 51)
+    assert names["then"].shape == (1, names["first"].sequences.shape[1] + 50)
 
 
 def test_last_weights_have_no_metrics_and_a_license_is_the_users(run_folder, tmp_path):
@@ -131,6 +131,9 @@ def test_models_without_a_text_tokenizer_are_exported_without_one(digits, tmp_pa
     assert names(tmp_path / "arrays") == FILES
 
 
+AUTO_MAP_FILES = {"config.json", "generation_config.json", "model.safetensors", "modeling_memformer.py"}
+
+
 def test_auto_map_names_the_code_that_transformers_loads(run_folder, tmp_path, monkeypatch):
     call_json("export", run_folder, "--hf", tmp_path / "model", "--auto_map")
     auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
@@ -142,6 +145,13 @@ def test_auto_map_names_the_code_that_transformers_loads(run_folder, tmp_path, m
     # Without trust, the registered classes are used.
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "model")) is hf.MemformerForCausalLM
     load_model(tmp_path / "model")
+    # Loaded with trust and saved again, the folder is as complete, and holds no copy of the library.
+    trusted = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    trusted.save_pretrained(tmp_path / "again")
+    assert names(tmp_path / "again") == AUTO_MAP_FILES
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == auto_map
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert type(again) is hf.MemformerForCausalLM
 
 
 class StandIn:

@@ -58,6 +58,11 @@ def test_padding_inside_the_vocabulary_is_refused_where_rows_would_read_it():
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 4, "pad_token_id": 4}
     with pytest.raises(InputError, match=r"pad_token_id \(4\) is a token of the vocabulary.*it must be 11"):
         model.generate(ids, attention_mask=mask, **options)
+    with pytest.raises(InputError, match=r"pad_token_id \(-100\) is negative"):
+        model.generate(ids, attention_mask=mask, **(options | {"pad_token_id": -100}))
+    for token, rule in ((model.config.vocab_size, "must be below vocab_size"), (-5, "must not be negative")):
+        with pytest.raises(InputError, match=rf"eos_token_id \({token}\) {rule}"):
+            model.generate(ids, attention_mask=mask, **(options | {"eos_token_id": token}))
     with pytest.raises(InputError, match="is a token of the vocabulary"):
         model.generate(
             ids[:1], do_sample=True, num_return_sequences=2, max_new_tokens=3, eos_token_id=4, pad_token_id=4
@@ -71,25 +76,18 @@ def test_a_cache_goes_on_with_new_masked_columns_in_chunks():
     model, rows = make_hf(), texts()
     ids, mask = left_padded(rows, filler=3)
     once = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :]
-    for past in (0, 6):  # the mask of the new columns alone, or of all of them
-        cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
-        chunked = model.generate(
-            ids[:, 6:],
-            attention_mask=mask[:, 6 - past :],
-            cache=cache,
-            max_new_tokens=5,
-            do_sample=False,
-            prefill_chunk_size=3,
-        )
-        assert torch.equal(chunked[:, ids.shape[1] - 6 :], once)
+    cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    options = {"max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": 3}
+    chunked = model.generate(ids[:, 6:], attention_mask=mask, cache=cache, **options)
+    assert torch.equal(chunked[:, ids.shape[1] - 6 :], once)
 
 
 def test_beams_go_on_from_a_cache():
     model, tokens = make_hf(), texts((13,))[0][None]
     once = model.generate(tokens, max_new_tokens=6, num_beams=3, do_sample=False)
     cache = model(tokens[:, :-1], use_cache=True).cache
-    later = model.generate(tokens[:, -1:], cache=cache, max_new_tokens=6, num_beams=3, do_sample=False)
-    assert torch.equal(later[:, 1:], once[:, 13:])
+    later = model.generate(tokens, cache=cache, max_new_tokens=6, num_beams=3, do_sample=False)
+    assert torch.equal(later, once)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +111,11 @@ def test_a_cache_goes_on_with_all_tokens_as_with_the_new_ones(options):
         assert torch.equal(found.sequences, expected.sequences[:, start:])
         assert_close(torch.stack(found.logits)[..., :VOCAB_SIZE], torch.stack(expected.logits)[..., :VOCAB_SIZE])
         assert cache.session.num_tokens == expected.cache.session.num_tokens
-    # Other rows, or a session that has read tokens which are not known here: everything is new.
-    other = copy.deepcopy(turn.cache)
-    other.batch_select_indices(torch.tensor([0, 2, 1]))
+    # A session that has read tokens which are not known here: everything is new.
     other_session = hf.MemformerCache(copy.deepcopy(turn.cache.session))
     fed = copy.deepcopy(turn.cache)
     fed.session.feed([[1], [2], [3]])
-    for cache in (other, other_session, fed):
+    for cache in (other_session, fed):
         before = list(cache.session.num_tokens)
         model.generate(so_far, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
         tokens = mask.sum(dim=1).tolist()
@@ -170,6 +166,36 @@ def test_all_tokens_without_padding_and_mask_go_on_too():
     mask = torch.ones(1, 9 + 13)
     model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=1, do_sample=False)
     assert cache.session.num_tokens == [9 + 13]
+
+
+@pytest.mark.parametrize("split", [1, 4, 8])
+def test_pieces_of_a_constant_stream_are_read(split):
+    """New tokens that are the same as all before cannot be told from these, so a mask has to."""
+    model = make_hf()
+    ids = torch.zeros((1, 12), dtype=torch.int64)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    cache = model(ids[:, :split], use_cache=True).cache
+    mask = torch.ones(1, 12)
+    found = model.generate(ids[:, split:], attention_mask=mask, cache=cache, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, expected[:, split:])
+    assert cache.session.num_tokens == [16]
+
+
+def test_tokens_that_may_be_new_ones_or_a_changed_past_are_refused():
+    model = make_hf()
+    ids, mask = left_padded(texts())
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
+    other = copy.deepcopy(cache)
+    other.batch_select_indices(torch.tensor([0, 2, 1]))
+    num_read, options = mask.sum(dim=1).tolist(), {"max_new_tokens": 2}
+    message = "row {} of input_ids does not begin with the {} tokens that the cache has read; pass all"
+    with pytest.raises(InputError, match=message.format(1, num_read[2])):
+        model.generate(ids, attention_mask=mask, cache=other, **options)
+    with pytest.raises(InputError, match=message.format(0, num_read[0])):
+        model.generate(torch.tensor([[1], [2], [3]]), cache=cache, **options)
+    with pytest.raises(InputError, match="cache has 3 rows, but input_ids have 2"):
+        model.generate(ids[:2], attention_mask=mask[:2], cache=cache, **options)
+    assert cache.session.num_tokens == num_read
 
 
 def test_a_cache_can_be_copied_selected_repeated_and_reset():

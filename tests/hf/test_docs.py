@@ -21,5 +21,6 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "pip install" in out
     assert (tmp_path / "my-model" / "tokenizer.json").is_file()
-    assert names["then"].shape == (1, 9)
+    assert names["last"].shape == (1, 9)
+    assert names["then"].cache.session.num_tokens == [len("pip") + 23]
     assert names["session"].num_tokens == [len("pip install") + 20]

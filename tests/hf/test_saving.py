@@ -8,10 +8,13 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from memformer import CheckpointError, InputError, Memformer, Session, hf, load_model
+from memformer.data import ByteTokenizer, save_tokenizer
+from memformer.data.document_end import DocumentEndTokenizer
 from memformer.hf.registration import as_causal_lm
+from tests.helpers import tiny_config
 from tests.hf.models import KINDS, MODELS, make_hf, texts
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +115,35 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         CheckpointError, match=r"has 2 weights of another shape; .*log_speed', \(5,\) instead of \(7,\)"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_slots=7, ignore_mismatched_sizes=True)
+
+
+def test_the_end_of_a_document_in_the_librarys_own_folder_ends_generation(tmp_path):
+    for folder, tokenizer in (("ends", DocumentEndTokenizer(ByteTokenizer())), ("plain", ByteTokenizer())):
+        core = Memformer(tiny_config(vocab_size=tokenizer.vocab_size))
+        core.save_pretrained(tmp_path / folder)
+        save_tokenizer(tokenizer, tmp_path / folder)
+    for folder, expected in (("ends", 256), ("plain", None)):
+        for options in ({}, {"subfolder": folder}):
+            name = tmp_path if options else tmp_path / folder
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            assert model.generation_config.eos_token_id == expected
+            assert AutoTokenizer.from_pretrained(name, **options).eos_token_id == expected
+    # A tokenizer that this library cannot read does not keep the model from being loaded.
+    (tmp_path / "ends" / "tokenizer_config.json").write_text('{"format_version": 99}')
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ends").generation_config.eos_token_id is None
+
+
+def test_wrong_classes_are_refused():
+    model = make_hf()
+    with pytest.raises(InputError, match="config is a LSTMHFConfig; a MemformerForCausalLM has a MemformerHFConfig"):
+        hf.MemformerForCausalLM(hf.LSTMHFConfig(vocab_size=11, d_model=16))
+    with pytest.raises(InputError, match="model is of class MemformerForCausalLM; it must be a LanguageModel"):
+        hf.as_causal_lm(model)
+
+
+def test_hidden_states_that_the_config_asks_for_are_refused():
+    model, ids = make_hf(), texts((5,))[0][None]
+    model.config.output_hidden_states = True
+    with pytest.raises(InputError, match=r"config.output_hidden_states must be False"):
+        model(ids)
+    assert model(ids, output_hidden_states=False).logits is not None

@@ -68,6 +68,13 @@ def test_arguments_of_transformers_are_read(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
     found = AutoTokenizer.from_pretrained(tmp_path, padding_side="right", pad_token="Z", chat_template="hi")
     assert (found.padding_side, found.pad_token_id, found.chat_template) == ("right", ord("Z"), "hi")
+    text = "ab<|endofdocument|>"
+    save_tokenizer(make("bytes, end"), tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == [97, 98, 256]
+    found = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True, model_input_names=["input_ids"])
+    assert found(text) == {"input_ids": list(text.encode())}
+    with pytest.raises(ValueError, match="padding_side|Padding side"):
+        AutoTokenizer.from_pretrained(tmp_path, padding_side="middle")
     asked = []
     monkeypatch.setattr(tokenization, "find_model_folder", lambda name: asked.append(name) or tmp_path)
     tokenization.MemformerTokenizer.from_pretrained("owner/name", revision="v1")

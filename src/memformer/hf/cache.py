@@ -15,10 +15,10 @@ from memformer.hf.rows import TokenRows
 class MemformerCache(Cache):
     """A session, as `generate` and `forward` carry it from call to call.
 
-    A call passes only the tokens that are new. `generate` does not read the token that it returns last, so the next
-    call begins with it: `model.generate(sequences[:, -1:], cache=cache)`. It may also be given all tokens since the
-    cache was new, as for other models, wherever padding stands in them; those that were read before are recognized by
-    a checksum.
+    A call of the model passes only the tokens that are new. `generate` is given all tokens since the cache was new, as
+    for other models, wherever padding stands in them: `model.generate(sequences, cache=cache)`. Those that the cache
+    has read are skipped; a checksum tells whether they are the same. An attention mask with a column for those before,
+    too, says that the tokens are new ones only, as do the tokens for a session that was fed by other means.
 
     Args:
         session: The session; a new one, or one from `Session.load`.
@@ -31,8 +31,8 @@ class MemformerCache(Cache):
         super().__init__(layers=[])
         self.session = session
         self._num_columns = max(session.num_tokens)
-        # The checksum of each row's tokens. None: the session has read tokens that are not known here.
-        self._checksums = None if self._num_columns else [0] * session.batch_size
+        # The number and the checksum of each row's tokens, except those that the session was fed by other means.
+        self._read = [(0, 0)] * session.batch_size
 
     def __len__(self) -> int:
         return 1  # An empty cache would count as no cache.
@@ -53,16 +53,28 @@ class MemformerCache(Cache):
     def advance(self, rows: TokenRows) -> None:
         """Count the columns, padding included, of the tokens that the session was fed."""
         self._num_columns += rows.tokens.shape[1]
-        if self._checksums is not None:
-            self._checksums = _checksums(rows.tokens, rows.counts.tolist(), after=self._checksums)
+        self._read = _add_tokens(self._read, rows.tokens, rows.counts.tolist())
 
-    def is_continued_by(self, rows: TokenRows) -> bool:
-        """Return whether each row begins with exactly the tokens that the cache has read in it."""
-        num_read = self.session.num_tokens
-        is_known = self._checksums is not None and len(rows.counts) == self.batch_size
-        if not is_known or any(read > count for read, count in zip(num_read, rows.counts.tolist(), strict=True)):
-            return False
-        return self._checksums == _checksums(rows.tokens, num_read, after=[0] * self.batch_size)
+    @property
+    def knows_its_tokens(self) -> bool:
+        """Whether the session has read nothing but what it was given as a cache."""
+        return [count for count, _ in self._read] == list(self.session.num_tokens)
+
+    def check_begin(self, rows: TokenRows) -> None:
+        """Check that each row begins with the tokens that the cache has read in it.
+
+        Raises:
+            InputError: One of them does not, or there are more or fewer rows.
+        """
+        check_rows(self, batch_size=len(rows.counts))
+        begins = _add_tokens([(0, 0)] * self.batch_size, rows.tokens, [count for count, _ in self._read])
+        for row, (read, begin, count) in enumerate(zip(self._read, begins, rows.counts.tolist(), strict=True)):
+            if count < read[0] or begin != read:
+                raise InputError(
+                    f"row {row} of input_ids does not begin with the {read[0]} tokens that the cache has read; pass "
+                    "all tokens since the cache was new, or new ones with an attention_mask that has "
+                    f"{self._num_columns} columns more (cache.get_seq_length())"
+                )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns so far, padding included."""
@@ -82,7 +94,7 @@ class MemformerCache(Cache):
             stop_token_ids=session.stop_token_ids,
         )
         self._num_columns = 0
-        self._checksums = [0] * session.batch_size
+        self._read = [(0, 0)] * session.batch_size
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to remove tokens.
@@ -110,15 +122,14 @@ class MemformerCache(Cache):
 
     def _select_rows(self, rows: list[int]) -> None:
         self.session.select_rows(rows)
-        if self._checksums is not None:
-            self._checksums = [self._checksums[row] for row in rows]
+        self._read = [self._read[row] for row in rows]
 
 
-def _checksums(tokens: Tensor, counts: list[int], *, after: list[int]) -> list[int]:
-    """Return the checksum of each row's first tokens, which follow those of other checksums."""
+def _add_tokens(read: list[tuple[int, int]], tokens: Tensor, counts: list[int]) -> list[tuple[int, int]]:
+    """Return the numbers and checksums of tokens after the first `counts` tokens of each row were read as well."""
     return [
-        zlib.crc32(row[:count].tobytes(), checksum)
-        for row, count, checksum in zip(tokens.cpu().numpy(), counts, after, strict=True)
+        (before + count, zlib.crc32(row[:count].tobytes(), checksum))
+        for (before, checksum), row, count in zip(read, tokens.cpu().numpy(), counts, strict=True)
     ]
 
 
@@ -132,6 +143,15 @@ def check_cache(cache: Any, *, session_model: object, batch_size: int) -> None:
         raise InputError(f"cache is a {type(cache).__name__}; this model continues from a MemformerCache only")
     if cache.session.model is not session_model:
         raise InputError("cache is of another model; its memory means nothing to this one")
+    check_rows(cache, batch_size=batch_size)
+
+
+def check_rows(cache: MemformerCache, *, batch_size: int) -> None:
+    """Check that a cache has as many rows as the input.
+
+    Raises:
+        InputError: It has more or fewer.
+    """
     if cache.batch_size != batch_size:
         raise InputError(f"cache has {cache.batch_size} rows, but input_ids have {batch_size}")
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import PreTrainedConfig
 
 from memformer.errors import InputError
+from memformer.hf.remote_code import write_remote_code
 from memformer.models.baseline_configs import (
     CompressiveTransformerConfig,
     LSTMConfig,
@@ -88,6 +89,15 @@ class RecurrentHFConfig(PreTrainedConfig):
         """
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would save a copy of this library's code; see `save_pretrained`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the config, with the code that an `auto_map` names (see `write_remote_code`)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_remote_code(save_directory, getattr(self, "auto_map", None) or {})
+
     def core(self) -> ModelConfig:
         """Return the library's config with the same fields.
 
@@ -117,10 +127,12 @@ def check_end_token(eos_token_id: int | list[int] | None, *, vocab_size: int) ->
     """Check that the tokens that end a document can be predicted.
 
     Raises:
-        InputError: One of them is not below V; `[BOS]` and padding are V, so it would be taken for them.
+        InputError: One of them is not from 0 to V - 1; `[BOS]` and padding are V, so it would be taken for them.
     """
     ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     for each in ids:
+        if each < 0:
+            raise InputError(f"eos_token_id ({each}) must not be negative")
         if each >= vocab_size:
             raise InputError(
                 f"eos_token_id ({each}) must be below vocab_size ({vocab_size}), the number of tokens that are "

@@ -11,6 +11,7 @@ from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError, first_line
 from memformer.hf.model_card import write_card_text
 from memformer.hf.registration import as_causal_lm
+from memformer.hf.remote_code import auto_map_of
 from memformer.hf.tokenization import as_hf_tokenizer
 from memformer.models import LanguageModel, load_model
 from memformer.models.hugging_face import find_model_folder
@@ -18,17 +19,9 @@ from memformer.training.run_folder import BEST, RUN_CONFIG_FILE, load_run
 from memformer.utils.files import new_folder, user_path
 
 CARD_FILE = "README.md"
-CODE_FILE = "modeling_memformer.py"
 # The core reads weights in one file.
 _ONE_FILE = "100TB"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_CODE = '''"""Loaded by transformers with trust_remote_code=True; the models are those of the package memformer-lm."""
-
-try:
-    from memformer.hf import {names}
-except ImportError as error:
-    raise ImportError("this model needs the package memformer-lm: pip install 'memformer-lm[hf]'") from error
-'''
 
 
 @dataclass(frozen=True)
@@ -126,10 +119,12 @@ def _write(
     end = None if source.tokenizer is None else document_end_of(source.tokenizer)
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     if auto_map:
-        classes = _auto_classes(model)
-        model.config.auto_map = {auto: f"{Path(CODE_FILE).stem}.{own}" for auto, own in classes.items()}
-        code = _CODE.format(names=", ".join(sorted(classes.values())))
-        (folder / CODE_FILE).write_text(code, encoding="utf-8")
+        causal = type(model).__name__
+        model.config.auto_map = auto_map_of(
+            config=type(model.config).__name__,
+            model=causal.replace("ForCausalLM", "Model"),
+            causal_model=causal,
+        )
     model.save_pretrained(folder, max_shard_size=_ONE_FILE)
     if source.tokenizer is not None:
         as_hf_tokenizer(source.tokenizer).save_pretrained(folder)
@@ -144,15 +139,6 @@ def _write(
         license_name=license_name,
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def _auto_classes(model: Any) -> dict[str, str]:
-    causal = type(model).__name__
-    return {
-        "AutoConfig": type(model.config).__name__,
-        "AutoModel": causal.replace("ForCausalLM", "Model"),
-        "AutoModelForCausalLM": causal,
-    }
 
 
 def check_hub_name(name: str) -> None:

@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.hf.cache import MemformerCache, check_cache_use
+from memformer.hf.configuration import check_end_token
 
 
 def set_special_tokens(generation_config: Any, config: Any) -> None:
@@ -74,16 +75,20 @@ class StreamGenerationMixin(GenerationMixin):
     ) -> Any:
         """Read the prompt, or what follows in it after the tokens that the cache has read.
 
-        As for other models, a mask with more columns than the prompt says that the prompt holds new columns only. Here
-        it may also do so with a mask of its own columns or none. Either way, `forward` gets a mask that begins with the
+        As for other models, a mask with more columns than the prompt says that the prompt holds new columns only. It
+        also does where the cache does not know its tokens. Either way, `forward` gets a mask that begins with the
         columns that the cache has read.
+
+        Raises:
+            InputError: The prompt is not known to be new, and does not begin with the tokens that the cache has read.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         num_columns = input_ids.shape[1]
         width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
         if isinstance(cache, MemformerCache) and cache.get_seq_length() and width == num_columns:
             rows = self._find_tokens(input_ids, mask, None)
-            if cache.is_continued_by(rows):
+            if cache.knows_its_tokens:
+                cache.check_begin(rows)
                 # The first column with a new token is the first to read; tokens that were read before are masked.
                 num_read = torch.tensor(cache.session.num_tokens, device=rows.ranks.device)
                 mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
@@ -104,17 +109,19 @@ class StreamGenerationMixin(GenerationMixin):
         """Use the config's tokens where none are given; check that rows which have stopped read no padding.
 
         Raises:
-            InputError: Padding is a token of the vocabulary.
+            InputError: Padding is a token of the vocabulary, or an end token cannot be predicted.
         """
         set_special_tokens(generation_config, self.config)
+        check_end_token(generation_config.eos_token_id, vocab_size=self.config.vocab_size)
         super()._prepare_special_tokens(generation_config, kwargs_has_attention_mask, device, batch_size)
         num_rows = (batch_size or 1) * generation_config.num_return_sequences
         padding = generation_config._pad_token_tensor
         may_stop_alone = generation_config._eos_token_tensor is not None and num_rows > 1
         if may_stop_alone and generation_config.num_beams == 1 and int(padding) < self.config.vocab_size:
+            reason = "is a token of the vocabulary, which rows that have stopped would read"
             raise InputError(
-                f"pad_token_id ({int(padding)}) is a token of the vocabulary, which rows that have stopped would "
-                f"read; it must be {self.config.vocab_size} (generation_config.pad_token_id)"
+                f"pad_token_id ({int(padding)}) {reason if padding >= 0 else 'is negative'}; it must be "
+                f"{self.config.vocab_size} (generation_config.pad_token_id)"
             )
 
     def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:

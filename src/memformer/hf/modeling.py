@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.hf.cache import MemformerCache, check_cache, check_cache_use
 from memformer.hf.columns import (
@@ -31,6 +32,7 @@ from memformer.hf.configuration import (
     check_end_token,
 )
 from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
+from memformer.hf.loading import check_all_are_loaded, saved_end_token
 from memformer.hf.replaying import replayed_loss
 from memformer.hf.rows import TokenRows, find_targets, find_tokens, make_rollout
 from memformer.models import LanguageModel, build_model
@@ -77,6 +79,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     memformer: LanguageModel
 
     def __init__(self, config: RecurrentHFConfig) -> None:
+        if not isinstance(config, self.config_class):
+            expected = self.config_class.__name__
+            raise InputTypeError(f"config is a {type(config).__name__}; a {type(self).__name__} has a {expected}")
         super().__init__(config)
         self.memformer = build_model(config.core())
         # A module that is called by other names than `forward` cannot be split over devices.
@@ -87,17 +92,25 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Return a saved model; see `PreTrainedModel.from_pretrained`.
 
-        A folder that this library's own `save_pretrained` wrote is read too.
+        A folder that this library's own `save_pretrained` wrote is read too; if it has a tokenizer of this library that
+        ends documents by a token, `generate` stops at it.
 
         Raises:
             CheckpointError: Weights of the model are missing, or (with `ignore_mismatched_sizes`) of another shape.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        _check_all_are_loaded(model, info, start=f"{cls.base_model_prefix}.")
+        check_all_are_loaded(model, info, start=f"{cls.base_model_prefix}.")
         if model.can_generate():
             # transformers has replaced the generation config by the one in the folder, if any.
             set_special_tokens(model.generation_config, model.config)
+            if model.generation_config.eos_token_id is None:
+                folder = Path(model.name_or_path, kwargs.get("subfolder", ""))
+                model.generation_config.eos_token_id = saved_end_token(folder)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would save a copy of this library's code; the config saves what is needed."""
 
     @classmethod
     def from_core(cls, model: LanguageModel) -> Any:
@@ -140,8 +153,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         *,
         num_past_columns: int = 0,
     ) -> TokenRows:
-        if inputs_embeds is not None or input_ids is None:
+        if inputs_embeds is not None:
             raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
+        if input_ids is None:
+            raise InputError("input_ids are missing")
         check_end_token(self.config.eos_token_id, vocab_size=self.config.vocab_size)  # the Trainer may have changed it
         unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))
         return find_tokens(
@@ -177,7 +192,7 @@ class RecurrentHiddenModel(RecurrentPreTrainedModel):
         Raises:
             InputError: A shape or a token id is wrong, or `inputs_embeds` or something absent is given.
         """
-        _check_absent(absent)
+        _check_absent(absent, self.config)
         rows = self._find_tokens(input_ids, attention_mask, inputs_embeds)
         output = MemformerModelOutput(last_hidden_state=column_hidden_states(self.memformer, rows))
         return self._as_output(output, return_dict)
@@ -187,7 +202,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
     """Language model.
 
     In training with labels, gradients come from memory replay: they are those of full back-propagation through time,
-    with the memory need of one segment.
+    with the memory need of one segment. (None flow through the memory of a Transformer-XL or Compressive Transformer.)
 
     Args:
         config: The config.
@@ -222,7 +237,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 columns that the cache has read. None: no padding but the pad token.
             labels: (B, T), `input_ids` again, or -100 where the loss does not count. They are shifted inside.
             cache: A `MemformerCache`, the state to continue from; it is changed in place.
-            use_cache: Return the state. None: only if a `cache` is given. It must not be False with a `cache`.
+            use_cache: Return the state. None: only if a `cache` is given. It must not be False with a `cache`. With a
+                cache, dropout is off, and logits and loss have no gradient.
             logits_to_keep: Number of last columns to return logits of, or their indices. 0: all.
             num_items_in_batch: Number that the summed loss is divided by. None: the number of labels that count.
             inputs_embeds: Must be None.
@@ -232,10 +248,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
 
         Raises:
             InputError: A shape, a token id or a label is wrong, `num_items_in_batch` counts labels at padding, the
-                cache is of another model or batch, a gradient is needed that a cache does not carry, or something
-                absent is given.
+                cache is of another model or batch, or is used in training with gradients, or something absent is
+                given.
         """
-        _check_absent(absent)
+        _check_absent(absent, self.config)
         check_cache_use(cache, use_cache)
         num_past_columns = cache.get_seq_length() if isinstance(cache, MemformerCache) else 0
         rows = self._find_tokens(input_ids, attention_mask, inputs_embeds, num_past_columns=num_past_columns)
@@ -282,26 +298,6 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         return cache
 
 
-def _check_all_are_loaded(model: RecurrentPreTrainedModel, info: Mapping[str, Any], *, start: str) -> None:
-    """Check that a folder had all weights whose name begins so; transformers leaves others undefined.
-
-    Raises:
-        CheckpointError: Weights were missing or of another shape.
-    """
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(start))
-    if missing:
-        raise CheckpointError(
-            f"{model.name_or_path} lacks {len(missing)} weights of this model; the first is {missing[0]!r}"
-        )
-    changed = sorted(each for each in info["mismatched_keys"] if each[0].startswith(start))
-    if changed:
-        name, found, expected = changed[0]
-        raise CheckpointError(
-            f"{model.name_or_path} has {len(changed)} weights of another shape; the first is {name!r}, "
-            f"{tuple(found)} instead of {tuple(expected)}"
-        )
-
-
 _ABSENT = {
     "output_attentions": "attention weights are not returned; `memformer inspect` shows them",
     "output_hidden_states": "hidden states of layers are not returned; AutoModel returns those of the last one",
@@ -310,8 +306,8 @@ _ABSENT = {
 }
 
 
-def _check_absent(absent: Mapping[str, object]) -> None:
-    """Accept the arguments of other models as long as they ask for nothing.
+def _check_absent(absent: Mapping[str, object], config: RecurrentHFConfig) -> None:
+    """Accept the arguments of other models, which the config can hold too, as long as they ask for nothing.
 
     Raises:
         InputError: One of them asks for something.
@@ -322,6 +318,9 @@ def _check_absent(absent: Mapping[str, object]) -> None:
             raise InputTypeError(f"forward() got an unexpected keyword argument {name!r}")
         if value is not None and value is not False:
             raise InputError(f"{name} must be None or False: {_ABSENT[name]}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if absent.get(name) is None and getattr(config, name, False):
+            raise InputError(f"config.{name} must be False: {_ABSENT[name]}")
 
 
 def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:

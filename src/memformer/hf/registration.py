@@ -18,6 +18,7 @@ from memformer.hf.modeling import (
 )
 from memformer.hf.tokenization import MemformerTokenizer
 from memformer.models import LanguageModel
+from memformer.utils.checks import check_type
 
 CAUSAL_MODELS: tuple[type[RecurrentForCausalLM], ...] = (
     MemformerForCausalLM,
@@ -46,7 +47,12 @@ def register() -> None:
 
 
 def as_causal_lm(model: LanguageModel) -> RecurrentForCausalLM:
-    """Return a causal language model of transformers around a model of this library; both have the same weights."""
+    """Return a causal language model of transformers around a model of this library; both have the same weights.
+
+    Raises:
+        InputTypeError: `model` is not a language model of this library.
+    """
+    check_type("model", model, LanguageModel)
     classes = {causal.config_class.model_type: causal for causal in CAUSAL_MODELS}
     wrapped: RecurrentForCausalLM = classes[model.config.model_type].from_core(model)
     return wrapped
