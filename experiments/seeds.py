@@ -3,8 +3,8 @@
     python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
 
 Options not listed here are passed to `memformer train`. Runs are written to runs/NAME-seed-N. An unfinished run is
-resumed, and a finished one is not repeated, whatever its config: give options another --name. The table goes to
-stdout, JSON to experiments/results/NAME.json.
+resumed, and a finished one is not repeated; if it has another config, the script ends: give options another --name. The
+table goes to stdout, JSON to experiments/results/NAME.json.
 """
 
 import argparse
@@ -16,8 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from memformer.cli.run_config import parse_run_config
+from memformer.errors import InputError
+from memformer.reproduction.reuse import check_run
 from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.run_folder import CHECKPOINTS
+from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.utils.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe_machine
@@ -32,6 +36,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Number of seeds trained in parallel, one core each.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
+    try:
+        for seed in options.seeds:
+            check(options.config, name, seed, further)
+    except InputError as error:
+        sys.exit(f"seeds.py: error: {error}")
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = pool.map(lambda seed: train(options.config, name, seed, further), options.seeds)
         results = dict(zip(options.seeds, runs, strict=True))
@@ -46,16 +55,29 @@ def main() -> None:
         "bits_per_byte_memory_erased": spread([run["memory_erased"]["bits_per_byte"] for run in results.values()]),
     }
     output = Path(__file__).parent / "results" / f"{name}.json"
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(output, summary)
+
+
+def check(config: Path, name: str, seed: int, further: list[str]) -> None:
+    """Check that a run can be trained, or was trained with this config.
+
+    Raises:
+        InputError: It was trained otherwise, an option is invalid, or the task has no bits per byte.
+    """
+    folder = Path("runs") / f"{name}-seed-{seed}"
+    planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
+    if planned.data.recall is not None:
+        raise InputError(f"{config} is of a recall task; experiments/retention/compare.py measures these")
+    if (folder / RESULT_FILE).exists() or any(checkpoints_newest_first(folder / CHECKPOINTS)):
+        check_run(folder, planned)
 
 
 def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:
     """Train one seed to the end, and return its evaluation on held-out documents with figures of the training."""
     folder = Path("runs") / f"{name}-seed-{seed}"
-    if not (folder / "evaluation.json").exists():
+    if not (folder / RESULT_FILE).exists():
         run(config, folder, seed, further)
-    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line for line in log if line["kind"] == "training"][-1]
     curve = [line for line in log if line["kind"] == "evaluation"]
@@ -67,12 +89,13 @@ def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
     command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
     if any(checkpoints_newest_first(folder / CHECKPOINTS)):
         command.append("--resume")
-    subprocess.run([*command, *further], check=True, stdout=subprocess.DEVNULL)
+    if status := subprocess.run([*command, *further], check=False, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(status)  # the command has said why
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Return the mean, the standard deviation, the lowest and the highest value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    """Return the mean, the standard deviation (0 for one value), the lowest and the highest value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.mean(values), "deviation": deviation, "low": min(values), "high": max(values)}
 
 

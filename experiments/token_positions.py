@@ -9,12 +9,14 @@ shows how much the first tokens of a segment cost.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 
 from memformer import Session
 from memformer.cli.run_config import parse_run_config
+from memformer.errors import InputError
 from memformer.training.run_data import DocumentData, first_documents, prepare_data
 from memformer.training.run_folder import load_run
 
@@ -26,7 +28,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_000, help="Number of held-out tokens, in whole documents.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     options = parser.parse_args()
-    found = {str(run.name): bits_by_position(run, options.tokens) for run in options.runs}
+    try:
+        found = {str(run): bits_by_position(run, options.tokens) for run in options.runs}
+    except InputError as error:
+        sys.exit(f"token_positions.py: error: {error}")
     if options.json:
         print(json.dumps(found))
         return

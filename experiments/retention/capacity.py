@@ -51,8 +51,15 @@ def main() -> None:
 
 
 def pairs_held(name: str, facts_per_segment: int) -> dict[tuple[int, int], list[float]]:
-    """Return the pairs that each seed's memory holds, by its number of slots and the bytes of its state."""
+    """Return the pairs that each seed's memory holds, by its number of slots and the bytes of its state.
+
+    Raises:
+        SystemExit: Results are of several kinds of weights or longest distances, which cannot be compared.
+    """
     runs = json.loads((RESULTS / f"retention-{name}.json").read_text(encoding="utf-8"))["variants"]["config"]["runs"]
+    kinds = {(run["checkpoint"], run["points"][-1]["distance"]) for run in runs}
+    if len(kinds) > 1:
+        sys.exit(f"retention-{name}.json mixes weights or longest distances: {sorted(kinds)}")
     held: dict[tuple[int, int], dict[int, float]] = {}
     for run in runs:
         if run["facts_per_segment"] == facts_per_segment:

@@ -20,9 +20,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from memformer.cli.run_config import parse_run_config
+from memformer.errors import InputError
 from memformer.evaluation.plots import make_panels, put_legend_below, write_figure
+from memformer.reproduction.reuse import check_run
 from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.run_folder import CHECKPOINTS
+from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.utils.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from machine import describe_machine
@@ -111,7 +115,7 @@ def main() -> None:
             kept = [run for run in earlier if identity(run) not in {identity(run) for run in runs}]
             known[variant] = {"options": [*model, *further], "runs": [*kept, *runs]}
             summary = {"config": str(options.config), "machine": describe_machine(1), "variants": known}
-            output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            write_json(output, summary)
             title = f"{variant}, " + ", ".join(f"{name} {runs[0][name]}" for name in LAYOUT)
             print(format_row(title, runs), flush=True)
             measured[title] = runs
@@ -129,11 +133,18 @@ def as_option(value: Any) -> str:
 
 
 def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
-    """Train one run to its end, unless it is finished already."""
-    if (folder / "evaluation.json").exists():
+    """Train one run to its end, unless it is finished already; end the script if it was trained otherwise."""
+    is_finished, has_begun = (folder / RESULT_FILE).exists(), any(checkpoints_newest_first(folder / CHECKPOINTS))
+    try:
+        planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
+        if is_finished or has_begun:
+            check_run(folder, planned)
+    except InputError as error:
+        sys.exit(f"compare.py: error: {error}")
+    if is_finished:
         return
     command = [*MEMFORMER, "train", str(config), "--folder", str(folder), "--seed", str(seed), *further]
-    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
+    if has_begun:
         command.append("--resume")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

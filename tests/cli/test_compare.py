@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from memformer.training.comparison import same_data
 from tests.cli.calls import call, call_json, refused
 
 
@@ -137,6 +139,10 @@ def test_folders_that_are_no_runs_are_refused_in_one_sentence(copies, tmp_path):
     assert refused("compare", run) == f"memformer compare needs at least two runs, not only {run}"
     assert "are required: runs" in refused("compare")
     assert "could not be written" in refused("compare", run, other, "--output", run)
+    assert (
+        refused("compare", run, other, "--output", tmp_path / "c.pdf")
+        == f"output ({tmp_path / 'c.pdf'}) must end in .png"
+    )
     (other / "log.jsonl").unlink()
     assert refused("compare", run, other) == f"{other} is not the folder of a trained run: it has no log.jsonl"
 
@@ -196,3 +202,12 @@ def test_other_documents_of_the_same_files_are_other_data(copies, tmp_path, chan
             (run / "data.json").write_text(json.dumps({**inputs, "tokenizer": str(number)}))
         (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert call_json("compare", *copies, *output)["same_data"] is False
+
+
+def test_options_of_recall_training_do_not_make_other_held_out_data():
+    def run(**options):
+        recall = {"task": "copy", "num_facts": [1, 4], "question_probability": 1.0, **options}
+        return SimpleNamespace(config={"data": {"recall": recall}}, inputs=None, num_bytes=None)
+
+    assert same_data([run(), run(question_probability=0.5, curriculum={"window": 3})])
+    assert not same_data([run(), run(num_facts=[1, 5])])

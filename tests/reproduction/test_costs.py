@@ -77,7 +77,8 @@ def test_invalid_input_gives_one_error_line(tmp_path, monkeypatch):
     options = write_costs(tmp_path, monkeypatch, paper=PAPER, models=models, horizons=[2])
     assert "segment_length (0) must be at least 1" in refused("reproduce", *options)
     assert "costs has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
-    for given in (["--seeds", "2"], ["--rows", "x"], ["--jobs", "0"], ["--only_write"], ["--", "--seed", "3"]):
+    values = (["--seeds", "2"], ["--rows", "x"], ["--jobs", "0"], ["--data", "x"], ["--", "--seed", "3"])
+    for given in (["--only_write"], *values):
         name = next(option for option in given if option != "--")
         message = refused("reproduce", *options, *given)
         assert message == f"{name} cannot be given: costs trains nothing, it measures costs"

@@ -103,10 +103,9 @@ def trained(monkeypatch):
     """Keys of the rows that `reproduce` trains; training writes a finished run at once."""
     found = []
 
-    def train(run, options, say):
+    def train(run, options, processes, say):
         found.append(f"{run.row.key}-{run.seed}")
         finish(run)
-        return 0
 
     monkeypatch.setattr(runs, "_train", train)
     monkeypatch.setattr(command, "check_runs", lambda runs, **_: None)  # reads configs, which are not written here

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,14 +17,14 @@ from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_mo
 from memformer.cli import run_config
 from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
-from memformer.reproduction import command, runs
+from memformer.reproduction import command, processes, runs
 from memformer.reproduction.results import collect, draw
 from memformer.reproduction.runs import check_data, plan_runs
 from memformer.reproduction.tables import read_table, table_names, tables_folder
 from memformer.utils import progress
 from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, make_text, refused
-from tests.training.jobs import run_forked
+from tests.training.jobs import forked
 
 TABLE = {
     "title": "A small table",
@@ -75,7 +77,7 @@ def table(base, tmp_path, monkeypatch):
 
 
 def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run_forked, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
     out = tmp_path / "out"
     figures = call_json("reproduce", *table, "--seeds", "2", "--jobs", "2")
     assert [row["row"] for row in figures["rows"]] == ["1-lstm", "2-memory"]
@@ -99,6 +101,8 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, 
     before = (out / "2-memory-seed-0" / "log.jsonl").read_bytes()
     shutil.rmtree(out / "1-lstm-seed-0")
     (out / "1-lstm-seed-1" / "evaluation.json").unlink()  # an interrupted run, which is resumed
+    changed = refused("reproduce", *table, "--seeds", "2", "--rows", "1-lstm", "--", "--training.learning_rate", "1")
+    assert "1-lstm-seed-1 cannot be reused: the run began with training.learning_rate: 0.001, now it is 1.0" in changed
     status, printed, error = call("reproduce", *table, "--seeds", "2")
     assert status == 0, error
     assert "2 of 4 runs are finished" in error
@@ -113,8 +117,11 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, 
 
     result = json.loads(call("reproduce", *table, "--only_write", "--rows", "2-memory", "--json")[1])
     assert result["rows"][0]["row"] == "2-memory"
-    check_what_is_reused(table, tmp_path, run=out / "2-memory-seed-0")
+    changed = refused("reproduce", *table, "--only_write", "--", "--training.weight_decay", "0")
+    assert "cannot be reused: the run began with training.weight_decay: 0.1, now it is 0.0" in changed
+    assert "--nonsense" in refused("reproduce", *table, "--only_write", "--", "--nonsense", "5")
     check_damaged_results(table, run=out / "2-memory-seed-0")
+    check_what_is_reused(table, tmp_path, run=out / "2-memory-seed-0")
 
 
 def check_damaged_results(table, *, run):
@@ -167,6 +174,59 @@ def test_a_folder_in_use_is_refused(table, tmp_path):
     assert f"in use by process {os.getpid()} on " in (tmp_path / "out" / "1-lstm-seed-0" / "train.log").read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_in_training_and_begins_no_other(table, tmp_path, monkeypatch, number):
+    begun, terminated = [], []
+
+    class Process:
+        """A run that saves and ends when it gets the signal: of the parent, or as a part of a terminal's group."""
+
+        def __init__(self, command, stdout, stderr):
+            begun.append(command)
+            stdout.write("memformer: error: an error\nstopped\n")
+            stdout.flush()
+            self.is_ended = threading.Event()
+            # Only the main thread handles signals, while it waits for the runs.
+            os.kill(os.getpid(), number)
+            if number == signal.SIGINT:
+                threading.Timer(0.2, self.is_ended.set).start()
+
+        def wait(self):
+            assert self.is_ended.wait(60)
+            return 128 + number
+
+        def terminate(self):
+            terminated.append(self)
+            self.is_ended.set()
+
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
+    status, _, error = call("reproduce", *table)
+    assert status == 128 + number
+    assert f"memformer: stopped by {number.name}; the same command continues the runs" in error
+    assert (len(begun), len(terminated)) == (1, number == signal.SIGTERM)
+    assert not (tmp_path / "out" / "table.md").exists()
+
+
+def test_a_failed_run_is_reported_with_its_own_error(table, tmp_path, monkeypatch):
+    """Another process may still write to the same log."""
+
+    class Process:
+        def __init__(self, command, stdout, stderr):
+            stdout.write("memformer: error: the reason\nupdate 48: held out\n")
+
+        def wait(self):
+            return 2
+
+    log = tmp_path / "out" / "1-lstm-seed-0" / "train.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("memformer: error: of before\n")
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
+    found = refused("reproduce", *table, "--rows", "1-lstm")
+    assert found == f"1 of 1 runs failed; {log} says: memformer: error: the reason"
+
+
 def test_missing_data_is_named_before_anything_is_trained(table, tmp_path):
     """The files, where to get them and where to put them are named at once."""
     empty = tmp_path / "empty"
@@ -198,13 +258,13 @@ def test_the_progress_of_all_runs_is_shown(table, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "FIRST_PLAIN_LINE_AFTER", 0.0)
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
 
-    def train(run, options, say):
+    def train(run, options, processes, say):
         run.folder.mkdir(parents=True)
         for update in (1, 2):
             with (run.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"kind": "training", "update": update}) + "\n")
             time.sleep(0.1)
-        return 1
+        return "a reason"
 
     monkeypatch.setattr(runs, "_train", train)
     err = call("reproduce", *table, "--", "--training.num_updates=2e0")[2]
@@ -226,12 +286,12 @@ def test_the_time_before_the_first_update_does_not_count_towards_the_speed(table
         def advance_to(self, completed, status):
             calls.append(("advance", completed))
 
-    def train(run, options, say):
+    def train(run, options, processes, say):
         time.sleep(0.1)
         run.folder.mkdir(parents=True)
         (run.folder / "log.jsonl").write_text(json.dumps({"kind": "training", "update": 1}) + "\n")
         time.sleep(0.1)
-        return 1
+        return "a reason"
 
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     monkeypatch.setattr(runs, "ProgressBar", Bar)
@@ -256,7 +316,7 @@ def test_invalid_input_is_refused(table, tmp_path):
     assert not [*(tmp_path / "out").glob("*lstm*")]
     message = refused("reproduce", *table, "--rows", "1-lstm", "--", "--data.train.path", "nowhere")
     assert "1 of 1 runs failed; " in message
-    assert "train.log ends with: memformer: error: data.train.path (nowhere)" in message
+    assert "train.log says: memformer: error: data.train.path (nowhere)" in message
     row = tmp_path / "experiments" / "tiny" / "1-lstm.yaml"
     row.write_text(row.read_text().replace("paper:", "papre:"))
     assert "unknown key 'papre'" in refused("reproduce", *table)

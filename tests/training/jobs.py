@@ -54,11 +54,16 @@ def run_command(*arguments: str) -> None:
     entry_point()
 
 
-def run_forked(command, *, stdout, stderr, check):
-    """Run `python -m memformer ...` as `subprocess.run` does, without the time that a Python process takes to start."""
-    done = run_job(run_command, *command[3:], count=1)
-    stdout.write(done.output)
-    return SimpleNamespace(returncode=done.status)
+def forked(command, *, stdout, stderr):
+    """Run `python -m memformer ...` as `subprocess.Popen` does, without the time that Python takes to start."""
+
+    def wait():
+        done = run_job(run_command, *command[3:], count=1)
+        stdout.write(done.output)
+        stdout.flush()
+        return done.status
+
+    return SimpleNamespace(wait=wait)
 
 
 def run_job(target: Callable[..., Any], *arguments: Any, count: int = 2, restarts: int = 0) -> Done:

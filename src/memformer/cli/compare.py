@@ -45,6 +45,8 @@ def run_compare(argv: list[str]) -> None:
         raise InputError(f"memformer compare needs at least two runs, not only {options.runs[0]}")
     output = user_path(options.output)
     check_can_write(output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"output ({options.output}) must end in .png")
     runs = [summarize_run(user_path(run), warn=print_warning) for run in options.runs]
     write_figure(output, draw_comparison([(run.folder, run.lines, run.metric) for run in runs]))
     if options.json:

@@ -34,6 +34,7 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
     Raises:
         InputError: The table, scale or row is unknown, an option differs between runs, a finished run was trained
             otherwise, or runs failed.
+        Interrupted: SIGINT or SIGTERM arrived; the runs in training were saved.
     """
     folder = tables_folder()
     costs, headlines = costs_names(folder), headline_names(folder)
@@ -63,6 +64,7 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         data=data,
     )
     if options.only_write:  # also while another process trains
+        check_runs([run for run in runs if run.is_finished], options=train_options, parse=parse)
         return _write_table(table, runs, output, options)
     check_data(runs, table, data=data, options=train_options)
     with owned_folder(output, option="--folder"):
@@ -85,6 +87,7 @@ def _refuse_training_options(options: Any, train_options: Sequence[str]) -> None
         "--rows": options.rows is not None,
         "--jobs": options.jobs != 1,
         "--only_write": options.only_write,
+        "--data": options.data != "data",
     }
     if names := [name for name, is_given in given.items() if is_given] + [*train_options[:1]]:
         raise InputError(f"{', '.join(names)} cannot be given: {options.table} trains nothing, it measures costs")
@@ -101,6 +104,8 @@ def _reproduce_headline(
     tables = output.absolute().parent
     plans = [part.plan(seeds=range(options.seeds), folder=tables, data=data) for part in headline.parts]
     if options.only_write:
+        finished = [run for runs in plans for run in runs if run.is_finished]
+        check_runs(finished, options=train_options, parse=parse)
         return _write_headline(headline, plans, output, options)
     for part, runs in zip(headline.parts, plans, strict=True):
         check_data(runs, part.table, data=data, options=train_options)

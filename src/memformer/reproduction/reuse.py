@@ -1,4 +1,4 @@
-"""Reuse of finished runs: only if they were trained as the table, the options and the data now say."""
+"""Reuse of runs: only if they were trained as the table, the options and the data now say."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ _ADVICE = "train it again in another --folder, or delete it"
 
 
 def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfig) -> None:
-    """Check the options with the config of every row, and that all finished runs can be reused.
+    """Check the options with the config of every row, and that all runs that were begun can be reused or continued.
 
     The data is compared by content. If its files are not there, it is not compared: finished runs do not need them.
 
@@ -53,14 +53,14 @@ def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfi
         parse: Returns the config of `memformer train` for its arguments.
 
     Raises:
-        InputError: A finished run was trained with another config or other data; or an option is invalid.
+        InputError: A run was trained with another config or on other data; or an option is invalid.
         CheckpointError: A file of a run is damaged.
     """
     # The runs of a row differ in the seed alone.
     planned = {key: _parse(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
     for run in runs:
-        if run.is_finished:
-            _check(run, planned[run.row.key])
+        if run.is_finished or run.has_begun:
+            check_run(run.folder, dataclasses.replace(planned[run.row.key], seed=run.seed))
 
 
 def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
@@ -70,14 +70,19 @@ def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
         return parse([str(file), *options])
 
 
-def _check(run: Run, planned: RunConfig) -> None:
-    saved, began_with = read_run_config(run.folder), read_inputs(run.folder)
-    tokenizer = load_tokenizer(run.folder)
+def check_run(folder: Path, planned: RunConfig) -> None:
+    """Check that the run in a folder was trained with a config, up to settings that do not change its results.
+
+    Raises:
+        InputError: It was trained with another config or on other data.
+        CheckpointError: A file of the run is damaged.
+    """
+    saved, began_with = read_run_config(folder), read_inputs(folder)
+    tokenizer = load_tokenizer(folder)
     # `memformer train` derives these from the tokenizer and the tasks.
     derived = {name: saved["model"][name] for name in ("vocab_size", "num_special_tokens") if name in saved["model"]}
     now = dataclasses.replace(
         planned,
-        seed=run.seed,
         model=dataclasses.replace(planned.model, **derived),
         data=pin_revisions(planned.data, saved),
     )
@@ -88,4 +93,4 @@ def _check(run: Run, planned: RunConfig) -> None:
         with contextlib.suppress(InputError):
             change = find_changed_input(began_with, describe_inputs(now.data, tokenizer, known=began_with))
     if change is not None:
-        raise InputError(f"{run.folder} cannot be reused: {change}; {_ADVICE}")
+        raise InputError(f"{folder} cannot be reused: {change}; {_ADVICE}")

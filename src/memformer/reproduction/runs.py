@@ -1,7 +1,7 @@
 """The runs of a table: missing runs are trained, interrupted runs are resumed, finished runs are reused."""
 
 import contextlib
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 
 from memformer.data.files import locate_files
 from memformer.errors import CheckpointError, InputError
+from memformer.reproduction.processes import Processes
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import TrainingConfig
@@ -21,6 +22,7 @@ from memformer.training.logs import missing_value_sentence, read_log
 from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, TRAIN_LOG
 from memformer.utils.files import read_json, write_text
 from memformer.utils.progress import ProgressBar
+from memformer.utils.signals import Interrupted, signals_noted
 from memformer.utils.yaml_files import to_yaml
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -46,6 +48,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the run was trained to its end and evaluated."""
         return (self.folder / RESULT_FILE).is_file()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run can be continued: it has a checkpoint."""
+        return any(checkpoints_newest_first(self.folder / CHECKPOINTS))
 
     def result(self, metric: str) -> dict[str, Any]:
         """Return the final evaluation, with the number of training tokens and the training time in seconds.
@@ -139,29 +146,36 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     Raises:
         InputError: Some runs failed; the others are finished.
         SaveError: A config cannot be written.
+        Interrupted: SIGINT or SIGTERM arrived; the runs in training were saved, and no other one began.
     """
     missing = [run for run in runs if not run.is_finished]
     total = sum(_total_updates(run, options) for run in missing)
     completed = sum(_num_updates(run) for run in missing)
+    processes = Processes()
     with (
+        signals_noted() as signals,
         ProgressBar("training", total, unit="update", completed=completed) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
         progress.say(f"memformer: {len(runs) - len(missing)} of {len(runs)} runs are finished")
-        endings = [pool.submit(_train, run, options, progress.say) for run in missing]
-        has_begun = False
+        endings = [pool.submit(_train, run, options, processes, progress.say) for run in missing]
+        has_begun = is_stopping = False
         while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
+            if signals.received and not is_stopping:
+                is_stopping = True
+                # A terminal sends SIGINT to the runs as well, and a second one would end them unsaved.
+                processes.stop(terminate=signals.received[0] == signal.SIGTERM)
             num_done = sum(ending.done() for ending in endings)
             num_updates = sum(map(_num_updates, missing))
             if num_updates > completed and not has_begun:
                 has_begun = True
                 progress.begin_at(num_updates)  # the data were tokenized before, once for all runs
             progress.advance_to(num_updates, f"{num_done} of {len(missing)} runs done")
-    failed = [run for run, ending in zip(missing, endings, strict=True) if ending.result() != 0]
-    if failed:
-        log = failed[0].folder / TRAIN_LOG
-        last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
-        raise InputError(f"{len(failed)} of {len(missing)} runs failed; {log} ends with: {last}")
+    if signals.received and any(not run.is_finished for run in missing):
+        raise Interrupted(signals.received[0], "the same command continues the runs")
+    failed = {run.folder: ending.result() for run, ending in zip(missing, endings, strict=True) if ending.result()}
+    for folder, reason in failed.items():
+        raise InputError(f"{len(failed)} of {len(missing)} runs failed; {folder / TRAIN_LOG} says: {reason}")
 
 
 def _total_updates(run: Run, options: Sequence[str]) -> int:
@@ -183,19 +197,30 @@ def _num_updates(run: Run) -> int:
         return 0
 
 
-def _train(run: Run, options: Sequence[str], say: Callable[[str], None]) -> int:
+def _train(run: Run, options: Sequence[str], processes: Processes, say: Callable[[str], None]) -> str | None:
+    """Train a run, unless the processes are stopped; return why it failed, or None."""
     config = run.folder.with_name(f"{run.folder.name}.yaml")
     write_text(config, to_yaml(run.config))
     command = [sys.executable, "-m", "memformer", "train", str(config)]
     command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
-    if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
+    if run.has_begun:
         command.append("--resume")
     name = f"memformer: {run.row.name}, seed {run.seed}"
-    say(f"{name}: started")
     run.folder.mkdir(parents=True, exist_ok=True)
+    file = run.folder / TRAIN_LOG
     started = time.monotonic()
-    with (run.folder / TRAIN_LOG).open("a", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with file.open("a", encoding="utf-8") as log:
+        num_bytes = file.stat().st_size
+        say(f"{name}: started")
+        status = processes.run(command, log)
     minutes = (time.monotonic() - started) / 60
-    say(f"{name}: {'done' if status == 0 else f'failed ({status})'} in {minutes:.1f} min")
-    return status
+    ending = {0: "done", None: "not begun"}.get(status, f"failed ({status})")
+    say(f"{name}: {ending} in {minutes:.1f} min")
+    return _reason(file, num_bytes) if status else None
+
+
+def _reason(log: Path, num_bytes: int) -> str:
+    """Return the last error in a log after so many bytes, or else its last line."""
+    lines = log.read_bytes()[num_bytes:].decode("utf-8", errors="replace").splitlines() or ["nothing"]
+    errors = [line for line in lines if line.startswith("memformer: error: ")]
+    return (errors or lines)[-1]

@@ -204,6 +204,11 @@ def same_data(runs: Sequence[RunSummary]) -> bool:
     return all(each == chosen[0] for each in chosen) and len(sizes) <= 1
 
 
+_OF_RECALL_TRAINING = tuple(
+    f"data.recall.{name}" for name in ("curriculum", "question_probability", "decoy_probability", "mine_decoys")
+)
+
+
 def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
     """Return what decides which data a run was evaluated on."""
     data = run.config.get("data") or {}
@@ -211,6 +216,8 @@ def _held_out_data(run: RunSummary, *, by_content: bool) -> dict[str, Any]:
     names = (*split, "test", "end_of_document", "max_document_tokens", "recall")
     # A run may be older than a key, whose value was then the default.
     chosen = dict(_flatten({"data": {name: data.get(name) or None for name in names}}))
+    # Only training reads these.
+    chosen = {key: value for key, value in chosen.items() if not key.startswith(_OF_RECALL_TRAINING)}
     if not chosen.get("data.recall.task"):
         default = TrainingConfig.evaluation_tokens
         chosen["evaluation_tokens"] = (run.config.get("training") or {}).get("evaluation_tokens", default)

@@ -29,8 +29,8 @@ class CurriculumConfig:
     curriculum.
 
     Args:
-        start_distance: Maximum distance at the start, in segments.
-        start_facts: Maximum number of facts at the start.
+        start_distance: Maximum distance at the start, in segments; at most `max_distance` is used.
+        start_facts: Maximum number of facts at the start; at most that of `num_facts` is used.
         advance_below: Loss in nats per answer token. A mean loss below it over `window` updates advances the
             curriculum.
         window: Number of updates over which the loss is averaged.
