@@ -7,17 +7,21 @@ from typing import TextIO
 
 
 class Processes:
-    """Processes that are run from several threads; once they are stopped, no new one begins."""
+    """Processes that are run from several threads.
+
+    Attributes:
+        are_stopped: Whether `stop` was called; then no new process begins.
+    """
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
-        self._is_stopped = False
+        self.are_stopped = False
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], log: TextIO) -> int | None:
         """Run a command to its end, with its output in a log; return its status, or None if it did not begin."""
         with self._lock:
-            if self._is_stopped:
+            if self.are_stopped:
                 return None
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             self._running.append(process)
@@ -30,6 +34,6 @@ class Processes:
     def stop(self, *, terminate: bool) -> None:
         """Begin no process any more; with `terminate`, ask those that run to save and end."""
         with self._lock:
-            self._is_stopped = True
+            self.are_stopped = True
             for process in self._running if terminate else ():
                 process.terminate()

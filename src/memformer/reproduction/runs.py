@@ -199,6 +199,8 @@ def _num_updates(run: Run) -> int:
 
 def _train(run: Run, options: Sequence[str], processes: Processes, say: Callable[[str], None]) -> str | None:
     """Train a run, unless the processes are stopped; return why it failed, or None."""
+    if processes.are_stopped:
+        return None
     config = run.folder.with_name(f"{run.folder.name}.yaml")
     write_text(config, to_yaml(run.config))
     command = [sys.executable, "-m", "memformer", "train", str(config)]
@@ -214,8 +216,8 @@ def _train(run: Run, options: Sequence[str], processes: Processes, say: Callable
         say(f"{name}: started")
         status = processes.run(command, log)
     minutes = (time.monotonic() - started) / 60
-    ending = {0: "done", None: "not begun"}.get(status, f"failed ({status})")
-    say(f"{name}: {ending} in {minutes:.1f} min")
+    ending = "done" if status == 0 else "stopped" if processes.are_stopped else f"failed ({status})"
+    say(f"{name}: {ending} after {minutes:.1f} min")
     return _reason(file, num_bytes) if status else None
 
 
