@@ -64,12 +64,10 @@ def check(config: Path, name: str, seed: int, further: list[str]) -> None:
     Raises:
         InputError: It was trained otherwise, an option is invalid, or the task has no bits per byte.
     """
-    folder = Path("runs") / f"{name}-seed-{seed}"
     planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
     if planned.data.recall is not None:
         raise InputError(f"{config} is of a recall task; experiments/retention/compare.py measures these")
-    if (folder / RESULT_FILE).exists() or any(checkpoints_newest_first(folder / CHECKPOINTS)):
-        check_run(folder, planned)
+    check_run(Path("runs") / f"{name}-seed-{seed}", planned)
 
 
 def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:

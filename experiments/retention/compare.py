@@ -134,17 +134,15 @@ def as_option(value: Any) -> str:
 
 def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
     """Train one run to its end, unless it is finished already; end the script if it was trained otherwise."""
-    is_finished, has_begun = (folder / RESULT_FILE).exists(), any(checkpoints_newest_first(folder / CHECKPOINTS))
     try:
         planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
-        if is_finished or has_begun:
-            check_run(folder, planned)
+        check_run(folder, planned)
     except InputError as error:
         sys.exit(f"compare.py: error: {error}")
-    if is_finished:
+    if (folder / RESULT_FILE).exists():
         return
     command = [*MEMFORMER, "train", str(config), "--folder", str(folder), "--seed", str(seed), *further]
-    if has_begun:
+    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
         command.append("--resume")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

@@ -1,4 +1,4 @@
-"""What `from_pretrained` does after transformers has loaded a folder."""
+"""Checks of loaded weights, and the saved token that ends a document."""
 
 from collections.abc import Mapping
 from pathlib import Path

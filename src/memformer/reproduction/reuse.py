@@ -9,8 +9,9 @@ from pathlib import Path
 from memformer.data import load_tokenizer
 from memformer.errors import InputError
 from memformer.reproduction.runs import Run
+from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import RunConfig, TrainingConfig
-from memformer.training.run_folder import read_run_config
+from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE, read_run_config
 from memformer.training.run_inputs import (
     LOCATION_KEYS,
     describe_inputs,
@@ -59,8 +60,7 @@ def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfi
     # The runs of a row differ in the seed alone.
     planned = {key: _parse(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
     for run in runs:
-        if run.is_finished or run.has_begun:
-            check_run(run.folder, dataclasses.replace(planned[run.row.key], seed=run.seed))
+        check_run(run.folder, dataclasses.replace(planned[run.row.key], seed=run.seed))
 
 
 def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
@@ -71,12 +71,14 @@ def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
 
 
 def check_run(folder: Path, planned: RunConfig) -> None:
-    """Check that the run in a folder was trained with a config, up to settings that do not change its results.
+    """Check that the run in a folder, if one was begun, has a config, up to settings that do not change its results.
 
     Raises:
         InputError: It was trained with another config or on other data.
         CheckpointError: A file of the run is damaged.
     """
+    if not (folder / RESULT_FILE).is_file() and not any(checkpoints_newest_first(folder / CHECKPOINTS)):
+        return
     saved, began_with = read_run_config(folder), read_inputs(folder)
     tokenizer = load_tokenizer(folder)
     # `memformer train` derives these from the tokenizer and the tasks.

@@ -159,10 +159,9 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     ):
         progress.say(f"memformer: {len(runs) - len(missing)} of {len(runs)} runs are finished")
         endings = [pool.submit(_train, run, options, processes, progress.say) for run in missing]
-        has_begun = is_stopping = False
+        has_begun = False
         while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
-            if signals.received and not is_stopping:
-                is_stopping = True
+            if signals.received and not processes.are_stopped:
                 # A terminal sends SIGINT to the runs as well, and a second one would end them unsaved.
                 processes.stop(terminate=signals.received[0] == signal.SIGTERM)
             num_done = sum(ending.done() for ending in endings)
@@ -174,7 +173,8 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     if signals.received and any(not run.is_finished for run in missing):
         raise Interrupted(signals.received[0], "the same command continues the runs")
     failed = {run.folder: ending.result() for run, ending in zip(missing, endings, strict=True) if ending.result()}
-    for folder, reason in failed.items():
+    if failed:
+        folder, reason = next(iter(failed.items()))
         raise InputError(f"{len(failed)} of {len(missing)} runs failed; {folder / TRAIN_LOG} says: {reason}")
 
 
