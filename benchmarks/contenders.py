@@ -10,6 +10,7 @@ is forward and backward without optimizer.
 
 # ruff: noqa: D102 - the methods are documented in Contender.
 
+import argparse
 import json
 import sys
 import time
@@ -347,7 +348,11 @@ CONTENDERS: dict[str, Callable[[dict[str, Any]], Contender]] = {
 
 def main() -> None:
     """Build the model, print its properties, and do one unit of work for each line on stdin."""
-    name, options = sys.argv[1], json.loads(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("options", type=json.loads, help="A JSON object.")
+    arguments = parser.parse_args()
+    name, options = arguments.name, arguments.options
     torch.set_num_threads(options["threads"])
     torch.manual_seed(0)
     contender = CONTENDERS[name](options)

@@ -9,6 +9,7 @@ and the bytes of the state. All models have the same width and number of layers,
 
 # ruff: noqa: D102 - the methods are documented in Generator.
 
+import argparse
 import json
 import sys
 import time
@@ -236,7 +237,11 @@ GENERATORS: dict[str, Callable[[dict[str, Any]], Generator]] = {
 @torch.no_grad()
 def main() -> None:
     """Build the model, print its properties, and decode once for each line on stdin."""
-    name, options = sys.argv[1], json.loads(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=GENERATORS)
+    parser.add_argument("options", type=json.loads, help="A JSON object.")
+    arguments = parser.parse_args()
+    name, options = arguments.name, arguments.options
     torch.set_num_threads(options["threads"])
     torch.manual_seed(0)
     generator = GENERATORS[name](options)

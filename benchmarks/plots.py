@@ -3,6 +3,7 @@
 python benchmarks/plots.py
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Draw every result file that exists."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     mpl.use("agg")
     for name, draw in (("speed", draw_speed), ("generation", draw_generation), ("replay", draw_replay)):
         file = RESULTS / f"{name}.json"

@@ -32,12 +32,16 @@ def main() -> None:
     """Train, test and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines with author, title and text (.jsonl.xz).")
-    parser.add_argument("--updates", type=int, default=200, help="Number of updates.")
-    parser.add_argument("--pooling", default="mean", help="Pooling of the classifier: mean, last or memory.")
-    parser.add_argument("--label_unit", default="segment", help="Where labels stand in training: document or segment.")
+    parser.add_argument("--updates", type=int, default=200, help="Number of updates, at least 1.")
+    parser.add_argument("--pooling", choices=["mean", "last", "memory"], default="mean", help="Pooling of the classifier.")
+    parser.add_argument(
+        "--label_unit", choices=["document", "segment"], default="segment", help="Where labels stand in training."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and of the excerpts.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object to stdout.")
     options = parser.parse_args()
+    if options.updates < 1:
+        parser.error(f"--updates is {options.updates}; it must be at least 1")
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     training, held_out = read_books(options.files)
@@ -62,13 +66,16 @@ def read_books(files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, np.n
     """Return the token ids of each author's training books, joined, and of the held-out book.
 
     Raises:
-        SystemExit: Fewer than two authors have enough books.
+        SystemExit: A file cannot be read, or fewer than two authors have enough books.
     """
     by_author = defaultdict(dict)
     for file in files:
-        with lzma.open(file, "rt", encoding="utf-8") as lines:
-            for book in map(json.loads, lines):
-                by_author[book["author"]][book["title"]] = book["text"]
+        try:
+            with lzma.open(file, "rt", encoding="utf-8") as lines:
+                for book in map(json.loads, lines):
+                    by_author[book["author"]][book["title"]] = book["text"]
+        except (OSError, lzma.LZMAError, ValueError, TypeError, KeyError) as error:
+            raise SystemExit(f"{file} must hold JSON lines with author, title and text (.jsonl.xz): {error!r}") from error
     training, held_out = {}, {}
     for author, books in by_author.items():
         if len(books) >= FEWEST_BOOKS:

@@ -210,3 +210,15 @@ def test_buffers_of_any_part_are_watched(part, rebinds, readout_timesteps):
         with pytest.raises(InputError, match=r"the buffer \S+\.mean changes when the model reads"):
             backpropagate(model, random_rollout(3, 2), method=method, **options)
         assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_buffer_of_the_model_itself_is_named():
+    model = tiny_model()
+    model.register_buffer("count", torch.zeros(()))
+
+    def count(*_):
+        model.count.add_(1)
+
+    model.encoder.register_forward_pre_hook(count)
+    with pytest.raises(InputError, match="the buffer count changes when the model reads"):
+        backpropagate(model, random_rollout(3, 2))

@@ -126,10 +126,11 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, 
 
 def check_damaged_results(table, *, run):
     """Results that lack a value are named; nothing is written from them."""
-    for name, content in {
-        "log.jsonl": b'{"kind": "evaluation", "update": 2}\n',
-        "evaluation.json": b'{"num_tokens": 1}',
-    }.items():
+    for name, content in (
+        ("log.jsonl", b'{"kind": "evaluation", "update": 2}\n'),
+        ("evaluation.json", b'{"num_tokens": 1}'),
+        ("evaluation.json", b'{"with_memory": {"bits_per_byte": NaN}, "memory_erased": {"bits_per_byte": 1}}'),
+    ):
         intact = (run / name).read_bytes()
         (run / name).write_bytes(content)
         assert f"in {run} lacks a value" in refused("reproduce", *table, "--only_write")

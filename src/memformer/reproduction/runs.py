@@ -1,6 +1,7 @@
 """The runs of a table: missing runs are trained, interrupted runs are resumed, finished runs are reused."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -67,7 +68,8 @@ class Run:
         result = read_json(self.folder / RESULT_FILE)
         try:
             for memory in ("with_memory", "memory_erased"):
-                float(result[memory][metric])
+                if not math.isfinite(value := float(result[memory][metric])):
+                    raise ValueError(f"{memory}.{metric} is {value}")
             training = newest["training"]
             return {**result, "tokens_trained": training["num_tokens"], "training_seconds": training["seconds"]}
         except (KeyError, TypeError, ValueError) as error:

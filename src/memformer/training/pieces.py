@@ -154,7 +154,7 @@ class BufferCheck:
 
     def __init__(self, model: RecurrentModel) -> None:
         self._found = [
-            (module, prefix, name, buffer, buffer._version)
+            (module, f"{prefix}.{name}" if prefix else name, name, buffer, buffer._version)
             for prefix, module in model.named_modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -166,10 +166,10 @@ class BufferCheck:
         Raises:
             InputError: One has.
         """
-        for module, prefix, name, buffer, version in self._found:
+        for module, full_name, name, buffer, version in self._found:
             if module._buffers.get(name) is not buffer or buffer._version != version:
                 raise InputError(
-                    f"the buffer {prefix}.{name} changes when the model reads, as with spectral or batch normalization "
+                    f"the buffer {full_name} changes when the model reads, as with spectral or batch normalization "
                     "in training mode; memory replay and method 'checkpoint' read twice: use method 'bptt'"
                 )
 
