@@ -193,9 +193,18 @@ def test_bad_texts_write_nothing(run_folder, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
 
 
-def test_the_page_does_not_replace_the_text(run_folder, text, tmp_path):
+def test_the_page_replaces_nothing_that_is_read(run_folder, text, tmp_path):
+    pytest.importorskip("plotly", reason="the page needs plotly")
     before = text.read_bytes()
-    assert "is the text that is read" in refused("inspect", run_folder, "--text", text, "--output", text)
+    for output in (text, run_folder / "config.yaml"):
+        kept = output.read_bytes()
+        assert "must end in .html" in refused("inspect", run_folder, "--text", text, "--output", output)
+        assert output.read_bytes() == kept
+    source = tmp_path / "source.html"
+    source.write_bytes(before)
+    for options in (["--text", source], ["--data.kind", "text", "--data.path", source]):
+        assert "is a file that is read" in refused("inspect", run_folder, *options, "--output", source)
+        assert source.read_bytes() == before
     page = tmp_path / "page.html"
     page.write_text("of before", encoding="utf-8")
     missing = refused("inspect", run_folder, "--text", tmp_path / "missing.txt", "--output", page)

@@ -95,22 +95,24 @@ def test_a_text_that_is_refused_at_once_leaves_no_session(command, run_folder, t
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["score", "generate", "evaluate", "inspect"])
 def test_a_text_of_unknown_words_is_warned_of(command, base, tmp_path):
     """All of its words are the same token, so that its scores look good and mean nothing."""
     run, file = tmp_path / "run", tmp_path / "text"
     options = ["--training.num_updates", "1", "--data.tokenizer.kind", "word"]
     call_json("train", base / "config.yaml", "--folder", run, *options)
-    for text, is_known in (("the cat sat on a mat\n", True), ("kein Wort davon\n", False)):
+    for text, is_known in (("the cat sat on a mat\n" * 3, True), ("kein Wort davon\n" * 3, False)):
         file.write_text(text)
         argv = {
             "score": [file],
             "generate": ["--prompt_file", file, "--max_new_tokens", "0"],
             "evaluate": ["--data.kind", "text", "--data.path", file],
+            "inspect": ["--text", file, "--json"],
         }[command]
         status, _, err = call(command, run, *argv)
         assert status == 0
-        name = {"score": str(file), "generate": "the prompt", "evaluate": "the documents"}[command]
+        names = {"score": str(file), "generate": "the prompt", "evaluate": "the documents", "inspect": str(file)}
+        name = names[command]
         expected = (
             f"75% of the tokens of {name} are words outside the vocabulary of the run, which are all read as <unk>"
         )

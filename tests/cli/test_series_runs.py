@@ -180,10 +180,15 @@ def test_values_outside_of_the_training_data_are_warned_of(series, base, values,
     """Once for each column of a text that may never end, and by their share in documents."""
     folder, _, file = series
     (tmp_path / "rows.csv").write_text("1.0,0.5\n101,0.5\n-200,0.5\n1.0,2\n")
-    _, _, err = call("score", folder, tmp_path / "rows.csv")
     lowest, highest = values[:200, 1].min(), values[:200, 1].max()
-    assert err.count("outside of those of the training data") == 2
-    assert f"has values of column 'b' outside of those of the training data ({lowest:g} to {highest:g})" in err
+    for command, *options in (
+        ("score", tmp_path / "rows.csv"),
+        ("generate", "--prompt_file", tmp_path / "rows.csv", "--max_new_tokens", "0"),
+        ("inspect", "--text", tmp_path / "rows.csv", "--json"),
+    ):
+        _, _, err = call(command, folder, *options)
+        assert err.count("outside of those of the training data") == 2
+        assert f"has values of column 'b' outside of those of the training data ({lowest:g} to {highest:g})" in err
     later = values.copy()
     later[200:220, 1] = 500
     changed = write_csv(tmp_path / "changed.csv", later)

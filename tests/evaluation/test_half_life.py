@@ -13,6 +13,7 @@ from memformer.evaluation.half_life import (
     half_life,
     time_of_half,
 )
+from memformer.nn.attention import AttentionRecord
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 
 WIDTH = 16
@@ -71,9 +72,10 @@ def test_exchangeable_slots_share_a_forgetting_vector():
     assert computed_half_lives(model) == pytest.approx(5 * [half_life(0.1)])
 
 
-def model_that_writes_nothing():
+def model_that_writes_nothing(**options):
     """Return a model whose slots attend to themselves alone, unless a token equals the slot."""
-    model = tiny_model(num_writer_heads=1, write_normalizer="sparsemax", forgetting_speeds=(0.3, 0.03))
+    options = {"forgetting_speeds": (0.3, 0.03), **options}
+    model = tiny_model(num_writer_heads=1, write_normalizer="sparsemax", **options)
     with torch.no_grad():
         for projection in (model.memory_writer.query, model.memory_writer.key):
             torch.nn.init.eye_(projection.weight)
@@ -92,13 +94,51 @@ def test_the_measured_half_life_of_a_slot_that_is_not_written_is_the_computed_on
     probe = LifetimeProbe(model, memory, slots)
     for _ in range(60):
         segment = torch.randint(0, VOCAB_SIZE, (1, SEGMENT_LENGTH))
-        memory = model.encode(segment, memory=memory)[1]
-        probe.read(segment, None, next_memory=memory)
+        record = AttentionRecord()
+        memory = model.encode(segment, memory=memory, attention=record)[1]
+        probe.read(segment, None, next_memory=memory, record=record)
     assert probe.num_timesteps == 60
     measured = [time_of_half(shares) for shares in probe.shares().T]
     computed = [half_life(float(speeds[slot]), float(angles[slot])) for slot in slots]
     assert measured == pytest.approx(computed, rel=1e-9)
     assert 1 < measured[0] < 10 < measured[-1] < 60
+
+
+@torch.no_grad()
+def test_a_slot_that_keeps_its_value_has_all_of_it_left_beside_slots_that_compete():
+    """An empty slot in its place would take the next token; that is no loss of the value."""
+    model = model_that_writes_nothing(
+        write_competition=True,
+        exchangeable_slots=True,
+        forgetting_when_written=True,
+        forgetting_speeds=(0.3, 0.3),
+        free_slot_bias=1e4,
+    )
+    initial = model.initial_memory(1)
+    memory = math.sqrt(WIDTH) * torch.nn.functional.normalize(torch.randn(1, 5, WIDTH, dtype=torch.float64), dim=-1)
+    memory *= -torch.cosine_similarity(memory, initial, dim=-1).sign()[..., None]  # unlike a slot that holds nothing
+    memory[:, 3:] = initial[:, 3:]
+    probe, start = LifetimeProbe(model, memory, np.arange(3)), memory
+    for _ in range(6):
+        segment, record = torch.randint(0, VOCAB_SIZE, (1, SEGMENT_LENGTH)), AttentionRecord()
+        assert not torch.equal(model.encode(segment, memory=initial)[1][0, :3], initial[0, :3])
+        memory = model.encode(segment, memory=memory, attention=record)[1]
+        probe.read(segment, None, next_memory=memory, record=record)
+    assert torch.equal(memory[0, :3], start[0, :3])
+    assert not torch.equal(memory[0, 3:], start[0, 3:])
+    assert (probe.shares() == 1).all()
+
+
+@torch.no_grad()
+def test_a_segment_of_padding_alone_changes_no_share():
+    model = tiny_model(forgetting_speeds=(0.3, 0.03))
+    memory = torch.randn(1, 5, WIDTH, dtype=torch.float64)
+    probe = LifetimeProbe(model, memory, np.arange(5))
+    segment, record = torch.zeros(1, SEGMENT_LENGTH, dtype=torch.int64), AttentionRecord()
+    padding = torch.ones(1, SEGMENT_LENGTH, dtype=torch.bool)
+    next_memory = model.encode(segment, memory=memory, padding_mask=padding, attention=record)[1]
+    probe.read(segment, padding, next_memory=next_memory, record=record)
+    assert (probe.shares()[1] == 1).all()
 
 
 @torch.no_grad()
@@ -108,7 +148,9 @@ def test_a_slot_in_its_initial_state_holds_no_value():
     memory[0, 1] = torch.randn(WIDTH)
     probe = LifetimeProbe(model, memory, np.arange(5))
     segment = torch.randint(0, VOCAB_SIZE, (1, SEGMENT_LENGTH))
-    probe.read(segment, None, next_memory=model.encode(segment, memory=memory)[1])
+    record = AttentionRecord()
+    next_memory = model.encode(segment, memory=memory, attention=record)[1]
+    probe.read(segment, None, next_memory=next_memory, record=record)
     assert np.isnan(probe.shares()).all(axis=0).tolist() == [True, False, True, True, True]
 
 

@@ -1,5 +1,6 @@
 """Inspection: weights are those of `encode`, sums those of `evaluate`; splits, windows and samples change nothing."""
 
+import dataclasses
 import json
 import math
 import re
@@ -197,7 +198,8 @@ def test_passages_are_the_ones_with_the_largest_gains(array):
                 if earlier.writer[slot.slot, 0] < HOLDING_FROM
             ]
             assert (slot.last_write and slot.last_write.timestep) == (earlier[-1] if earlier else None)
-    assert inspected(model, array, num_passages=0).passages == []
+    none = inspected(model, array, num_passages=0)
+    assert (none.passages, none.max_passages, found.max_passages) == ([], 0, 4)
 
 
 def test_slots_summarize_all_timesteps_but_the_first(array):
@@ -261,6 +263,20 @@ def test_a_new_document_has_no_earlier_writes():
     assert all(slot.last_write is None for passage in last for slot in passage.slots)
 
 
+def test_a_timestep_of_padding_alone_counts_for_no_slot(array):
+    model = tiny_model()
+    rollout = next(one_lane(model, corpus_from_arrays([array[: 3 * SEGMENT_LENGTH]], VOCAB_SIZE), rollout_length=3))
+    padding = torch.zeros_like(rollout.inputs, dtype=torch.bool)
+    padding[-1] = True
+    padding[0, :, 1:] = True
+    found = inspect_memory(model, [dataclasses.replace(rollout, input_padding=padding)])
+    assert found.num_timesteps == 3
+    assert found.timesteps[-1].read_ids == []
+    # The first timestep reads [BOS], so the second one alone counts.
+    assert all(sum(slot.kind_shares.values()) == 1 for slot in found.slots)
+    assert [slot.mean_own_weight for slot in found.slots] == pytest.approx(found.timesteps[1].writer[:, 0].tolist())
+
+
 def test_measured_half_lives_come_from_probes(array):
     model = tiny_model(forgetting_speeds=(2.0, 1e-4), write_temperature=1.0)
     found = inspected(model, array, num_probes=1, probe_timesteps=3)
@@ -297,6 +313,7 @@ def test_texts_of_tokens_join_to_the_text(text, cut):
 def test_texts_of_special_tokens_and_pixels():
     assert TokenTexts(ByteTokenizer()).of([256]) == ["[BOS]"]
     assert TokenTexts(PixelTokenizer(4, 2, 2)).of([0, 3]) == ["0", "3"]
+    assert TokenTexts(PixelTokenizer(4, 2, 2)).of([4]) == ["[BOS]"]
     assert TokenTexts(PixelTokenizer(4, 2, 2)).image_width == 2
     assert TokenTexts(None).of([1]) == []
 

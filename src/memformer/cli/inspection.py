@@ -4,14 +4,19 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
 
 from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import InputText, open_input
+from memformer.cli.unknown_words import UnknownWords
 from memformer.data import Corpus, PixelTokenizer, SourceConfig
+from memformer.data.sources import locate_source_files
 from memformer.errors import InputError
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
 from memformer.evaluation.inspection_streams import read_documents, read_stream
@@ -23,6 +28,7 @@ from memformer.utils.files import check_can_write, user_path, write_text
 from memformer.utils.progress import ProgressBar
 
 PAGE_FILE = "inspect.html"
+_PAGE_SUFFIXES = (".html", ".htm")
 NUM_IMAGES = 4
 
 INSPECT_HELP = """Show what the memory does while a model reads. Writes inspect.html, a page that needs no network.
@@ -57,7 +63,7 @@ def inspect_parser() -> ArgumentParser:
         help="Documents to read instead (keys: see --data.help).",
     )
     parser.add_argument(
-        "--output", type=str, default=None, help=f"HTML file to write. Default: {PAGE_FILE} in the run folder."
+        "--output", type=str, default=None, help=f"HTML file to write (.html). Default: {PAGE_FILE} in the run folder."
     )
     parser.add_argument(
         "--window",
@@ -116,10 +122,7 @@ def run_inspect(argv: list[str]) -> None:
     output = run.folder / PAGE_FILE if options.output is None else user_path(options.output)
     writes_page = not options.json or options.output is not None
     if writes_page:
-        check_can_write(output)
-        text = None if options.text in (None, "-") else user_path(options.text)
-        if text is not None and text.exists() and output.exists() and output.samefile(text):
-            raise InputError(f"--output {output} is the text that is read; choose another file")
+        _check_output(output, options)
         check_can_render()
     with (
         _open_source(run, options) as source,
@@ -139,6 +142,23 @@ def run_inspect(argv: list[str]) -> None:
     else:
         print(inspection.to_table())
         print(f"wrote {output}")
+
+
+def _check_output(output: Path, options: Any) -> None:
+    """Check that the page can be written, and to no file that is read.
+
+    Raises:
+        InputError: It cannot, or the file is one that is read.
+    """
+    if output.suffix.lower() not in _PAGE_SUFFIXES:
+        raise InputError(f"--output {output} must end in {_PAGE_SUFFIXES[0]}")
+    check_can_write(output)
+    if options.data is not None:
+        inputs = [file.path for file in locate_source_files(options.data, section="data")]
+    else:
+        inputs = [] if options.text in (None, "-") else [user_path(options.text)]
+    if output.exists() and any(file.exists() and output.samefile(file) for file in inputs):
+        raise InputError(f"--output {output} is a file that is read; choose another file")
 
 
 def _inspection_options(options: Any) -> InspectionOptions:
@@ -201,10 +221,17 @@ def _of_episode(run: LoadedRun, data: RecallData, options: Any) -> _Source:
 
 
 def _text_rollouts(run: LoadedRun, prompt: InputText, name: str) -> Iterator[Rollout]:
-    pieces = prompt.pieces(run.tokenizer)
+    unknown = UnknownWords(run.tokenizer)
+
+    def pieces() -> Iterator[NDArray[np.integer[Any]]]:
+        for piece in prompt.pieces(run.tokenizer):
+            unknown.add(piece)
+            yield piece
+
     is_empty = True
-    for rollout in read_stream(pieces, segment_length=run.model.segment_length, bos_token_id=run.model.bos_token_id):
+    for rollout in read_stream(pieces(), segment_length=run.model.segment_length, bos_token_id=run.model.bos_token_id):
         is_empty = False
         yield rollout
     if is_empty:
         raise InputError(f"{name} is empty; an inspection needs a text of at least 1 token")
+    unknown.warn_if_most(name)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memformer.cli.outside_values import OutsideValues
 from memformer.data import Tokenizer
 from memformer.data.content import open_text
-from memformer.data.tokenizers import encode_stream
+from memformer.data.tokenizers import encode_parts
 from memformer.errors import InputError
 from memformer.utils.files import user_path
 
@@ -53,13 +54,14 @@ class InputText:
         return self._source.num_bytes
 
     def pieces(self, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
-        """Yield the token ids in pieces of at most `_PIECE_TOKENS`.
+        """Yield the token ids in pieces of at most `_PIECE_TOKENS`; warn of values outside of the training data.
 
         Raises:
             InputError: The text cannot be read or is not UTF-8.
         """
-        before = 0
-        for part in encode_stream(tokenizer, self.stream, name=self.name):
+        before, outside = 0, OutsideValues(tokenizer, self.name)
+        for content, part in encode_parts(tokenizer, self.stream, name=self.name):
+            outside.add(content)
             read = self._source.num_bytes
             for start in range(0, len(part), _PIECE_TOKENS):
                 end = min(start + _PIECE_TOKENS, len(part))

@@ -269,8 +269,17 @@ def blocks_of_lines(text: str) -> Iterator[str]:
         start = end
 
 
+# Content, and its token ids.
+EncodedPart = tuple[bytes, NDArray[np.integer[Any]]]
+
+
 def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the token ids of a binary stream part by part; joined, they are the ids of the whole content.
+    """Yield the token ids of a binary stream part by part, as `encode_parts`, and raise what that raises."""
+    return (ids for _, ids in encode_parts(tokenizer, stream, name=name))
+
+
+def encode_parts(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[EncodedPart]:
+    """Yield the content of a binary stream part by part, with its token ids; joined, they are those of the whole.
 
     Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. If a row of
     a series is refused, the rows before it are yielded first. Nothing is known of a tokenizer of kind pretrained, so
@@ -280,31 +289,33 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
         InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
     """
     if tokenizer.kind == "pretrained":
-        yield tokenizer.encode(b"".join(read_blocks(stream, name)), name)
+        content = b"".join(read_blocks(stream, name))
+        yield content, tokenizer.encode(content, name)
         return
     rest, start, num_lines = b"", 0, 0
     for block in chain(read_blocks(stream, name), [b""]):
         end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
         content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
         if content and tokenizer.kind == "bins":
-            ids: list[NDArray[np.integer[Any]]] = []
+            lines: list[EncodedPart] = []
             try:
-                for _, line_ids in encode_lines(tokenizer, content, name=name, num_lines_before=num_lines):
-                    ids.append(line_ids)
+                lines.extend(encode_lines(tokenizer, content, name=name, num_lines_before=num_lines))
             except InputError:
-                if ids:
-                    yield np.concatenate(ids)
+                if lines:
+                    yield _joined(lines)
                 raise
-            yield np.concatenate(ids)
-            num_lines += len(ids)
+            yield _joined(lines)
+            num_lines += len(lines)
         elif content:
-            yield tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
+            yield content, tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
             start += len(content)
 
 
-def encode_lines(
-    tokenizer: Tokenizer, content: bytes, *, name: str, num_lines_before: int
-) -> Iterator[tuple[bytes, NDArray[np.integer[Any]]]]:
+def _joined(lines: list[EncodedPart]) -> EncodedPart:
+    return b"".join(content for content, _ in lines), np.concatenate([ids for _, ids in lines])
+
+
+def encode_lines(tokenizer: Tokenizer, content: bytes, *, name: str, num_lines_before: int) -> Iterator[EncodedPart]:
     """Yield every line with its token ids, for tokenizers of which no token crosses the end of a line.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memformer.models.memformer import Memformer
 from memformer.models.recurrence import RecurrentModel
+from memformer.nn.attention import AttentionRecord, merge_heads, split_heads
 from memformer.shapes import Memory, Segment, SegmentPadding
 
 # A slot whose distance from its initial state is a smaller share of that state's length holds no value.
@@ -96,10 +97,15 @@ def time_of_half(shares: NDArray[np.float64]) -> float:
 class LifetimeProbe:
     """Measures how much of each slot's value is left while a model reads on.
 
-    For every probed slot there is a second memory in which this slot is in its initial state, as if it held nothing.
-    All memories read the same segments. The difference between the slot in the intact memory and in the second one is
-    what is left of the slot's value, and of what was written because of it; the share that is left is its projection on
-    the difference at the start, divided by the square of that.
+    Beside each probed slot there is a second one, which begins in the initial state, as if it held nothing. The
+    difference of the two is what is left of the value; the share that is left is its projection on the difference at
+    the start, divided by the square of that.
+
+    In a model with a memory writer, the second slot takes from the tokens exactly what the first one takes, with the
+    same weights, and forgets as the first one does. So a slot to which nothing is written has the computed half-life.
+    (If the second memory read the segments by itself, empty slots could take what intact slots do not.) In a
+    `RecurrentMemoryTransformer`, whose slots attend to each other, it does read by itself: for every probed slot there
+    is a memory in which this slot is in its initial state, and what was written because of the value counts as left.
 
     Args:
         model: The model.
@@ -112,8 +118,11 @@ class LifetimeProbe:
         self._rows = torch.arange(len(slots), device=memory.device)
         self._slots = torch.from_numpy(slots).to(memory.device)
         initial = model.initial_memory(1)[0, self._slots]
-        self._erased = memory.repeat(len(slots), 1, 1)
-        self._erased[self._rows, self._slots] = initial
+        if isinstance(model, Memformer):
+            self._erased = model.initial_memory(1)
+        else:
+            self._erased = memory.repeat(len(slots), 1, 1)
+            self._erased[self._rows, self._slots] = initial
         self._value = (memory[0, self._slots] - initial).double()
         self._square = self._value.square().sum(dim=-1)
         empty = self._value.norm(dim=-1) <= _LEAST_VALUE * initial.double().norm(dim=-1)
@@ -124,19 +133,38 @@ class LifetimeProbe:
         """Number of timesteps read since the start."""
         return len(self._shares) - 1
 
-    def read(self, segment: Segment, padding: SegmentPadding | None, *, next_memory: Memory) -> None:
-        """Read a segment, one row, after which the intact memory is `next_memory`."""
-        count = max(1, _TOKENS_AT_ONCE // segment.shape[1])
-        rows = []
-        for memory in self._erased.split(count):
-            masks = None if padding is None else padding.expand(len(memory), -1)
-            rows.append(self._model.encode(segment.expand(len(memory), -1), memory=memory, padding_mask=masks)[1])
-        self._erased = torch.cat(rows)
-        left = next_memory[0, self._slots] - self._erased[self._rows, self._slots]
+    def read(
+        self, segment: Segment, padding: SegmentPadding | None, *, next_memory: Memory, record: AttentionRecord
+    ) -> None:
+        """Read a segment, one row, after which the intact memory is `next_memory`; `record` is of reading it."""
+        if isinstance(self._model, Memformer):
+            if padding is None or not padding.all():
+                self._erased = _written_alike(self._model, self._erased, record)
+            erased = self._erased[0, self._slots]
+        else:
+            self._erased = self._encode(segment, padding)
+            erased = self._erased[self._rows, self._slots]
+        left = next_memory[0, self._slots] - erased
         share = (left.double() * self._value).sum(dim=-1) / self._square
         self._shares.append(torch.where(self._shares[0].isnan(), torch.nan, share))
+
+    def _encode(self, segment: Segment, padding: SegmentPadding | None) -> Memory:
+        rows = []
+        for memory in self._erased.split(max(1, _TOKENS_AT_ONCE // segment.shape[1])):
+            masks = None if padding is None else padding.expand(len(memory), -1)
+            rows.append(self._model.encode(segment.expand(len(memory), -1), memory=memory, padding_mask=masks)[1])
+        return torch.cat(rows)
 
     def shares(self) -> NDArray[np.float64]:
         """Return the share left after 0, 1, ... timesteps, (timesteps + 1, probed slots); NaN for an empty slot."""
         found: Tensor = torch.stack(self._shares)
         return found.cpu().numpy()
+
+
+def _written_alike(model: Memformer, memory: Memory, record: AttentionRecord) -> Memory:
+    """Return the next memory if slots keep as much of themselves, and take the same, as when `record` was made."""
+    assert record.writer is not None
+    assert record.taken is not None
+    own_weight = record.writer[..., :1]
+    kept = merge_heads(own_weight * split_heads(memory, own_weight.shape[1]))
+    return model.memory_normalization(kept + record.taken, written=1 - own_weight)

@@ -152,7 +152,7 @@ class _Inspector:
         self._model = model
         self._texts = texts
         values: dict[str, Any] = dict(vars(options))  # integers, checked
-        self._probe_timesteps = values["probe_timesteps"]
+        self._probe_timesteps, self._max_passages = values["probe_timesteps"], values["num_passages"]
         self._sampler = Sampler(values["window"], values["max_timesteps"] or _affordable_timesteps(model))
         self._history = SlotHistory(model.memory_shape[0], texts)
         self._passages = PassageList(values["num_passages"], values["passage_tokens"], texts)
@@ -193,7 +193,9 @@ class _Inspector:
         record = AttentionRecord()
         segment = rollout.inputs[index]
         hidden, memory = self._model.encode(segment, memory=self._memory, padding_mask=padding, attention=record)
-        self._lifetimes.read(segment, padding, memory=self._memory, next_memory=memory, timestep=self._timestep)
+        self._lifetimes.read(
+            segment, padding, memory=self._memory, next_memory=memory, record=record, timestep=self._timestep
+        )
         self._memory = memory
         tokens = slice(None) if padding is None else ~padding[0]
         assert record.writer is not None
@@ -222,7 +224,8 @@ class _Inspector:
         nll = nll if padding is None else nll[:, ~padding[index, 0].numpy()]
         self._nll += nll.sum(axis=1)
         self.num_tokens += len(target_ids)
-        reads_text = read_ids != [self._model.bos_token_id]
+        # Not [BOS], and not a timestep of padding alone.
+        reads_text = read_ids not in ([], [self._model.bos_token_id])
         if timestep == 0:
             self._history.begin_document()
             self._previous_ids = self._previous_read_ids = []
@@ -234,7 +237,7 @@ class _Inspector:
             ids=target_ids,
             before=self._previous_ids,
             nll=nll,
-            read=reading.readers.mean(axis=(0, 1)),
+            read=reading.readers.sum(axis=1).mean(axis=0) / max(1, len(read_ids)),
             last_write=self._history.last_write,
         )
         if reads_text:
@@ -294,6 +297,7 @@ class _Inspector:
             timesteps=self._sampler.timesteps,
             selection=self._sampler.describe(self._num_timesteps),
             passages=self._passages.best(),
+            max_passages=self._max_passages,
             num_probes=self._lifetimes.num_started,
             probe_timesteps=self._probe_timesteps,
             num_probed_slots=len(self._lifetimes.slots),

@@ -13,6 +13,7 @@ from memformer.evaluation.inspection_results import KINDS, InspectedTimestep, Pa
 from memformer.evaluation.inspection_streams import TokenTexts
 from memformer.models.memformer import Memformer
 from memformer.models.recurrence import RecurrentModel
+from memformer.nn.attention import AttentionRecord
 
 # The memory holds little of a document before this timestep.
 _FIRST_PROBE = 4
@@ -296,7 +297,14 @@ class Lifetimes:
         self._next_start = 0
 
     def read(
-        self, segment: Tensor, padding: Tensor | None, *, memory: Tensor, next_memory: Tensor, timestep: int
+        self,
+        segment: Tensor,
+        padding: Tensor | None,
+        *,
+        memory: Tensor,
+        next_memory: Tensor,
+        record: AttentionRecord,
+        timestep: int,
     ) -> None:
         """Read a segment with which the memory changes to `next_memory`; `timestep` counts in the document."""
         if self._probe is not None and (timestep == 0 or self._probe.num_timesteps == self._probe_timesteps):
@@ -306,7 +314,7 @@ class Lifetimes:
             self.num_started += 1
             self._probe = LifetimeProbe(self._model, memory, self.slots)
         if self._probe is not None:
-            self._probe.read(segment, padding, next_memory=next_memory)
+            self._probe.read(segment, padding, next_memory=next_memory, record=record)
         self._num_timesteps += 1
 
     def _finish(self) -> None:

@@ -120,7 +120,7 @@ class Slot:
         half_life_at_least: In the last of these cases a lower bound of the median, in timesteps. Otherwise None.
         share_left: Mean share of the value that was left at the end of the probes. None: not measured.
         num_probes: Number of probes of this slot.
-        last_write: The last write, if any.
+        last_write: The last write, if any. Timesteps that read `[BOS]` are left out here too.
     """
 
     slot: int
@@ -152,7 +152,7 @@ class SlotRead:
     Attributes:
         slot: Index of the slot.
         weight: Mean weight of the segment's tokens for it, over layers, heads and tokens.
-        last_write: When it had last been written. None: never in this document.
+        last_write: When it had last been written. None: never in this document, except from `[BOS]`.
     """
 
     slot: int
@@ -222,6 +222,7 @@ class Inspection:
         timesteps: The timesteps of which everything was kept.
         selection: Sentence that says which timesteps these are.
         passages: The passages in which the memory saved most, the best first.
+        max_passages: Number of passages that were asked for.
         num_probes: Number of probes by which half-lives were measured.
         probe_timesteps: Largest number of timesteps of a probe.
         num_probed_slots: Number of slots whose half-life was measured.
@@ -240,6 +241,7 @@ class Inspection:
     timesteps: list[InspectedTimestep]
     selection: str
     passages: list[Passage]
+    max_passages: int
     num_probes: int
     probe_timesteps: int
     num_probed_slots: int

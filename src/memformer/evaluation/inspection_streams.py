@@ -99,10 +99,10 @@ class TokenTexts:
         tokenizer = self._tokenizer
         if tokenizer is None:
             return []
-        if isinstance(tokenizer, PixelTokenizer):
-            return [str(token) for token in ids]
         if ids and ids[0] >= tokenizer.vocab_size:
             return ["[BOS]" if ids[0] == tokenizer.vocab_size else f"[{ids[0]}]", *self.of(ids[1:])]
+        if isinstance(tokenizer, PixelTokenizer):
+            return [str(token) for token in ids]
         context = [token for token in before or [] if token < tokenizer.vocab_size][-_TOKENS_OF_CHARACTER:]
         texts = [""] * (len(context) + len(ids) + 1)
         taken = 0

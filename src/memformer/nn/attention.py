@@ -23,17 +23,20 @@ class AttentionRecord:
     Attributes:
         reader: (B, H, S, K) for each encoder layer: each token's weight for each slot. Rows sum to 1.
         writer: (B, H, K, 1 + S): each slot's weight for itself (first column) and for each token. Rows sum to 1.
+        taken: (B, K, W): what each slot took from the tokens: their values times the weights, heads side by side. Only
+            of models with a memory writer.
         left: (B, K): share of each written slot that forgetting leaves; see `MemoryNormalization.share_left`. None if
             the model does not forget by a vector.
     """
 
     reader: list[Tensor] = field(default_factory=list)
     writer: Tensor | None = None
+    taken: Tensor | None = None
     left: Tensor | None = None
 
     def clear(self) -> None:
         """Forget the weights of an earlier timestep."""
-        self.reader, self.writer, self.left = [], None, None
+        self.reader, self.writer, self.taken, self.left = [], None, None, None
 
 
 def split_heads(x: Float[Tensor, "B J D"], num_heads: int) -> HeadTokens:

@@ -162,7 +162,8 @@ class MemoryWriter(nn.Module):
             hidden: The hidden states of the segment's tokens.
             terminal: Terminal state of forgetting, one per slot or one for all; free slots are similar to it.
             padding_mask: True at padding.
-            record: Receives the attention weights, (B, H, K, 1 + S), the slot's weight for itself first.
+            record: Receives the attention weights, (B, H, K, 1 + S), the slot's weight for itself first, and what the
+                slots take from the tokens, (B, K, W).
             auxiliary: Receives the write penalty and the shortfall, if given.
 
         Raises:
@@ -182,10 +183,11 @@ class MemoryWriter(nn.Module):
                 matching = match_slots(token_scores - own_score, least=-support_width, sharing=self.sharing)
                 token_scores = token_scores.masked_fill(~matching, float("-inf"))
             weights = normalize_scores(torch.cat([own_score, token_scores], dim=-1), self.normalizer)
-            if record is not None:
-                record.writer = weights.detach()
             kept = weights[..., :1] * split_heads(memory, self.num_heads)
-            return merge_heads(kept + weights[..., 1:] @ self._project(hidden, self.value)), 1 - weights[..., :1]
+            taken = weights[..., 1:] @ self._project(hidden, self.value)
+            if record is not None:
+                record.writer, record.taken = weights.detach(), merge_heads(taken.detach())
+            return merge_heads(kept + taken), 1 - weights[..., :1]
 
     def may_write(
         self, memory: Memory, *, hidden: Float[Tensor, "B J D"], terminal: Float[Tensor, "slots W"]

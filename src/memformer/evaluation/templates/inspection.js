@@ -206,7 +206,8 @@
 
   function fillPassages() {
     const box = byId("passages");
-    if (!data.passages.length) box.append(element("p", "The memory helped in no passage."));
+    const none = data.max_passages ? "The memory helped in no passage." : "No passages were asked for.";
+    if (!data.passages.length) box.append(element("p", none));
     data.passages.forEach((passage) => {
       const part = element("div", undefined, "passage");
       const head = element("p", `${number(passage.gain, 2)} nats saved (${number(passage.nll_erased, 2)} erased, ${number(passage.nll, 2)} with memory), ${place(passage)}`);
@@ -230,6 +231,7 @@
   byId("timestep").addEventListener("input", (event) => select(Number(event.target.value)));
   byId("layer").addEventListener("change", () => drawReader(steps[current]));
   document.querySelectorAll("input[name=mode]").forEach((input) => input.addEventListener("change", colour));
+  byId("timesteps").hidden = !steps.length;
   fillText();
   colour();
   fillSlots();
