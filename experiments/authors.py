@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines with author, title and text (.jsonl.xz).")
     parser.add_argument("--updates", type=int, default=200, help="Number of updates, at least 1.")
-    parser.add_argument("--pooling", choices=["mean", "last", "memory"], default="mean", help="Pooling of the classifier.")
+    parser.add_argument(
+        "--pooling", choices=["mean", "last", "memory"], default="mean", help="Pooling of the classifier."
+    )
     parser.add_argument(
         "--label_unit", choices=["document", "segment"], default="segment", help="Where labels stand in training."
     )
@@ -75,7 +77,9 @@ def read_books(files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, np.n
                 for book in map(json.loads, lines):
                     by_author[book["author"]][book["title"]] = book["text"]
         except (OSError, lzma.LZMAError, ValueError, TypeError, KeyError) as error:
-            raise SystemExit(f"{file} must hold JSON lines with author, title and text (.jsonl.xz): {error!r}") from error
+            raise SystemExit(
+                f"{file} must hold JSON lines with author, title and text (.jsonl.xz): {error!r}"
+            ) from error
     training, held_out = {}, {}
     for author, books in by_author.items():
         if len(books) >= FEWEST_BOOKS:

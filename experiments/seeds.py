@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
     parser.add_argument("--jobs", type=int, default=1, help="Number of seeds trained in parallel, one core each.")
     options, further = parser.parse_known_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     name = options.name or options.config.stem
     try:
         for seed in options.seeds:

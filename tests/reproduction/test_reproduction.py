@@ -143,6 +143,8 @@ def check_what_is_reused(table, tmp_path, *, run):
     advice = "; train it again in another --folder, or delete it"
     speed_only = ("--", "--training.method", "bptt", "--training.save_every=1", "--device", "cpu")
     assert "1 of 1 runs are finished" in call("reproduce", *one, *speed_only)[2]
+    assert json.loads((run.parent / "table.json").read_text())["options"] == list(speed_only[1:])
+    assert f"for all runs: `{' '.join(speed_only[1:])}`." in (run.parent / "table.md").read_text()
     for options, change in {
         ("--training.num_updates", "3"): "training.num_updates: 2, now it is 3",
         ("--training.weight_decay=0",): "training.weight_decay: 0.1, now it is 0.0",

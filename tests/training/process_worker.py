@@ -1,4 +1,4 @@
-"""Work of a process of a job: updates of a float64 model, whose result the first process writes."""
+"""Work of a process of a job: updates of a model, whose result the first process writes."""
 
 import dataclasses
 from collections import Counter
@@ -19,17 +19,19 @@ from memformer.training.run_data import prepare_data
 from tests.training.runs import run_config
 
 
-def main(base: Path, target: Path, method: str, sharding: str) -> None:
+def main(base: Path, target: Path, method: str, sharding: str, precision: str = "float64") -> None:
     """Make two updates of two rollouts each; write the gradients of the second update and the memory of all lanes.
 
-    Unsharded replay is run by the engine as well, in operations; its tensors have names of their own.
+    The precision is that of the weights, or "bfloat16" for mixed precision. In float64, unsharded replay is run by the
+    engine as well, in operations; its tensors have names of their own.
     """
     torch.set_num_threads(1)
-    config = run_config(base, num_lanes=4, method=method, sharding=sharding)
+    mixed = {"precision": precision} if precision == "bfloat16" else {}
+    config = run_config(base, num_lanes=4, method=method, sharding=sharding, **mixed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     with processes_started("cpu") as processes:
         tensors = updates(config, processes, by_engine=False)
-        if (method, sharding) == ("replay", "none"):
+        if (method, sharding, precision) == ("replay", "none", "float64"):
             by_engine = updates(config, processes, by_engine=True)
             tensors.update({f"engine: {name}": tensor for name, tensor in by_engine.items()})
         if processes.is_first:
@@ -40,7 +42,9 @@ def updates(config: RunConfig, processes: Processes, *, by_engine: bool) -> dict
     """Make the updates and check the number of collective operations; return the gradients and the memory."""
     sharding = config.training.sharding
     torch.manual_seed(0)
-    model = Memformer(config.model).double()
+    model = Memformer(config.model)
+    if config.training.precision == "float32":
+        model = model.double()
     trainer = loop._Trainer(config, prepare_data(config.data), model, resume=False, processes=processes)
     if by_engine:
         trainer.engine = ReplayEngine(model, records=False)

@@ -12,7 +12,8 @@ from memformer.cli.main import main
 from memformer.data import RecallConfig, SourceConfig
 from memformer.data.recall import stream as stream_module
 from memformer.training.config import DataConfig, RunConfig
-from memformer.training.mining import check_mining, is_written
+from memformer.training.mining import is_written
+from memformer.training.processes import Processes, check_processes
 from tests.cli.calls import refused
 from tests.data.recall.texts import write_stories
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
@@ -80,6 +81,8 @@ def test_several_processes_are_refused():
     recall = RecallConfig(task="babi", path="x", validation_path="x", decoy_probability=0.5, mine_decoys=True)
     data = DataConfig(train=SourceConfig(path="x"), validation=SourceConfig(path="y"), recall=recall)
     config = RunConfig(folder="x", data=data)
-    check_mining(config, tiny_model(**RECALL), num_processes=1)
+    processes = Processes()
+    check_processes(config, processes)
+    processes.count = 2
     with pytest.raises(InputError, match=r"data\.recall\.mine_decoys \(true\) needs a single process.*there are 2"):
-        check_mining(config, tiny_model(**RECALL), num_processes=2)
+        check_processes(config, processes)

@@ -1,5 +1,6 @@
 """Training with several processes: equal updates, resuming with another number of processes, and stopping."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,10 +17,13 @@ from safetensors.torch import load_file
 from memformer import InputError, Memformer
 from memformer.cli.main import main
 from memformer.cli.run_config import parse_run_config
+from memformer.data import RecallConfig
+from memformer.models.baseline_configs import CompressiveTransformerConfig
 from memformer.training import loop
 from memformer.training.checkpoint import TrainingState, load_checkpoint
+from memformer.training.config import DataConfig, RunConfig
 from memformer.training.optimizer import make_optimizer
-from memformer.training.processes import Processes, processes_started
+from memformer.training.processes import Processes, check_processes, processes_started
 from tests.helpers import assert_close
 from tests.training import jobs, process_worker
 from tests.training.jobs import run_job, train
@@ -112,6 +116,18 @@ def test_two_processes_have_the_gradients_of_one_in_float64_with_one_reduction_p
         assert_close(value, one[name])
     for name in by_engine:
         assert_close(one[name], one[name.removeprefix("engine: ")])
+
+
+@pytest.mark.parametrize(("method", "sharding"), [("replay", "optimizer_state"), ("replay", "weights")])
+def test_sharding_loses_no_gradient_in_mixed_precision(base, tmp_path, method, sharding):
+    """A cast of a weight that several backward passes share would be back-propagated after the sum over processes."""
+    files = [tmp_path / f"{count}.safetensors" for count in (1, 2)]
+    process_worker.main(base, files[0], method, "none", "bfloat16")
+    done = run_job(process_worker.main, base, files[1], method, sharding, "bfloat16")
+    assert done.status == 0, done.output
+    one, two = (load_file(file) for file in files)
+    for name, value in two.items():
+        assert (value - one[name]).norm() < 0.05 * one[name].norm(), name
 
 
 def test_a_run_of_two_processes_equals_that_of_one_and_resumes_in_one(base):
@@ -212,11 +228,33 @@ def test_a_dying_process_ends_the_job_and_a_restart_resumes(base):
     config = config_of(base, "down", sharding="weights")
     done = run_job(train_with_signal, signal.SIGKILL, 13, config)
     assert done.status == -signal.SIGKILL
+    assert "Traceback" not in done.output
     checkpoints = (base / "down" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoints) == ["update-000000003", "update-000000006"]
     done = train(config, restarts=1)
     assert "resuming from" in done.output
     assert_nearly_same_run(base / "down", base / "one")
+
+
+def test_what_does_not_fit_the_processes_is_refused_once_and_leaves_no_folder(base):
+    done = run_job(jobs.run_command, "train", config_of(base, "odd"), "--training.num_lanes", "3")
+    assert done.status == 2
+    assert done.output.count("error: training.num_lanes (3) must be a multiple of the 2 processes") == 1, done.output
+    assert not (base / "odd").exists()
+
+
+@pytest.mark.parametrize(("compression", "is_refused"), [("convolution", True), ("mean", False)])
+def test_a_reconstruction_loss_on_a_recall_task_needs_a_single_process(compression, is_refused):
+    model = CompressiveTransformerConfig(compression=compression)
+    config = RunConfig(
+        folder="x", model_type="compressive_transformer", model=model, data=DataConfig(recall=RecallConfig(task="fact"))
+    )
+    processes = Processes()
+    check_processes(config, processes)
+    processes.count = 2
+    expected = pytest.raises(InputError, match=r"model\.reconstruction_weight \(1\.0\) needs a single process")
+    with expected if is_refused else contextlib.nullcontext():
+        check_processes(config, processes)
 
 
 def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():

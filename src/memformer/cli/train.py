@@ -24,7 +24,7 @@ from memformer.models import build_model, load_model
 from memformer.models.config import MemformerConfig
 from memformer.training.checkpoint import checkpoints_newest_first, updates_of
 from memformer.training.config import RunConfig
-from memformer.training.processes import Processes, processes_started, were_restarted
+from memformer.training.processes import Processes, check_processes, processes_started, were_restarted
 from memformer.training.run_data import (
     RunData,
     prepare_data,
@@ -82,6 +82,7 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     from memformer.training.run_memory import read_memory
 
     processes.do_in_first(lambda: check_trackers(config.logging.trackers))
+    processes.do_in_first(lambda: check_processes(config, processes))
     config.training.check_device(device)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     resume = options.resume or (started_before and were_restarted())

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,12 +66,12 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
     )
     if options.only_write:  # also while another process trains
         check_runs([run for run in runs if run.is_finished], options=train_options, parse=parse)
-        return _write_table(table, runs, output, options)
+        return _write_table(table, runs, output, options, train_options)
     check_data(runs, table, data=data, options=train_options)
     with owned_folder(output, option="--folder"):
         check_runs(runs, options=train_options, parse=parse)
         finish_runs(runs, jobs=options.jobs, options=train_options)
-        return _write_table(table, runs, output, options)
+        return _write_table(table, runs, output, options, train_options)
 
 
 # Options of `memformer train` that differ between the runs of a table, and what to do instead.
@@ -106,7 +107,7 @@ def _reproduce_headline(
     if options.only_write:
         finished = [run for runs in plans for run in runs if run.is_finished]
         check_runs(finished, options=train_options, parse=parse)
-        return _write_headline(headline, plans, output, options)
+        return _write_headline(headline, plans, output, options, train_options)
     for part, runs in zip(headline.parts, plans, strict=True):
         check_data(runs, part.table, data=data, options=train_options)
     with contextlib.ExitStack() as stack:
@@ -115,10 +116,12 @@ def _reproduce_headline(
         every = [run for runs in plans for run in runs]
         check_runs(every, options=train_options, parse=parse)
         finish_runs(every, jobs=options.jobs, options=train_options)
-        return _write_headline(headline, plans, output, options)
+        return _write_headline(headline, plans, output, options, train_options)
 
 
-def _write_headline(headline: Headline, plans: Sequence[Sequence[Run]], output: Path, options: Any) -> str:
+def _write_headline(
+    headline: Headline, plans: Sequence[Sequence[Run]], output: Path, options: Any, train_options: Sequence[str]
+) -> str:
     folders = dict.fromkeys(str(run.folder.parent) for runs in plans for run in runs)
     if not any(run.is_finished for runs in plans for run in runs):
         raise InputError(f"no run in {' or '.join(folders)} is finished; there is nothing to write")
@@ -127,15 +130,17 @@ def _write_headline(headline: Headline, plans: Sequence[Sequence[Run]], output: 
         measure_part(part, runs, rounds=rounds, say=_say) for part, runs in zip(headline.parts, plans, strict=True)
     ]
     figures, markdown = headline_json(headline, measured), headline_markdown(headline, measured)
-    return _write(output, figures, markdown, draw_headline(headline, measured), is_json=options.json)
+    figure = draw_headline(headline, measured)
+    return _write(output, figures, markdown, figure, train_options=train_options, is_json=options.json)
 
 
-def _write_table(table: Table, runs: Sequence[Run], output: Path, options: Any) -> str:
+def _write_table(table: Table, runs: Sequence[Run], output: Path, options: Any, train_options: Sequence[str]) -> str:
     rows = collect(runs, table.scale(options.scale))
     if not rows:
         raise InputError(f"no run in {output} is finished; there is nothing to write")
     markdown, figures = to_markdown(table, rows, options.scale), to_json(table, rows, options.scale)
-    return _write(output, figures, markdown, draw(table, rows, options.scale), is_json=options.json)
+    figure = draw(table, rows, options.scale)
+    return _write(output, figures, markdown, figure, train_options=train_options, is_json=options.json)
 
 
 def _write_costs(folder: Path, output: Path, options: Any) -> str:
@@ -143,7 +148,18 @@ def _write_costs(folder: Path, output: Path, options: Any) -> str:
     return _write(output, figures, markdown, figure, is_json=options.json)
 
 
-def _write(output: Path, figures: dict[str, Any], markdown: str, figure: Figure, *, is_json: bool) -> str:
+def _write(
+    output: Path,
+    figures: dict[str, Any],
+    markdown: str,
+    figure: Figure,
+    *,
+    train_options: Sequence[str] = (),
+    is_json: bool,
+) -> str:
+    if train_options:
+        figures = {**figures, "options": list(train_options)}
+        markdown += f"\nOptions of `memformer train` given for all runs: `{shlex.join(train_options)}`.\n"
     write_text(output / "table.md", markdown)
     write_json(output / "table.json", figures)
     write_figure(output / "table.png", figure)

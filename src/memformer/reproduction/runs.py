@@ -69,7 +69,7 @@ class Run:
         try:
             for memory in ("with_memory", "memory_erased"):
                 if not math.isfinite(value := float(result[memory][metric])):
-                    raise ValueError(f"{memory}.{metric} is {value}")
+                    raise CheckpointError(missing_value_sentence(self.folder, f"{memory}.{metric} is {value}"))
             training = newest["training"]
             return {**result, "tokens_trained": training["num_tokens"], "training_seconds": training["seconds"]}
         except (KeyError, TypeError, ValueError) as error:
@@ -166,7 +166,7 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
             if signals.received and not processes.are_stopped:
                 # A terminal sends SIGINT to the runs as well, and a second one would end them unsaved.
                 processes.stop(terminate=signals.received[0] == signal.SIGTERM)
-            num_done = sum(ending.done() for ending in endings)
+            num_done = sum(run.is_finished for run in missing)
             num_updates = sum(map(_num_updates, missing))
             if num_updates > completed and not has_begun:
                 has_begun = True

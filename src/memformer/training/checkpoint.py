@@ -16,6 +16,7 @@ from torch import Tensor
 from memformer.errors import CheckpointError, SaveError
 from memformer.models import LanguageModel
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_weights
+from memformer.training.distributed_tensors import is_sharded
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.utils.files import read_json, read_tensors, sync_file, sync_folder, write_json, write_tensors
 
@@ -154,7 +155,7 @@ def load_checkpoint(folder: Path, state: TrainingState, *, rank: int = 0) -> Non
         CheckpointError: The checkpoint is damaged, or belongs to another model.
     """
     # Imported here because it is slow to import and not needed to list or check checkpoints.
-    from memformer.training.sharding import is_sharded, load_optimizer_state, scatter_weights
+    from memformer.training.sharding import load_optimizer_state, scatter_weights
 
     check_checkpoint(folder)
     if is_sharded(state.model):

@@ -313,6 +313,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def missing_value_sentence(folder: Path, error: Exception) -> str:
+def missing_value_sentence(folder: Path, error: Exception | str) -> str:
     """Return the message about a run whose log or evaluation lacks a value, which `error` names."""
     return f"{LOG_FILE} or {RESULT_FILE} in {folder} lacks a value: {error}"

@@ -23,11 +23,12 @@ from memformer.training.checkpoint import (
     save_checkpoint,
 )
 from memformer.training.config import RunConfig
+from memformer.training.distributed_tensors import is_sharded
 from memformer.training.engine import ReplayEngine
 from memformer.training.logs import LoggedValues, RunLog, open_log
 from memformer.training.mining import check_mining, is_written
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, writer_weights
-from memformer.training.processes import Processes
+from memformer.training.processes import Processes, check_processes
 from memformer.training.replay import RolloutHooks, RolloutResult, backpropagate
 from memformer.training.run_data import RunData
 from memformer.training.run_folder import BEST, CHECKPOINTS, RESULT_FILE, SAMPLES, newest_checkpoint
@@ -35,7 +36,6 @@ from memformer.training.samples import write_sample
 from memformer.training.sharding import (
     disable_gradient_sync,
     gather_model,
-    is_sharded,
     reshard,
     save_optimizer_state,
     shard,
@@ -83,12 +83,8 @@ class _Trainer:
     def __init__(
         self, config: RunConfig, data: RunData, model: LanguageModel, *, resume: bool, processes: Processes
     ) -> None:
-        if processes.count > 1 and config.training.write_penalty:
-            raise InputError(
-                f"training.write_penalty ({config.training.write_penalty}) needs a single process, because it depends "
-                f"on the loss of all lanes; there are {processes.count} processes"
-            )
-        check_mining(config, model, num_processes=processes.count)
+        check_processes(config, processes)
+        check_mining(config, model)
         self.config, self.processes = config, processes
         self.lanes = processes.lanes_of(config.training.num_lanes)
         self.all_stop = False

@@ -11,11 +11,11 @@ from memformer.shapes import Memory
 from memformer.training.config import RunConfig
 
 
-def check_mining(config: RunConfig, model: RecurrentModel, *, num_processes: int) -> None:
+def check_mining(config: RunConfig, model: RecurrentModel) -> None:
     """Check that decoys can be mined, if the config wants it.
 
     Raises:
-        InputError: The model's memory changes in every timestep, or there are several processes.
+        InputError: The model's memory changes in every timestep.
     """
     recall = config.data.recall
     if recall is None or not recall.mine_decoys:
@@ -24,11 +24,6 @@ def check_mining(config: RunConfig, model: RecurrentModel, *, num_processes: int
         raise InputError(
             "data.recall.mine_decoys (true) needs a Memformer whose memory changes only when something is written, as "
             "with model.preset recall"
-        )
-    if num_processes > 1:
-        raise InputError(
-            "data.recall.mine_decoys (true) needs a single process, because all processes must find the same decoys; "
-            f"there are {num_processes} processes"
         )
 
 

@@ -17,12 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from memformer.errors import CheckpointError, InputError, first_line
+from memformer.models.baseline_configs import CompressiveTransformerConfig
+from memformer.training.config import RunConfig
+from memformer.training.distributed_tensors import is_sharded
 from memformer.training.randomness import RandomState, capture_randomness
 from memformer.utils.machine import choose_device
 
 # Long enough for an evaluation, during which the other processes wait. If a process dies, torchrun ends the job at
 # once.
 _TIMEOUT = timedelta(hours=12)
+
+# What gloo says if another process is gone; NCCL has no such message, it waits for torchrun to end this process.
+_SIGNS_OF_DEATH = ("Connection closed by peer", "Connection reset by peer")
 
 Outcome = TypeVar("Outcome")
 
@@ -64,8 +70,6 @@ class Processes:
         """
         if self.count == 1:
             return values
-        from memformer.training.sharding import is_sharded  # slow to import
-
         if is_sharded(model):
             numbers = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
             dist.all_reduce(numbers)
@@ -113,8 +117,6 @@ class Processes:
         """
         if self.count == 1:
             return
-        from memformer.training.sharding import is_sharded
-
         if is_sharded(model):
             return
         own = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
@@ -159,6 +161,37 @@ class Processes:
             dist.barrier()
 
 
+def check_processes(config: RunConfig, processes: Processes) -> None:
+    """Check that a run can be trained by these processes.
+
+    Raises:
+        InputError: The number of lanes is not a multiple of the number of processes, or a loss would depend on it.
+    """
+    processes.lanes_of(config.training.num_lanes)
+    recall, model = config.data.recall, config.model
+    reconstruction_weight = 0.0
+    if recall is not None and isinstance(model, CompressiveTransformerConfig) and model.compression == "convolution":
+        reconstruction_weight = model.reconstruction_weight
+    # Options whose effect would depend on the number of processes, and why.
+    dependent = {
+        "training.write_penalty": (config.training.write_penalty, "it depends on the loss of all lanes"),
+        "data.recall.mine_decoys": (
+            recall is not None and recall.mine_decoys,
+            "all processes must find the same decoys",
+        ),
+        "model.reconstruction_weight": (
+            reconstruction_weight,
+            "processes without a question of a recall task would leave it out",
+        ),
+    }
+    for name, (value, reason) in dependent.items():
+        if value and processes.count > 1:
+            raise InputError(
+                f"{name} ({str(value).lower()}) needs a single process, because {reason}; there are "
+                f"{processes.count} processes"
+            )
+
+
 def exit_process(status: int) -> NoReturn:
     """Exit this process; with several processes, skip the shutdown of the Python interpreter.
 
@@ -195,7 +228,8 @@ def processes_started(device_type: str) -> Iterator[Processes]:
         The processes.
 
     Raises:
-        InputError: WORLD_SIZE is set, but not the other variables that torchrun sets.
+        InputError: WORLD_SIZE is set, but not the other variables that torchrun sets; or another process has died.
+        RuntimeError: It was raised inside.
     """
     if num_started() == 1 or dist.is_initialized():
         yield Processes()
@@ -216,5 +250,12 @@ def processes_started(device_type: str) -> Iterator[Processes]:
         if backend == "gloo":
             dist.barrier()  # a process that ended while another still connected to it would break the other's start
         yield Processes()
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _SIGNS_OF_DEATH):
+            raise
+        raise InputError(
+            "the connection to another process is lost: that process has died, and its own message or torchrun's "
+            "report says why"
+        ) from error
     finally:
         dist.destroy_process_group()

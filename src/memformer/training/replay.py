@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
+from memformer.training.distributed_tensors import is_sharded
 from memformer.training.pieces import (
     NO_HOOKS,
     BufferCheck,
@@ -101,7 +102,9 @@ def backpropagate(
     device_type = rollout.inputs.device.type
     # The backward pass must not run under autocast, and a cast cached without gradient must not be reused with
     # gradient. Therefore autocast is disabled here and entered again around each piece of forward computation.
-    autocast = current_autocast(device_type)
+    # FSDP2 reduces the gradients of a layer after each of its backward passes. A cast that is shared by several of them
+    # would be back-propagated later, and what then arrives would be lost.
+    autocast = current_autocast(device_type, cache_enabled=not is_sharded(model))
     with torch.autocast(device_type, enabled=False):
         work = _Work(
             model,

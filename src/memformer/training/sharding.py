@@ -55,11 +55,6 @@ def shard(model: Memformer, *, frees_weights: bool) -> None:
         register_fsdp_forward_method(model, method)
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a model is sharded."""
-    return isinstance(model, FSDPModule)
-
-
 def disable_gradient_sync(model: torch.nn.Module) -> None:
     """Accumulate gradients locally in the following backward passes; no effect on an unsharded model."""
     if isinstance(model, FSDPModule):
