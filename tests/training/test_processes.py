@@ -241,6 +241,12 @@ def test_what_does_not_fit_the_processes_is_refused_once_and_leaves_no_folder(ba
     assert done.status == 2
     assert done.output.count("error: training.num_lanes (3) must be a multiple of the 2 processes") == 1, done.output
     assert not (base / "odd").exists()
+    for options, message in (
+        ([], "already contains a run"),
+        (["--resume", "--model.num_slots", "5"], "a run cannot be resumed with this change"),
+    ):
+        done = run_job(jobs.run_command, "train", config_of(base, "one"), *options)
+        assert (done.status, done.output.count("error: "), message in done.output) == (2, 1, True), done.output
 
 
 @pytest.mark.parametrize(("compression", "is_refused"), [("convolution", True), ("mean", False)])

@@ -81,17 +81,22 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     from memformer.training.report import write_report
     from memformer.training.run_memory import read_memory
 
-    processes.do_in_first(lambda: check_trackers(config.logging.trackers))
-    processes.do_in_first(lambda: check_processes(config, processes))
-    config.training.check_device(device)
     started_before = any(checkpoints_newest_first(folder / CHECKPOINTS))
     resume = options.resume or (started_before and were_restarted())
-    if started_before and not resume:
-        raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
-    if (folder / RESULT_FILE).exists() and not started_before:
-        raise InputError(
-            f"{folder} contains a finished run without checkpoints, which cannot be continued; choose another --folder"
-        )
+
+    def check() -> None:
+        check_trackers(config.logging.trackers)
+        check_processes(config, processes)
+        if started_before and not resume:
+            raise InputError(f"{folder} already contains a run; continue it with --resume, or choose another --folder")
+        if (folder / RESULT_FILE).exists() and not started_before:
+            raise InputError(
+                f"{folder} contains a finished run without checkpoints, which cannot be continued; choose another "
+                "--folder"
+            )
+
+    processes.do_in_first(check)
+    config.training.check_device(device)
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None
@@ -99,8 +104,9 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     if saved is not None and tokenizer is not None:
         now = dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer))
         # Files that were moved are found to be the same by their content, if the run has recorded it.
-        _refuse(find_changed_key(saved, now, may_change=() if began_with is None else LOCATION_KEYS))
-        _check_num_updates(folder, config.training.num_updates)
+        changed = find_changed_key(saved, now, may_change=() if began_with is None else LOCATION_KEYS)
+        processes.do_in_first(lambda: _refuse(changed))
+        processes.do_in_first(lambda: _check_num_updates(folder, config.training.num_updates))
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
 
