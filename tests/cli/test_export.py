@@ -193,6 +193,8 @@ def test_what_cannot_be_exported_is_refused(run_folder, exported, tmp_path):
     assert "exists already; choose an empty or a new folder" in refused("export", run_folder, "--hf", exported)
     (tmp_path / "file").write_text("")
     assert "exists already" in refused("export", run_folder, "--hf", tmp_path / "file")
+    for kind in ("--hf", "--onnx"):
+        assert "a path is empty; name a file or a folder" in refused("export", run_folder, kind, "")
     assert "is not a folder" in refused("export", tmp_path / "nowhere", "--hf", tmp_path / "out")
     assert refused("export", run_folder) == "give either --hf or --onnx: the folder to write"
     shutil.copytree(exported, tmp_path / "broken")

@@ -233,7 +233,9 @@ def test_sampling_keeps_only_the_most_likely_tokens():
     assert torch.allclose(drawn(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
     assert torch.allclose(drawn(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
     assert torch.allclose(drawn(temperature=0.5), torch.tensor([0.685, 0.247, 0.062, 0.007]), atol=0.03)
-    assert drawn(temperature=0.0)[0] == drawn(top_p=1e-6)[0] == 1
+    assert drawn(temperature=0.0)[0] == drawn(top_p=1e-6)[0] == drawn(top_p=1e-300)[0] == 1
+    allowed = torch.tensor([True, True, False, False]).expand(4000, -1)
+    assert torch.allclose(drawn(temperature=1e300, allowed=allowed), torch.tensor([0.5, 0.5, 0, 0]), atol=0.03)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 0}, {"seed": 0, "top_k": 1, "top_p": 0.5}])
@@ -249,6 +251,16 @@ def test_only_allowed_tokens_are_generated(options):
     for row, tokens in enumerate(generated):
         assert all(token in allowed(row, number) for number, token in enumerate(tokens, start=(3, 1)[row]))
     assert len({*generated[0]}) > 1
+
+
+def test_a_row_that_has_stopped_is_not_asked_for_its_tokens():
+    """A grammar lets nothing follow its end, which must not end the other rows."""
+
+    def allowed(row, num_tokens):
+        return [5 + row] if num_tokens < 2 + 2 * row else [0] if num_tokens == 2 + 2 * row else []
+
+    options = {"stop_token_ids": [0], "allowed_token_ids": allowed}
+    assert Session(tiny_model(), batch_size=2).generate(20, **options) == [[5, 5, 0], [6, 6, 6, 6, 0]]
 
 
 def test_all_tokens_may_be_allowed():

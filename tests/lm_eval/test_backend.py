@@ -179,6 +179,8 @@ def test_progress_can_be_switched_off(model, capsys, disable):
         ({"checkpoint": "first"}, r"checkpoint \('first'\) must be 'best' or 'last'"),
         ({"device": "tpu"}, r"device \('tpu'\) must be"),
         ({"pretrained": "nowhere"}, "nowhere is not a folder"),
+        ({"pretrained": None}, "pretrained is missing"),
+        ({"dtype": "bfloat16"}, "unknown key 'dtype' in the model memformer"),
     ],
 )
 def test_bad_arguments_are_refused(folder, arguments, message):

@@ -22,6 +22,17 @@ def test_a_wrong_data_folder_is_refused(capsys):
     assert capsys.readouterr().err == "memformer: error: --data (nowhere) is not a folder\n"
 
 
+def test_an_unknown_task_is_one_sentence(executed, monkeypatch, capsys):
+    from lm_eval._cli import HarnessCLI
+
+    def refuse(self, arguments):
+        raise ValueError("Tasks not found: nope")
+
+    monkeypatch.setattr(HarnessCLI, "execute", refuse)
+    assert command.main(["--model", "memformer", "--model_args", "pretrained=x", "--tasks", "nope"]) == 2
+    assert capsys.readouterr().err == "memformer: error: Tasks not found: nope\n"
+
+
 @pytest.fixture
 def executed(monkeypatch):
     """The arguments that the harness's command is executed with."""

@@ -58,6 +58,12 @@ def test_a_row_ends_at_the_end_of_the_document(model):
     assert scripted(model, [[97, 256, 98], [98, 256, 97]]) == (["a", "b"], 2)
 
 
+def test_options_that_the_harness_cannot_read_are_refused():
+    for options in ({"max_gen_toks": "abc"}, {"temperature": "x"}):
+        with pytest.raises(InputError, match=r"the generation options .* are refused"):
+            check_generation(options)
+
+
 def test_greedy_generation_equals_a_session(model):
     session = Session(model.run.model)
     session.feed(list(TEXT.encode()))

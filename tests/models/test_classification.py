@@ -213,6 +213,35 @@ def test_a_rollout_of_documents_has_labels_where_documents_end():
     assert segments.make_rollout(*documents_of(segments)).count_target_tokens() == 1 + 2 + 4
 
 
+class Column:
+    """Looks items up by name, and iterates in another order, as a column of a sorted pandas table."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, name):
+        return sorted(self.items)[name]
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_documents_and_labels_belong_together_by_position():
+    model = tiny_classifier()
+    rollout = model.make_rollout(Column([[2], [0], [1]]), Column([2, 0, 1]))
+    assert torch.equal(rollout.inputs[0, :, 0], rollout.targets[0, :, 0])
+    assert rollout.targets[0, :, 0].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [{0: 1, 1: 0}, {0, 1}, "01"])
+def test_labels_of_segments_without_an_order_are_refused(labels):
+    with pytest.raises(InputTypeError, match="labels of document 0 .* must be a list with one for each segment"):
+        tiny_classifier(label_unit="segment").make_rollout([[1] * 7], [labels])
+
+
 @pytest.mark.parametrize(
     ("unit", "documents", "labels", "message"),
     [
@@ -223,11 +252,17 @@ def test_a_rollout_of_documents_has_labels_where_documents_end():
         ("document", [[VOCAB_SIZE]], [0], f"token id {VOCAB_SIZE} is outside the vocabulary"),
         ("segment", [[1] * 7], [[0]], "document 0 has 2 segments and 1 labels"),
         ("segment", [[1] * 7], [0], "document 0 has 2 segments and one label"),
+        ("segment", [[1]], [torch.tensor(0)], "document 0 has 1 segments and one label"),
     ],
 )
 def test_documents_and_labels_that_do_not_fit_are_refused(unit, documents, labels, message):
     with pytest.raises(InputError, match=message):
         tiny_classifier(label_unit=unit).make_rollout(documents, labels)
+
+
+def test_a_call_names_the_methods_that_a_classifier_has():
+    with pytest.raises(NotImplementedError, match=r"use encode.*, classify\(token_ids\) or log_probabilities"):
+        tiny_classifier()([1])
 
 
 def test_tokens_that_do_not_fit_are_refused_before_anything_is_read():

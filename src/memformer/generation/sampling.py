@@ -82,14 +82,16 @@ def _draw(
         return logits.argmax(dim=-1)
     # The logit of the most likely token is 0, so that even the lowest temperature does not make it infinite.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
-    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
+    limits = torch.finfo(logits.dtype)
+    logits = logits / min(max(temperature, limits.tiny), limits.max)
     if top_k is not None and top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token is kept if the tokens before it have not reached top_p, so the most likely token is always kept.
+        # A token is kept if the tokens before it have not reached top_p, so the most likely token is always kept,
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        beyond[:, 0] = False  # also if top_p is 0 in this dtype
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]

@@ -218,7 +218,7 @@ class Session:
             for _ in range(num_tokens):
                 if self._streams.num_selections != num_selections:
                     raise InputError("the rows were selected during generation; call stream again")
-                allowed = None if allowed_token_ids is None else self._allowed(allowed_token_ids)
+                allowed = None if allowed_token_ids is None else self._allowed(allowed_token_ids, stopped)
                 drawn = sample(self.next_token_logits(), **sampling, generator=generator, allowed=allowed)
                 self._streams.feed([row[:0] if number in stopped else row for number, row in enumerate(drawn[:, None])])
                 tokens = [stopped.get(row, token) for row, token in enumerate(drawn.tolist())]
@@ -272,8 +272,8 @@ class Session:
             return self.stop_token_ids
         return frozenset(check_integers("stop token id", token_ids, 0, self.model.vocab_size - 1))
 
-    def _allowed(self, allowed_token_ids: AllowedTokens) -> Bool[Tensor, "B V"]:
-        """Return True at the tokens that may follow in each row.
+    def _allowed(self, allowed_token_ids: AllowedTokens, stopped: Collection[int]) -> Bool[Tensor, "B V"]:
+        """Return True at the tokens that may follow in each row, and everywhere in rows that have stopped.
 
         Raises:
             InputError: There is none, or a token id is outside the vocabulary.
@@ -281,6 +281,9 @@ class Session:
         """
         allowed = torch.zeros(self.batch_size, self.model.vocab_size, dtype=torch.bool, device="cpu")
         for row, num_tokens in enumerate(self.num_tokens):
+            if row in stopped:
+                allowed[row] = True
+                continue
             ids = check_integers("allowed token id", allowed_token_ids(row, num_tokens), 0, self.model.vocab_size - 1)
             if not ids:
                 raise InputError(f"allowed_token_ids lets no token follow the {num_tokens:,} tokens of row {row}")

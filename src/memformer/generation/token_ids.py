@@ -65,4 +65,4 @@ def _has_length(value: object) -> bool:
 
 
 def _is_nested(token_ids: Sequence[object]) -> bool:
-    return len(token_ids) > 0 and _has_length(token_ids[0])
+    return len(token_ids) > 0 and _has_length(next(iter(token_ids)))

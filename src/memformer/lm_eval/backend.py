@@ -17,7 +17,7 @@ from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
 from memformer.lm_eval.scoring import Ids, feed_rows, nats_and_greedy, nats_of
 from memformer.training.run_folder import load_run
-from memformer.utils.checks import Integer, check_integer
+from memformer.utils.checks import Integer, check_integer, refuse_unknown_keys
 from memformer.utils.machine import choose_device
 from memformer.utils.progress import print_warning
 
@@ -39,22 +39,32 @@ class MemformerLM(LM):
         batch_size: Number of contexts that are read side by side.
         checkpoint: Weights of a run: "best" or "last".
         num_slots: Number of memory slots, for models with `exchangeable_slots`. None: as trained.
+        **unknown: Arguments that there are not; all are refused.
 
     Raises:
-        InputError: An argument is out of range, the folder holds no model of texts, or the device does not exist.
+        InputError: `pretrained` is missing, an argument is unknown or out of range, the folder holds no model of texts,
+            or the device does not exist.
         CheckpointError: A file is missing or damaged.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         *,
         device: str = "auto",
         batch_size: Integer | str = 1,
         checkpoint: str = "best",
         num_slots: Integer | None = None,
+        **unknown: object,
     ) -> None:
         super().__init__()
+        refuse_unknown_keys(
+            unknown,
+            valid=("pretrained", "device", "batch_size", "checkpoint", "num_slots"),
+            owner="the model memformer",
+        )
+        if pretrained is None:
+            raise InputError("pretrained is missing: name a run or a saved model, --model_args pretrained=FOLDER")
         self.batch_size = _check_batch_size(batch_size)
         if checkpoint not in {"best", "last"}:
             raise InputError(f"checkpoint ({checkpoint!r}) must be 'best' or 'last'")

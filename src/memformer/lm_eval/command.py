@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
 
     `--data FOLDER` names the folder with the data of the task pack. All other arguments are those of `lm_eval`.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser("python -m memformer.lm_eval", add_help=False, allow_abbrev=False)
     own.add_argument("--data")
     options, rest = own.parse_known_args(argv)
     try:
@@ -56,4 +56,9 @@ def _run(argv: list[str]) -> None:
         arguments.include_path = [str(PACK), *([arguments.include_path] if arguments.include_path else [])]
     if getattr(arguments, "model", None) == "memformer" and not (arguments.device or arguments.config):
         arguments.device = "auto"  # the harness's default is cuda:0
-    command.execute(arguments)
+    try:
+        command.execute(arguments)
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise InputError(str(error)) from error

@@ -7,10 +7,10 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from memformer.data.tokenizers import Tokenizer
-from memformer.errors import InputError
+from memformer.errors import InputError, first_line
 from memformer.generation.sampling import SamplingOptions, check_sampling
 from memformer.generation.session import Session
-from memformer.utils.checks import check_integer
+from memformer.utils.checks import check_integer, shown
 
 # The default of the harness's other models if a task gives no number.
 _DEFAULT_TOKENS = 256
@@ -39,7 +39,10 @@ def check_generation(options: Mapping[str, Any]) -> Generation:
     Raises:
         InputError: An option is not supported or out of its range.
     """
-    given = dict(normalize_gen_kwargs(dict(options), _DEFAULT_TOKENS))
+    try:
+        given = dict(normalize_gen_kwargs(dict(options), _DEFAULT_TOKENS))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the generation options {shown(dict(options))} are refused: {first_line(error)}") from error
     until, max_new_tokens, samples = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
     if not all(isinstance(text, str) for text in until):
         raise InputError(f"until ({until!r}) must be a text or a list of texts")

@@ -235,6 +235,8 @@ class MemformerForSequenceClassification(MemoryEncoder):
         """Return a stream that reads one document piece by piece; its state does not grow with the tokens read."""
         return ClassificationStream(self)
 
+    _other_calls = "classify(token_ids) or log_probabilities(token_ids) to label a document"
+
     def log_probabilities(self, token_ids: TokenRow) -> Float[Tensor, "*segments L"]:
         """Return the log-probabilities of a document's labels, (L), or with `label_unit: segment` (segments, L).
 

@@ -1,6 +1,6 @@
 """Rollouts of labelled documents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,7 @@ def label_rollout(
         InputTypeError: As `make_rollout`.
     """
     for name, given in (("documents", documents), ("labels", labels)):
-        is_list = hasattr(given, "__len__") and not isinstance(given, str | bytes | set | dict)
-        if not is_list or getattr(given, "ndim", 1) == 0:
+        if not _is_list(given):
             raise InputTypeError(f"{name} ({shown(given)}) must be a list with one item for each document")
     if len(documents) != len(labels) or not len(documents):
         raise InputError(
@@ -39,11 +38,12 @@ def label_rollout(
     shape = (len(rows), max(counts))
     inputs, is_padding = np.zeros((*shape, length), np.int64), np.ones((*shape, length), bool)
     targets, has_no_label = np.zeros((*shape, 1), np.int64), np.ones((*shape, 1), bool)
-    for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+    # By position: a pandas column looks its values up by the names of its rows.
+    for index, (row, count, given) in enumerate(zip(rows, counts, labels, strict=True)):
         inputs[index].reshape(-1)[: len(row)] = row
         is_padding[index].reshape(-1)[: len(row)] = False
         labelled = slice(count - 1, count) if config.label_unit == "document" else slice(0, count)
-        targets[index, labelled, 0] = _labels_of(labels[index], index=index, count=count, config=config)
+        targets[index, labelled, 0] = _labels_of(given, index=index, count=count, config=config)
         has_no_label[index, labelled] = False
     return Rollout(
         inputs=_timesteps_first(inputs),
@@ -53,17 +53,25 @@ def label_rollout(
     )
 
 
+def _is_list(given: Any) -> bool:
+    is_ordered = hasattr(given, "__len__") and not isinstance(given, str | bytes | Set | Mapping)
+    return is_ordered and getattr(given, "ndim", 1) > 0  # an array without a dimension has the method, too
+
+
 def _labels_of(given: Any, *, index: int, count: int, config: MemformerClassificationConfig) -> list[int]:
     """Return the labels of one document.
 
     Raises:
         InputError: As `make_rollout`.
+        InputTypeError: As `make_rollout`.
     """
     name, largest = f"label of document {index}", config.num_labels - 1
     if config.label_unit == "document":
         return [check_integer(name, given, 0, largest)]
-    if not hasattr(given, "__len__") or len(given) != count:
-        found = f"{len(given)} labels" if hasattr(given, "__len__") else "one label"
+    if isinstance(given, str | bytes | Set | Mapping):
+        raise InputTypeError(f"labels of document {index} ({shown(given)}) must be a list with one for each segment")
+    if not _is_list(given) or len(given) != count:
+        found = f"{len(given)} labels" if _is_list(given) else "one label"
         raise InputError(
             f"document {index} has {count} segments and {found}; with label_unit segment each segment has one label"
         )

@@ -80,6 +80,9 @@ class RecurrentModel(nn.Module, ABC):
             "layers instead (module.compile() of each)"
         )
 
+    # What a model does with what it has read; named where it is called as a whole.
+    _other_calls = "decode(targets, hidden=...) to predict, Session(model) to generate"
+
     def forward(self, *args: object, **kwargs: object) -> None:
         """Raise an error, because `encode` and `decode` are called by name.
 
@@ -88,7 +91,7 @@ class RecurrentModel(nn.Module, ABC):
         """
         raise NotImplementedError(
             f"a {type(self).__name__} cannot be called directly; use encode(segment, memory=...) to read, "
-            "decode(targets, hidden=...) to predict, backpropagate(model, rollout) to train, Session(model) to generate"
+            f"{self._other_calls}, backpropagate(model, rollout) to train"
         )
 
     @abstractmethod

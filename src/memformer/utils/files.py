@@ -24,7 +24,13 @@ _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path given by the user; as in a shell, `~` at its start is the home folder, `~name` that of a user."""
+    """Return a path given by the user; as in a shell, `~` at its start is the home folder, `~name` that of a user.
+
+    Raises:
+        InputError: The path is empty, as an unset variable of a shell; Python takes it for the current folder.
+    """
+    if not str(path):
+        raise InputError("a path is empty; name a file or a folder")
     return Path(os.path.expanduser(path))  # noqa: PTH111  pathlib raises an error if there is no such user
 
 
@@ -89,7 +95,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         A temporary folder to write files into; it becomes `path` at the end, unless an error is raised.
 
     Raises:
-        InputError: `path` is a file, or contains files.
+        InputError: `path` is empty, a file, or contains files.
         SaveError: Writing failed; nothing is left behind.
     """
     folder = user_path(path).absolute()
