@@ -1,6 +1,7 @@
 """The classifier: padding, streams, saving, and refusals of input that does not fit."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_a_rollout_of_documents_has_labels_where_documents_end():
     assert segments.make_rollout(*documents_of(segments)).count_target_tokens() == 1 + 2 + 4
 
 
-class Column:
+class Column(Sequence):
     """Looks items up by name, and iterates in another order, as a column of a sorted pandas table."""
 
     def __init__(self, items):

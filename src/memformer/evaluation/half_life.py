@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -148,7 +149,7 @@ class LifetimeProbe:
         share = (left.double() * self._value).sum(dim=-1) / self._square
         self._shares.append(torch.where(self._shares[0].isnan(), torch.nan, share))
 
-    def _encode(self, segment: Segment, padding: SegmentPadding | None) -> Memory:
+    def _encode(self, segment: Segment, padding: SegmentPadding | None) -> Float[Tensor, "slots K W"]:
         rows = []
         for memory in self._erased.split(max(1, _TOKENS_AT_ONCE // segment.shape[1])):
             masks = None if padding is None else padding.expand(len(memory), -1)
