@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,16 @@ from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 
 TOKENS = torch.zeros(2, 3, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("rows", [[2, 0], np.array([2, 0], np.uint8), np.array([2, 0], ">i8"), torch.tensor([2, 0])])
+def test_rows_are_chosen_by_integers_of_any_kind(rows):
+    """PyTorch takes an array of uint8 for a mask."""
+    tokens = torch.arange(24).view(2, 3, 4)
+    chosen = Rollout(inputs=tokens, targets=tokens).select_rows(rows)
+    assert torch.equal(chosen.inputs, tokens[:, [2, 0]])
+    with pytest.raises(InputError, match=r"row \(3\) must be .*1"):
+        chosen.select_rows([3])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memformer.errors import InputError, InputTypeError
+from memformer.utils.checks import check_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,17 @@ class Rollout:
         return self._map(lambda tensor: tensor.to(device, non_blocking=not is_to_cpu))
 
     def select_rows(self, rows: Sequence[int] | NDArray[np.integer]) -> "Rollout":
-        """Return the rollout with these rows only."""
-        return self._map(lambda tensor: tensor[:, rows])
+        """Return the rollout with these rows only, in this order.
+
+        Args:
+            rows: Numbers of the rows, from 0; one may be given twice.
+
+        Raises:
+            InputError: There is no row with this number.
+            InputTypeError: A number is not an integer.
+        """
+        chosen = check_integers("row", rows, 0, self.batch_size - 1)
+        return self._map(lambda tensor: tensor[:, chosen])
 
     def shifted_by_one_token(self) -> "Rollout":
         """Return the rollout for next-token models: the same targets, each with the preceding token as its input.

@@ -204,6 +204,21 @@ def test_other_documents_of_the_same_files_are_other_data(copies, tmp_path, chan
     assert call_json("compare", *copies, *output)["same_data"] is False
 
 
+@pytest.mark.parametrize(("limit", "is_same"), [(100, False), (None, True)])
+def test_other_tokenizers_read_other_documents_in_evaluations_during_training(copies, tmp_path, limit, is_same):
+    """The first documents that have so many tokens; the evaluation at the end is of all documents."""
+    for number, run in enumerate(copies):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["training"]["evaluation_tokens"] = limit
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        inputs = json.loads((run / "data.json").read_text())
+        (run / "data.json").write_text(json.dumps({**inputs, "tokenizer": str(number)}))
+    found = call_json("compare", *copies, "--output", tmp_path / "x.png")
+    assert (found["same_data"], found["same_evaluations"]) == (True, is_same)
+    _, out, _ = call("compare", *copies, "--output", tmp_path / "x.png")
+    assert ("the tokenizers differ, so training.evaluation_tokens are other documents" in out) is not is_same
+
+
 def test_options_of_recall_training_do_not_make_other_held_out_data():
     def run(**options):
         recall = {"task": "copy", "num_facts": [1, 4], "question_probability": 1.0, **options}

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -292,6 +293,9 @@ def test_in_memory() -> None:
     assert documents_of(corpus) == [[1, 2], [300]]
     assert (corpus.num_tokens, corpus.num_bytes, corpus.vocab_size) == (3, 11, 301)
     assert corpus_from_arrays([np.array([1, 2])], 3).num_bytes == 2
+    assert not corpus.document(0).flags.writeable
+    unmasked = np.ma.array([1, 2], mask=[0, 0])
+    assert documents_of(corpus_from_arrays(iter([torch.tensor([0, 1]), (2,), unmasked]), 3)) == [[0, 1], [2], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,12 @@ def test_in_memory() -> None:
         ([np.array([True])], InputTypeError, "document 0 has dtype bool"),
         ([np.array([1]), np.array([3])], InputError, "document 1 has token id 3; it must be from 0 to 2"),
         ([np.array([-1])], InputError, "document 0 has token id -1"),
+        ([[1], torch.ones(2, dtype=torch.bfloat16)], InputTypeError, "document 1 has dtype torch.bfloat16"),
+        ([[[1], [1, 2]]], InputError, r"document 0 .* must be 1-D"),
+        ([b"abc"], InputTypeError, r"document 0 \(b'abc'\) is a text"),
+        ([np.ma.array([1, 2], mask=[0, 1])], InputError, "document 0 is an array with masked items"),
+        (5, InputTypeError, r"arrays \(5\) must hold the token ids of each document"),
+        ("abc", InputTypeError, r"arrays \('abc'\) must hold"),
     ],
 )
 def test_wrong_arrays_are_refused(arrays, error: type[Exception], message: str) -> None:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
-from memformer import Memformer, Session, backpropagate, hf
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
+from memformer import InputTypeError, Memformer, Session, backpropagate, hf
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 from tests.hf.models import (
     BOS,
     KINDS,
@@ -195,6 +195,19 @@ def test_the_loss_in_evaluation_is_that_of_the_logits_with_and_without_a_cache(k
         assert_close(output.loss, expected)
         assert_close(output.logits, logits[:, -2:])
     assert kind(ids, labels=torch.full_like(ids, -100)).loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_loss_does_not_depend_on_the_integers_that_hold_the_tokens(dtype, is_training):
+    """In uint8, -100 is 156, the byte of many accented letters."""
+    model = hf.as_causal_lm(tiny_model(vocab_size=256)).train(is_training)
+    ids = torch.tensor([[1, 156, 156, 7, 156, 250]])
+    expected = model(ids, labels=ids).loss
+    assert torch.equal(model(ids.to(dtype), labels=ids.to(dtype)).loss, expected)
+    assert torch.equal(model(ids, labels=ids.to(dtype)).loss, expected)
+    with pytest.raises(InputTypeError, match="labels have dtype float32; they must be integers"):
+        model(ids, labels=ids.float())
 
 
 def test_the_loss_and_its_gradients_are_those_of_the_logits(name, model):

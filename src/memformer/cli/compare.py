@@ -37,7 +37,7 @@ def run_compare(argv: list[str]) -> None:
     """
     # Imported here, because plots are slow to import.
     from memformer.evaluation.plots import write_figure
-    from memformer.training.comparison import find_differences, same_data, summarize_run, to_table
+    from memformer.training.comparison import find_differences, same_data, same_evaluations, summarize_run, to_table
     from memformer.training.curves import draw_comparison
 
     options = parse(compare_parser(), argv)
@@ -54,6 +54,7 @@ def run_compare(argv: list[str]) -> None:
             "runs": [run.to_dict() for run in runs],
             "differences": find_differences([run.config for run in runs]),
             "same_data": same_data(runs),
+            "same_evaluations": same_evaluations(runs),
             "figure": str(output),
         }
         print(json.dumps(result))

@@ -10,10 +10,20 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
-from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_number, check_seed
+from memformer.utils.checks import (
+    Integer,
+    Integers,
+    Number,
+    check_integer,
+    check_integers,
+    check_number,
+    check_seed,
+    shown,
+)
 from memformer.utils.files import user_path
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
@@ -194,7 +204,9 @@ def corpus_from_arrays(
     """
     vocab_size = check_integer("vocab_size", vocab_size, 1)
     dtype = smallest_dtype(vocab_size)
-    documents = [np.asarray(array) for array in arrays]
+    if not isinstance(arrays, Iterable) or isinstance(arrays, str | bytes):
+        raise InputTypeError(f"arrays ({shown(arrays)}) must hold the token ids of each document")
+    documents = [_as_array(array, index) for index, array in enumerate(arrays)]
     if not documents:
         raise InputError("a corpus needs at least one document")
     for index, array in enumerate(documents):
@@ -208,6 +220,7 @@ def corpus_from_arrays(
     ends = np.cumsum([array.size for array in documents], dtype=np.int64)
     lengths = np.diff(ends, prepend=0)
     tokens = np.concatenate([array.astype(dtype) for array in documents])
+    tokens.flags.writeable = False  # as in a corpus on disk; a document is a part of this array
     return Corpus(
         name="corpus in memory",
         tokens=tokens,
@@ -270,3 +283,24 @@ def _check_file(path: Path, *, num_bytes: int, checksum: int) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if actual_checksum != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum does not match; delete the folder to build it again")
+
+
+def _as_array(document: object, index: int) -> NDArray[Any]:
+    """Return the token ids of a document as an array of any dtype and shape.
+
+    Raises:
+        InputError: Its items are lists of unequal lengths, or an item is masked.
+        InputTypeError: It is a text, or a tensor of floating-point numbers, some of whose dtypes NumPy lacks.
+    """
+    if isinstance(document, str | bytes):
+        raise InputTypeError(f"document {index} ({shown(document)}) is a text; it must hold token ids")
+    if isinstance(document, Tensor):
+        if document.is_floating_point() or document.is_complex():
+            raise InputTypeError(f"document {index} has dtype {document.dtype}; its token ids must be integers")
+        document = document.cpu()
+    if np.ma.is_masked(document):
+        raise InputError(f"document {index} is an array with masked items; give its token ids alone (compressed())")
+    try:
+        return np.asarray(document)
+    except ValueError as error:
+        raise InputError(f"document {index} ({shown(document)}) must be 1-D") from error

@@ -90,7 +90,7 @@ def causal_loss(logits: Tensor, input_ids: Tensor, counted: Tensor, *, num_items
         num_items: Divisor. None: the number of columns that count. 0, if no column counts: the loss is 0.
     """
     is_target = counted[:, 1:]
-    targets = input_ids.to(logits.device)[:, 1:][is_target]
+    targets = input_ids.to(logits.device, torch.int64)[:, 1:][is_target]
     chosen = logits[:, :-1][is_target]
     nll = F.cross_entropy(chosen.to(torch.promote_types(chosen.dtype, torch.float32)), targets, reduction="sum")
     return nll / at_least_one(targets.numel() if num_items is None else num_items)

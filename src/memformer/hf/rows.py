@@ -119,12 +119,16 @@ def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor, *, are_coun
     Raises:
         InputError: The shape differs from that of `input_ids`, a label that counts is another token, or the caller has
             counted labels at padding or `[BOS]`.
+        InputTypeError: The labels are not integers.
     """
     if labels.shape != input_ids.shape:
         raise InputError(
             f"labels have shape {tuple(labels.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}"
         )
-    labels = labels.to(rows.tokens.device)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputTypeError(f"labels have dtype {str(labels.dtype).removeprefix('torch.')}; they must be integers")
+    # Converted before the comparison: in uint8, -100 is 156.
+    labels = labels.to(rows.tokens.device, torch.int64)
     given = labels != IGNORED
     given[:, 0] = False
     counted = given & rows.is_token
@@ -133,7 +137,7 @@ def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor, *, are_coun
             f"{surplus} labels stand at padding or [BOS], which are not predicted, but num_items_in_batch counts them; "
             f"they must be {IGNORED} (as a data collator for language models makes them)"
         )
-    differs = counted & (labels != input_ids.to(labels.device))
+    differs = counted & (labels != input_ids.to(labels.device, torch.int64))
     if differs.any():
         row, column = differs.nonzero()[0].tolist()
         raise InputError(

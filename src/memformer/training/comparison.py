@@ -204,6 +204,17 @@ def same_data(runs: Sequence[RunSummary]) -> bool:
     return all(each == chosen[0] for each in chosen) and len(sizes) <= 1
 
 
+def same_evaluations(runs: Sequence[RunSummary]) -> bool:
+    """Return whether the evaluations during training were on the same documents too.
+
+    They read the first documents that have `training.evaluation_tokens`, and another tokenizer counts other tokens.
+    """
+    tokenizers = [None if run.inputs is None else run.inputs.get("tokenizer") for run in runs]
+    limits = [(run.config.get("training") or {}).get("evaluation_tokens", 0) for run in runs]
+    are_whole = all(limit is None for limit in limits)
+    return same_data(runs) and (are_whole or all(each == tokenizers[0] for each in tokenizers))
+
+
 _OF_RECALL_TRAINING = tuple(
     f"data.recall.{name}" for name in ("curriculum", "question_probability", "decoy_probability", "mine_decoys")
 )
@@ -258,8 +269,13 @@ def to_table(runs: Sequence[RunSummary]) -> str:
     differences = find_differences([run.config for run in runs])
     rows += [(key, *map(_shown, values)) for key, values in differences.items()]
     table = format_table(("", *(run.folder for run in runs)), rows)
-    if same_data(runs):
+    if same_evaluations(runs):
         return table
+    if same_data(runs):
+        return (
+            f"{table}\nthe tokenizers differ, so training.evaluation_tokens are other documents: compare the rows "
+            '"all held-out data", not those of the best and the last evaluation'
+        )
     return f"{table}\nthe held-out data of the runs differs, so their held-out results cannot be compared"
 
 

@@ -16,7 +16,7 @@ def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer
     """Return the token ids of one row as an array.
 
     Raises:
-        InputError: A token id is outside the vocabulary, or the ids are not one-dimensional.
+        InputError: A token id is outside the vocabulary or masked, or the ids are not one-dimensional.
         InputTypeError: The token ids are not integers.
     """
     if isinstance(token_ids, str | bytes | Mapping | Set) or not hasattr(token_ids, "__len__"):
@@ -26,6 +26,8 @@ def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer
             dtype = str(token_ids.dtype).removeprefix("torch.")
             raise InputTypeError(f"token ids have dtype {dtype}; they must be integers")
         token_ids = token_ids.cpu()
+    if np.ma.is_masked(token_ids):
+        raise InputError("token ids are an array with masked items; give the ids alone (compressed())")
     try:
         ids = np.asarray(token_ids)
     except ValueError as error:  # a list in which some items are lists
