@@ -1,5 +1,6 @@
 """A run with a tokenizer that was made elsewhere keeps it whole, so its file is needed only once."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from memformer.data import DocumentEndTokenizer, PretrainedTokenizer
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
-from tests.data.outside import byte_level, word_piece
+from tests.data.outside import byte_level, sentence_piece, word_piece
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,23 @@ def test_a_run_is_trained_evaluated_and_resumed_without_the_file(trained, base):
     assert call_json("train", folder, "--resume", "--training.num_updates", "3")["run"] == str(folder)
     changed = ("--data.tokenizer.path", base / "texts")
     assert "the run began with data.tokenizer.path" in refused("train", folder, "--resume", *changed)
+
+
+def test_texts_of_tokens_join_although_the_tokenizer_strips_a_first_space(base, tmp_path):
+    """As SentencePiece does: decoded alone, every word would lose its space."""
+    sentence_piece().save(str(tmp_path / "tokenizer.json"))
+    options = ("--data.tokenizer.kind", "pretrained", "--data.tokenizer.path", tmp_path)
+    folder = tmp_path / "run"
+    call_json("train", base / "config.yaml", *options, "--folder", folder, "--training.num_updates", "1")
+    tokenizer, text = load_run(folder).tokenizer, "the the cat\nthe man\n"
+    (tmp_path / "text").write_text(text)
+    _, out, _ = call("score", folder, tmp_path / "text", "--per", "token", "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert "".join(each["text"] for each in found if each.get("kind") == "token") == text
+    for seed in ("1", "2", "3"):
+        generated = call_json("generate", folder, "--prompt", "the the", "--max_new_tokens", "8", "--seed", seed)
+        ids = [*tokenizer.encode(b"the the", "prompt").tolist(), *generated["token_ids"]]
+        assert "the the" + generated["text"] == "".join(tokenizer.decode_stream(ids))
 
 
 def test_what_cannot_be_used_is_refused_in_one_sentence(base, tmp_path):

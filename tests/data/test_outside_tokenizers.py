@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
@@ -22,6 +22,7 @@ from memformer.data import (
     train_tokenizer,
 )
 from memformer.data import tokenizers as tokenizers_module
+from memformer.data.outside_tokenizers import decode_after
 from memformer.data.tokenizers import encode_stream
 from tests.data.outside import byte_level, sentence_piece, word_piece
 
@@ -41,6 +42,18 @@ def test_every_text_is_restored_from_the_ids_of_the_package(name, text):
     assert ids == OUTSIDE[name].encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text.encode()
     assert "".join(tokenizer.decode_stream(ids)) == text
+
+
+@each
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS, data=st.data())
+def test_a_text_that_goes_on_joins_that_before_it(name, text, data):
+    tokenizer = WRAPPED[name]
+    ids = tokenizer.encode(text.encode(), "x").tolist()
+    cut = data.draw(st.integers(0, len(ids)))
+    before = "".join(tokenizer.decode_stream(ids[:cut]))
+    assume(text.startswith(before))  # no cut within a character
+    assert before + "".join(decode_after(tokenizer, ids[:cut], ids[cut:])) == text
 
 
 @each

@@ -22,6 +22,7 @@ from memformer.cli.saving import (
 from memformer.cli.scoring import held_bytes
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
+from memformer.data.outside_tokenizers import decode_after
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
@@ -35,6 +36,8 @@ from memformer.utils.ownership import owned_file
 from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
+# Tokens of the prompt that are kept, for the text that follows them.
+_LAST_TOKENS = 64
 NEW_TOKENS = 500
 
 GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
@@ -195,12 +198,14 @@ def _continue(
         open_prompt(options.prompt, options.prompt_file, while_waiting=reading.save_if_due) as prompt,
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
+        last: list[int] = []
         parts, unknown = skip_to(reading.position, prompt.pieces(tokenizer)), UnknownWords(tokenizer)
         for number, part in enumerate(signals.until_signalled(parts, waits=True)):
             if options.resume and not number:
                 progress.begin_at(prompt.num_bytes)
             unknown.add(part)
             reading.feed(part)
+            last = [*last, *part[-_LAST_TOKENS:].tolist()][-_LAST_TOKENS:]
             progress.advance_to(prompt.num_bytes)
     unknown.warn_if_most("the prompt")
     reading.is_finished = not signals.received
@@ -213,7 +218,7 @@ def _continue(
     # Text that is printed on a terminal shows the progress itself.
     is_shown = options.json or not sys.stdout.isatty()
     with ProgressBar("generating", num_tokens, unit="token") as progress:
-        for piece in tokenizer.decode_stream(_append_each((step[0] for step in steps), ids)):
+        for piece in decode_after(tokenizer, last, _append_each((step[0] for step in steps), ids)):
             text += piece
             if not options.json:
                 print(piece, end="", flush=True)

@@ -36,6 +36,7 @@ class ScoreOutput:
         self._tokenizer = tokenizer
         self._unit = content_unit(tokenizer)
         self._has_header = self._is_json
+        self._before: list[int] = []
 
     @property
     def leaves_terminal_free(self) -> bool:
@@ -55,13 +56,23 @@ class ScoreOutput:
             return
         self._print_header(f"{'line':>9}  {'nats':>9}  token")
         for token, line, nats in zip(part.token_ids.tolist(), part.lines.tolist(), nll.tolist(), strict=True):
-            text = _shown(self._tokenizer.decode([token]))
+            text = _shown(self._text_of(token))
             number = first_line + line
             if self._is_json:
                 self._print_json("token", line=number, token_id=token, nats=nats, text=text)
             else:
                 print(f"{number:>9}  {nats:>9.4f}  {text!r}")
         sys.stdout.flush()
+
+    def _text_of(self, token: int) -> bytes:
+        """Return the text of the next token; one of a SentencePiece tokenizer depends on that before it."""
+        alone = self._tokenizer.decode([token])
+        if self._tokenizer.kind != "pretrained":
+            return alone
+        before = self._before
+        if "\ufffd" not in alone.decode(errors="replace"):  # not a part of a character
+            self._before = [token]
+        return self._tokenizer.decode([*before, token])[len(self._tokenizer.decode(before)) :]
 
     def lines(self, lines: list[ScoredLine]) -> None:
         """Print lines that have ended, if they are to be printed."""

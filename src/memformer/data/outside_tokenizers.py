@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from memformer.data.tokenizers import (
+    Tokenizer,
     check_token_id,
     decode_utf8,
     fingerprint_of_text,
@@ -132,6 +134,27 @@ class PretrainedTokenizer:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def decode_after(tokenizer: Tokenizer, before: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text that token ids add to that of the tokens before them, as `decode_stream` does.
+
+    Decoded alone, the ids of a SentencePiece tokenizer lose the space that they begin with. So they are decoded behind
+    the last of the tokens before them that is no part of a character.
+    """
+    if tokenizer.kind != "pretrained":
+        yield from tokenizer.decode_stream(ids)
+        return
+    last = next(([token] for token in reversed(before) if "\ufffd" not in _text_of(tokenizer, [token])), [])
+    known = len(_text_of(tokenizer, last))
+    for text in tokenizer.decode_stream(chain(last, ids)):
+        if added := text[known:]:
+            yield added
+        known = max(0, known - len(text))
+
+
+def _text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return "".join(tokenizer.decode_stream(ids))
 
 
 def read_outside_tokenizer(path: str | Path) -> PretrainedTokenizer:
