@@ -1,18 +1,16 @@
 """Rollout: the batch of consecutive segments that one update backpropagates through."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from memformer.errors import InputError, InputTypeError
-from memformer.utils.checks import check_integers
+from memformer.utils.checks import Integers, check_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +136,7 @@ class Rollout:
         is_to_cpu = torch.device(device).type == "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=not is_to_cpu))
 
-    def select_rows(self, rows: Sequence[int] | NDArray[np.integer]) -> "Rollout":
+    def select_rows(self, rows: Integers) -> "Rollout":
         """Return the rollout with these rows only, in this order.
 
         Args:
