@@ -1,16 +1,16 @@
 """Rollout: the batch of consecutive segments that one update backpropagates through."""
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memformer.errors import InputError, InputTypeError
-from memformer.utils.checks import Integers, check_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class Rollout:
         is_to_cpu = torch.device(device).type == "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=not is_to_cpu))
 
-    def select_rows(self, rows: Integers) -> "Rollout":
+    def select_rows(self, rows: Iterable[SupportsIndex]) -> "Rollout":
         """Return the rollout with these rows only, in this order.
 
         Args:
@@ -144,9 +144,10 @@ class Rollout:
 
         Raises:
             InputError: There is no row with this number.
-            InputTypeError: A number is not an integer.
         """
-        chosen = check_integers("row", rows, 0, self.batch_size - 1)
+        chosen = [operator.index(row) for row in rows]  # PyTorch would take an array of uint8 for a mask
+        if wrong := [row for row in chosen if not 0 <= row < self.batch_size]:
+            raise InputError(f"row ({wrong[0]}) must be from 0 to {self.batch_size - 1}")
         return self._map(lambda tensor: tensor[:, chosen])
 
     def shifted_by_one_token(self) -> "Rollout":

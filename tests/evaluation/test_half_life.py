@@ -8,13 +8,14 @@ import torch
 
 from memformer.evaluation.half_life import (
     LifetimeProbe,
+    _written_alike,
     computed_half_lives,
     forgetting_norms,
     half_life,
     time_of_half,
 )
 from memformer.nn.attention import AttentionRecord
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 
 WIDTH = 16
 
@@ -127,6 +128,18 @@ def test_a_slot_that_keeps_its_value_has_all_of_it_left_beside_slots_that_compet
     assert torch.equal(memory[0, :3], start[0, :3])
     assert not torch.equal(memory[0, 3:], start[0, 3:])
     assert (probe.shares() == 1).all()
+
+
+@torch.no_grad()
+def test_a_memory_that_is_written_alike_is_the_next_memory(variant):
+    model = tiny_model(**variant)
+    if not model.config.num_slots:
+        return
+    memory, record = model.initial_memory(2), AttentionRecord()
+    for _ in range(3):
+        segment, before = torch.randint(0, VOCAB_SIZE, (2, SEGMENT_LENGTH)), memory
+        memory = model.encode(segment, memory=memory, attention=record)[1]
+        assert_close(_written_alike(model, before, record), memory)
 
 
 @torch.no_grad()

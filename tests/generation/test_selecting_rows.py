@@ -89,3 +89,13 @@ def test_generation_does_not_go_on_with_other_rows():
     session.reorder([1, 0, 2, 3])
     with pytest.raises(InputError, match="rows were selected during generation; call stream again"):
         next(steps)
+
+
+def test_a_row_that_has_stopped_is_not_asked_for_its_tokens():
+    """A grammar lets nothing follow its end, which must not end the other rows."""
+
+    def allowed(row, num_tokens):
+        return [5 + row] if num_tokens < 2 + 2 * row else [0] if num_tokens == 2 + 2 * row else []
+
+    options = {"stop_token_ids": [0], "allowed_token_ids": allowed}
+    assert Session(tiny_model(), batch_size=2).generate(20, **options) == [[5, 5, 0], [6, 6, 6, 6, 0]]

@@ -253,16 +253,6 @@ def test_only_allowed_tokens_are_generated(options):
     assert len({*generated[0]}) > 1
 
 
-def test_a_row_that_has_stopped_is_not_asked_for_its_tokens():
-    """A grammar lets nothing follow its end, which must not end the other rows."""
-
-    def allowed(row, num_tokens):
-        return [5 + row] if num_tokens < 2 + 2 * row else [0] if num_tokens == 2 + 2 * row else []
-
-    options = {"stop_token_ids": [0], "allowed_token_ids": allowed}
-    assert Session(tiny_model(), batch_size=2).generate(20, **options) == [[5, 5, 0], [6, 6, 6, 6, 0]]
-
-
 def test_all_tokens_may_be_allowed():
     sessions = [Session(tiny_model()) for _ in range(2)]
     rows = [

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from memformer import AttentionRecord, InputError, InputTypeError, Memformer, Session
-from memformer.nn.attention import merge_heads, split_heads
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
 
 B, S = 3, SEGMENT_LENGTH
@@ -172,9 +171,6 @@ def test_recorded_attention_weights_sum_to_one_and_recording_changes_nothing(var
     assert len(record.reader) == model.config.num_encoder_layers
     for weights in (*record.reader, record.writer):
         assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    own_weight = record.writer[..., :1]
-    kept = merge_heads(own_weight * split_heads(memory, own_weight.shape[1]))
-    assert_close(model.memory_normalization(kept + record.taken, written=1 - own_weight), next_memory)
 
 
 def test_a_record_that_is_used_again_holds_one_timestep():
