@@ -262,6 +262,7 @@ def test_documents_and_labels_that_do_not_fit_are_refused(unit, documents, label
 
 
 def test_a_call_names_the_methods_that_a_classifier_has():
+    """PyTorch raises NotImplementedError for a module without `forward`; the message must fit this model."""
     with pytest.raises(NotImplementedError, match=r"use encode.*, classify\(token_ids\) or log_probabilities"):
         tiny_classifier()([1])
 

@@ -90,8 +90,8 @@ def _draw(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        # A token is kept if the tokens before it have not reached top_p, so the most likely token is always kept,
+        # A token is kept if the tokens before it have not reached top_p.
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        beyond[:, 0] = False  # also if top_p is 0 in this dtype
+        beyond[:, 0] = False  # The most likely token is kept even if top_p is rounded to 0 in this dtype.
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]

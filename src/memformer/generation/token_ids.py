@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
-from memformer.utils.token_ids import check_token_ids
+from memformer.utils.token_ids import check_token_ids, has_length
 
 TokenIds = (
     Sequence[int]
@@ -45,24 +45,19 @@ def in_chunks(rows: list[NDArray[np.integer]]) -> Iterator[list[Tensor]]:
 
 
 def _split(token_ids: TokenIds, batch_size: int) -> list[object]:
-    if isinstance(token_ids, Mapping | Set) or not _has_length(token_ids):
+    if isinstance(token_ids, Mapping | Set) or not has_length(token_ids):
         raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
     if batch_size == 1:
         nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
         if not nested:
             return [token_ids]
     rows = list(token_ids)
-    if len(rows) != batch_size or (batch_size > 1 and not all(_has_length(row) for row in rows)):
+    if len(rows) != batch_size or (batch_size > 1 and not all(has_length(row) for row in rows)):
         raise InputError(
             f"a session of {batch_size} rows was fed {len(rows)} items; it needs a list with the token ids of each row"
         )
     return list(rows)
 
 
-def _has_length(value: object) -> bool:
-    # Tensors and arrays without a dimension have the method, too.
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
-
-
 def _is_nested(token_ids: Sequence[object]) -> bool:
-    return len(token_ids) > 0 and _has_length(next(iter(token_ids)))
+    return len(token_ids) > 0 and has_length(next(iter(token_ids)))

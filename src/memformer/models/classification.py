@@ -45,6 +45,8 @@ class MemformerForSequenceClassification(MemoryEncoder):
     config: MemformerClassificationConfig
     config_class: ClassVar[type[MemformerClassificationConfig]] = MemformerClassificationConfig
 
+    _other_calls = "classify(token_ids) or log_probabilities(token_ids) to label a document"
+
     def __init__(self, config: MemformerClassificationConfig) -> None:
         check_type("config", config, MemformerClassificationConfig)
         super().__init__(config, num_special_tokens=config.num_special_tokens)
@@ -234,8 +236,6 @@ class MemformerForSequenceClassification(MemoryEncoder):
     def stream(self) -> "ClassificationStream":
         """Return a stream that reads one document piece by piece; its state does not grow with the tokens read."""
         return ClassificationStream(self)
-
-    _other_calls = "classify(token_ids) or log_probabilities(token_ids) to label a document"
 
     def log_probabilities(self, token_ids: TokenRow) -> Float[Tensor, "*segments L"]:
         """Return the log-probabilities of a document's labels, (L), or with `label_unit: segment` (segments, L).

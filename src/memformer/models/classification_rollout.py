@@ -11,7 +11,7 @@ from memformer.errors import InputError, InputTypeError
 from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.rollout import Rollout
 from memformer.utils.checks import check_integer, shown
-from memformer.utils.token_ids import TokenRow, check_token_ids
+from memformer.utils.token_ids import TokenRow, check_token_ids, has_length
 
 
 def label_rollout(
@@ -24,7 +24,7 @@ def label_rollout(
         InputTypeError: As `make_rollout`.
     """
     for name, given in (("documents", documents), ("labels", labels)):
-        if not _is_list(given):
+        if isinstance(given, Set | Mapping) or not has_length(given):
             raise InputTypeError(f"{name} ({shown(given)}) must be a list with one item for each document")
     if len(documents) != len(labels) or not len(documents):
         raise InputError(
@@ -53,11 +53,6 @@ def label_rollout(
     )
 
 
-def _is_list(given: Any) -> bool:
-    is_ordered = hasattr(given, "__len__") and not isinstance(given, str | bytes | Set | Mapping)
-    return is_ordered and getattr(given, "ndim", 1) > 0  # an array without a dimension has the method, too
-
-
 def _labels_of(given: Any, *, index: int, count: int, config: MemformerClassificationConfig) -> list[int]:
     """Return the labels of one document.
 
@@ -70,8 +65,8 @@ def _labels_of(given: Any, *, index: int, count: int, config: MemformerClassific
         return [check_integer(name, given, 0, largest)]
     if isinstance(given, str | bytes | Set | Mapping):
         raise InputTypeError(f"labels of document {index} ({shown(given)}) must be a list with one for each segment")
-    if not _is_list(given) or len(given) != count:
-        found = f"{len(given)} labels" if _is_list(given) else "one label"
+    if not has_length(given) or len(given) != count:
+        found = f"{len(given)} labels" if has_length(given) else "one label"
         raise InputError(
             f"document {index} has {count} segments and {found}; with label_unit segment each segment has one label"
         )

@@ -80,7 +80,7 @@ class RecurrentModel(nn.Module, ABC):
             "layers instead (module.compile() of each)"
         )
 
-    # What a model does with what it has read; named where it is called as a whole.
+    # Methods that the error message of `forward` names, besides `encode`.
     _other_calls = "decode(targets, hidden=...) to predict, Session(model) to generate"
 
     def forward(self, *args: object, **kwargs: object) -> None:

@@ -27,7 +27,8 @@ from memformer.utils.machine import choose_device
 # once.
 _TIMEOUT = timedelta(hours=12)
 
-# What gloo says if another process is gone; NCCL has no such message, it waits for torchrun to end this process.
+# Parts of gloo's error messages after another process has died. NCCL raises no such error: it waits until torchrun ends
+# this process.
 _SIGNS_OF_DEATH = ("Connection closed by peer", "Connection reset by peer")
 
 Outcome = TypeVar("Outcome")

@@ -12,6 +12,11 @@ from memformer.utils.checks import shown
 TokenRow = Sequence[int] | NDArray[np.integer] | Tensor
 
 
+def has_length(value: object) -> bool:
+    """Whether a value holds several items and is no text; tensors and arrays without a dimension hold one."""
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+
+
 def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer]:
     """Return the token ids of one row as an array.
 
