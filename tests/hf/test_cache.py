@@ -321,8 +321,12 @@ def test_other_uses_that_cannot_work_are_refused():
         model(ids, attention_mask=torch.ones(1, 16), cache=cache)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, max_new_tokens=2, assistant_model=make_hf())
-    with pytest.raises(InputTypeError, match=r"logits_to_keep \(\[1\]\) must be a number of columns, or a tensor"):
+    with pytest.raises(InputTypeError, match=r"logits_to_keep \(\[1\]\) must be an integer"):
         model(ids, logits_to_keep=[1])
+    with pytest.raises(InputError, match=r"logits_to_keep \(-2\) must be at least 0"):
+        model(ids, logits_to_keep=-2)
+    with pytest.raises(InputError, match=r"shape \(2,\) of torch.float32; it must be a number, or a list of integers"):
+        model(ids, logits_to_keep=torch.ones(2))
     with pytest.raises(InputError, match="inputs_embeds cannot be read"):
         model.generate(inputs_embeds=torch.ones(1, 4, 16), max_new_tokens=2)
     model.train()

@@ -151,3 +151,15 @@ def test_the_config_can_ask_for_tuples():
         ids = torch.tensor([[1, 2, 3]])
         assert isinstance(model(ids), tuple)
         assert not isinstance(model(ids, return_dict=True), tuple)
+
+
+def test_the_config_says_whether_a_state_is_returned(tmp_path):
+    AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**tiny_config().to_dict())).save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    for asked, is_returned in ((None, False), (False, False), (True, True)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, use_cache=asked)
+        assert (model(ids).cache is not None) == is_returned
+        assert model(ids, use_cache=False).cache is None
+        assert model(ids, use_cache=True).cache is not None
+        assert model.train()(ids, labels=ids).cache is None
+        assert model.eval().generate(ids, max_new_tokens=2, use_cache=False).shape == (1, 5)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,13 @@ def test_only_the_logits_of_kept_columns_are_returned(kind):
     ids, mask = left_padded(texts())
     whole = kind(ids, attention_mask=mask).logits
     for use_cache in (False, True):
-        for kept, chosen in ((1, slice(-1, None)), (3, slice(-3, None)), (torch.tensor([4, 0, 15]), [4, 0, 15])):
+        for kept, chosen in (
+            (1, slice(-1, None)),
+            (np.int64(3), slice(-3, None)),
+            (torch.tensor(3), slice(-3, None)),
+            (torch.tensor([4, 0, 15]), [4, 0, 15]),
+            (torch.tensor([], dtype=torch.long), []),
+        ):
             found = kind(ids, attention_mask=mask, use_cache=use_cache, logits_to_keep=kept).logits
             assert_close(found, whole[:, chosen])
 

@@ -4,13 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.hf.rows import TokenRows, make_rollout
 from memformer.models import LanguageModel, NextTokenModel
 from memformer.rollout import Rollout
+from memformer.utils.checks import check_integer
 
 Columns = slice | Tensor
 LAST_COLUMN = slice(-1, None)
+
+
+def columns_to_keep(logits_to_keep: object) -> Columns:
+    """Return the columns that an argument of `forward` names: a number of last columns (0: all), or a tensor of columns.
+
+    Raises:
+        InputError: The number is negative, or the tensor is not a list of columns.
+        InputTypeError: It is neither an integer nor a tensor.
+    """
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim > 0:
+        if logits_to_keep.ndim > 1 or logits_to_keep.is_floating_point():
+            kind = f"{tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}"
+            raise InputError(f"logits_to_keep has the shape {kind}; it must be a number, or a list of integers")
+        return logits_to_keep
+    return slice(-check_integer("logits_to_keep", logits_to_keep, 0) or None, None)
 
 
 def column_logits(model: LanguageModel, rows: TokenRows, kept: Columns) -> Tensor:
@@ -22,7 +39,7 @@ def column_logits(model: LanguageModel, rows: TokenRows, kept: Columns) -> Tenso
     hidden = _encode_all(model, rollout)
     places = rows.ranks[:, kept]
     # The readout of a timestep does not depend on others, so the timesteps before the first kept column are skipped.
-    first = int(places.min()) // model.segment_length
+    first = int(places.min()) // model.segment_length if places.numel() else 0
     padding = None if rollout.input_padding is None else rollout.input_padding[first:].flatten(0, 1)
     logits = model.decode(
         rollout.targets[first:].flatten(0, 1), hidden=torch.cat(hidden[first:]), hidden_padding_mask=padding

@@ -31,6 +31,8 @@ class RecurrentHFConfig(PreTrainedConfig):
         bos_token_id: Token id of `[BOS]`. None: V.
         pad_token_id: Token id of padding. None: V, which is never read.
         eos_token_id: Token id that ends a document, if the model was trained to predict one.
+        use_cache: What `forward` does if it is not told: True: return the state, except in training. None or False:
+            only if a `cache` is given.
     """
 
     core_class: ClassVar[type[ModelConfig]]
@@ -39,6 +41,7 @@ class RecurrentHFConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    use_cache: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields; names from version 0.1 are converted.

@@ -19,6 +19,7 @@ from memformer.hf.columns import (
     causal_loss,
     column_hidden_states,
     column_logits,
+    columns_to_keep,
     stream_logits,
     with_all_ids,
 )
@@ -237,9 +238,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 columns that the cache has read. None: no padding but the pad token.
             labels: (B, T), `input_ids` again, or -100 where the loss does not count. They are shifted inside.
             cache: A `MemformerCache`, the state to continue from; it is changed in place.
-            use_cache: Return the state. None: only if a `cache` is given. It must not be False with a `cache`. With a
-                cache, dropout is off, and logits and loss have no gradient.
-            logits_to_keep: Number of last columns to return logits of, or their indices. 0: all.
+            use_cache: Return the state. None: if a `cache` is given, or the config says so. It must not be False with a
+                `cache`. With a cache, dropout is off, and logits and loss have no gradient.
+            logits_to_keep: Number of last columns to return logits of, or a tensor of columns. 0: all.
             num_items_in_batch: Number that the summed loss is divided by. None: the number of labels that count.
             inputs_embeds: Must be None.
             return_dict: False: return a tuple. None: what the config says.
@@ -259,13 +260,14 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         are_counted = num_items_in_batch is not None
         counted = None if labels is None else find_targets(rows, input_ids, labels, are_counted=are_counted)
         is_training = self.training and torch.is_grad_enabled()
-        streams = cache is not None or bool(use_cache)
+        by_default = bool(self.config.use_cache) and not is_training
+        streams = cache is not None or (by_default if use_cache is None else use_cache)
         if is_training and streams:
             raise InputError("a cache carries no gradient; train without a cache, or call under torch.no_grad()")
         if counted is not None and is_training:
             output = MemformerCausalLMOutput(loss=self._train(rows, counted, num_items_in_batch))
         else:
-            kept = slice(None) if counted is not None else _columns_to_keep(logits_to_keep)
+            kept = slice(None) if counted is not None else columns_to_keep(logits_to_keep)
             if streams:
                 cache = self._open_cache(cache, batch_size=len(rows.counts))
                 logits = stream_logits(cache.session, rows, kept)
@@ -274,7 +276,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 logits = column_logits(self.memformer, rows, kept)
             loss = None if counted is None else causal_loss(logits, input_ids, counted, num_items=num_items_in_batch)
             if counted is not None:
-                logits = logits[:, _columns_to_keep(logits_to_keep)]
+                logits = logits[:, columns_to_keep(logits_to_keep)]
             logits = with_all_ids(logits, self.config.num_token_ids)
             output = MemformerCausalLMOutput(loss=loss, logits=logits, cache=cache)
         return self._as_output(output, return_dict)
@@ -321,14 +323,6 @@ def _check_absent(absent: Mapping[str, object], config: RecurrentHFConfig) -> No
     for name in ("output_attentions", "output_hidden_states"):
         if absent.get(name) is None and getattr(config, name, False):
             raise InputError(f"config.{name} must be False: {_ABSENT[name]}")
-
-
-def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    if not isinstance(logits_to_keep, int):
-        raise InputTypeError(f"logits_to_keep ({logits_to_keep!r}) must be a number of columns, or a tensor of indices")
-    return slice(-logits_to_keep or None, None)
 
 
 class MemformerModel(RecurrentHiddenModel):
