@@ -29,7 +29,7 @@ demo: setup
 	@echo "  $(BIN)/memformer train experiments/text.yaml --data.train.path YOUR.txt    your own text"
 	@echo "  $(BIN)/memformer train experiments/digits.yaml                            draw digits"
 
-# Trains a small language model on the Python standard library; takes about three minutes on a CPU.
+# Trains a small language model on the Python standard library; takes three to eight minutes on a CPU.
 demo-text: setup
 	$(BIN)/memformer train experiments/demo.yaml --folder $(TEXT_DEMO)
 	$(BIN)/memformer generate $(TEXT_DEMO) --prompt "import os" --max_new_tokens 400 --temperature 0.7 --seed 1

@@ -111,7 +111,7 @@ def test_configs_hold_plain_values_and_can_be_written():
         (lambda: SourceConfig(path=5), r"^path \(5\) must be a text \(in YAML, put it in quotes\)$"),
         (lambda: SourceConfig(kind=["text"]), r"^kind \(\['text'\]\) must be one of text, jsonl"),
         (lambda: TokenizerConfig(kind="byte"), r"^kind \('byte'\) must be one of bytes, bpe, word, pretrained, bins$"),
-        (lambda: RecallConfig(num_facts=3), r"^recall\.num_facts \(3\) must be a list of integers$"),
+        (lambda: RecallConfig(num_facts=3), r"^data\.recall\.num_facts \(3\) must be a list of integers$"),
     ],
 )
 def test_a_config_names_the_value_and_the_rule(make, message):

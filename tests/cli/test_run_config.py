@@ -1,5 +1,7 @@
 """How `memformer train` reads its config and options: types of values, and sections of another model or source."""
 
+import re
+
 import pytest
 import yaml
 
@@ -210,10 +212,26 @@ def test_a_slice_from_the_end_is_a_value(read):
             assert getattr(read({}, *options)[0].data, name).documents == text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.test.levels", "3"], "data.test.path (None) must be given for kind 'text'"),
+        (["--data.validation.kind", "jsonl"], "data.validation.path (None) must be given for kind 'jsonl'"),
+        (["--data.train.rows", "x"], "data.train.rows ('x') is not read by kind 'python', only by array"),
+        (["--data.tokenizer.num_bins", "1"], "data.tokenizer.num_bins (1) must be at least 2"),
+        (["--model.d_model", "-3"], "model.d_model (-3) must be at least 1"),
+        (["--model.d_model", "6", "--model.num_heads", "2"], "model: rotary positions need an even head width"),
+    ],
+)
+def test_the_message_names_the_section(read, options, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        read({}, *options)
+
+
 def test_a_wrong_value_of_a_section_in_a_section_is_named(read):
-    with pytest.raises(InputError, match=r"curriculum\.window \(0\) must be at least 1"):
+    with pytest.raises(InputError, match=r"^data\.recall\.curriculum\.window \(0\) must be at least 1"):
         read({}, "--data.recall.curriculum.window", "0")
-    with pytest.raises(InputError, match=r"recall\.max_distance \(0\) must be at least 1"):
+    with pytest.raises(InputError, match=r"^data\.recall\.max_distance \(0\) must be at least 1"):
         read({}, "--data.recall.curriculum.window", "5", "--data.recall.max_distance", "0")
     with pytest.raises(InputError, match="unknown option .*windw; did you mean --data.recall.curriculum.window"):
         read({}, "--data.recall.curriculum.windw", "5")

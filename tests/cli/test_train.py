@@ -226,7 +226,7 @@ def test_help_of_train_has_every_option_with_its_documentation():
         (b"seed: !!timestamp x\n", r"config .*bad\.yaml is not YAML: a value in it is malformed"),
         (b"seed: 2020-99-99\n", r"config .*bad\.yaml is not YAML: a value in it is malformed: month must be"),
         (b"[" * 5000, r"config .*bad\.yaml is not YAML: a value in it is malformed: maximum recursion depth"),
-        (b"data: {validation: {kind: text}}\n", r"^path \(None\) must be given for kind 'text'$"),
+        (b"data: {validation: {kind: text}}\n", r"^data\.validation\.path \(None\) must be given for kind 'text'$"),
         (
             b"data: {train: {kind: digits}, tokenizer: {kind: word}}\ntraining: {num_updates: 1}\n",
             r"data\.tokenizer is not read by data\.train\.kind \('digits'\), whose pixels are the tokens; leave it out",
@@ -297,7 +297,7 @@ def test_refused_configs(tmp_path, content, message):
             ["--data.train.path", "{bad}/short", "--training.num_lanes", "1"],
             ["holds 4 tokens; at least one segment of 8"],
         ),
-        (["--data.train.path", "{bad}/short/a"], ["has 1 document; holding some out needs at least 2"]),
+        (["--data.train.path", "{bad}/short/a"], ["has 1 document of 4 tokens; holding some out needs at least 2"]),
         (["--training.num_lanes", "30"], ["has 6 documents for 30 lanes", "data.max_document_tokens"]),
         (
             ["--data.train.path", "{bad}/latin", "--data.tokenizer.kind=bpe", "--data.tokenizer.vocab_size=300"],

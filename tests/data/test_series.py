@@ -97,6 +97,9 @@ def npy_header(text):
 )
 def test_refused_files(tmp_path, content, options, message):
     (tmp_path / "x").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if not options and str(content).startswith("a,a"):
+        with pytest.raises(InputError, match=message):
+            series_columns([SourceFile(tmp_path / "x", True)], None)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "x", **options)
 

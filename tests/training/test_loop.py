@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import pathlib
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from memformer import InputError, Memformer
+from memformer import InputError, Memformer, SaveError
 from memformer.cli.main import main
-from memformer.training.logs import read_log
+from memformer.training.logs import JsonLinesSink, read_log
 from memformer.training.loop import train
 from memformer.training.replay import backpropagate
 from memformer.training.run_data import DocumentData, prepare_data
@@ -143,3 +144,13 @@ def test_of_equal_scores_the_later_weights_are_the_best(base, tmp_path, monkeypa
         if all(torch.equal(weights[name], tensor) for name, tensor in model_of(tmp_path, update).items())
     ]
     assert same == [kept]
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    """On a full disk; the system's own message names no file."""
+    sink = JsonLinesSink(tmp_path, lines=[], num_updates=0)
+    sink._lines.close()
+    sink._lines = pathlib.Path("/dev/full").open("w")  # noqa: SIM115  closed by the sink
+    for act in (lambda: sink.record("training", 1, {}), sink.flush, sink.close):
+        with pytest.raises(SaveError, match=r"log\.jsonl could not be written: No space left on device"):
+            act()

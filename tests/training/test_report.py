@@ -242,6 +242,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         ("log.jsonl", b'{"kind": "x"\n{}\n', r"log\.jsonl: line 1 is damaged"),
         ("log.jsonl", b'\xff\n{"kind": "training", "update": 1}\n', r"log\.jsonl: line 1 is damaged"),
         ("log.jsonl", b"7\n7\n", r"log\.jsonl: line 1 is damaged"),
+        ("log.jsonl", b'{"kind": "training", "update": "x"}\n{}\n', r"log\.jsonl: line 1 is damaged"),
         ("log.jsonl", b'{"kind": "training", "update": 1}\n', "lacks a value: .*bits_per_token"),
         ("evaluation.json", b"{", r"evaluation\.json is not readable JSON"),
         ("evaluation.json", b'{"num_tokens": 1}', "lacks a value: .*with_memory"),

@@ -18,17 +18,36 @@ def test_the_time_left_counts_the_evaluations():
     left.add_update(2.0, num_tokens=50)
     # No evaluation is timed yet: 100 tokens take as long as in training, 4 s. There are 3 (after 4, 8 and 10 updates).
     assert left.seconds(1) == pytest.approx(9 * 2 + 3 * 4 + 40)
+    assert left.seconds(4) == pytest.approx(6 * 2 + 3 * 4 + 40)  # the one that is due is still left
     left.add_update(2.0, num_tokens=50)
-    left.add_evaluation(1.0)
-    assert left.seconds(4) == pytest.approx(6 * 2 + 2 * 1 + 10)
-    assert left.seconds(8) == pytest.approx(2 * 2 + 1 + 10)
-    assert left.seconds(10) == pytest.approx(10)
+    # The sample takes 3 of 4 seconds, and the final evaluation has none.
+    left.add_evaluation(4.0, reading_seconds=1.0)
+    assert left.seconds(5) == pytest.approx(5 * 2 + 2 * 4 + 10)
+    assert left.seconds(9) == pytest.approx(1 * 2 + 4 + 10)
+    assert left.seconds(10) == pytest.approx(4 + 10)
+
+
+@pytest.mark.parametrize(("num_updates", "every", "updates"), [(10, 4, (4, 8, 10)), (8, 4, (4, 8)), (3, 5, (3,))])
+def test_each_evaluation_counts_until_it_has_been_made(num_updates, every, updates):
+    left = TimeLeft(TrainingConfig(num_updates=num_updates, evaluate_every=every), periodic_tokens=1, final_tokens=0)
+    left.add_update(0.0, num_tokens=1)
+    left.add_evaluation(1.0, reading_seconds=1.0)
+    for update in range(1, num_updates + 1):
+        assert left.seconds(update) == sum(update <= evaluated for evaluated in updates)
+
+
+def test_the_first_update_counts_only_until_there_is_a_second():
+    """It also compiles the model: minutes, which were taken for the time of every update."""
+    left = TimeLeft(TrainingConfig(num_updates=100, evaluate_every=100), periodic_tokens=100, final_tokens=0)
+    left.add_update(300.0, num_tokens=100)
+    left.add_update(2.0, num_tokens=100)
+    assert left.seconds(2) == pytest.approx(98 * 2 + 2)
 
 
 def test_a_run_shows_the_time_of_the_final_evaluation(base, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(RunLog, "advance", lambda log, update, *, seconds_left: shown.update({update: seconds_left}))
-    monkeypatch.setattr(TimeLeft, "add_evaluation", lambda left, seconds: setattr(left, "_evaluation_seconds", 0.0))
+    monkeypatch.setattr(TimeLeft, "add_evaluation", lambda left, seconds, **_: None)
     config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
     assert main(["train", config_file(config), "--folder", str(tmp_path / "run")]) == 0
     assert shown[1] > shown[2] > 0

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import re
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -44,18 +44,36 @@ def new_parser(command: str, description: str, usage: str) -> ArgumentParser:
     )
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+def parse(parser: ArgumentParser, argv: Sequence[str], *, sections: Mapping[str, Any] | None = None) -> Namespace:
     """Return the parsed arguments, with the dataclasses instantiated.
+
+    Args:
+        parser: The parser.
+        argv: The arguments.
+        sections: Dataclasses of sections whose messages do not say which section it is, by the name of the section.
 
     Raises:
         InputError: An argument is unknown (the nearest valid one is named) or has the wrong type.
     """
     try:
-        return parser.instantiate(parser.parse_args(_convert_options(parser, argv)))
+        found = parser.parse_args(_convert_options(parser, argv))
+        for name, kind in (sections or {}).items():
+            _check_section(name, kind, found.get(name))
+        return parser.instantiate(found)
     except InputError:
         raise
     except (ArgumentError, ValueError) as error:
         raise InputError(_explain(error, parser, argv)) from error
+
+
+def _check_section(name: str, kind: Any, section: Namespace | None) -> None:
+    try:
+        if section is not None:
+            kind(**section.as_dict())
+    except InputError as error:
+        first = str(error).split(maxsplit=1)[0]
+        begins_with_key = first in {field.name for field in dataclasses.fields(kind)}
+        raise InputError(f"{name}.{error}" if begins_with_key else f"{name}: {error}") from error
 
 
 def _convert_options(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:

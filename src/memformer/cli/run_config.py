@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from memformer.cli.parsing import new_parser, parse
 from memformer.cli.unread_keys import drop_unread_keys, option_value
+from memformer.data import SourceConfig
+from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
@@ -118,7 +120,9 @@ def parse_run_config(
         # Derived again, because a new run with this config may have another tokenizer.
         derived.pop("vocab_size", None)
     parser = train_parser(model_type)
-    options = parse(parser, ["--config", to_yaml(given), *folder_option, *rest])
+    sections = {"model": MODELS[model_type].config_class, "data.tokenizer": TokenizerConfig}
+    sections |= {f"data.{name}": SourceConfig for name in ("train", "validation", "test")}
+    options = parse(parser, ["--config", to_yaml(given), *folder_option, *rest], sections=sections)
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     fields["model"] = dataclasses.replace(fields["model"], **derived)
     return RunConfig(**fields), options

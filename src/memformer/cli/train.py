@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from memformer.training.run_folder import (
     newest_checkpoint,
     owned_run_folder,
     read_run_config,
+    remove_remains,
     write_run_config,
 )
 from memformer.training.run_inputs import (
     LOCATION_KEYS,
+    UnchangedInputs,
     describe_inputs,
     find_changed_input,
     find_changed_key,
@@ -110,13 +113,17 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     if processes.is_first:
         print(f"preparing the data for {folder}", file=sys.stderr)
 
-    def prepare() -> RunData:
+    def prepare() -> tuple[RunData, dict[str, Any]]:
+        files = UnchangedInputs(config.data)
         if began_with is not None and tokenizer is not None:
             _refuse(find_changed_input(began_with, describe_inputs(config.data, tokenizer, known=began_with)))
-        return prepare_data(config.data, tokenizer=tokenizer, shows_progress=True)
+        data = prepare_data(config.data, tokenizer=tokenizer, shows_progress=True)
+        described = describe_inputs(config.data, data.tokenizer, known=began_with)
+        files.check()
+        return data, described
 
     # The other processes read the token ids that the first one has put into the cache.
-    data = processes.do_in_first(prepare) or prepare_data(config.data, tokenizer=tokenizer)
+    data, described = processes.do_in_first(prepare) or (prepare_data(config.data, tokenizer=tokenizer), {})
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device)
@@ -125,10 +132,12 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
         if config.data.validation is not None:
             warn_of_outside_values(data.tokenizer, config.data.validation, name="data.validation")
+        if not resume:
+            remove_remains(folder)
         # The config first: it marks the folder as that of a run.
-        write_run_config(folder, config.to_dict())
+        write_run_config(folder, _config_to_write(folder, config, saved))
         save_tokenizer(data.tokenizer, folder)
-        write_inputs(folder, describe_inputs(config.data, data.tokenizer, known=began_with))
+        write_inputs(folder, described)
     result = train(config, data, model, resume=resume, processes=processes)
     if result is None:
         return
@@ -146,13 +155,27 @@ def _refuse(change: str | None) -> None:
 
 
 def _check_num_updates(folder: Path, num_updates: int) -> None:
-    if any(updates_of(checkpoint) > num_updates for checkpoint in checkpoints_newest_first(folder / CHECKPOINTS)):
+    if _has_made(folder, num_updates + 1):
         done = updates_of(newest_checkpoint(folder))
-        if done > num_updates:
-            raise InputError(
-                f"training.num_updates ({num_updates}) is below the {done} updates that {folder} has made; a run ends "
-                f"at {done} or later"
-            )
+        raise InputError(
+            f"training.num_updates ({num_updates}) is below the {done} updates that {folder} has made; a run ends "
+            f"at {done} or later"
+        )
+
+
+def _config_to_write(folder: Path, config: RunConfig, saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the config to write into the run folder: training options that no update is made with do not count."""
+    values = config.to_dict()
+    num_updates = config.training.num_updates
+    if saved is not None and _has_made(folder, num_updates):
+        values["training"] = {**values["training"], **saved.get("training", {}), "num_updates": num_updates}
+    return values
+
+
+def _has_made(folder: Path, num_updates: int) -> bool:
+    """Return whether a run has made this number of updates; checkpoints are only read if one is late enough."""
+    late = [each for each in checkpoints_newest_first(folder / CHECKPOINTS) if updates_of(each) >= num_updates]
+    return bool(late) and updates_of(newest_checkpoint(folder)) >= num_updates
 
 
 def _fit_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> Any:

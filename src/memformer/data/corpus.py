@@ -25,6 +25,7 @@ from memformer.utils.checks import (
     shown,
 )
 from memformer.utils.files import user_path
+from memformer.utils.tables import counted
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
 FORMAT_VERSION = 3
@@ -148,8 +149,9 @@ class Corpus:
         seed = check_seed("held-out seed", seed)
         if self.num_documents < 2:
             raise InputError(
-                f"{self.name} has {self.num_documents} document; holding some out needs at least 2 "
-                "(set data.max_document_tokens to cut documents into pieces)"
+                f"{self.name} has {counted(self.num_documents, 'document')} of {self.num_tokens} tokens; holding some "
+                f"out needs at least 2 documents: set data.max_document_tokens to at most "
+                f"{max(1, self.num_tokens // 2)} to cut documents up"
             )
         num_held_out = min(max(1, round(fraction * self.num_documents)), self.num_documents - 1)
         order = np.random.Generator(np.random.PCG64(seed)).permutation(self.num_documents)

@@ -63,7 +63,7 @@ def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -
     """Return the names of the columns of a source: those given, or all of its first file.
 
     Raises:
-        InputError: The file cannot be read, has no values, or has a column without a name.
+        InputError: The file cannot be read, has no values, or has a column without a name of its own.
     """
     if columns is not None:
         return list(columns)
@@ -76,6 +76,8 @@ def series_columns(files: Sequence[SourceFile], columns: Sequence[str] | None) -
             names = _checked_names(path, first) or _numbered(first)
     if not names:
         raise InputError(f"{path} has no values to read")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
     return names
 
 
@@ -146,7 +148,9 @@ def _read_numpy(path: Path) -> tuple[list[str], Values]:
             f"{path} has shape {array.shape} and dtype {array.dtype}; a series needs numbers of shape (rows,) or "
             "(rows, columns)"
         )
-    values = np.asarray(array, np.float64).reshape(len(array), 1 if array.ndim == 1 else array.shape[1])
+    with np.errstate(over="ignore"):  # a number that float64 cannot hold becomes infinite, and is refused as that
+        values = np.asarray(array, np.float64)
+    values = values.reshape(len(array), 1 if array.ndim == 1 else array.shape[1])
     return [str(index) for index in range(values.shape[1])], values
 
 

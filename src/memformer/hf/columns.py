@@ -16,7 +16,7 @@ LAST_COLUMN = slice(-1, None)
 
 
 def columns_to_keep(logits_to_keep: object) -> Columns:
-    """Return the columns that an argument of `forward` names: a number of last columns (0: all), or a tensor of columns.
+    """Return the columns that an argument of `forward` names: a number of last ones (0: all), or a tensor.
 
     Raises:
         InputError: The number is negative, or the tensor is not a list of columns.

@@ -33,9 +33,10 @@ def save_if_best(
     # Of equal scores keep the later: when all recall answers are right, the weights can still improve.
     if best is None or not math.isfinite(best) or result.score <= best:
         progress["best_score"] = result.score
+        # First: if the process is killed before the end, a resumed run finds a later update, and chooses anew.
+        write_json(folder / BEST / UPDATE_FILE, {"update": progress["num_updates"], **result.to_log()})
         model.save_pretrained(folder / BEST)
         save_tokenizer(tokenizer, folder / BEST)
-        write_json(folder / BEST / UPDATE_FILE, {"update": progress["num_updates"], **result.to_log()})
 
 
 def read_best_evaluation(folder: Path) -> dict[str, Any] | None:

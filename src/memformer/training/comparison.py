@@ -9,11 +9,12 @@ from memformer.errors import CheckpointError, InputError
 from memformer.generation.session import Session
 from memformer.models import load_model
 from memformer.models.loading import MODELS
+from memformer.models.pretrained import WEIGHTS_FILE
 from memformer.training.best_weights import read_best_evaluation
 from memformer.training.config import TrainingConfig
 from memformer.training.curves import Metric, metric_of
-from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
-from memformer.training.run_folder import BEST, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
+from memformer.training.logs import missing_value_sentence, read_log
+from memformer.training.run_folder import BEST, LOG_FILE, RESULT_FILE, RUN_CONFIG_FILE, read_run_config
 from memformer.training.run_inputs import LOCATION_KEYS, file_contents, read_inputs
 from memformer.utils.files import read_json
 from memformer.utils.tables import format_table
@@ -153,7 +154,7 @@ def _final_values(result: Mapping[str, Any], metric: Metric) -> tuple[float | No
 
 def _sizes(weights: Path) -> tuple[int | None, int | None]:
     """Return the number of parameters and the size of a stream's state; None before the first evaluation."""
-    if not weights.is_dir():
+    if not (weights / WEIGHTS_FILE).is_file():
         return None, None
     model = load_model(weights)
     return model.num_parameters, Session(model).state_bytes

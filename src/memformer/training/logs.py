@@ -12,15 +12,14 @@ from typing import Any
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.likelihood import Result
 from memformer.training.config import RunConfig
-from memformer.training.run_folder import RESULT_FILE
+from memformer.training.run_folder import LOG_FILE, RESULT_FILE
 from memformer.training.trackers import TRACKERS, TrackedRun, Tracker, TrackerStates, numbers_of
-from memformer.utils.files import sync_handle, write_text
+from memformer.utils.files import saving, sync_handle, write_text
 from memformer.utils.progress import ProgressBar, print_warning
 
 # Values are numbers, strings, or lists with one number per timestep.
 LoggedValues = dict[str, Any]
 
-LOG_FILE = "log.jsonl"
 SAMPLE = "sample"
 
 
@@ -64,24 +63,29 @@ class JsonLinesSink(LogSink):
         file = folder / LOG_FILE
         if file.exists():
             write_text(file, "".join(json.dumps(line) + "\n" for line in lines if line["update"] <= num_updates))
-        self._lines = file.open("a", encoding="utf-8")
+        self._file = file
+        with saving(file):
+            self._lines = file.open("a", encoding="utf-8")
 
     def record(self, kind: str, num_updates: int, values: LoggedValues) -> None:
         """Append a line."""
-        self._lines.write(json.dumps({"kind": kind, "update": num_updates, **values}) + "\n")
-        self._lines.flush()  # so that others can follow the run
+        with saving(self._file):
+            self._lines.write(json.dumps({"kind": kind, "update": num_updates, **values}) + "\n")
+            self._lines.flush()  # so that others can follow the run
 
     def sample(self, num_updates: int, text: str) -> None:
         """Do nothing; samples are saved in separate files."""
 
     def flush(self) -> None:
         """Flush the file and sync it to disk."""
-        self._lines.flush()
-        sync_handle(self._lines.fileno())
+        with saving(self._file):
+            self._lines.flush()
+            sync_handle(self._lines.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._lines.close()
+        with saving(self._file):
+            self._lines.close()
 
 
 class TrackerSink(LogSink):
@@ -306,7 +310,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             line = None
-        if isinstance(line, dict) and {"kind", "update"} <= line.keys():
+        if isinstance(line, dict) and type(line.get("kind")) is str and type(line.get("update")) is int:
             lines.append(line)
         elif number < len(raw_lines):
             raise CheckpointError(f"{file}: line {number} is damaged")

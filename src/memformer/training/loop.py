@@ -192,8 +192,9 @@ class _Trainer:
                     if is_last or self.num_updates % training.evaluate_every == 0:
                         whole, started = self._whole_model(), time.monotonic()
                         if whole is not None:
-                            self._evaluate(whole, log)
-                            self.time_left.add_evaluation(time.monotonic() - started)
+                            reading_seconds = self._evaluate(whole, log)
+                            seconds = time.monotonic() - started
+                            self.time_left.add_evaluation(seconds, reading_seconds=reading_seconds)
                         self.processes.wait_for_all()
                     # All ranks stop together, using the signal count summed over processes in this update.
                     stops = bool(signals.received) if self.processes.count == 1 else self.all_stop
@@ -350,16 +351,21 @@ class _Trainer:
             return gather_model(self.model)
         return self.model if self.processes.is_first else None
 
-    def _evaluate(self, model: LanguageModel, log: RunLog) -> None:
+    def _evaluate(self, model: LanguageModel, log: RunLog) -> float:
         """Evaluate on a part of the held-out data, save the weights if they are the best so far, write a sample.
+
+        Returns:
+            The seconds that the evaluation itself took.
 
         Raises:
             InputError: The weights are broken.
         """
+        started = time.monotonic()
         try:
             result = self.data.evaluate(model, self.config.training, is_final=False)
         except InputError as error:
             raise InputError(f"update {self.num_updates}: {error}. {self._advice_on_broken_weights()}") from error
+        seconds = time.monotonic() - started
         log.evaluation(self.num_updates, result)
         save_if_best(self.folder, model, self.data.tokenizer, result, progress=self.state.progress)
         sample = write_sample(
@@ -372,6 +378,7 @@ class _Trainer:
         if sample is not None:
             log.sample(self.num_updates, sample)
         log.flush()
+        return seconds
 
     def _conclude(self, log: RunLog) -> Result:
         """Evaluate the best weights on all held-out data."""

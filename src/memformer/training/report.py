@@ -17,8 +17,8 @@ from memformer.evaluation.plots import arrange_panels, make_logarithmic, to_svg,
 from memformer.training.checkpoint import is_checkpoint_name
 from memformer.training.comparison import RunSummary, summarize_run, to_table
 from memformer.training.curves import draw_comparison, draw_run, metric_of
-from memformer.training.logs import LOG_FILE, missing_value_sentence, read_log
-from memformer.training.run_folder import RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
+from memformer.training.logs import missing_value_sentence, read_log
+from memformer.training.run_folder import LOG_FILE, RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
 from memformer.utils.files import read_json, user_path, write_text
 
 SUMMARY_FILE = "summary.html"
@@ -161,5 +161,5 @@ def _read_samples(folder: Path, *, updates: Container[int]) -> list[_Sample]:
         if file.suffix == ".png":
             samples.append(_Sample(update, None, base64.b64encode(file.read_bytes()).decode("ascii")))
         elif file.suffix == ".txt":
-            samples.append(_Sample(update, file.read_text(encoding="utf-8"), None))
+            samples.append(_Sample(update, file.read_text(encoding="utf-8", errors="replace"), None))
     return samples

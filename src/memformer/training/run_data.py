@@ -182,7 +182,7 @@ class RecallData(RunData):
         try:
             model.align_inputs(episode)
         except InputError as error:
-            raise InputError(f"recall.task ({self.config.task!r}) does not fit the model: {error}") from error
+            raise InputError(f"data.recall.task ({self.config.task!r}) does not fit the model: {error}") from error
         return RecallStream(
             self.train,
             self.config,

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from memformer.generation.session import Session
 from memformer.models import LanguageModel, load_model
 from memformer.models.hugging_face import find_model_folder
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
-from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first
+from memformer.training.checkpoint import check_checkpoint, checkpoints_newest_first, is_checkpoint_name
 from memformer.training.processes import Processes
+from memformer.training.trackers import TRACKERS_FILE
 from memformer.utils.checks import Integer, check_choice
-from memformer.utils.files import write_json, write_text
+from memformer.utils.files import saving, write_json, write_text
 from memformer.utils.machine import versions
 from memformer.utils.ownership import owned_folder
 from memformer.utils.renames import old_names_sentence, run_config_with_first_defaults, update_run_config
@@ -32,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 BEST = "best"
 SAMPLES = "samples"
 TRAIN_LOG = "train.log"
+LOG_FILE = "log.jsonl"
 RESULT_FILE = "evaluation.json"
 
 _CHECKSUM = "# sha256 of the lines below; to change them by hand, delete this line: "
@@ -75,6 +78,19 @@ class LoadedRun:
     def stop_token_ids(self) -> list[int]:
         """The end-of-document token of the tokenizer, or nothing."""
         return stop_tokens_of(self.tokenizer)
+
+
+def remove_remains(folder: Path) -> None:
+    """Delete what a run without checkpoints has left in its folder, so that the new run there does not inherit it.
+
+    Raises:
+        SaveError: It cannot be deleted.
+    """
+    with saving(folder):
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        for file in [folder / TRACKERS_FILE, *(folder / SAMPLES).glob("*")]:
+            if file.name == TRACKERS_FILE or is_checkpoint_name(file.stem):
+                file.unlink(missing_ok=True)
 
 
 def load_run(

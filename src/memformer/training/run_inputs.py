@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from memformer.data import SourceConfig, Tokenizer
-from memformer.data.files import SourceFile, file_identities, locate_files
+from memformer.data.files import SourceFile, file_identities, file_status, locate_files
 from memformer.data.sources import locate_source_files, pin_revision
-from memformer.errors import CheckpointError
+from memformer.errors import CheckpointError, InputError
 from memformer.training.checkpoint import canonical
 from memformer.training.config import DataConfig, RunConfig
 from memformer.utils.files import read_json, write_json
@@ -41,6 +41,44 @@ def describe_inputs(config: DataConfig, tokenizer: Tokenizer, *, known: dict[str
         "format_version": _FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "files": {key: file_identities(files, known_files) for key, files in locate_inputs(config).items()},
+    }
+
+
+class UnchangedInputs:
+    """Checks that the files of a run's data stay as they are, from its creation on, while they are read.
+
+    A log that a server still writes would otherwise be recorded with other content than what the run was trained on.
+
+    Args:
+        config: The data config.
+
+    Raises:
+        InputError: As `locate_inputs`.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._before = _states(config)
+
+    def check(self) -> None:
+        """Check that no file has changed.
+
+        Raises:
+            InputError: One has.
+        """
+        now = _states(self._config)
+        for place, before in self._before.items():
+            if now.get(place) != before:
+                section, path = place
+                raise InputError(
+                    f"{section}: {path} changed while it was read; train on a copy of it, so that the run can be "
+                    "evaluated and resumed with the same data"
+                )
+
+
+def _states(config: DataConfig) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (key, str(file.path)): file_status(file.path) for key, files in locate_inputs(config).items() for file in files
     }
 
 
@@ -195,7 +233,9 @@ def find_changed_key(
     defaults = canonical({"data": dataclasses.asdict(DataConfig()), "model": type(config.model)().to_dict()})
     saved = {**saved, **{key: _with_defaults(saved.get(key), defaults[key]) for key in defaults}}
     fixed = ("seed", "model_type", "model", "data")
-    for key, before, now in _differences(saved, canonical(config.to_dict())):
+    differences = _differences(saved, canonical(config.to_dict()))
+    # The kind of a model or a task comes first: other keys differ because of it.
+    for key, before, now in sorted(differences, key=lambda each: not each[0].endswith(("_type", ".kind", ".task"))):
         top, _, rest = key.partition(".")
         if (top in fixed and key not in {"data.cache", *may_change}) or (top == "training" and rest in training):
             return f"the run began with {key}: {before}, now it is {now}"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from memformer.errors import CheckpointError, InputError
 from memformer.utils.files import read_json, write_json
 
-STATE_FILE = "trackers.json"
+TRACKERS_FILE = "trackers.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ class TrackerStates:
     """
 
     def __init__(self, folder: Path, *, logged: Mapping[str, int]) -> None:
-        self._file = folder / STATE_FILE
+        self._file = folder / TRACKERS_FILE
         self._logged = logged
         self._entries: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
         for entry in self._entries.values():

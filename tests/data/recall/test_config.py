@@ -15,7 +15,7 @@ from memformer.data import RecallConfig
         ({"num_facts": (1, 2)}, "one fact"),
         (
             {"num_facts": (1, 40), "task": "associative"},
-            "must not exceed recall.num_keys \\(32\\): every fact needs a different key",
+            "must not exceed data.recall.num_keys \\(32\\): every fact needs a different key",
         ),
         ({"max_distance": 0}, "max_distance \\(0\\)"),
         ({"question_probability": 1.5}, "question_probability"),

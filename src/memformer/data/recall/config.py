@@ -45,10 +45,10 @@ class CurriculumConfig:
     window: int = 20
 
     def __post_init__(self) -> None:
-        convert_fields(self, prefix="curriculum.")
+        convert_fields(self, prefix="data.recall.curriculum.")
         for name in ("start_distance", "start_facts", "window"):
-            check_integer(f"curriculum.{name}", getattr(self, name), 1)
-        check_number("curriculum.advance_below", self.advance_below, above=0)
+            check_integer(f"data.recall.curriculum.{name}", getattr(self, name), 1)
+        check_number("data.recall.curriculum.advance_below", self.advance_below, above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,41 +104,42 @@ class RecallConfig:
     curriculum: CurriculumConfig | None = None
 
     def __post_init__(self) -> None:
-        convert_fields(self, prefix="recall.")
+        convert_fields(self, prefix="data.recall.")
         if self.task == "babi":
             for name in ("path", "validation_path"):
                 if not getattr(self, name):
-                    raise InputError(f"recall.{name} ({getattr(self, name)!r}) must be given for the task 'babi'")
+                    raise InputError(f"data.recall.{name} ({getattr(self, name)!r}) must be given for the task 'babi'")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in keys_of_task(self.task) and value != field.default:
                 readers = [task for task, names in _FIELDS_OF_TASK.items() if field.name in names]
                 raise InputError(
-                    f"recall.{field.name} ({value!r}) is not read by the task {self.task!r}, only by "
+                    f"data.recall.{field.name} ({value!r}) is not read by the task {self.task!r}, only by "
                     f"{', '.join(readers)}"
                 )
         for name in ("max_distance", "num_keys", "num_values", "num_fillers"):
-            check_integer(f"recall.{name}", getattr(self, name), 1)
-        check_integer("recall.max_fact_gap", self.max_fact_gap, 0)
+            check_integer(f"data.recall.{name}", getattr(self, name), 1)
+        check_integer("data.recall.max_fact_gap", self.max_fact_gap, 0)
         for name in ("question_probability", "decoy_probability"):
-            check_number(f"recall.{name}", getattr(self, name), minimum=0, maximum=1)
+            check_number(f"data.recall.{name}", getattr(self, name), minimum=0, maximum=1)
         if self.mine_decoys and not self.decoy_probability:
-            raise InputError("recall.mine_decoys (true) needs a recall.decoy_probability above 0")
+            raise InputError("data.recall.mine_decoys (true) needs a data.recall.decoy_probability above 0")
         for name in ("num_facts", "facts_per_segment"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:
                 raise InputError(
-                    f"recall.{name} ({fewest}, {most}) must be a minimum of at least 1 and a maximum not below it"
+                    f"data.recall.{name} ({fewest}, {most}) must be a minimum of at least 1 and a maximum not below it"
                 )
         fewest, most = self.num_facts
         if self.task in {"fact", "passkey"} and most > 1:
             raise InputError(
-                f"recall.num_facts ({fewest}, {most}) must be (1, 1) for the task {self.task!r}, which has one fact"
+                f"data.recall.num_facts ({fewest}, {most}) must be (1, 1) for the task {self.task!r}, "
+                "which has one fact"
             )
         if self.task == "associative" and most > self.num_keys:
             raise InputError(
-                f"recall.num_facts ({fewest}, {most}) must not exceed recall.num_keys ({self.num_keys}): every "
-                "fact needs a different key"
+                f"data.recall.num_facts ({fewest}, {most}) must not exceed data.recall.num_keys ({self.num_keys}): "
+                "every fact needs a different key"
             )
 
     @property

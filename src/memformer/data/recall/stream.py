@@ -59,7 +59,7 @@ def make_task(config: RecallConfig) -> RecallTask:
         case "associative" | "rewrite":
             return PairTask(rewrite=config.task == "rewrite", num_keys=config.num_keys, **symbols)
         case "passkey" | "babi":
-            raise InputError(f"recall.task ({config.task!r}) needs a tokenizer and documents; use make_text_task")
+            raise InputError(f"data.recall.task ({config.task!r}) needs a tokenizer and documents; use make_text_task")
 
 
 def make_text_task(

@@ -85,7 +85,7 @@ class RecallTask(ABC):
         Raises:
             InputError: The task has no such filler.
         """
-        raise InputError("recall.decoy_probability: the task has no filler that resembles a fact")
+        raise InputError("data.recall.decoy_probability: the task has no filler that resembles a fact")
 
 
 class _SymbolTask(RecallTask):

@@ -293,7 +293,7 @@ class BabiTask(TextTask):
             InputError: No document contains a content word.
         """
         if not self._places_of_words:
-            raise InputError("recall.decoy_probability: no document contains an answer or a name of the task")
+            raise InputError("data.recall.decoy_probability: no document contains an answer or a name of the task")
         if num_tokens < 2 or generator.random() < 0.5:
             return self._draw_passage(generator, num_tokens)
         half = num_tokens // 2
@@ -326,7 +326,7 @@ class BabiTask(TextTask):
         counts = [count for count in self._questions if count <= num_facts]
         if not counts:
             raise InputError(
-                f"recall.num_facts ({num_facts}) must be at least {min(self._questions)}, the smallest number of "
+                f"data.recall.num_facts ({num_facts}) must be at least {min(self._questions)}, the smallest number of "
                 "statements before a question of the stories"
             )
         return max(counts)
