@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, positive
 from turns import Contender, ratios, speed, spread
 
 HERE = Path(__file__).resolve().parents[1] / "src"
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("other", type=Path, help="the src folder of the other checkout")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--evaluation", action="store_true", help="compare evaluation too; not for old checkouts")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--segment_length", type=int, default=128)
     parser.add_argument("--num_segments", type=int, default=8, help="timesteps of a rollout")
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=8, help="half of them encode")
     parser.add_argument("--num_slots", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default=None)
     options = parser.parse_args()
     if not (options.other / "memformer" / "__init__.py").is_file():

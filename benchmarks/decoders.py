@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, positive
 from sizes import half_and_half
 from turns import in_words, spread, time_in_turns
 
@@ -30,8 +30,8 @@ _NUM_TIMESTEPS, _BATCH_SIZE, _DECODED = 8, 4, 128
 def main() -> None:
     """Measure, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/decoders.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

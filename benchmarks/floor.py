@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contenders import MatrixProduct, Memformer
-from machine import describe_machine
+from machine import describe_machine, positive
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -40,8 +40,8 @@ REST = "other"
 def main() -> None:
     """Measure, print the tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--readout_timesteps", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--output", default="benchmarks/results/floor.json")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, positive
 from turns import Contender, in_words, ratios, spread, take_turns
 
 SCRIPT = "generators.py"
@@ -79,8 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--million", type=int, default=1_000_000, help="Longest context, in tokens, of this project's model."
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument(
         "--peers_python", default=None, help="Python interpreter of the environment with the other models."
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import describe_machine
+from machine import describe_machine, positive
 from torch import Tensor
 from turns import in_words, spread, time_in_turns
 
@@ -31,8 +31,8 @@ SHAPES = [
 def main() -> None:
     """Measure, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/linear.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

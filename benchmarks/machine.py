@@ -1,5 +1,6 @@
 """Describe the machine of a measurement, and read the memory use of this process."""
 
+import argparse
 import platform
 import subprocess
 from pathlib import Path
@@ -26,6 +27,13 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return done.stdout.strip() or "unknown"
+
+
+def positive(text: str) -> int:
+    """Return the value of an option that must be an integer of at least 1; as a `type` of argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
 
 
 def memory_mib(field: str) -> float:

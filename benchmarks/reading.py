@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, positive
 from sizes import PAPER_DECODER
 from turns import in_words, spread, time_in_turns
 
@@ -51,9 +51,9 @@ SIZES = {
 def main() -> None:
     """Measure, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--tokens", type=int, default=16_000, help="tokens read in one round")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/reading.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, positive
 from turns import in_words, spread
 
 from memformer.cli.loading import prepare_data_of, run_config_of
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--num_slots", type=int, nargs="+", default=[None], help="default: as in training")
     parser.add_argument("--rows", type=int, default=16, help="episodes read side by side")
     parser.add_argument("--distance", type=int, default=500, help="segments read in one round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/reading-ahead.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

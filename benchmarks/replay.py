@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, positive
 from sizes import half_and_half
 from turns import spread
 
@@ -72,11 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segment_length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4, help="Number of encoder layers and of decoder layers.")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument(
         "--horizons", type=int, nargs="*", default=[4, 16, 64], help="Rollout lengths for replay's memory growth."
     )
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/replay.json")
     return parser.parse_args()
 

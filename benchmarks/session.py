@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_machine, memory_mib
+from machine import describe_machine, memory_mib, positive
 from sizes import PAPER_DECODER
 
 from memformer import Memformer, MemformerConfig, Session
@@ -21,7 +21,7 @@ MARKS = (10_000, 100_000, 250_000, 500_000, 1_000_000)
 def main() -> None:
     """Measure, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/session.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from machine import describe_machine, positive
 from turns import Contender, ratios, speed, spread, take_turns
 
 REPLAY = {"method": "replay", "readout_timesteps": 2}
@@ -73,8 +73,8 @@ def parse_arguments() -> argparse.Namespace:
         "--layers", type=int, default=8, help="Total layers; in an encoder-decoder half of them encode."
     )
     parser.add_argument("--num_slots", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument(
         "--peers_python", default=None, help="Python interpreter of the environment with the other models."
     )

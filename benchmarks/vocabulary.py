@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine, memory_mib
+from machine import describe_machine, memory_mib, positive
 from sizes import half_and_half
 from turns import in_words, spread
 
@@ -72,8 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_timesteps", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--segment_length", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", default="benchmarks/results/vocabulary.json")
     parser.add_argument("--measure_memory", default=None, help="Internal: the variant to measure in this process.")
     return parser.parse_args()

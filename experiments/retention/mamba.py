@@ -1,13 +1,13 @@
-"""Train Mamba (of transformers) on the pairs of `associative.yaml`, and measure how many pairs its state holds.
+"""Train Mamba-2 (of transformers) on the pairs of `associative.yaml`, and measure how many pairs its state holds.
 
-    python experiments/retention/mamba.py experiments/retention/associative.yaml --name mamba-128 --states 4 16
+    python experiments/retention/mamba.py experiments/retention/associative.yaml --name mamba-128 --states 16 32
         --num_facts 4 8 16 --data.recall.num_keys 128 --data.recall.num_values 128
 
 The episodes, curriculum, optimizer and number of updates are those of `memformer train`; an episode is read as one
 sequence, so gradients flow through all of it. The measurement inserts facts and filler as `memformer retention` does,
 and asks one question for each episode. Options not listed here set keys of the config. JSON goes to
 experiments/results/retention-NAME.json, in which `num_slots` is the number of states of a channel; `capacity.py` reads
-it.
+it. (The first Mamba is slow without a GPU: it made fewer than 100 updates in six minutes.)
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from memformer.cli.run_config import parse_run_config
 from memformer.data.recall.stream import (
@@ -41,6 +41,7 @@ from machine import describe_machine
 ROOT = Path(__file__).parents[2]
 ROWS = 64
 EXPANSION = 2
+HEAD_WIDTH = 32
 CONVOLUTION = 4
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--name", required=True, help="Name of the result.")
-    parser.add_argument("--states", type=int, nargs="+", default=[16], help="Sizes of the state of a channel.")
+    parser.add_argument("--states", type=int, nargs="+", default=[32], help="Sizes of the state of a channel.")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_facts", type=int, nargs="+", default=[4, 8, 16, 32, 64, 96])
@@ -64,7 +65,9 @@ def main() -> None:
             config, _ = parse_run_config([str(options.config), "--seed", str(seed), *further])
             torch.set_num_threads(config.threads or 1)
             model, log = train(config, num_states=num_states, num_layers=options.layers)
-            state_bytes = 4 * options.layers * EXPANSION * config.model.d_model * (num_states + CONVOLUTION)
+            width = EXPANSION * config.model.d_model
+            # The states of all channels, and the last inputs of the convolution over them, B and C.
+            state_bytes = 4 * options.layers * (width * num_states + (width + 2 * num_states) * CONVOLUTION)
             for num_facts in options.num_facts:
                 points = [
                     {"distance": distance, **measure(model, config, options, num_facts=num_facts, distance=distance)}
@@ -89,19 +92,25 @@ def main() -> None:
             output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def train(config: RunConfig, *, num_states: int, num_layers: int) -> tuple[MambaForCausalLM, list[tuple[int, float]]]:
+def train(config: RunConfig, *, num_states: int, num_layers: int) -> tuple[Mamba2ForCausalLM, list[tuple[int, float]]]:
     """Return a trained model, and the mean loss in nats of every 100 updates."""
     task, training = task_of(config), config.training
     torch.manual_seed(config.seed)
-    model = MambaForCausalLM(
-        MambaConfig(
+    model = Mamba2ForCausalLM(
+        Mamba2Config(
             vocab_size=task.tokenizer.vocab_size + 1,
             hidden_size=config.model.d_model,
             num_hidden_layers=num_layers,
             state_size=num_states,
             expand=EXPANSION,
+            head_dim=HEAD_WIDTH,
+            num_heads=EXPANSION * config.model.d_model // HEAD_WIDTH,
+            n_groups=1,
             conv_kernel=CONVOLUTION,
+            chunk_size=64,
             bos_token_id=task.tokenizer.vocab_size,
+            eos_token_id=None,
+            pad_token_id=None,
             use_cache=False,
         )
     ).train()
@@ -136,7 +145,7 @@ def train(config: RunConfig, *, num_states: int, num_layers: int) -> tuple[Mamba
     return model.eval(), log
 
 
-def answer_logits(model: MambaForCausalLM, segments: Tensor) -> Tensor:
+def answer_logits(model: Mamba2ForCausalLM, segments: Tensor) -> Tensor:
     """Return the logits (N, B, V) after the last token of each segment (N, B, L), read as one sequence after [BOS]."""
     _, num_rows, length = segments.shape
     first = segments.new_full((num_rows, 1), model.config.bos_token_id)
@@ -147,7 +156,7 @@ def answer_logits(model: MambaForCausalLM, segments: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    model: MambaForCausalLM, config: RunConfig, options: argparse.Namespace, *, num_facts: int, distance: int
+    model: Mamba2ForCausalLM, config: RunConfig, options: argparse.Namespace, *, num_facts: int, distance: int
 ) -> dict[str, float | int]:
     """Return the accuracy of one question for each of many episodes, a number of segments after the last fact."""
     task, length = task_of(config), config.model.segment_length

@@ -144,8 +144,9 @@ class Rollout:
 
         Raises:
             InputError: There is no row with this number.
+            InputTypeError: A number is not an integer: a mask would be taken for the rows 0 and 1.
         """
-        chosen = [operator.index(row) for row in rows]  # PyTorch would take an array of uint8 for a mask
+        chosen = [_to_row(row) for row in rows]  # PyTorch would take an array of uint8 for a mask
         if wrong := [row for row in chosen if not 0 <= row < self.batch_size]:
             raise InputError(f"row ({wrong[0]}) must be from 0 to {self.batch_size - 1}")
         return self._map(lambda tensor: tensor[:, chosen])
@@ -263,3 +264,13 @@ def last_token_indices(padding_mask: Tensor) -> Tensor:
 
 def _count(tokens: Tensor, padding: Tensor | None) -> int:
     return tokens.numel() if padding is None else int((~padding).sum())
+
+
+def _to_row(row: object) -> int:
+    # A bool is an index for Python, and an array of one element for NumPy.
+    if "bool" not in f"{type(row).__name__} {getattr(row, 'dtype', '')}":
+        try:
+            return operator.index(row)  # type: ignore[arg-type]  # other types raise TypeError
+        except TypeError:
+            pass
+    raise InputTypeError(f"row ({row!r}) must be an integer")

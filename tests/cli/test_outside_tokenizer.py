@@ -51,6 +51,21 @@ def test_texts_of_tokens_join_although_the_tokenizer_strips_a_first_space(base, 
         generated = call_json("generate", folder, "--prompt", "the the", "--max_new_tokens", "8", "--seed", seed)
         ids = [*tokenizer.encode(b"the the", "prompt").tolist(), *generated["token_ids"]]
         assert "the the" + generated["text"] == "".join(tokenizer.decode_stream(ids))
+    # A text that goes on gets no space in front of it.
+    state = ("--json", "--save_session", tmp_path / "state")
+    call_json("generate", folder, "--prompt", "the tha", "--max_new_tokens", "0", *state[1:])
+    greedy = ("--max_new_tokens", "5", "--temperature", "0")
+    goes_on = call_json("generate", folder, "--load_session", tmp_path / "state", "--prompt", "s", *greedy)
+    at_once = call_json("generate", folder, "--prompt", "the thas", *greedy)
+    assert goes_on["token_ids"] == at_once["token_ids"]
+    lines = text.splitlines(keepends=True)
+    for name, part in zip("ab", lines, strict=True):
+        (tmp_path / name).write_text(part)
+    call("score", folder, tmp_path / "a", *state)
+    _, out, _ = call("score", folder, tmp_path / "b", "--per", "token", "--json", "--load_session", tmp_path / "state")
+    again = [json.loads(line) for line in out.splitlines()]
+    expected = [each for each in found if each.get("kind") == "token" and each["line"] == 2]
+    assert [each["text"] for each in again if each.get("kind") == "token"] == [each["text"] for each in expected]
 
 
 def test_what_cannot_be_used_is_refused_in_one_sentence(base, tmp_path):

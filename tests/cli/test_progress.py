@@ -117,7 +117,7 @@ def test_measuring_retention_on_documents(run_folder, tmp_path):
 def test_learning_a_tokenizer_and_tokenizing(base, document, tmp_path, kind, monkeypatch):
     """Training shows the bytes of which the tokenizer is learned and the bytes tokenized, also of one long document."""
     monkeypatch.setattr("memformer.data.building.STREAM_BLOCK_BYTES", 100)
-    monkeypatch.setattr("memformer.data.tokenizers.STREAM_BLOCK_BYTES", 100)
+    monkeypatch.setattr("memformer.data.streaming.STREAM_BLOCK_BYTES", 100)
     monkeypatch.setattr("memformer.data.tokenizers._BLOCK_CHARACTERS", 100)
     vocabulary = ["--data.tokenizer.kind", kind, "--data.tokenizer.vocab_size", "257"]
     pieces = ["--data.train.path", document, "--data.max_document_tokens", "8", "--data.cache", tmp_path / "cache"]

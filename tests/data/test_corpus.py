@@ -358,7 +358,7 @@ def test_split_partitions_all_documents(num_documents: int, fraction: float, see
 def test_split_depends_on_the_seed_and_refuses_invalid_arguments() -> None:
     corpus = numbered(20)
     assert len({str(documents_of(corpus.split(0.3, seed)[1])) for seed in range(5)}) > 1
-    with pytest.raises(InputError, match="has 1 document; holding some out needs at least 2"):
+    with pytest.raises(InputError, match="has 1 document of 1 token; holding some out needs at least 2"):
         numbered(1).split(0.5, 0)
     for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(InputError, match="fraction"):

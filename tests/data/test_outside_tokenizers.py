@@ -21,9 +21,8 @@ from memformer.data import (
     save_tokenizer,
     train_tokenizer,
 )
-from memformer.data import tokenizers as tokenizers_module
-from memformer.data.outside_tokenizers import decode_after
-from memformer.data.tokenizers import encode_stream
+from memformer.data.outside_tokenizers import decode_after, encode_after
+from memformer.data.streaming import encode_stream
 from tests.data.outside import byte_level, sentence_piece, word_piece
 
 OUTSIDE = {"byte-level": byte_level(), "SentencePiece": sentence_piece()}
@@ -57,6 +56,40 @@ def test_a_text_that_goes_on_joins_that_before_it(name, text, data):
 
 
 @each
+@settings(max_examples=60, deadline=None)
+@given(before=TEXTS, after=TEXTS)
+def test_the_ids_of_a_text_that_goes_on_add_nothing_to_it(name, before, after):
+    """A SentencePiece tokenizer puts a space before a text, which is none within a stream."""
+    tokenizer = WRAPPED[name]
+    assume(before)
+    first, more = tokenizer.encode(before.encode(), "x"), encode_after(tokenizer, after.encode(), "x")
+    assert tokenizer.decode([*first.tolist(), *more.tolist()]) == (before + after).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("say ``hi", "changes 'say ``hi' at character 4 to 'say \"hi'"), ("a\n\n\n\nb", "changes .* at character 3")],
+)
+def test_a_text_that_a_normalizer_changes_is_refused(text, message):
+    """No list of texts that are tried at first has every rule of a normalizer."""
+    tokenizer = byte_level()
+    rules = [("``", '"'), (tokenizers.Regex("\n{3,}"), "\n\n")]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(*rule) for rule in rules])
+    wrapped = PretrainedTokenizer(tokenizer)
+    with pytest.raises(InputError, match=f"document x cannot be read: its tokenizer {message}"):
+        wrapped.encode(text.encode(), "x")
+    assert wrapped.decode(wrapped.encode(b"say 'hi'", "x")) == b"say 'hi'"
+
+
+def test_the_unknown_token_in_a_text_is_no_unknown_text():
+    """The space that is added behind it is the reason."""
+    tokenizer = sentence_piece()
+    tokenizer.add_special_tokens(["<unk>"])
+    with pytest.raises(InputError, match="the tokenizer changes texts: 'a <unk> b<unk>c' becomes"):
+        PretrainedTokenizer(tokenizer)
+
+
+@each
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_ids_have_a_text_that_a_stream_gives_too(name, data):
@@ -73,7 +106,7 @@ def test_any_ids_have_a_text_that_a_stream_gives_too(name, data):
 @each
 def test_a_stream_gives_the_ids_of_the_whole_text(name, monkeypatch, tmp_path):
     """Tokens may cross the ends of lines, so a text is never cut, however long it is."""
-    monkeypatch.setattr(tokenizers_module, "STREAM_BLOCK_BYTES", 5)
+    monkeypatch.setattr("memformer.data.streaming.STREAM_BLOCK_BYTES", 5)
     monkeypatch.setattr("memformer.data.building.STREAM_BLOCK_BYTES", 5)
     text = "the cat\n\n\n  sat\n\n" * 7
     expected = OUTSIDE[name].encode(text, add_special_tokens=False).ids

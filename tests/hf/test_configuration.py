@@ -145,6 +145,17 @@ def test_an_end_token_that_cannot_be_predicted_is_refused():
     assert hf.MemformerHFConfig(vocab_size=tokenizer.bos_token_id, eos_token_id=256).num_token_ids == len(tokenizer)
 
 
+def test_another_number_of_tokens_is_refused_as_soon_as_it_is_used(tmp_path):
+    """The logits would be cut, and a saved model could not be loaded."""
+    model = AutoModelForCausalLM.from_config(hf.MemformerHFConfig(**tiny_config().to_dict())).eval()
+    for number in (5, 300):
+        model.config.vocab_size = number
+        for use in (lambda: model(torch.tensor([[1, 2, 3]])), lambda: model.save_pretrained(tmp_path / "saved")):
+            with pytest.raises(InputError, match=rf"config.vocab_size \({number}\) was changed: .* predicts 11 tokens"):
+                use()
+    assert not (tmp_path / "saved").exists()
+
+
 def test_the_config_can_ask_for_tuples():
     for make in (AutoModel, AutoModelForCausalLM):
         model = make.from_config(hf.MemformerHFConfig(**tiny_config().to_dict(), return_dict=False)).eval()

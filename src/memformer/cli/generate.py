@@ -199,7 +199,9 @@ def _continue(
         ProgressBar("reading", prompt.size, unit="byte") as progress,
     ):
         last: list[int] = []
-        parts, unknown = skip_to(reading.position, prompt.pieces(tokenizer)), UnknownWords(tokenizer)
+        goes_on = session.num_tokens[0] > reading.position.length
+        pieces = prompt.pieces(tokenizer, goes_on=goes_on)
+        parts, unknown = skip_to(reading.position, pieces), UnknownWords(tokenizer)
         for number, part in enumerate(signals.until_signalled(parts, waits=True)):
             if options.resume and not number:
                 progress.begin_at(prompt.num_bytes)

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from memformer.cli.outside_values import OutsideValues
 from memformer.data import Tokenizer
 from memformer.data.content import open_text
-from memformer.data.tokenizers import encode_parts
+from memformer.data.outside_tokenizers import encode_after
+from memformer.data.streaming import encode_parts
 from memformer.errors import InputError
 from memformer.utils.files import user_path
 
@@ -53,14 +55,19 @@ class InputText:
         """Number of bytes read so far, before decompression."""
         return self._source.num_bytes
 
-    def pieces(self, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer[Any]]]:
+    def pieces(self, tokenizer: Tokenizer, *, goes_on: bool = False) -> Iterator[NDArray[np.integer[Any]]]:
         """Yield the token ids in pieces of at most `_PIECE_TOKENS`; warn of values outside of the training data.
+
+        Args:
+            tokenizer: Encodes the text.
+            goes_on: Whether the text goes on with another one (`encode_after`).
 
         Raises:
             InputError: The text cannot be read or is not UTF-8.
         """
         before, outside = 0, OutsideValues(tokenizer, self.name)
-        for content, part in encode_parts(tokenizer, self.stream, name=self.name):
+        encode = partial(encode_after, tokenizer) if goes_on else None
+        for content, part in encode_parts(tokenizer, self.stream, name=self.name, encode=encode):
             outside.add(content)
             read = self._source.num_bytes
             for start in range(0, len(part), _PIECE_TOKENS):

@@ -183,7 +183,8 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
         open_input(options.file, option="FILE ", while_waiting=scoring.save_if_due) as text,
         ProgressBar("scoring", text.size, unit="byte") as progress,
     ):
-        reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held)
+        goes_on = scoring.session.num_tokens[0] > scoring.totals.num_tokens
+        reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held, goes_on=goes_on)
         parts = reader.parts(ends_line=options.save_session is None)
         start = scoring.position
         unknown, outside = UnknownWords(run.tokenizer), OutsideValues(run.tokenizer, text.name)

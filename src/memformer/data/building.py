@@ -33,7 +33,8 @@ from memformer.data.sources import (
     locate_source_files,
     pin_revision,
 )
-from memformer.data.tokenizers import STREAM_BLOCK_BYTES, Tokenizer, encode_stream, smallest_dtype
+from memformer.data.streaming import STREAM_BLOCK_BYTES, encode_stream
+from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_integer
 from memformer.utils.files import saving, sync_folder, sync_handle, temporary_sibling, user_path, write_bytes

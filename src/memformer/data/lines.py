@@ -2,13 +2,16 @@
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memformer.data.tokenizers import Tokenizer, encode_lines, read_blocks
+from memformer.data.outside_tokenizers import encode_after
+from memformer.data.streaming import encode_lines, read_blocks
+from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError
 
 # Tokens of a part, unless a line of subwords or words has more.
@@ -42,19 +45,29 @@ class LineReader:
         stream: The text as a stream of UTF-8, which may never end.
         name: Name of the text in messages.
         held: Beginning of the first line, which precedes the stream.
+        goes_on: Whether the text goes on with another one (`encode_after`).
 
     Attributes:
         held: Bytes of a line whose end has not arrived; they are in no part yet.
         num_bytes_read: Number of bytes read from the stream.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str, held: bytes = b"") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stream: io.BufferedIOBase,
+        *,
+        name: str,
+        held: bytes = b"",
+        goes_on: bool = False,
+    ) -> None:
         self.held = held
         self.num_bytes_read = 0
         self._num_lines = 0
         self._tokenizer = tokenizer
         self._stream = stream
         self._name = name
+        self._goes_on = goes_on
 
     def parts(self, *, ends_line: bool = True) -> Iterator[TextPart]:
         """Yield the parts as they arrive.
@@ -127,7 +140,8 @@ class LineReader:
         """
         if not content:
             return
-        ids = self._tokenizer.encode(content, self._name)
+        encode = partial(encode_after, self._tokenizer) if self._goes_on else self._tokenizer.encode
+        ids = encode(content, self._name)
         known, index = np.unique(ids, return_inverse=True)
         texts = [self._tokenizer.decode([int(token)]) for token in known]
         line_ends = np.array([text.count(b"\n") for text in texts], np.int64)[index]

@@ -89,12 +89,15 @@ class PretrainedTokenizer:
         """Return the token ids of a text.
 
         Raises:
-            InputError: The document is an image, or not UTF-8, or it has a character that the tokenizer would change.
+            InputError: The document is an image, or not UTF-8, or the tokenizer would change it.
         """
         text = decode_utf8(text_bytes(content, kind=self.kind, name=name), name=name)
         if self._loses_mark and _SPACE_MARK in text:
             raise InputError(f"document {name} has the character U+2581, which its tokenizer reads as a space")
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        found = self._bytes(ids).decode("utf-8", "replace")
+        if found != text:
+            raise InputError(f"document {name} cannot be read: its tokenizer {_first_change(text, found)}")
         return np.asarray(ids, smallest_dtype(self.vocab_size))
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -103,10 +106,7 @@ class PretrainedTokenizer:
         Raises:
             InputError: An id is outside the vocabulary.
         """
-        checked = [check_token_id(token, self.vocab_size) for token in ids]
-        if self._pieces is not None:
-            return b"".join(self._pieces[token] for token in checked)
-        return self._text(checked).encode()
+        return self._bytes([check_token_id(token, self.vocab_size) for token in ids])
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of the token ids as soon as its characters are complete.
@@ -132,8 +132,37 @@ class PretrainedTokenizer:
         if rest := self._text([*before, *new])[len(self._text(before)) :]:
             yield rest
 
+    def _bytes(self, ids: list[int]) -> bytes:
+        if self._pieces is not None:
+            return b"".join([self._pieces[token] for token in ids])
+        return self._text(ids).encode()
+
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def encode_after(tokenizer: Tokenizer, content: bytes, name: str) -> NDArray[np.integer[Any]]:
+    """Return the token ids of a text that goes on with another one.
+
+    Encoded alone, a text gets a space in front of it from a SentencePiece tokenizer. So it is encoded behind a
+    character, whose ids are left out.
+
+    Raises:
+        InputError: As `Tokenizer.encode`.
+    """
+    alone = tokenizer.encode(content, name)
+    if tokenizer.kind != "pretrained" or not _adds_space(tokenizer):
+        return alone
+    for before in (b"\n", b".", b"0", b"a"):
+        known, ids = tokenizer.encode(before, name), tokenizer.encode(before + content, name)
+        if np.array_equal(ids[: len(known)], known):
+            return ids[len(known) :]
+    return alone
+
+
+def _adds_space(tokenizer: Tokenizer) -> bool:
+    ids = [int(token) for text in (b"\n", b"a") for token in tokenizer.encode(text, "probe")]
+    return tokenizer.decode(ids) != b"\na"
 
 
 def decode_after(tokenizer: Tokenizer, before: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
@@ -223,7 +252,7 @@ def _check_probes(tokenizer: tokenizers.Tokenizer, fields: dict[str, Any]) -> No
         wrong = next((character for character in text if _round_trip(tokenizer, character) != character), text)
         ids = tokenizer.encode(wrong, add_special_tokens=False).ids
         unknown = fields["model"].get("unk_token")
-        is_unknown = not ids or (unknown is not None and tokenizer.token_to_id(unknown) in ids)
+        is_unknown = not ids or (unknown is not None and unknown not in wrong and tokenizer.token_to_id(unknown) in ids)
         if is_unknown or _unigram_unknown(fields) in ids:
             raise InputError(
                 f"the tokenizer has no tokens for {_escaped(wrong)}, which would be lost; "
@@ -235,6 +264,14 @@ def _check_probes(tokenizer: tokenizers.Tokenizer, fields: dict[str, Any]) -> No
             f"the tokenizer changes texts: {_escaped(wrong)} becomes {_escaped(_round_trip(tokenizer, wrong))}, "
             f"probably because of its {' '.join(filter(None, (step, kind)))}"
         )
+
+
+def _first_change(text: str, found: str) -> str:
+    """Return what a tokenizer makes of a text, where the two begin to differ."""
+    pairs = enumerate(zip(text, found, strict=False))
+    place = next((index for index, (old, new) in pairs if old != new), min(len(text), len(found)))
+    old, new = (each[max(0, place - 10) : place + 10] for each in (text, found))
+    return f"changes {_escaped(old)} at character {place} to {_escaped(new)}"
 
 
 def _escaped(text: str) -> str:

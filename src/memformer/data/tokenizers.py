@@ -2,10 +2,9 @@
 
 import codecs
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,7 +19,6 @@ from memformer.utils.checks import Integer, check_integer
 # enough that the package's bookkeeping (hundreds of bytes per token) stays small for documents of any length.
 _BLOCK_CHARACTERS = 1 << 16
 _BLOCKS_IN_BATCH = 32
-STREAM_BLOCK_BYTES = 1 << 20
 
 
 @runtime_checkable
@@ -267,82 +265,6 @@ def blocks_of_lines(text: str) -> Iterator[str]:
             end = end or text.find("\n", start + _BLOCK_CHARACTERS) + 1 or len(text)
         yield text[start:end]
         start = end
-
-
-# Content, and its token ids.
-EncodedPart = tuple[bytes, NDArray[np.integer[Any]]]
-
-
-def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the token ids of a binary stream part by part, as `encode_parts`, and raise what that raises."""
-    return (ids for _, ids in encode_parts(tokenizer, stream, name=name))
-
-
-def encode_parts(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[EncodedPart]:
-    """Yield the content of a binary stream part by part, with its token ids; joined, they are those of the whole.
-
-    Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. If a row of
-    a series is refused, the rows before it are yielded first. Nothing is known of a tokenizer of kind pretrained, so
-    for it the whole text is held in memory and is one part.
-
-    Raises:
-        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
-    """
-    if tokenizer.kind == "pretrained":
-        content = b"".join(read_blocks(stream, name))
-        yield content, tokenizer.encode(content, name)
-        return
-    rest, start, num_lines = b"", 0, 0
-    for block in chain(read_blocks(stream, name), [b""]):
-        end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
-        content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
-        if content and tokenizer.kind == "bins":
-            lines: list[EncodedPart] = []
-            try:
-                lines.extend(encode_lines(tokenizer, content, name=name, num_lines_before=num_lines))
-            except InputError:
-                if lines:
-                    yield _joined(lines)
-                raise
-            yield _joined(lines)
-            num_lines += len(lines)
-        elif content:
-            yield content, tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
-            start += len(content)
-
-
-def _joined(lines: list[EncodedPart]) -> EncodedPart:
-    return b"".join(content for content, _ in lines), np.concatenate([ids for _, ids in lines])
-
-
-def encode_lines(tokenizer: Tokenizer, content: bytes, *, name: str, num_lines_before: int) -> Iterator[EncodedPart]:
-    """Yield every line with its token ids, for tokenizers of which no token crosses the end of a line.
-
-    Args:
-        tokenizer: The tokenizer.
-        content: Whole lines.
-        name: Name of the text in messages, which also give the number of the line.
-        num_lines_before: Number of lines of the text before `content`.
-
-    Raises:
-        InputError: A line is refused; those before it are yielded.
-    """
-    for number, line in enumerate(io.BytesIO(content), num_lines_before + 1):
-        yield line, tokenizer.encode(line, f"{name}, line {number:,}")
-
-
-def read_blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:
-    """Yield the bytes of a stream in blocks, as they arrive.
-
-    Raises:
-        InputError: The stream cannot be read.
-    """
-    try:
-        # `read1` returns the bytes that have arrived, not a whole block: the stream may be an endless pipe.
-        while block := stream.read1(STREAM_BLOCK_BYTES):
-            yield block
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
 
 
 def text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> bytes:

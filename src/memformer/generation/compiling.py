@@ -6,6 +6,7 @@ it. It holds a second copy of the weights, in a layout for products with few row
 
 import types
 import warnings
+import zlib
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -87,15 +88,17 @@ def compiled_function(
     return functions[key]
 
 
-def identify_weights(model: nn.Module) -> list[tuple[float, ...]]:
-    """Return what tells weights from others: where they are and, on a CPU, how large.
+def identify_weights(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return what tells weights from others: where they are and, on a CPU, a checksum.
 
     Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these. On other
     devices it reads the weights where they are.
     """
     if next(model.parameters()).device.type != "cpu":
         return [(weight.data_ptr(),) for weight in model.parameters()]
-    places = [(weight.data_ptr(), weight._version) for weight in model.parameters()]
-    sums = [(weight.sum(dtype=torch.float64), weight.norm(dtype=torch.float64)) for weight in model.parameters()]
-    values = torch.stack([each for pair in sums for each in pair]).detach().tolist()
-    return [(*place, *values[2 * index : 2 * index + 2]) for index, place in enumerate(places)]
+    return [(weight.data_ptr(), weight._version, checksum_of(weight)) for weight in model.parameters()]
+
+
+def checksum_of(weight: torch.Tensor) -> int:
+    """Return a checksum of the bytes of a weight on the CPU."""
+    return zlib.crc32(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -51,6 +52,9 @@ class Reader:
         self._num_read = 0
         self._compiled: CompiledFunction | None = None
         self._recorded: RecordedReading | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None, "_recorded": None}  # made again
 
     def resize(self, batch_size: int) -> None:
         """Set the number of rows of the session."""
@@ -113,6 +117,9 @@ class SegmentContext:
         self.hidden = state["hidden"].to(self.hidden, copy=True)
         self.hidden_padding = state["hidden_padding"].to(self.model.device)
         self._decoding = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoding": None}  # made again from the rest
 
     def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
         """Read full segments (R, S) of some rows one after the other; nothing changes before `begin_segment`.

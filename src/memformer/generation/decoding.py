@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from memformer.generation.compiling import compiled_function
+from memformer.generation.compiling import checksum_of, compiled_function
 from memformer.generation.recording import RecordedStep, can_record
 from memformer.models.decoder import Past
 from memformer.models.memformer import Memformer
 from memformer.nn.attention import KeyValueCache
+
+# Number of elements of a weight whose checksum takes a few microseconds.
+_FEW = 4096
 
 
 class Decoding:
@@ -34,10 +37,20 @@ class Decoding:
         self.logits: Tensor | None = None
         self._recorded: RecordedStep | None = None
         self._num_steps = 0
+        self._weights = [weight for weight in model.parameters() if not weight.is_inference()]
+        # A fused optimizer leaves the versions as they are, but changes the last small weight, a norm or a bias.
+        self._small = next((weight for weight in reversed(self._weights) if weight.numel() <= _FEW), None)
+        self._trace = self._trace_of_weights()
         # Whether the current segment can have a compiled or recorded step: not the first, whose past has padding.
         self._has_step = False
         # Decodes one token per row, given tokens and positions (B, 1) on the CPU.
         self._step: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def _trace_of_weights(self) -> list[int]:
+        versions = [weight._version for weight in self._weights]
+        if self._small is None or self._small.device.type != "cpu":
+            return versions
+        return [*versions, checksum_of(self._small)]
 
     def restart(self, rows: Iterable[int]) -> None:
         """Discard the decoded tokens of these rows, because their past has changed."""
@@ -65,6 +78,9 @@ class Decoding:
             InputError: `compiled` is set and PyTorch cannot compile the step.
         """
         model, device = self.model, self.model.device
+        if (trace := self._trace_of_weights()) != self._trace:  # a training step: what was decoded is of old weights
+            self.restart(range(len(self.num_decoded)))
+            self._trace = trace
         if self.past is None:
             self._begin_segment(hidden, hidden_padding)
         # The decoder's inputs are [BOS], or what replaces it, and the pending tokens; some may be decoded already.

@@ -80,6 +80,7 @@ class Streams:
         self.num_fed = [0] * batch_size
         self.num_selections = 0
         self._is_changing = False
+        self._compiled, self._placement = compiled, _placement(model)
         with reading(model):
             # On the CPU, because tokens are accessed one by one.
             self.tokens = torch.zeros((batch_size, model.segment_length), dtype=torch.int64, device="cpu")
@@ -124,6 +125,9 @@ class Streams:
     def state(self) -> State:
         """Return the tensors of the state, not copied."""
         self._read_full_rows()
+        return self._state()
+
+    def _state(self) -> State:
         return {
             "memory": self.memory,
             **self.context.tensors,
@@ -245,3 +249,20 @@ class Streams:
                 "the session was interrupted while its state changed, and the state is lost; load a saved session or "
                 "begin a new one"
             )
+        self._follow_model()
+
+    def _follow_model(self) -> None:
+        """Convert the state if the model was moved to another device, or its weights to another dtype."""
+        if self._placement == _placement(self.model):
+            return
+        state = self._state()
+        with reading(self.model):
+            self.context = make_context(self.model, self.batch_size, compiled=self._compiled)
+            self.memory = self.context.first_memory.detach().clone()
+            self.set_state(state)
+        self._placement = _placement(self.model)
+
+
+def _placement(model: LanguageModel) -> tuple[torch.device, torch.dtype]:
+    weight = next(model.parameters())
+    return weight.device, weight.dtype

@@ -18,7 +18,7 @@ class MemformerCache(Cache):
     A call of the model passes only the tokens that are new. `generate` is given all tokens since the cache was new, as
     for other models, wherever padding stands in them: `model.generate(sequences, cache=cache)`. Those that the cache
     has read are skipped; a checksum tells whether they are the same. An attention mask with a column for those before,
-    too, says that the tokens are new ones only, as do the tokens for a session that was fed by other means.
+    too, says that the tokens are new ones only. What the session read before it was in a cache is not among them.
 
     Args:
         session: The session; a new one, or one from `Session.load`.
@@ -31,7 +31,8 @@ class MemformerCache(Cache):
         super().__init__(layers=[])
         self.session = session
         self._num_columns = max(session.num_tokens)
-        # The number and the checksum of each row's tokens, except those that the session was fed by other means.
+        self._read_before = list(session.num_tokens)
+        # The number and the checksum of the tokens that each row has read as a cache.
         self._read = [(0, 0)] * session.batch_size
 
     def __len__(self) -> int:
@@ -57,8 +58,14 @@ class MemformerCache(Cache):
 
     @property
     def knows_its_tokens(self) -> bool:
-        """Whether the session has read nothing but what it was given as a cache."""
-        return [count for count, _ in self._read] == list(self.session.num_tokens)
+        """Whether the session has read nothing since it is in a cache but what it was given as one."""
+        counts = zip(self._read_before, self.num_read, strict=True)
+        return [before + count for before, count in counts] == list(self.session.num_tokens)
+
+    @property
+    def num_read(self) -> list[int]:
+        """Number of tokens that each row has read as a cache."""
+        return [count for count, _ in self._read]
 
     def check_begin(self, rows: TokenRows) -> None:
         """Check that each row begins with the tokens that the cache has read in it.
@@ -67,7 +74,13 @@ class MemformerCache(Cache):
             InputError: One of them does not, or there are more or fewer rows.
         """
         check_rows(self, batch_size=len(rows.counts))
-        begins = _add_tokens([(0, 0)] * self.batch_size, rows.tokens, [count for count, _ in self._read])
+        if not self.knows_its_tokens:
+            raise InputError(
+                "the session of the cache was fed by other means than the cache, so the tokens that it has read are "
+                f"not known; pass new tokens with an attention_mask that has {self._num_columns} columns more "
+                "(cache.get_seq_length())"
+            )
+        begins = _add_tokens([(0, 0)] * self.batch_size, rows.tokens, self.num_read)
         for row, (read, begin, count) in enumerate(zip(self._read, begins, rows.counts.tolist(), strict=True)):
             if count < read[0] or begin != read:
                 raise InputError(
@@ -94,6 +107,7 @@ class MemformerCache(Cache):
             stop_token_ids=session.stop_token_ids,
         )
         self._num_columns = 0
+        self._read_before = [0] * session.batch_size
         self._read = [(0, 0)] * session.batch_size
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -122,6 +136,7 @@ class MemformerCache(Cache):
 
     def _select_rows(self, rows: list[int]) -> None:
         self.session.select_rows(rows)
+        self._read_before = [self._read_before[row] for row in rows]
         self._read = [self._read[row] for row in rows]
 
 

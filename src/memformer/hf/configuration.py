@@ -143,6 +143,19 @@ def check_end_token(eos_token_id: int | list[int] | None, *, vocab_size: int) ->
             )
 
 
+def check_vocabulary(config: RecurrentHFConfig, core: ModelConfig) -> None:
+    """Check that a config still counts the tokens of its model.
+
+    Raises:
+        InputError: It does not.
+    """
+    if config.vocab_size != core.vocab_size:
+        raise InputError(
+            f"config.vocab_size ({config.vocab_size}) was changed: the model predicts {core.vocab_size} tokens, and "
+            "its vocabulary cannot be resized"
+        )
+
+
 def _config_class(name: str, core_class: type[ModelConfig]) -> type[RecurrentHFConfig]:
     """Return a config class of transformers with the fields and defaults of one of this library."""
     core_fields = dataclasses.fields(core_class)

@@ -75,9 +75,8 @@ class StreamGenerationMixin(GenerationMixin):
     ) -> Any:
         """Read the prompt, or what follows in it after the tokens that the cache has read.
 
-        As for other models, a mask with more columns than the prompt says that the prompt holds new columns only. It
-        also does where the cache does not know its tokens. Either way, `forward` gets a mask that begins with the
-        columns that the cache has read.
+        As for other models, a mask with more columns than the prompt says that the prompt holds new columns only.
+        Either way, `forward` gets a mask that begins with the columns that the cache has read.
 
         Raises:
             InputError: The prompt is not known to be new, and does not begin with the tokens that the cache has read.
@@ -87,16 +86,14 @@ class StreamGenerationMixin(GenerationMixin):
         width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
         if isinstance(cache, MemformerCache) and cache.get_seq_length() and width == num_columns:
             rows = self._find_tokens(input_ids, mask, None)
-            if cache.knows_its_tokens:
-                cache.check_begin(rows)
-                # The first column with a new token is the first to read; tokens that were read before are masked.
-                num_read = torch.tensor(cache.session.num_tokens, device=rows.ranks.device)
-                mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
-                first = int(mask.amax(dim=0).argmax())  # 0 if no token is new: all columns are masked then
-                input_ids, mask = input_ids[:, first:], mask[:, first:]
-            if mask is not None:
-                past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
-                model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
+            cache.check_begin(rows)
+            # The first column with a new token is the first to read; tokens that were read before are masked.
+            num_read = torch.tensor(cache.num_read, device=rows.ranks.device)
+            mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
+            first = int(mask.amax(dim=0).argmax())  # 0 if no token is new: all columns are masked then
+            input_ids, mask = input_ids[:, first:], mask[:, first:]
+            past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
+            model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _prepare_special_tokens(

@@ -31,6 +31,7 @@ from memformer.hf.configuration import (
     RecurrentMemoryTransformerHFConfig,
     TransformerXLHFConfig,
     check_end_token,
+    check_vocabulary,
 )
 from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
 from memformer.hf.loading import check_all_are_loaded, saved_end_token
@@ -134,6 +135,15 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if not any(module is own for own in self.memformer.modules()):
             super()._init_weights(module)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model; see `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            InputError: `config.vocab_size` was changed after the model was made, so the folder could not be loaded.
+        """
+        check_vocabulary(self.config, self.memformer.config)
+        super().save_pretrained(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that embeds token ids."""
         return self.memformer.embedding
@@ -158,6 +168,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
         if input_ids is None:
             raise InputError("input_ids are missing")
+        check_vocabulary(self.config, self.memformer.config)
         check_end_token(self.config.eos_token_id, vocab_size=self.config.vocab_size)  # the Trainer may have changed it
         unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))
         return find_tokens(

@@ -11,6 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from memformer.data.outside_tokenizers import encode_after
 from memformer.data.text import utf_8_of
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
@@ -146,6 +147,9 @@ class MemformerLM(LM):
     def _encode(self, text: str) -> Ids:
         return self.run.tokenizer.encode(utf_8_of(text, "a request"), name="of the request")
 
+    def _encode_after(self, text: str) -> Ids:
+        return encode_after(self.run.tokenizer, utf_8_of(text, "a request"), "of the request")
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Return the token ids of both, as the harness's other models do: spaces between them are the continuation's.
 
@@ -159,7 +163,7 @@ class MemformerLM(LM):
         stripped = context.rstrip()
         ids, joined = self._encode(stripped), self._encode(context + continuation)
         is_split = np.array_equal(joined[: len(ids)], ids)
-        continued = joined[len(ids) :] if is_split else self._encode(context[len(stripped) :] + continuation)
+        continued = joined[len(ids) :] if is_split else self._encode_after(context[len(stripped) :] + continuation)
         if continuation and not len(continued):
             raise InputError(f"the tokenizer has no tokens for the continuation {continuation!r} of a request")
         return ids, continued

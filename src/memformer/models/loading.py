@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from memformer.errors import CheckpointError, InputError
+from memformer.errors import CheckpointError, InputError, InputTypeError
 from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.config import ModelConfig
@@ -30,7 +30,15 @@ MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
-    """Return a new model with random weights, of the config's model type."""
+    """Return a new model with random weights, of the config's model type.
+
+    Raises:
+        InputTypeError: It is no config of a language model of this library.
+    """
+    kinds = [model.config_class for model in _CLASSES]
+    if not isinstance(config, tuple(kinds)):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise InputTypeError(f"config is a {type(config).__name__}; a language model has one of {names}")
     return MODELS[config.model_type](config)
 
 

@@ -134,5 +134,7 @@ def test_a_cursor_without_positions_has_none(task_and_config):
 
 
 def test_mining_needs_decoys(tmp_path):
-    with pytest.raises(InputError, match=r"recall\.mine_decoys \(true\) needs a data\.recall\.decoy_probability above 0"):
+    with pytest.raises(
+        InputError, match=r"recall\.mine_decoys \(true\) needs a data\.recall\.decoy_probability above 0"
+    ):
         babi(write_stories(tmp_path), mine_decoys=True)

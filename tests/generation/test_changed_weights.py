@@ -1,0 +1,69 @@
+"""Sessions of a model whose weights change, or are converted, while the session lasts."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from memformer import Rollout, Session, backpropagate
+from memformer.generation.compiling import identify_weights
+from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
+from tests.models.baselines import BASELINES, tiny_baseline
+
+TOKENS = [1, 2, 3, 4, 5, 0, 6, 2, 1]
+OPTIMIZERS = {
+    "SGD": lambda weights: torch.optim.SGD(weights, 0.5),
+    "AdamW": lambda weights: torch.optim.AdamW(weights, 0.1),
+    "fused": lambda weights: torch.optim.AdamW(weights, 0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_was_decoded_is_decoded_again_after_a_training_step(name):
+    model = tiny_model()
+    session = Session(model)
+    session.feed(TOKENS)
+    before = session.next_token_logits()
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 2, model.segment_length))
+    backpropagate(model, Rollout(inputs=tokens, targets=tokens))
+    OPTIMIZERS[name](model.parameters()).step()
+    after = session.next_token_logits()
+    assert_close(after, copy.deepcopy(session).next_token_logits())
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["memformer", *BASELINES])
+def test_a_session_follows_its_model_to_another_dtype(kind, tmp_path):
+    model = tiny_model() if kind == "memformer" else tiny_baseline(kind)
+    session = Session(model)
+    session.feed(TOKENS)
+    session.next_token_logits()
+    for dtype in (torch.bfloat16, torch.float64):
+        model.to(dtype)
+        assert session.next_token_logits().isfinite().all()
+        session.feed(TOKENS)
+        session.save(tmp_path / "state")
+        assert_close(session.next_token_logits(), Session.load(tmp_path / "state", model=model).next_token_logits())
+    assert session.num_tokens == [3 * len(TOKENS)]
+
+
+def test_a_pickled_session_goes_on():
+    session = Session(tiny_model())
+    session.feed(TOKENS)
+    session.generate(3, temperature=0)
+    restored = pickle.loads(pickle.dumps(session))  # noqa: S301  made here
+    assert restored.generate(9, temperature=0) == session.generate(9, temperature=0)
+
+
+def test_the_trace_of_weights_sees_every_change():
+    """Compiled code holds the values; a change of `.data` may leave their sum and norm as they are."""
+    model = tiny_model()
+    known = identify_weights(model)
+    assert identify_weights(model) == known
+    weight = model.embedding.weight
+    weight.data[[1, 2]] = weight.data[[2, 1]].clone()
+    assert identify_weights(model) != known
+    weight.data[3, 0] = float("nan")
+    known = identify_weights(model)
+    assert identify_weights(model) == known
