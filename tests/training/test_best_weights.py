@@ -107,3 +107,12 @@ def test_options_that_nothing_is_trained_with_are_not_written_down(copied):
     assert main([*argv, "--training.num_updates", "11"]) == 0
     after = yaml.safe_load((copied / "config.yaml").read_text())["training"]
     assert (after["learning_rate"], after["num_updates"]) == (5.0, 11)
+
+
+def test_deleted_weights_of_a_finished_run_are_named_with_the_remedy(copied, capsys):
+    shutil.rmtree(copied / "best")
+    argv = ["train", str(copied), "--folder", str(copied), "--resume"]
+    assert main(argv) == 2
+    assert "best is missing, so there are no best weights to evaluate; with a higher" in capsys.readouterr().err
+    assert main([*argv, "--training.num_updates", "12"]) == 0
+    assert (copied / "best" / "model.safetensors").exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memformer.errors import InputError
+from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.likelihood import Result
 from memformer.models import LanguageModel, Memformer, load_model
 from memformer.rollout import Rollout
@@ -354,8 +354,7 @@ class _Trainer:
     def _evaluate(self, model: LanguageModel, log: RunLog) -> float:
         """Evaluate on a part of the held-out data, save the weights if they are the best so far, write a sample.
 
-        Returns:
-            The seconds that the evaluation itself took.
+        The seconds that the evaluation itself took are returned.
 
         Raises:
             InputError: The weights are broken.
@@ -381,9 +380,18 @@ class _Trainer:
         return seconds
 
     def _conclude(self, log: RunLog) -> Result:
-        """Evaluate the best weights on all held-out data."""
+        """Evaluate the best weights on all held-out data.
+
+        Raises:
+            CheckpointError: They were deleted.
+        """
         log.say("evaluating the best weights on all held-out data")
         log.end_updates()
+        if not (self.folder / BEST).exists():
+            raise CheckpointError(
+                f"{self.folder / BEST} is missing, so there are no best weights to evaluate; with a higher "
+                "training.num_updates, the run chooses them again"
+            )
         best = load_model(self.folder / BEST, device=self.model.device)
         total = self.data.evaluation_tokens(best, self.config.training, is_final=True)
         with ProgressBar("evaluating", total, unit="token") as progress:
