@@ -36,11 +36,11 @@ def main() -> None:
         sizes = sorted(held)
         for slots, state_bytes in sizes:
             seeds = ", ".join(f"{value:.1f}" for value in held[slots, state_bytes])
-            print(f"| {name} | {slots} | {state_bytes / 1024:.1f} | {seeds} |")
+            print(f"| {name} | {'-' if slots is None else slots} | {state_bytes / 1024:.1f} | {seeds} |")
         means = [statistics.mean(held[size]) for size in sizes]
         axes.plot([state_bytes / 1024 for _, state_bytes in sizes], means, "o-", label=name)
         for (slots, state_bytes), mean in zip(sizes, means, strict=True):
-            axes.annotate(f"{slots}", (state_bytes / 1024, mean), xytext=(5, -9), textcoords="offset points")
+            axes.annotate("" if slots is None else f"{slots}", (state_bytes / 1024, mean), xytext=(5, -9), textcoords="offset points")
     axes.set_xlabel("state of a stream, KiB")
     axes.set_ylabel("pairs held")
     axes.set_ylim(bottom=0)
