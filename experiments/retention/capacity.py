@@ -40,7 +40,12 @@ def main() -> None:
         means = [statistics.mean(held[size]) for size in sizes]
         axes.plot([state_bytes / 1024 for _, state_bytes in sizes], means, "o-", label=name)
         for (slots, state_bytes), mean in zip(sizes, means, strict=True):
-            axes.annotate("" if slots is None else f"{slots}", (state_bytes / 1024, mean), xytext=(5, -9), textcoords="offset points")
+            axes.annotate(
+                "" if slots is None else f"{slots}",
+                (state_bytes / 1024, mean),
+                xytext=(5, -9),
+                textcoords="offset points",
+            )
     axes.set_xlabel("state of a stream, KiB")
     axes.set_ylabel("pairs held")
     axes.set_ylim(bottom=0)

@@ -298,9 +298,11 @@ def test_folders_of_save_to_disk_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     def read(name: str, split: str, **fields: str) -> list[bytes]:
         return contents(SourceConfig(kind="huggingface", name=str(tmp_path / name), split=split, **fields))
 
-    assert (read("one", "train"), read("unnamed", "test"), read("two", "test")) == ([b"a"], [b"b"], [b"d"])
+    assert (read("one", "train"), read("unnamed", "train"), read("two", "test")) == ([b"a"], [b"b"], [b"d"])
     with pytest.raises(InputError, match=r"split \('test'\) must be one of train, the splits that .*one holds"):
         read("one", "test")
+    with pytest.raises(InputError, match=r"split \('validaton'\) must be one of train"):  # not taken for any split
+        read("unnamed", "validaton")
     with pytest.raises(InputError, match=r"split \('dev'\) must be one of train, test"):
         read("two", "dev")
     with pytest.raises(InputError, match=r"config_name \('raw'\) is not read from .*one, which save_to_disk wrote"):

@@ -8,6 +8,7 @@ import torch
 
 from memformer import Rollout, Session, backpropagate
 from memformer.generation.compiling import identify_weights
+from memformer.generation.contexts import SegmentContext
 from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 
@@ -31,6 +32,40 @@ def test_what_was_decoded_is_decoded_again_after_a_training_step(name):
     after = session.next_token_logits()
     assert_close(after, copy.deepcopy(session).next_token_logits())
     assert (after - before).abs().max() > 1e-3
+
+
+def test_weights_that_are_replaced_and_trained_apart_are_noticed():
+    """With `assign`, a model gets other parameters; a fused step leaves no trace in versions, nor in frozen weights."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    session = Session(model)
+    session.feed(TOKENS)
+    before = session.next_token_logits()
+    model.load_state_dict(other.state_dict(), assign=True)
+    after = session.next_token_logits()
+    assert (after - before).abs().max() > 1e-3
+    assert_close(after, copy.deepcopy(session).next_token_logits())
+    for weight in model.parameters():
+        weight.requires_grad_(weight is model.embedding.weight)
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 2, model.segment_length))
+    backpropagate(model, Rollout(inputs=tokens, targets=tokens), method="bptt")
+    torch.optim.AdamW([model.embedding.weight], 0.1, fused=True).step()
+    assert_close(session.next_token_logits(), copy.deepcopy(session).next_token_logits())
+    assert (session.next_token_logits() - after).abs().max() > 1e-3
+
+
+def test_a_conversion_that_fails_leaves_the_state(monkeypatch):
+    model = tiny_model()
+    session, expected = Session(model), Session(model)
+    for each in (session, expected):
+        each.feed(TOKENS)
+    model.to(torch.float32)
+    load = SegmentContext.load
+    monkeypatch.setattr(SegmentContext, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.feed(TOKENS)
+    monkeypatch.setattr(SegmentContext, "load", load)
+    session.feed([])
+    assert_close(session.next_token_logits(), expected.next_token_logits())
 
 
 @pytest.mark.parametrize("kind", ["memformer", *BASELINES])

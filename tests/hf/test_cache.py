@@ -328,6 +328,11 @@ def test_other_uses_that_cannot_work_are_refused():
         model(ids, logits_to_keep=-2)
     with pytest.raises(InputError, match=r"shape \(2,\) of torch.float32; it must be a number, or a list of integers"):
         model(ids, logits_to_keep=torch.ones(2))
+    cache = model(ids, use_cache=True).cache
+    for kept, message in (([13], "columns of input_ids, from 0 to 12"), ([True], "a mask of 1 columns; .* have 13")):
+        with pytest.raises(InputError, match=message):
+            model(ids, cache=cache, logits_to_keep=torch.tensor(kept))
+    assert cache.session.num_tokens == [13]  # nothing was read
     with pytest.raises(InputError, match="inputs_embeds cannot be read"):
         model.generate(inputs_embeds=torch.ones(1, 4, 16), max_new_tokens=2)
     model.train()

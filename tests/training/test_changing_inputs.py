@@ -28,6 +28,19 @@ def test_a_file_that_grows_is_refused(config, tmp_path):
         files.check()
 
 
+def test_a_new_file_in_the_folder_is_refused(config, tmp_path):
+    files = UnchangedInputs(config.data)
+    (tmp_path / "texts" / "9.txt").write_text("a log that was rotated")
+    with pytest.raises(InputError, match=r"9\.txt changed while it was read"):
+        files.check()
+
+
+def test_a_new_name_of_a_file_changes_nothing(config, tmp_path):
+    files = UnchangedInputs(config.data)
+    (tmp_path / "backup").hardlink_to(tmp_path / "texts" / "3.txt")
+    files.check()
+
+
 def test_a_file_that_is_gone_is_refused(config, tmp_path):
     files = UnchangedInputs(config.data)
     (tmp_path / "texts" / "3.txt").unlink()

@@ -212,6 +212,8 @@ def _continue(
     unknown.warn_if_most("the prompt")
     reading.is_finished = not signals.received
     reading.save()  # a reader of stdout may close it while text is generated
+    if not last and session.num_tokens[0] and tokenizer.kind == "pretrained":
+        last = tokenizer.encode(b"a", "probe").tolist()  # stands for the text before, which is not saved
     ids: list[int] = []
     num_tokens = _num_new_tokens(session, tokenizer, options.max_new_tokens)
     new_tokens = session.stream(num_tokens, **sampling, allowed_token_ids=allowed_tokens(tokenizer))

@@ -119,8 +119,8 @@ def _saved_split(saved: Any, name: str, *, config_name: str | None, split: str) 
     """
     if config_name is not None:
         raise InputError(f"config_name ({config_name!r}) is not read from {name}, which save_to_disk wrote")
-    # A data set that was saved by itself may have no record of its split.
-    splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+    # A data set that was saved by itself may have no record of its split; the package calls such a one train.
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
         raise InputError(f"split ({split!r}) must be one of {', '.join(splits)}, the splits that {name} holds")
     records: Iterable[Mapping[str, Any]] = splits[split]

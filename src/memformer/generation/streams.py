@@ -255,12 +255,12 @@ class Streams:
         """Convert the state if the model was moved to another device, or its weights to another dtype."""
         if self._placement == _placement(self.model):
             return
-        state = self._state()
+        # Nothing changes before all is there: the device may have too little memory.
         with reading(self.model):
-            self.context = make_context(self.model, self.batch_size, compiled=self._compiled)
-            self.memory = self.context.first_memory.detach().clone()
-            self.set_state(state)
-        self._placement = _placement(self.model)
+            context = make_context(self.model, self.batch_size, compiled=self._compiled)
+            context.load(self.context.tensors)
+            memory = self.memory.to(context.first_memory, copy=True)
+        self.context, self.memory, self._placement = context, memory, _placement(self.model)
 
 
 def _placement(model: LanguageModel) -> tuple[torch.device, torch.dtype]:

@@ -15,17 +15,21 @@ Columns = slice | Tensor
 LAST_COLUMN = slice(-1, None)
 
 
-def columns_to_keep(logits_to_keep: object) -> Columns:
+def columns_to_keep(logits_to_keep: object, num_columns: int) -> Columns:
     """Return the columns that an argument of `forward` names: a number of last ones (0: all), or a tensor.
 
     Raises:
-        InputError: The number is negative, or the tensor is not a list of columns.
+        InputError: The number is negative, or the tensor is not a list of columns or a mask of all of them.
         InputTypeError: It is neither an integer nor a tensor.
     """
     if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim > 0:
         if logits_to_keep.ndim > 1 or logits_to_keep.is_floating_point():
             kind = f"{tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}"
             raise InputError(f"logits_to_keep has the shape {kind}; it must be a number, or a list of integers")
+        if logits_to_keep.dtype == torch.bool and len(logits_to_keep) != num_columns:
+            raise InputError(f"logits_to_keep is a mask of {len(logits_to_keep)} columns; input_ids have {num_columns}")
+        if any(not -num_columns <= column < num_columns for column in logits_to_keep.tolist()):
+            raise InputError(f"logits_to_keep must be columns of input_ids, from 0 to {num_columns - 1}")
         return logits_to_keep
     return slice(-check_integer("logits_to_keep", logits_to_keep, 0) or None, None)
 

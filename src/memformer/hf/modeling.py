@@ -271,6 +271,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         are_counted = num_items_in_batch is not None
         counted = None if labels is None else find_targets(rows, input_ids, labels, are_counted=are_counted)
         is_training = self.training and torch.is_grad_enabled()
+        asked = columns_to_keep(logits_to_keep, input_ids.shape[1])
         by_default = bool(self.config.use_cache) and not is_training
         streams = cache is not None or (by_default if use_cache is None else use_cache)
         if is_training and streams:
@@ -278,7 +279,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
         if counted is not None and is_training:
             output = MemformerCausalLMOutput(loss=self._train(rows, counted, num_items_in_batch))
         else:
-            kept = slice(None) if counted is not None else columns_to_keep(logits_to_keep)
+            kept = asked if counted is None else slice(None)
             if streams:
                 cache = self._open_cache(cache, batch_size=len(rows.counts))
                 logits = stream_logits(cache.session, rows, kept)
@@ -287,7 +288,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, StreamGenerationMixin):
                 logits = column_logits(self.memformer, rows, kept)
             loss = None if counted is None else causal_loss(logits, input_ids, counted, num_items=num_items_in_batch)
             if counted is not None:
-                logits = logits[:, columns_to_keep(logits_to_keep)]
+                logits = logits[:, asked]
             logits = with_all_ids(logits, self.config.num_token_ids)
             output = MemformerCausalLMOutput(loss=loss, logits=logits, cache=cache)
         return self._as_output(output, return_dict)

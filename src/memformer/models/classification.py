@@ -302,6 +302,10 @@ class ClassificationStream:
             memory = model.initial_memory(1).clone()
         self._state = _StreamState(0, memory, torch.zeros((1, 0), dtype=torch.int64), None)
 
+    def _memory(self, state: "_StreamState") -> Memory:
+        """Return the memory of a state, where the model is now and in its dtype."""
+        return state.memory.to(self._model.device, self._model.memory_dtype)
+
     @property
     def num_tokens(self) -> int:
         """Number of tokens read, also if an exception has ended `feed` early."""
@@ -322,7 +326,7 @@ class ClassificationStream:
             while (state := self._state).pending.shape[1] + ids.shape[1] >= model.segment_length:
                 missing = model.segment_length - state.pending.shape[1]
                 segment, ids = torch.cat([state.pending, ids[:, :missing]], dim=1), ids[:, missing:]
-                hidden, memory = model.encode(segment.to(model.device), memory=state.memory)
+                hidden, memory = model.encode(segment.to(model.device), memory=self._memory(state))
                 found.append(model._log_probabilities(hidden)[0])
                 # In one step, so that an interrupt finds a whole state.
                 self._state = _StreamState(state.num_tokens + missing, memory, segment[:, :0].clone(), found[-1])
@@ -345,7 +349,7 @@ class ClassificationStream:
                 raise InputError("no token has been read; a label needs at least one")
             return state.last.clone()
         with reading(self._model):
-            hidden, _ = self._model.encode(state.pending.to(self._model.device), memory=state.memory)
+            hidden, _ = self._model.encode(state.pending.to(self._model.device), memory=self._memory(state))
             return self._model._log_probabilities(hidden)[0]
 
     @property

@@ -150,7 +150,7 @@ def find_weights(
     if (folder / RUN_CONFIG_FILE).is_file():
         run_config = read_run_config(folder, warn=warn)
         weights = folder / BEST if which == "best" else newest_checkpoint(folder, warn=warn)
-        if not weights.is_dir():
+        if not (weights / WEIGHTS_FILE).is_file():
             has_checkpoint = any(checkpoints_newest_first(folder / CHECKPOINTS))
             now = "; try the last checkpoint instead of the best" if has_checkpoint else ", and no checkpoint"
             raise CheckpointError(f"{folder} has no evaluated weights yet{now}")

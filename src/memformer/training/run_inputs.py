@@ -67,8 +67,8 @@ class UnchangedInputs:
             InputError: One has.
         """
         now = _states(self._config)
-        for place, before in self._before.items():
-            if now.get(place) != before:
+        for place in [*self._before, *now]:
+            if now.get(place) != self._before.get(place):
                 section, path = place
                 raise InputError(
                     f"{section}: {path} changed while it was read; train on a copy of it, so that the run can be "
@@ -76,10 +76,14 @@ class UnchangedInputs:
                 )
 
 
-def _states(config: DataConfig) -> dict[tuple[str, str], dict[str, Any]]:
-    return {
-        (key, str(file.path)): file_status(file.path) for key, files in locate_inputs(config).items() for file in files
-    }
+def _states(config: DataConfig) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return the size and the time of modification of each file; a new link or mode leaves the content as it is."""
+    found = {}
+    for section, files in locate_inputs(config).items():
+        for file in files:
+            status = file_status(file.path)
+            found[section, str(file.path)] = status["bytes"], status["modified_ns"]
+    return found
 
 
 def locate_inputs(config: DataConfig) -> dict[str, list[SourceFile]]:

@@ -33,6 +33,7 @@ from memformer.data.tokenizers import Tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed
+from memformer.utils.tables import counted
 
 _PADDING_TOKEN_ID = 0
 # Once the curriculum has ended, filler becomes known within so many episodes, a growing share of it in each.
@@ -331,9 +332,9 @@ def check_segment_length(task: RecallTask, config: RecallConfig, segment_length:
     longest = max(task.question_length, num_facts * task.fact_length)
     if longest > segment_length:
         raise InputError(
-            f"model.segment_length ({segment_length}) must be at least {longest}: a segment holds {num_facts} facts "
-            f"(recall.facts_per_segment) of up to {task.fact_length} tokens, or ends with a question of up to "
-            f"{task.question_length} tokens"
+            f"model.segment_length ({segment_length}) must be at least {longest}: a segment holds "
+            f"{counted(num_facts, 'fact')} (data.recall.facts_per_segment) of up to {task.fact_length} tokens, or ends "
+            f"with a question of up to {task.question_length} tokens"
         )
 
 

@@ -178,7 +178,7 @@ class TextTask(RecallTask):
                 if self.tokenizer.tokenizer.token_to_id(word) is None:
                     raise InputError(
                         f"the recall task contains the word {word!r}, which the run's tokenizer lacks; the tokenizer's "
-                        "words come from data.train and, for the task babi, recall.path"
+                        "words come from data.train and, for the task babi, data.recall.path"
                     )
         return self.tokenizer.encode(text.encode(), name="recall task").astype(np.int64)
 
