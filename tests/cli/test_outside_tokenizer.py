@@ -52,17 +52,24 @@ def test_texts_of_tokens_join_although_the_tokenizer_strips_a_first_space(base, 
         ids = [*tokenizer.encode(b"the the", "prompt").tolist(), *generated["token_ids"]]
         assert "the the" + generated["text"] == "".join(tokenizer.decode_stream(ids))
     # A text that goes on gets no space in front of it.
-    state = ("--json", "--save_session", tmp_path / "state")
-    call_json("generate", folder, "--prompt", "the tha", "--max_new_tokens", "0", *state[1:])
+    read_only = ("--max_new_tokens", "0", "--save_session")
+    call_json("generate", folder, "--prompt", "the tha", *read_only, tmp_path / "begun")
     greedy = ("--max_new_tokens", "5", "--temperature", "0")
-    goes_on = call_json("generate", folder, "--load_session", tmp_path / "state", "--prompt", "s", *greedy)
+    goes_on = call_json("generate", folder, "--load_session", tmp_path / "begun", "--prompt", "s", *greedy)
     at_once = call_json("generate", folder, "--prompt", "the thas", *greedy)
     assert goes_on["token_ids"] == at_once["token_ids"]
+    # The first generated token has its space also if this command reads no prompt.
+    call_json("generate", folder, "--prompt", "the thas", *read_only, tmp_path / "read")
+    for seed in ("1", "2", "3"):
+        sampled = ("--max_new_tokens", "3", "--seed", seed)
+        goes_on = call_json("generate", folder, "--load_session", tmp_path / "read", *sampled)
+        assert goes_on["text"] == call_json("generate", folder, "--prompt", "the thas", *sampled)["text"]
     lines = text.splitlines(keepends=True)
     for name, part in zip("ab", lines, strict=True):
         (tmp_path / name).write_text(part)
-    call("score", folder, tmp_path / "a", *state)
-    _, out, _ = call("score", folder, tmp_path / "b", "--per", "token", "--json", "--load_session", tmp_path / "state")
+    status, _, _ = call("score", folder, tmp_path / "a", "--json", "--save_session", tmp_path / "scored")
+    assert status == 0
+    _, out, _ = call("score", folder, tmp_path / "b", "--per", "token", "--json", "--load_session", tmp_path / "scored")
     again = [json.loads(line) for line in out.splitlines()]
     expected = [each for each in found if each.get("kind") == "token" and each["line"] == 2]
     assert [each["text"] for each in again if each.get("kind") == "token"] == [each["text"] for each in expected]

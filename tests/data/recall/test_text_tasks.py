@@ -282,8 +282,8 @@ def test_a_segment_too_short_is_refused_with_the_numbers(path):
     with pytest.raises(
         InputError,
         match=re.escape(
-            "model.segment_length (11) must be at least 12: a segment holds 2 facts (data.recall.facts_per_segment) of up "
-            "to 6 tokens, or ends with a question of up to 6 tokens"
+            "model.segment_length (11) must be at least 12: a segment holds 2 facts "
+            "(data.recall.facts_per_segment) of up to 6 tokens, or ends with a question of up to 6 tokens"
         ),
     ):
         RecallStream(
