@@ -280,7 +280,7 @@ def test_measuring_recall_leaves_mode_and_randomness_alone():
         (
             "associative",
             {"num_facts": 5},
-            r"num_facts \(5\) does not fit the task: .* must not exceed recall.num_keys \(4\)",
+            r"num_facts \(5\) does not fit the task: .* must not exceed data.recall.num_keys \(4\)",
         ),
         ("associative", {"num_facts": 4}, r"num_facts \(4\) does not fit the task: model.segment_length \(6\)"),
         (
