@@ -150,14 +150,12 @@ def encode_after(tokenizer: Tokenizer, content: bytes, name: str) -> NDArray[np.
     Raises:
         InputError: As `Tokenizer.encode`.
     """
-    alone = tokenizer.encode(content, name)
-    if tokenizer.kind != "pretrained" or not _adds_space(tokenizer):
-        return alone
-    for before in (b"\n", b".", b"0", b"a"):
-        known, ids = tokenizer.encode(before, name), tokenizer.encode(before + content, name)
-        if np.array_equal(ids[: len(known)], known):
-            return ids[len(known) :]
-    return alone
+    if tokenizer.kind == "pretrained" and _adds_space(tokenizer):
+        for before in (b"\n", b".", b"0", b"a"):
+            known, ids = tokenizer.encode(before, name), tokenizer.encode(before + content, name)
+            if np.array_equal(ids[: len(known)], known):
+                return ids[len(known) :]
+    return tokenizer.encode(content, name)
 
 
 def _adds_space(tokenizer: Tokenizer) -> bool:
