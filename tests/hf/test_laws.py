@@ -114,10 +114,13 @@ def test_only_the_logits_of_kept_columns_are_returned(kind):
             (np.int64(3), slice(-3, None)),
             (torch.tensor(3), slice(-3, None)),
             (torch.tensor([4, 0, 15]), [4, 0, 15]),
+            (torch.arange(ids.shape[1]) % 3 == 0, torch.arange(ids.shape[1]) % 3 == 0),
             (torch.tensor([], dtype=torch.long), []),
         ):
             found = kind(ids, attention_mask=mask, use_cache=use_cache, logits_to_keep=kept).logits
             assert_close(found, whole[:, chosen])
+    one = torch.tensor([True])
+    assert_close(kind(ids[:, -1:], logits_to_keep=one).logits, kind(ids[:, -1:]).logits)
 
 
 def test_greedy_rows_of_any_length_generate_as_a_session_does(kind):

@@ -52,7 +52,7 @@ class Decoding:
         self._step: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def _trace_of_weights(self) -> list[Any]:
-        weights = [weights[name] for weights, name in self._places]
+        weights = [weights.get(name) for weights, name in self._places]
         trace: list[Any] = [(id(weight), weight._version) for weight in weights if weight is not None]
         # A fused optimizer leaves the versions as they are. It changes all weights that are trained.
         trained = next((weight for weight in reversed(weights) if weight is not None and weight.requires_grad), None)

@@ -26,9 +26,11 @@ def columns_to_keep(logits_to_keep: object, num_columns: int) -> Columns:
         if logits_to_keep.ndim > 1 or logits_to_keep.is_floating_point():
             kind = f"{tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}"
             raise InputError(f"logits_to_keep has the shape {kind}; it must be a number, or a list of integers")
-        if logits_to_keep.dtype == torch.bool and len(logits_to_keep) != num_columns:
-            raise InputError(f"logits_to_keep is a mask of {len(logits_to_keep)} columns; input_ids have {num_columns}")
-        if any(not -num_columns <= column < num_columns for column in logits_to_keep.tolist()):
+        if logits_to_keep.dtype == torch.bool:
+            if len(logits_to_keep) != num_columns:
+                found = len(logits_to_keep)
+                raise InputError(f"logits_to_keep is a mask of {found} columns; input_ids have {num_columns}")
+        elif any(not -num_columns <= column < num_columns for column in logits_to_keep.tolist()):
             raise InputError(f"logits_to_keep must be columns of input_ids, from 0 to {num_columns - 1}")
         return logits_to_keep
     return slice(-check_integer("logits_to_keep", logits_to_keep, 0) or None, None)

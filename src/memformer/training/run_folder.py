@@ -87,7 +87,8 @@ def remove_remains(folder: Path) -> None:
         SaveError: It cannot be deleted.
     """
     with saving(folder):
-        shutil.rmtree(folder / BEST, ignore_errors=True)
+        if (folder / BEST).exists():
+            shutil.rmtree(folder / BEST)
         for file in [folder / TRACKERS_FILE, *(folder / SAMPLES).glob("*")]:
             if file.name == TRACKERS_FILE or is_checkpoint_name(file.stem):
                 file.unlink(missing_ok=True)
