@@ -159,7 +159,7 @@ def test_a_single_document_can_be_cut_into_pieces(train, tmp_path):
     """With data.max_document_tokens, a part of a single document can be held out."""
     (tmp_path / "text").write_bytes(b"abcdefghi " * 100)
     argv = [*train, "--data.train.path", tmp_path / "text", "--training.num_updates", "1"]
-    assert "set data.max_document_tokens to cut documents into pieces" in refused(*argv)
+    assert "set data.max_document_tokens to at most 500 to cut documents up" in refused(*argv)
     assert call(*argv, "--data.max_document_tokens", "50")[0] == 0
 
 

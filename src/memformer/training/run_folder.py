@@ -151,7 +151,7 @@ def find_weights(
     if (folder / RUN_CONFIG_FILE).is_file():
         run_config = read_run_config(folder, warn=warn)
         weights = folder / BEST if which == "best" else newest_checkpoint(folder, warn=warn)
-        if not (weights / WEIGHTS_FILE).is_file():
+        if not (weights / CONFIG_FILE).is_file():
             has_checkpoint = any(checkpoints_newest_first(folder / CHECKPOINTS))
             now = "; try the last checkpoint instead of the best" if has_checkpoint else ", and no checkpoint"
             raise CheckpointError(f"{folder} has no evaluated weights yet{now}")
