@@ -111,7 +111,7 @@ def test_a_cache_goes_on_with_all_tokens_as_with_the_new_ones(options):
         assert torch.equal(found.sequences, expected.sequences[:, start:])
         assert_close(torch.stack(found.logits)[..., :VOCAB_SIZE], torch.stack(expected.logits)[..., :VOCAB_SIZE])
         assert cache.session.num_tokens == expected.cache.session.num_tokens
-    # What a session has read before it was in a cache is not known: everything is new, once.
+    # The cache does not know which tokens its session read earlier, so it reads all that it is first given.
     cache = hf.MemformerCache(copy.deepcopy(turn.cache.session))
     before = list(cache.session.num_tokens)
     for _ in range(2):

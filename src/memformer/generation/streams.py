@@ -125,9 +125,6 @@ class Streams:
     def state(self) -> State:
         """Return the tensors of the state, not copied."""
         self._read_full_rows()
-        return self._state()
-
-    def _state(self) -> State:
         return {
             "memory": self.memory,
             **self.context.tensors,

@@ -18,7 +18,7 @@ class MemformerCache(Cache):
     A call of the model passes only the tokens that are new. `generate` is given all tokens since the cache was new, as
     for other models, wherever padding stands in them: `model.generate(sequences, cache=cache)`. Those that the cache
     has read are skipped; a checksum tells whether they are the same. An attention mask with a column for those before,
-    too, says that the tokens are new ones only. What the session read before it was in a cache is not among them.
+    too, says that the tokens are new ones only. Tokens that the session read before the cache was made do not count.
 
     Args:
         session: The session; a new one, or one from `Session.load`.
@@ -32,7 +32,7 @@ class MemformerCache(Cache):
         self.session = session
         self._num_columns = max(session.num_tokens)
         self._read_before = list(session.num_tokens)
-        # The number and the checksum of the tokens that each row has read as a cache.
+        # The number and the checksum of the tokens that each row has read since.
         self._read = [(0, 0)] * session.batch_size
 
     def __len__(self) -> int:
@@ -58,13 +58,13 @@ class MemformerCache(Cache):
 
     @property
     def knows_its_tokens(self) -> bool:
-        """Whether the session has read nothing since it is in a cache but what it was given as one."""
+        """Whether the session has read only tokens of the cache since the cache was made."""
         counts = zip(self._read_before, self.num_read, strict=True)
         return [before + count for before, count in counts] == list(self.session.num_tokens)
 
     @property
     def num_read(self) -> list[int]:
-        """Number of tokens that each row has read as a cache."""
+        """Number of tokens that each row has read since the cache was made."""
         return [count for count, _ in self._read]
 
     def check_begin(self, rows: TokenRows) -> None:
