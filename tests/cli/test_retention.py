@@ -1,7 +1,9 @@
 """`memformer retention`: output for runs on recall tasks and on documents, and error messages."""
 
 import json
+import os
 import re
+import signal
 
 import matplotlib.image
 import pytest
@@ -9,6 +11,7 @@ import yaml
 
 from memformer import Memformer
 from memformer.data import load_tokenizer, save_tokenizer
+from memformer.evaluation.reading_ahead import AheadReader
 from tests.cli.calls import call, call_json, make_text, refused
 
 
@@ -52,6 +55,31 @@ def assert_files(folder, printed):
     height, width = matplotlib.image.imread(folder / "retention.png").shape[:2]
     assert height > 400
     assert width > 800
+
+
+@pytest.mark.parametrize("num_measured", [0, 2])
+def test_a_signal_ends_the_reading_and_keeps_what_was_measured(runs, tmp_path, monkeypatch, num_measured):
+    distances = [2, 300, 9000] if num_measured else [9000]
+    read = AheadReader.read
+
+    def read_and_stop(self, *args, **options):
+        read_and_stop.calls += 1
+        if read_and_stop.calls == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(self, *args, **options)
+
+    read_and_stop.calls = 0
+    monkeypatch.setattr(AheadReader, "read", read_and_stop)
+    status, out, error = call("retention", runs["recall"], "--distances", *distances, "--output", tmp_path, "--json")
+    assert status == 130
+    assert read_and_stop.calls == 10
+    if num_measured:
+        assert "stopped by SIGINT; 2 distances measured and written" in error
+        assert_files(tmp_path, json.loads(out))
+        assert [point["distance"] for point in json.loads(out)["points"]] == distances[:num_measured]
+    else:
+        assert "stopped by SIGINT; nothing was measured yet" in error
+        assert not list(tmp_path.iterdir())
 
 
 def test_retention_of_a_recall_run(runs, tmp_path):

@@ -22,7 +22,7 @@ from memformer.cli.saving import (
 from memformer.cli.scoring import held_bytes
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
-from memformer.data.outside_tokenizers import decode_after
+from memformer.data.outside_tokenizers import decode_after, stand_in
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
@@ -212,8 +212,8 @@ def _continue(
     unknown.warn_if_most("the prompt")
     reading.is_finished = not signals.received
     reading.save()  # a reader of stdout may close it while text is generated
-    if not last and session.num_tokens[0] and tokenizer.kind == "pretrained":
-        last = tokenizer.encode(b"a", "probe").tolist()  # stands for the text before, which is not saved
+    if not last and session.num_tokens[0]:
+        last = stand_in(tokenizer)  # the text that the session has read is not saved
     ids: list[int] = []
     num_tokens = _num_new_tokens(session, tokenizer, options.max_new_tokens)
     new_tokens = session.stream(num_tokens, **sampling, allowed_token_ids=allowed_tokens(tokenizer))

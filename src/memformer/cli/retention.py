@@ -32,6 +32,7 @@ from memformer.training.run_folder import (
 from memformer.utils.checks import check_seed
 from memformer.utils.files import check_can_write, user_path, write_json
 from memformer.utils.progress import ProgressBar
+from memformer.utils.signals import Interrupted, Signals, signals_noted
 from memformer.utils.tables import counted
 
 RETENTION_FILE = "retention.json"
@@ -110,6 +111,7 @@ def run_retention(argv: list[str]) -> None:
 
     Raises:
         InputError: The run or an option is invalid, or an option applies to the other kind of run only.
+        Interrupted: A signal arrived while facts were recalled; the distances measured before were written.
     """
     from memformer.evaluation.plots import write_figure
 
@@ -128,7 +130,12 @@ def run_retention(argv: list[str]) -> None:
         recall = _with_options(recall, options)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, recall=recall))
     started = time.monotonic()
-    result, figure = (_retention_of_documents if recall is None else _retention_of_facts)(run, config, options)
+    result: DocumentRetention | Recall
+    if recall is None:
+        result, figure = _retention_of_documents(run, config, options)
+    else:
+        with signals_noted() as signals:
+            result, figure = _retention_of_facts(run, config, options, signals)
     figures: dict[str, Any] = {"weights": str(run.weights), "seconds": time.monotonic() - started}
     if recall is not None:
         figures |= {
@@ -152,9 +159,17 @@ def run_retention(argv: list[str]) -> None:
         print(result.to_table())
         print(f"{figures['seconds']:,.1f} s; weights: {run.weights}")
         print(f"wrote {output / RETENTION_FILE} and {output / RETENTION_FIGURE_FILE}")
+    if isinstance(result, Recall) and signals.received:
+        raise Interrupted(signals.received[0], f"{counted(len(result.points), 'distance')} measured and written")
 
 
-def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tuple[Recall, Any]:
+def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any, signals: Signals) -> tuple[Recall, Any]:
+    """Return the results and their figure; if a signal arrives, of the distances that were measured before.
+
+    Raises:
+        InputError: An option is invalid.
+        Interrupted: A signal arrived before anything was measured.
+    """
     from memformer.evaluation.plots import draw_recall
 
     refuse_options(options, ("delays", "max_tokens", "num_lanes"), kind="on a recall task")
@@ -178,8 +193,11 @@ def _retention_of_facts(run: LoadedRun, config: RunConfig, options: Any) -> tupl
             distances=distances,
             num_facts=recall.num_facts[1] if options.num_facts is None else options.num_facts,
             progress=progress.advance_to,
+            is_stopped=lambda: bool(signals.received),
             **{name: value for name, value in given.items() if value is not None},
         )
+    if not found.points:
+        raise Interrupted(signals.received[0], "nothing was measured yet")
     return found, draw_recall(found, trained_distance=longest, segment_length=run.model.segment_length)
 
 

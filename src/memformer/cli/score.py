@@ -123,7 +123,7 @@ def run_score(argv: list[str]) -> int:
             stack.enter_context(owned_file(file, option="--save_session"))
         signals = stack.enter_context(signals_noted())
         scoring = _start(run, options, file, minutes=minutes)
-        output = ScoreOutput(options, run.tokenizer)
+        output = ScoreOutput(options, run.tokenizer, goes_on=scoring.session.num_tokens[0] > 0)
         with saved_on_refusal(scoring, file):
             _score(scoring, run, options, output, signals)
         output.end(scoring)

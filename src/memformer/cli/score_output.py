@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from memformer.cli.scoring import Scoring, Totals
 from memformer.data import Tokenizer
 from memformer.data.lines import TextPart
+from memformer.data.outside_tokenizers import stand_in
 from memformer.evaluation.likelihood import content_unit
 from memformer.evaluation.surprisal import ScoredLine, SurprisingLine
 from memformer.utils.tables import format_table
@@ -24,9 +25,10 @@ class ScoreOutput:
     Args:
         options: Options of the command: `per`, `top`, `threshold` and `json`.
         tokenizer: The tokenizer of the text.
+        goes_on: Whether the text goes on with another one, so that its first token may begin with a space.
     """
 
-    def __init__(self, options: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: Any, tokenizer: Tokenizer, *, goes_on: bool) -> None:
         self._per = options.per
         if self._per is None and options.top is None and options.threshold is None:
             self._per = "line"
@@ -36,7 +38,7 @@ class ScoreOutput:
         self._tokenizer = tokenizer
         self._unit = content_unit(tokenizer)
         self._has_header = self._is_json
-        self._before: list[int] = []
+        self._before = stand_in(tokenizer) if goes_on else []
 
     @property
     def leaves_terminal_free(self) -> bool:

@@ -180,6 +180,14 @@ def decode_after(tokenizer: Tokenizer, before: Sequence[int], ids: Iterable[int]
         known = max(0, known - len(text))
 
 
+def stand_in(tokenizer: Tokenizer) -> list[int]:
+    """Return ids that stand for a text whose own are not known, to decode behind them as `decode_after` does.
+
+    They are those of a character, and none unless the text of a token depends on that before it.
+    """
+    return tokenizer.encode(b"a", "probe").tolist() if tokenizer.kind == "pretrained" else []
+
+
 def _text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return "".join(tokenizer.decode_stream(ids))
 

@@ -144,6 +144,7 @@ def measure_recall(
     questions_per_episode: Integer = 4,
     seed: Integer = 0,
     progress: Callable[[int], None] | None = None,
+    is_stopped: Callable[[], bool] | None = None,
 ) -> Recall:
     """Return the accuracy at each distance, from one pass through the filler with constant memory use.
 
@@ -164,6 +165,7 @@ def measure_recall(
             questions of its episode.
         seed: Seed of the episodes.
         progress: Called with the current distance after segments that were read and after the questions.
+        is_stopped: Asked after segments that were read; if true, the distances that are left are not measured.
 
     Raises:
         InputError: A number is out of range, or the task or a segment cannot hold `num_facts` facts.
@@ -180,7 +182,8 @@ def measure_recall(
         reader = _EpisodeReader(model, task, config, num_facts=num_facts, num_episodes=num_episodes, seed=seed)
         points = []
         for distance in sorted(set(distances)):
-            reader.advance_to(distance, progress)
+            if not reader.advance_to(distance, progress, is_stopped):
+                break
             num_right, num_right_erased, num_questions = reader.count_right_answers(questions_per_episode)
             points.append(
                 RecallPoint(
@@ -248,9 +251,13 @@ class _EpisodeReader:
         # Several segments are drawn at once, so that text continues from one to the next, as in training.
         self._drawn: Tokens = np.empty((0, num_episodes, model.segment_length), dtype=np.int64)
 
-    def advance_to(self, distance: int, progress: Callable[[int], None] | None) -> None:
-        """Read filler until a question in the next segment has this distance."""
+    def advance_to(
+        self, distance: int, progress: Callable[[int], None] | None, is_stopped: Callable[[], bool] | None
+    ) -> bool:
+        """Read filler until a question in the next segment has this distance; return whether it was not stopped."""
         while self.distance < distance - 1:
+            if is_stopped is not None and is_stopped():
+                return False
             if not len(self._drawn):
                 self._drawn = self._filler(self.generator, _SEGMENTS_AHEAD)
             segments, self._drawn = np.split(self._drawn, [distance - 1 - self.distance])
@@ -259,6 +266,7 @@ class _EpisodeReader:
             self.distance += len(segments)
             if progress is not None:
                 progress(self.distance)
+        return True
 
     def count_right_answers(self, questions_per_episode: int) -> tuple[int, int, int]:
         """Return the numbers of right answers, of right answers with the memory erased, and of questions.
