@@ -270,7 +270,7 @@ def _sampling_options(options: Any) -> dict[str, Any]:
 
 
 def _draw(model: LanguageModel, tokenizer: PixelTokenizer, options: Any, sampling: dict[str, Any]) -> None:
-    from memformer.training.samples import NUM_IMAGES, sample_images, write_image_grid
+    from memformer.training.samples import sample_images, write_image_grid
 
     for flag in ("compiled", "resume"):
         if options[flag]:

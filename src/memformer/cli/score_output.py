@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from memformer.cli.scoring import Scoring, Totals
 from memformer.data import Tokenizer
 from memformer.data.lines import TextPart
-from memformer.data.outside_tokenizers import stand_in
+from memformer.data.outside_tokenizers import decode_after, stand_in
 from memformer.evaluation.likelihood import content_unit
 from memformer.evaluation.surprisal import ScoredLine, SurprisingLine
 from memformer.utils.tables import format_table
 
 _MARK = "!"
+# Tokens that are kept, for the text of the token that follows them; a character has at most four.
+_LAST_TOKENS = 8
 
 
 class ScoreOutput:
@@ -32,7 +34,6 @@ class ScoreOutput:
         self._per = options.per
         if self._per is None and options.top is None and options.threshold is None:
             self._per = "line"
-        self._top = options.top
         self._threshold = options.threshold
         self._is_json = options.json
         self._tokenizer = tokenizer
@@ -58,7 +59,7 @@ class ScoreOutput:
             return
         self._print_header(f"{'line':>9}  {'nats':>9}  token")
         for token, line, nats in zip(part.token_ids.tolist(), part.lines.tolist(), nll.tolist(), strict=True):
-            text = _shown(self._text_of(token))
+            text = self._text_of(token)
             number = first_line + line
             if self._is_json:
                 self._print_json("token", line=number, token_id=token, nats=nats, text=text)
@@ -66,15 +67,11 @@ class ScoreOutput:
                 print(f"{number:>9}  {nats:>9.4f}  {text!r}")
         sys.stdout.flush()
 
-    def _text_of(self, token: int) -> bytes:
+    def _text_of(self, token: int) -> str:
         """Return the text of the next token; one of a SentencePiece tokenizer depends on that before it."""
-        alone = self._tokenizer.decode([token])
-        if self._tokenizer.kind != "pretrained":
-            return alone
-        before = self._before
-        if "\ufffd" not in alone.decode(errors="replace"):  # not a part of a character
-            self._before = [token]
-        return self._tokenizer.decode([*before, token])[len(self._tokenizer.decode(before)) :]
+        text = "".join(decode_after(self._tokenizer, self._before, [token]))
+        self._before = [*self._before, token][-_LAST_TOKENS:]
+        return text
 
     def lines(self, lines: list[ScoredLine]) -> None:
         """Print lines that have ended, if they are to be printed."""

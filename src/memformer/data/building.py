@@ -20,7 +20,7 @@ from memformer.data.corpus import (
     MANIFEST_FILE,
     TOKENS_FILE,
     Corpus,
-    check_ids,
+    check_document,
     serialize_manifest,
 )
 from memformer.data.document_end import document_end_of
@@ -183,7 +183,7 @@ def _encoded(
                 progress(num_bytes)
         ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if ids.size:
-            check_ids(ids, vocab_size=tokenizer.vocab_size, name=document.name)
+            check_document(ids, vocab_size=tokenizer.vocab_size, name=document.name)
             yield ids if document_end is None else np.append(ids, document_end), document.size
 
 

@@ -10,7 +10,6 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, InputTypeError
@@ -26,6 +25,7 @@ from memformer.utils.checks import (
 )
 from memformer.utils.files import user_path
 from memformer.utils.tables import counted
+from memformer.utils.token_ids import check_token_ids
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
 FORMAT_VERSION = 3
@@ -208,13 +208,12 @@ def corpus_from_arrays(
     dtype = smallest_dtype(vocab_size)
     if not isinstance(arrays, Iterable) or isinstance(arrays, str | bytes):
         raise InputTypeError(f"arrays ({shown(arrays)}) must hold the token ids of each document")
-    documents = [_as_array(array, index) for index, array in enumerate(arrays)]
+    documents = [check_document(array, vocab_size=vocab_size, name=str(index)) for index, array in enumerate(arrays)]
     if not documents:
         raise InputError("a corpus needs at least one document")
     for index, array in enumerate(documents):
-        if array.ndim != 1 or not array.size:
-            raise InputError(f"document {index} has shape {array.shape}; it must be 1-D with at least one token")
-        check_ids(array, vocab_size=vocab_size, name=str(index))
+        if not array.size:
+            raise InputError(f"document {index} is empty; it must have at least one token")
     sizes = None if document_bytes is None else check_integers("document_bytes", document_bytes, 1)
     count = len(documents)
     if sizes is not None and len(sizes) != count:
@@ -234,18 +233,17 @@ def corpus_from_arrays(
     )
 
 
-def check_ids(ids: NDArray[Any], *, vocab_size: int, name: str) -> None:
-    """Check that an array holds valid token ids.
+def check_document(token_ids: object, *, vocab_size: int, name: str) -> NDArray[np.integer[Any]]:
+    """Return the token ids of a document as an array.
 
     Raises:
-        InputError: An id is outside the vocabulary.
-        InputTypeError: The array does not hold integers.
+        InputError: As `check_token_ids`; the message names the document.
+        InputTypeError: The token ids are not integers.
     """
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise InputTypeError(f"document {name} has dtype {ids.dtype}; token ids must be integers")
-    for extreme in (ids.min(), ids.max()):
-        if not 0 <= extreme < vocab_size:
-            raise InputError(f"document {name} has token id {extreme}; it must be from 0 to {vocab_size - 1}")
+    try:
+        return check_token_ids(token_ids, vocab_size=vocab_size)
+    except InputError as error:
+        raise type(error)(f"document {name}: {error}") from error
 
 
 def serialize_manifest(manifest: dict[str, Any]) -> bytes:
@@ -285,24 +283,3 @@ def _check_file(path: Path, *, num_bytes: int, checksum: int) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if actual_checksum != checksum:
         raise CheckpointError(f"{path} is damaged: its checksum does not match; delete the folder to build it again")
-
-
-def _as_array(document: object, index: int) -> NDArray[Any]:
-    """Return the token ids of a document as an array of any dtype and shape.
-
-    Raises:
-        InputError: Its items are lists of unequal lengths, or an item is masked.
-        InputTypeError: It is a text, or a tensor of floating-point numbers, some of whose dtypes NumPy lacks.
-    """
-    if isinstance(document, str | bytes):
-        raise InputTypeError(f"document {index} ({shown(document)}) is a text; it must hold token ids")
-    if isinstance(document, Tensor):
-        if document.is_floating_point() or document.is_complex():
-            raise InputTypeError(f"document {index} has dtype {document.dtype}; its token ids must be integers")
-        document = document.cpu()
-    if np.ma.is_masked(document):
-        raise InputError(f"document {index} is an array with masked items; give its token ids alone (compressed())")
-    try:
-        return np.asarray(document)
-    except ValueError as error:
-        raise InputError(f"document {index} ({shown(document)}) must be 1-D") from error

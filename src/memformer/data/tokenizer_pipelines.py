@@ -1,14 +1,13 @@
 """The steps by which text tokenizers split a text, and the check that a tokenizer has exactly these steps."""
 
 import json
-import reprlib
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from memformer.errors import InputError
+from memformer.utils.checks import shown
 
 UNKNOWN_WORD = "<unk>"
 END_OF_LINE = "<eos>"
@@ -63,17 +62,11 @@ def check_pipeline(kind: str, definition: str) -> None:
     for step, reason in _REASONS.items():
         if found.get(step) != expected[step]:
             raise InputError(
-                f"tokenizer has {step} {_shorten(found.get(step))}; kind {kind!r} needs {_shorten(expected[step])}, "
+                f"tokenizer has {step} {shown(found.get(step))}; kind {kind!r} needs {shown(expected[step])}, "
                 f"because {reason} (memformer.data.train_tokenizer makes such a tokenizer)"
             )
     needed = pre_tokenizers.ByteLevel.alphabet() if kind == "bpe" else [UNKNOWN_WORD, END_OF_LINE]
     if missing := sorted(set(needed) - set(vocabulary)):
-        raise InputError(f"tokenizer of kind {kind!r} lacks tokens: {_shorten(missing)}")
+        raise InputError(f"tokenizer of kind {kind!r} lacks tokens: {shown(missing)}")
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise InputError(f"tokenizer of kind {kind!r} lacks tokens: its ids are not contiguous")
-
-
-def _shorten(value: Any) -> str:
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = 60
-    return shortener.repr(value)

@@ -90,9 +90,9 @@ def make_panels(figure: Figure, count: int) -> list[tuple[SubFigure, Axes]]:
     return [(part, part.subplots()) for part in parts]
 
 
-def put_legend_below(figure: Figure | SubFigure, *, columns: int = 3) -> None:
+def put_legend_below(figure: Figure | SubFigure) -> None:
     """Add a legend of all axes below them, where it covers no data; the figure needs the constrained layout."""
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
 
 def arrange_panels(figure: Figure, *, right: float = 0.15) -> None:
@@ -124,9 +124,7 @@ def arrange_panels(figure: Figure, *, right: float = 0.15) -> None:
         axes.yaxis.label.set_verticalalignment("center")
     if labels:
         legend_top = (bottom - 0.54) / height
-        figure.legend(
-            handles, labels, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=columns, frameon=False
-        )
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=3, frameon=False)
 
 
 def _cut_in_front(text: str, most: int) -> str:

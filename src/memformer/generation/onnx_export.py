@@ -126,9 +126,9 @@ class DecodingStep(nn.Module):
         return logits[:, -1], keys, values
 
 
-def example_inputs(model: LanguageModel, rows: int = _EXAMPLE_ROWS) -> dict[str, dict[str, Tensor]]:
-    """Return the inputs of the graphs at the start of `rows` streams, by graph and name."""
-    length = model.segment_length
+def example_inputs(model: LanguageModel) -> dict[str, dict[str, Tensor]]:
+    """Return the inputs of the graphs at the start of streams, by graph and name."""
+    rows, length = _EXAMPLE_ROWS, model.segment_length
     segment = torch.full((rows, length), model.bos_token_id)
     padding_mask = torch.ones(rows, length, dtype=torch.bool)
     padding_mask[:, 0] = False

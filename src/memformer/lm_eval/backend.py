@@ -16,9 +16,9 @@ from memformer.data.text import utf_8_of
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
-from memformer.lm_eval.scoring import Ids, feed_rows, nats_and_greedy, nats_of
+from memformer.lm_eval.scoring import Ids, nats_and_greedy, nats_of
 from memformer.training.run_folder import load_run
-from memformer.utils.checks import Integer, check_integer, refuse_unknown_keys
+from memformer.utils.checks import Integer, check_choice, check_integer, refuse_unknown_keys
 from memformer.utils.machine import choose_device
 from memformer.utils.progress import print_warning
 
@@ -67,8 +67,7 @@ class MemformerLM(LM):
         if pretrained is None:
             raise InputError("pretrained is missing: name a run or a saved model, --model_args pretrained=FOLDER")
         self.batch_size = _check_batch_size(batch_size)
-        if checkpoint not in {"best", "last"}:
-            raise InputError(f"checkpoint ({checkpoint!r}) must be 'best' or 'last'")
+        check_choice("checkpoint", checkpoint, ("best", "last"))
         num_slots = None if num_slots is None else check_integer("num_slots", num_slots, 1)
         self._device = choose_device(device)
         self.run = load_run(pretrained, which=checkpoint, device=self._device, num_slots=num_slots, warn=print_warning)
@@ -178,7 +177,7 @@ class MemformerLM(LM):
             equal[context.tobytes()].append(index)
         for part in _in_parts(sorted(equal.values(), key=lambda group: -len(contexts[group[0]])), self.batch_size):
             session = self.run.session(batch_size=len(part))
-            feed_rows(session, [contexts[group[0]] for group in part])
+            session.feed([contexts[group[0]] for group in part])
             numbered = [(row, index) for row, group in enumerate(part) for index in group]
             for some in _in_parts(numbered, self.batch_size):
                 reader = copy.deepcopy(session)

@@ -25,7 +25,7 @@ def nats_of(session: Session, rows: Sequence[Ids]) -> list[float]:
     """
     totals = [0.0] * len(rows)
     for pieces in _in_pieces(rows, _whole_segments(session, _PIECE_TOKENS)):
-        for row, nll in enumerate(_as_rows(session.score(_fed(pieces)))):
+        for row, nll in enumerate(_as_rows(session.score(pieces))):
             totals[row] -= float(nll.double().sum())
     return totals
 
@@ -40,23 +40,13 @@ def nats_and_greedy(session: Session, rows: Sequence[Ids]) -> list[tuple[float, 
     totals, is_greedy = [0.0] * len(rows), [True] * len(rows)
     num_tokens = _whole_segments(session, _PIECE_LOGITS // session.model.vocab_size)
     for pieces in _in_pieces(rows, num_tokens):
-        for row, logits in enumerate(_as_rows(session.token_logits(_fed(pieces)))):
+        for row, logits in enumerate(_as_rows(session.token_logits(pieces))):
             ids = torch.from_numpy(pieces[row].astype(np.int64))
             totals[row] += float(logits.double().log_softmax(-1).gather(-1, ids[:, None]).sum())
             is_greedy[row] &= bool((logits.argmax(-1) == ids).all())
     if not np.isfinite(totals).all():
         raise InputError("the log-likelihood is not finite: the model's weights are broken")
     return list(zip(totals, is_greedy, strict=True))
-
-
-def feed_rows(session: Session, rows: Sequence[Ids]) -> None:
-    """Read the rows.
-
-    Raises:
-        InputError: As `Session.feed`.
-    """
-    for pieces in _in_pieces(rows, _PIECE_TOKENS):
-        session.feed(_fed(pieces))
 
 
 def _whole_segments(session: Session, num_tokens: int) -> int:
@@ -67,11 +57,6 @@ def _whole_segments(session: Session, num_tokens: int) -> int:
 def _in_pieces(rows: Sequence[Ids], num_tokens: int) -> Iterator[list[Ids]]:
     for start in range(0, max(map(len, rows)), num_tokens):
         yield [row[start : start + num_tokens] for row in rows]
-
-
-def _fed(rows: Sequence[Ids]) -> Any:
-    """Return the rows as a session takes them: one row is not in a list."""
-    return rows[0] if len(rows) == 1 else list(rows)
 
 
 def _as_rows(values: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:

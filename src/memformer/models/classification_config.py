@@ -1,11 +1,10 @@
 """Config of the Memformer with a classification head."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from memformer.errors import InputError
 from memformer.models.config import MemoryEncoderConfig
-from memformer.utils.checks import check_choice
 
 LabelUnit = Literal["document", "segment"]
 Pooling = Literal["mean", "last", "memory"]
@@ -35,8 +34,6 @@ class MemformerClassificationConfig(MemoryEncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integers(num_labels=2)
-        check_choice("label_unit", self.label_unit, get_args(LabelUnit))
-        check_choice("pooling", self.pooling, get_args(Pooling))
         if self.pooling == "memory" and not self.num_slots:
             raise InputError("pooling is memory, but num_slots is 0: there is no slot to read")
 

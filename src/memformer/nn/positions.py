@@ -30,6 +30,9 @@ _MAX_UNFUSED_KEYS = 1024
 # H100; at 1,024 keys the efficient kernel takes 3.1 times as long as cuDNN's (benchmarks/gpu/attention.py).
 _MAX_EFFICIENT_KEYS = 128
 
+# Longest wavelength of the rotation divided by 2 pi, in tokens (arXiv 2104.09864).
+_ROTARY_BASE = 10_000.0
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -116,11 +119,10 @@ def _weights(
 class RotaryFrame(Frame):
     """Queries and keys rotated by their positions, with plain attention. Rotations are computed on first use."""
 
-    def __init__(self, query_positions: Tensor, *, key_positions: Tensor, head_width: int, base: float) -> None:
+    def __init__(self, query_positions: Tensor, *, key_positions: Tensor, head_width: int) -> None:
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.head_width = head_width
-        self.base = base
         self._cached_rotations: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def prepare(self, x: Tensor) -> "RotaryFrame":
@@ -158,15 +160,15 @@ class RotaryFrame(Frame):
         cached = self._cached_rotations.get((of_keys, dtype))
         if cached is None:
             positions = self.key_positions if of_keys else self.query_positions
-            cos, sin = _compute_rotation(positions, head_width=self.head_width, base=self.base)
+            cos, sin = _compute_rotation(positions, head_width=self.head_width)
             cached = self._cached_rotations[of_keys, dtype] = cos.to(dtype), sin.to(dtype)
         return cached
 
 
-def _compute_rotation(positions: Tensor, *, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+def _compute_rotation(positions: Tensor, *, head_width: int) -> tuple[Tensor, Tensor]:
     half = head_width // 2
     exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    angles = positions[..., None] * base**-exponents
+    angles = positions[..., None] * _ROTARY_BASE**-exponents
     cos, sin = angles.cos(), angles.sin()
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     if positions.ndim == 2:
@@ -191,15 +193,13 @@ class RotaryPositions(nn.Module):
 
     Args:
         head_width: Width D/H of one head, even.
-        base: Longest wavelength divided by 2 pi, in tokens.
     """
 
     biased_projections = False
 
-    def __init__(self, *, head_width: int, base: float = 10_000.0) -> None:
+    def __init__(self, *, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
-        self.base = base
 
     def forward(
         self, query_positions: Positions, *, key_positions: Tensor, new_key_positions: Tensor | None = None
@@ -209,7 +209,6 @@ class RotaryPositions(nn.Module):
             query_positions,
             key_positions=key_positions if new_key_positions is None else new_key_positions,
             head_width=self.head_width,
-            base=self.base,
         )
 
 

@@ -199,7 +199,7 @@ def checkpoint_name(num_updates: int) -> str:
 
 
 def updates_of(checkpoint: Path) -> int:
-    """Return the number of updates that the name of a checkpoint folder states."""
+    """Return the number of updates that the name of a checkpoint, or of its sample, states."""
     return int(checkpoint.name.removeprefix("update-"))
 
 

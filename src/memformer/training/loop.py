@@ -370,7 +370,7 @@ class _Trainer:
         sample = write_sample(
             model,
             self.data.tokenizer,
-            self.folder / SAMPLES / f"update-{self.num_updates:09d}",
+            self.folder / SAMPLES / checkpoint_name(self.num_updates),
             num_tokens=self.config.training.sample_tokens,
             seed=self.config.seed,
         )

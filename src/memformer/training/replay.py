@@ -113,7 +113,6 @@ def backpropagate(
             readout_timesteps=readout_timesteps,
             autocast=autocast,
             gradient_scale=gradient_scale,
-            num_tokens=num_tokens,
             hooks=hooks,
         )
         if method == "replay":
@@ -139,7 +138,6 @@ class _Work:
     readout_timesteps: int
     autocast: NewAutocast
     gradient_scale: float
-    num_tokens: int
     hooks: RolloutHooks
 
     def encode(self, timestep: int, memory: Tensor, *, with_auxiliary: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import yaml
 from matplotlib.figure import Figure
 
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.kept_shares import KeptShares, draw_kept_shares
 from memformer.evaluation.plots import arrange_panels, make_logarithmic, to_svg, use_whole_numbers
-from memformer.training.checkpoint import is_checkpoint_name
+from memformer.training.checkpoint import is_checkpoint_name, updates_of
 from memformer.training.comparison import RunSummary, summarize_run, to_table
 from memformer.training.curves import draw_comparison, draw_run, metric_of
 from memformer.training.logs import missing_value_sentence, read_log
 from memformer.training.run_folder import LOG_FILE, RESULT_FILE, SAMPLES, VERSIONS_FILE, read_run_config
 from memformer.utils.files import read_json, user_path, write_text
+from memformer.utils.yaml_files import to_yaml
 
 SUMMARY_FILE = "summary.html"
 
@@ -69,7 +69,7 @@ def write_report(
                 last=training[-1] if training else None,
                 samples=_read_samples(folder / SAMPLES, updates={line["update"] for line in evaluations}),
                 has_tensorboard=(folder / "tensorboard").is_dir(),
-                config=yaml.dump(config, Dumper=_Dumper, sort_keys=False),
+                config=to_yaml(config),
                 versions=json.dumps(read_json(folder / VERSIONS_FILE), indent=2),
             )
         )
@@ -77,10 +77,6 @@ def write_report(
         raise CheckpointError(missing_value_sentence(folder, error)) from error
     write_text(folder / SUMMARY_FILE, page)
     return folder / SUMMARY_FILE
-
-
-# The one in C is several times as fast; it is part of PyYAML where that was built with libyaml.
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @functools.cache
@@ -155,7 +151,7 @@ def _read_samples(folder: Path, *, updates: Container[int]) -> list[_Sample]:
     samples = []
     # Samples have the names of checkpoints; the user may keep other files beside them.
     for file in sorted(file for file in folder.glob("*") if is_checkpoint_name(file.stem)):
-        update = int(file.stem.rpartition("-")[2])
+        update = updates_of(file.with_suffix(""))
         if update not in updates:
             continue
         if file.suffix == ".png":

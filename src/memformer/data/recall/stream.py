@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.data.corpus import Corpus
+from memformer.data.lanes import PADDING_TOKEN_ID
 from memformer.data.recall.config import RecallConfig
 from memformer.data.recall.tasks import CopyTask, Episode, PairTask, Question, RecallTask, Tokens, pad_answers, write_at
 from memformer.data.recall.text_tasks import (
@@ -35,7 +36,6 @@ from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed
 from memformer.utils.tables import counted
 
-_PADDING_TOKEN_ID = 0
 # Once the curriculum has ended, filler becomes known within so many episodes, a growing share of it in each.
 _EPISODES_UNTIL_FILLER_IS_KNOWN = 300
 # Segments of the documents that the model reads to find decoys beside an update, and the most that are remembered.
@@ -381,14 +381,14 @@ def with_first_timestep(
         return torch.from_numpy(np.concatenate([np.full_like(rest[:1], first), rest]))
 
     bos = np.zeros_like(inputs, np.bool_)
-    rollout_inputs, input_padding = prepend(_PADDING_TOKEN_ID, inputs), prepend(True, bos)
+    rollout_inputs, input_padding = prepend(PADDING_TOKEN_ID, inputs), prepend(True, bos)
     rollout_inputs[0, :, 0] = bos_token_id
     input_padding[0, :, 0] = False
     reset = torch.zeros(rollout_inputs.shape[:2], dtype=torch.bool, device="cpu")
     reset[0] = True
     return Rollout(
         inputs=rollout_inputs,
-        targets=prepend(_PADDING_TOKEN_ID, targets),
+        targets=prepend(PADDING_TOKEN_ID, targets),
         reset=reset,
         input_padding=input_padding,
         target_padding=prepend(True, target_padding),
