@@ -15,7 +15,7 @@ import yaml
 from memformer import InputError, LSTMConfig, Memformer, build_model
 from memformer.data import ByteTokenizer, load_tokenizer, save_tokenizer
 from memformer.evaluation.inspection import InspectionOptions, inspect_memory
-from memformer.evaluation.inspection_streams import read_stream
+from memformer.evaluation.streams import read_stream
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, make_text, refused
 from tests.helpers import tiny_config

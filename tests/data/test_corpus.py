@@ -147,7 +147,7 @@ def test_a_data_set_of_the_hub_is_known_by_its_commit(tmp_path: Path, data_sets)
     data_sets.clear()
     pinned = dataclasses.replace(source, revision="a" * 40)
     assert texts_of(pinned, tmp_path / "cache") == [f"commit {'a' * 40}".encode()]
-    with pytest.raises(InputError, match="the newest version of data set 'some/data' cannot be asked of the hub"):
+    with pytest.raises(InputError, match="the newest version of data set 'some/data' cannot be looked up on the hub"):
         texts_of(source, tmp_path / "cache")
 
 
@@ -272,9 +272,7 @@ def test_wrong_documents_are_refused(tmp_path: Path, source: SourceConfig) -> No
         def encode(self, content, name):
             return np.ones(3)
 
-    with pytest.raises(
-        InputError, match=r"document .*a\.jsonl:1: token id 1\d\d is outside the vocabulary"
-    ):
+    with pytest.raises(InputError, match=r"document .*a\.jsonl:1: token id 1\d\d is outside the vocabulary"):
         build_corpus(source, Liar(), cache=tmp_path)
     with pytest.raises(InputTypeError, match=r"a\.jsonl:1: token ids have dtype float64; they must be integers"):
         build_corpus(source, Floating(), cache=tmp_path)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from memformer import AttentionRecord, InputError, Rollout, evaluate
 from memformer.data import ByteTokenizer, PixelTokenizer, corpus_from_arrays
-from memformer.evaluation import inspection_streams
+from memformer.evaluation import streams
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
 from memformer.evaluation.inspection_page import json_in_html
 from memformer.evaluation.inspection_parts import Sampler
 from memformer.evaluation.inspection_results import HOLDING_FROM, KINDS, InspectedTimestep, kind_of
-from memformer.evaluation.inspection_streams import TokenTexts, read_stream
+from memformer.evaluation.streams import TokenTexts, read_stream
 from tests.data.streams import one_lane
 from tests.evaluation.corpora import documents
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
@@ -128,7 +128,7 @@ def test_any_split_into_pieces_and_rollouts_gives_the_same(array, monkeypatch):
     expected = inspected(model, array).to_dict()
     assert json.dumps(expected, allow_nan=False)
     for cuts, num_segments in (([1], 1), ([5, 6, 7, 30], 2), ([SEGMENT_LENGTH, 4 * SEGMENT_LENGTH], 4), ([30], 100)):
-        monkeypatch.setattr(inspection_streams, "_TOKENS_AT_ONCE", num_segments * SEGMENT_LENGTH)
+        monkeypatch.setattr(streams, "_TOKENS_AT_ONCE", num_segments * SEGMENT_LENGTH)
         pieces = np.split(array, cuts)
         assert_same(inspect_memory(model, stream_of(model, pieces)).to_dict(), expected)
     corpus = corpus_from_arrays([array], VOCAB_SIZE)

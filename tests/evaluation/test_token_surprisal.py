@@ -6,7 +6,7 @@ import torch
 
 from memformer import InputError, Session, evaluate
 from memformer.data import corpus_from_arrays
-from memformer.evaluation import inspection_streams
+from memformer.evaluation import streams
 from memformer.evaluation.token_surprisal import token_surprisal
 from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, tiny_model
 from tests.models.baselines import tiny_baseline
@@ -27,7 +27,7 @@ def document(num_tokens, seed=0):
 @pytest.mark.parametrize("num_tokens", [1, SEGMENT_LENGTH, 5 * SEGMENT_LENGTH + 2])
 def test_it_is_what_a_session_and_an_evaluation_measure(make, num_tokens, monkeypatch):
     # Several rollouts, so that the memory is carried from one to the next.
-    monkeypatch.setattr(inspection_streams, "_TOKENS_AT_ONCE", 2 * SEGMENT_LENGTH)
+    monkeypatch.setattr(streams, "_TOKENS_AT_ONCE", 2 * SEGMENT_LENGTH)
     model, ids = make(), document(num_tokens)
     with_memory, erased = token_surprisal(model, np.array_split(ids, 3))
     assert with_memory.shape == erased.shape == (num_tokens,)

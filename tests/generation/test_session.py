@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer import CheckpointError, InputError, InputTypeError, Memformer, MemformerConfig, SaveError, Session
-from memformer.evaluation.inspection_streams import read_stream
+from memformer.evaluation.streams import read_stream
 from memformer.generation.sampling import sample
 from memformer.generation.session_files import FORMAT, FORMAT_VERSION, WEIGHTS, check_state
 from memformer.utils.files import write_tensors

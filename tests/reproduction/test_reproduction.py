@@ -17,7 +17,7 @@ from memformer import LSTMConfig, MemformerConfig, TransformerXLConfig, build_mo
 from memformer.cli import run_config
 from memformer.errors import InputError
 from memformer.evaluation.flops import flops_per_token
-from memformer.reproduction import command, processes, runs
+from memformer.reproduction import child_processes, command, runs
 from memformer.reproduction.results import collect, draw
 from memformer.reproduction.runs import check_data, plan_runs
 from memformer.reproduction.tables import read_table, table_names, tables_folder
@@ -77,7 +77,7 @@ def table(base, tmp_path, monkeypatch):
 
 
 def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(child_processes, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
     out = tmp_path / "out"
     figures = call_json("reproduce", *table, "--seeds", "2", "--jobs", "2")
     assert [row["row"] for row in figures["rows"]] == ["1-lstm", "2-memory"]
@@ -202,7 +202,7 @@ def test_a_signal_ends_the_runs_in_training_and_begins_no_other(table, tmp_path,
             terminated.append(self)
             self.is_ended.set()
 
-    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(child_processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     status, _, error = call("reproduce", *table)
     assert status == 128 + number
@@ -224,7 +224,7 @@ def test_a_failed_run_is_reported_with_its_own_error(table, tmp_path, monkeypatc
     log = tmp_path / "out" / "1-lstm-seed-0" / "train.log"
     log.parent.mkdir(parents=True)
     log.write_text("memformer: error: of before\n")
-    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(child_processes, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     found = refused("reproduce", *table, "--rows", "1-lstm")
     assert found == f"1 of 1 runs failed; {log} says: memformer: error: the reason"

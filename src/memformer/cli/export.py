@@ -82,11 +82,11 @@ def _export_onnx(options: Any) -> None:
 
 
 def _export_hf(options: Any) -> None:
-    from memformer.hf.export import check_hub_name, export, open_source, push  # slow to import
+    from memformer.hf.export import check_hub_name, export, push, read_export_source  # slow to import
 
     if options.push is not None:
         check_hub_name(options.push)
-    source = open_source(options.run, which=options.checkpoint, num_slots=options.num_slots)
+    source = read_export_source(options.run, which=options.checkpoint, num_slots=options.num_slots)
     if source.no_tokenizer is not None:
         print_warning(f"exported without a tokenizer: {source.no_tokenizer}")
     folder = export(source, options.hf, hub_name=options.push, license_name=options.license, auto_map=options.auto_map)

@@ -19,7 +19,7 @@ from memformer.data import Corpus, PixelTokenizer, SourceConfig
 from memformer.data.sources import locate_source_files
 from memformer.errors import InputError
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
-from memformer.evaluation.inspection_streams import read_documents, read_stream
+from memformer.evaluation.streams import read_documents, read_stream
 from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData
 from memformer.training.run_folder import LoadedRun

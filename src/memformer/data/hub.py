@@ -35,7 +35,7 @@ def newest_revision(name: str) -> str:
     # The package's own message best explains a failure.
     except Exception as error:
         raise InputError(
-            f"the newest version of data set {name!r} cannot be asked of the hub: {error} "
+            f"the newest version of data set {name!r} cannot be looked up on the hub: {error} "
             "(without a network, give the commit to read as revision)"
         ) from error
     return str(revision)

@@ -13,7 +13,7 @@ from memformer.data import Tokenizer
 from memformer.errors import InputError
 from memformer.evaluation.inspection_parts import Lifetimes, PassageList, Sampler, SlotHistory
 from memformer.evaluation.inspection_results import InspectedTimestep, Inspection
-from memformer.evaluation.inspection_streams import TokenTexts
+from memformer.evaluation.streams import TokenTexts
 from memformer.evaluation.token_surprisal import target_surprisal
 from memformer.models.memformer import Memformer
 from memformer.models.recurrence import reading, unwrapped

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memformer.evaluation.half_life import LifetimeProbe, computed_half_lives, forgetting_norms, time_of_half
 from memformer.evaluation.inspection_results import KINDS, InspectedTimestep, Passage, Slot, SlotRead, Write, kind_of
-from memformer.evaluation.inspection_streams import TokenTexts
+from memformer.evaluation.streams import TokenTexts
 from memformer.models.memformer import Memformer
 from memformer.models.recurrence import RecurrentModel
 from memformer.nn.attention import AttentionRecord

@@ -222,7 +222,7 @@ class Inspection:
         timesteps: The timesteps of which everything was kept.
         selection: Sentence that says which timesteps these are.
         passages: The passages in which the memory saved most, the best first.
-        max_passages: Number of passages that were asked for.
+        max_passages: Largest number of passages.
         num_probes: Number of probes by which half-lives were measured.
         probe_timesteps: Largest number of timesteps of a probe.
         num_probed_slots: Number of slots whose half-life was measured.

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memformer.errors import InputError
-from memformer.evaluation.inspection_streams import read_stream
 from memformer.evaluation.likelihood import encode_erased
+from memformer.evaluation.streams import read_stream
 from memformer.models import LanguageModel
 from memformer.models.recurrence import RecurrentModel, reading
 from memformer.rollout import Rollout

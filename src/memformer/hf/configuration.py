@@ -31,8 +31,8 @@ class RecurrentHFConfig(PreTrainedConfig):
         bos_token_id: Token id of `[BOS]`. None: V.
         pad_token_id: Token id of padding. None: V, which is never read.
         eos_token_id: Token id that ends a document, if the model was trained to predict one.
-        use_cache: What `forward` does if it is not told: True: return the state, except in training. None or False:
-            only if a `cache` is given.
+        use_cache: What `forward` does if it is called without `use_cache`. True: return the state, except in
+            training. None or False: only if a `cache` is given.
     """
 
     core_class: ClassVar[type[ModelConfig]]

@@ -45,7 +45,7 @@ class ExportSource:
     is_best: bool = False
 
 
-def open_source(name: str | Path, *, which: str = "best", num_slots: int | None = None) -> ExportSource:
+def read_export_source(name: str | Path, *, which: str = "best", num_slots: int | None = None) -> ExportSource:
     """Return the model in a run folder or a folder from `save_pretrained`, with its tokenizer, if any.
 
     Args:

@@ -176,7 +176,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         )
 
     def _as_output(self, output: ModelOutput, return_dict: bool | None) -> Any:
-        """Return the output, or a tuple of what it holds if that is asked for."""
+        """Return the output, or, with `return_dict=False`, a tuple of what it holds."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 

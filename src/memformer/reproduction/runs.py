@@ -15,7 +15,7 @@ from typing import Any
 
 from memformer.data.files import locate_files
 from memformer.errors import CheckpointError, InputError
-from memformer.reproduction.processes import Processes
+from memformer.reproduction.child_processes import ChildProcesses
 from memformer.reproduction.tables import Row, Table
 from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.config import TrainingConfig
@@ -153,7 +153,7 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     missing = [run for run in runs if not run.is_finished]
     total = sum(_total_updates(run, options) for run in missing)
     completed = sum(_num_updates(run) for run in missing)
-    processes = Processes()
+    processes = ChildProcesses()
     with (
         signals_noted() as signals,
         ProgressBar("training", total, unit="update", completed=completed) as progress,
@@ -199,7 +199,7 @@ def _num_updates(run: Run) -> int:
         return 0
 
 
-def _train(run: Run, options: Sequence[str], processes: Processes, say: Callable[[str], None]) -> str | None:
+def _train(run: Run, options: Sequence[str], processes: ChildProcesses, say: Callable[[str], None]) -> str | None:
     """Train a run, unless the processes are stopped; return why it failed, or None."""
     if processes.are_stopped:
         return None

@@ -256,7 +256,7 @@ class TrainingConfig:
         """Check that the engine can be had on a device.
 
         Raises:
-            InputError: Graphs are asked for and it is no CUDA device.
+            InputError: The engine is `graphs`, and the device is no CUDA device.
         """
         if self.engine == "graphs" and device.type != "cuda":
             raise InputError(f"training.engine ('graphs') needs a CUDA device; the run's device is {device.type!r}")

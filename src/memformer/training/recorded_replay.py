@@ -202,7 +202,7 @@ class RecordedReplay:
             tensor.zero_()
 
     def _piece(self, name: str, inputs: object, work: Work) -> Work:
-        """Return a piece of work, recorded when it is first asked for."""
+        """Return a piece of work, recorded at its first use."""
         piece = self._pieces.get((name, inputs))
         if piece is None:
             if self.hiddens is None:

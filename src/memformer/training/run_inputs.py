@@ -193,7 +193,7 @@ def pin_revisions(config: DataConfig, saved: dict[str, Any] | None = None) -> Da
     Args:
         config: The data config.
         saved: The run config with which the run began, as plain values: its commits are taken. None: the run begins, so
-            the newest commits are asked of the hub.
+            the newest commits are looked up on the hub.
 
     Raises:
         InputError: The hub cannot be reached or has no such data set.

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from memformer.errors import InputError
 from memformer.evaluation.inspection import check_can_inspect
-from memformer.evaluation.inspection_streams import read_documents
 from memformer.evaluation.kept_shares import KeptShares, read_kept_shares
+from memformer.evaluation.streams import read_documents
 from memformer.models import LanguageModel
 from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
-class Processes:
+class ChildProcesses:
     """Processes that are run from several threads.
 
     Attributes:
