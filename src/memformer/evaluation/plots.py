@@ -124,7 +124,9 @@ def arrange_panels(figure: Figure, *, right: float = 0.15) -> None:
         axes.yaxis.label.set_verticalalignment("center")
     if labels:
         legend_top = (bottom - 0.54) / height
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=3, frameon=False)
+        figure.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, legend_top), ncols=columns, frameon=False
+        )
 
 
 def _cut_in_front(text: str, most: int) -> str:
