@@ -150,7 +150,7 @@ def test_too_many_lanes(train, tmp_path, number, fraction):
     argv = [*train, "--data.train.path", tmp_path / "texts", "--data.validation_fraction", fraction]
     argv += ["--training.num_lanes", "16", "--training.num_updates", "1"]
     message = refused(*argv)
-    advice = re.search(r"set (data\.\w+) to at most (\d+) .* or (training\.\w+) to at most (\d+)", message).groups()
+    advice = re.search(r"set (training\.\w+) to at most (\d+), or, .*, (data\.\w+) to at most (\d+)", message).groups()
     key, value = advice[2 * number : 2 * number + 2]
     assert call(*argv, f"--{key}", value)[0] == 0
 

@@ -1,5 +1,6 @@
 """`~` at the start of a path is the home folder, in every option, config key and function that takes a path."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from memformer import Memformer, Session, load_model
+from memformer import InputError, Memformer, Session, load_model
 from memformer.data import ByteTokenizer, SourceConfig, build_corpus, iterate_documents, load_tokenizer, save_tokenizer
 from memformer.data.corpus import Corpus
 from memformer.reproduction import command
@@ -119,6 +120,38 @@ def test_a_local_data_set_of_hugging_face_can_be_in_the_home_folder(home, monkey
     module, names = ModuleType("datasets"), []
     module.load_dataset = lambda name, *_, **__: names.append(name) or [{"text": "a"}]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    for name in ("~/data", "./data", "user/data"):
+    for name in ("~/data", "data", "user/data"):
         assert len(list(iterate_documents(SourceConfig(kind="huggingface", name=name, split="train")))) == 1
-    assert names == [str(home / "data"), "./data", "user/data"]
+    assert names == [str(home / "data"), "data", "user/data"]
+    for name in ("./data", "~/other", "/data", "~/data/*.parquet", "a/b/c"):
+        with pytest.raises(InputError, match=r"name \(.*\) is no folder, and no name of a data set on the hub"):
+            iterate_documents(SourceConfig(kind="huggingface", name=name, split="train"))
+    with pytest.raises(InputError, match=r"name \(~/data/a\.parquet\) is a file; kind 'huggingface' reads a folder"):
+        iterate_documents(SourceConfig(kind="huggingface", name="~/data/a.parquet", split="train"))
+
+
+@pytest.mark.parametrize("inner", ["run", "deep/run"])
+def test_a_run_within_its_own_data_is_refused(base, tmp_path, inner):
+    """It could be neither resumed nor evaluated, because its files would be new documents."""
+    shutil.copytree(base / "texts", tmp_path / "texts")
+    train = ("train", base / "config.yaml", "--data.train.path", tmp_path / "texts", "--training.num_updates", "1")
+    message = refused(*train, "--folder", tmp_path / "texts" / inner)
+    assert f"lies in data.train.path ({tmp_path / 'texts'}), so its files would be read as data" in message
+    message = refused(*train, "--folder", tmp_path / "run", "--data.cache", tmp_path / "texts" / inner)
+    assert message.startswith(f"data.cache {tmp_path / 'texts' / inner} lies in data.train.path")
+    assert not (tmp_path / "run").exists()
+    for folder in (tmp_path / "texts" / ".runs" / "a", tmp_path / "texts-run"):
+        call_json(*train, "--folder", folder)
+        call_json("train", folder, "--resume", "--training.num_updates", "2")
+
+
+def test_documents_given_to_evaluate_are_of_the_kind_of_the_run(base, tmp_path):
+    lines = "".join(json.dumps({"text": make_text(seed)}) + "\n" for seed in range(4))
+    (tmp_path / "a.jsonl").write_text(lines)
+    train = ("train", base / "config.yaml", "--folder", tmp_path / "run", "--training.num_updates", "1")
+    train = (*train, "--training.num_lanes", "2")
+    call_json(*train, "--data.train.kind", "jsonl", "--data.train.path", tmp_path / "a.jsonl")
+    given = ("evaluate", tmp_path / "run", "--data.path", tmp_path / "a.jsonl")
+    found = call_json(*given)
+    assert found["num_tokens"] == sum(len(make_text(seed)) for seed in range(4))
+    assert call_json(*given, "--data.kind", "text")["num_tokens"] == len(lines)

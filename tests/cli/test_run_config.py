@@ -235,3 +235,29 @@ def test_a_wrong_value_of_a_section_in_a_section_is_named(read):
         read({}, "--data.recall.curriculum.window", "5", "--data.recall.max_distance", "0")
     with pytest.raises(InputError, match="unknown option .*windw; did you mean --data.recall.curriculum.window"):
         read({}, "--data.recall.curriculum.windw", "5")
+
+
+def test_a_source_without_a_kind_has_that_of_the_training_documents(read):
+    """Texts that are JSON lines would otherwise be read as they stand, brackets and keys included."""
+    train = {"kind": "jsonl", "path": "a.jsonl"}
+    data = read({"data": {"train": train, "validation": {"path": "b.jsonl"}}}, "--data.test.path", "c.jsonl")[0].data
+    assert (data.validation.kind, data.test.kind) == ("jsonl", "jsonl")
+    data = read({"data": {"train": train, "validation": {"kind": "text", "path": "b"}}})[0].data
+    assert data.validation.kind == "text"
+    data = read({"data": {"validation": {"path": "b"}}}, "--data.train.kind", "jsonl", "--data.train.path", "a")[0].data
+    assert data.validation.kind == "jsonl"
+    data = read({"data": {"train": {"path": "book.txt"}, "validation": {"path": "b"}}})[0].data
+    assert (data.train.kind, data.validation.kind) == ("text", "text")
+    assert read({}, "--data.train.path", "book.txt")[0].data.train.kind == "text"
+    data = read({"data": {"train": {"name": "some/data", "split": "train"}}})[0].data
+    assert data.train.kind == "huggingface"
+    assert read({})[0].data.train.kind == "python"
+
+
+@pytest.mark.parametrize("value", ["{a.txt: 0.7, b.txt: 0.3}", "!!set {a.txt, b.txt}", "{a.txt: b.txt}"])
+def test_a_mapping_is_no_list_of_paths(read, value):
+    """Its values, such as the shares of two files, would be dropped."""
+    with pytest.raises(InputError, match=r"data\.train\.path \(\{.*\) must be a text"):
+        read(f"data: {{train: {{kind: text, path: {value}}}}}")
+    with pytest.raises(InputError, match=r"data\.train\.columns \(\{.*\) must be a list of texts"):
+        read(f"data: {{train: {{kind: array, path: x, columns: {value}}}}}")

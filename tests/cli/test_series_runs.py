@@ -222,6 +222,9 @@ def test_refused_runs_on_series(series, base, tmp_path):
     assert "data.end_of_document is for texts" in refused(*full, "--data.end_of_document", "true")
     message = refused(*full, "--data.max_document_tokens", "61")
     assert "data.max_document_tokens (61) must be a multiple of the 2 columns, so that no row is cut" in message
+    (tmp_path / "constant.csv").write_text("7\n" * 500)
+    constant = (*arguments(base, tmp_path / "constant.csv", tmp_path / "x"), "--data.train.columns", "null")
+    assert "all values of the training data (data.train) are the same" in refused(*constant)
     text = ("--data.kind", "text", "--data.path", base / "texts")
     assert "does not fit the run's tokenizer of kind 'bins'" in refused("evaluate", folder, *text)
     array = ("--data.kind", "array", "--data.path", file, "--data.columns", '["a","b"]')

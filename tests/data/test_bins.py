@@ -202,6 +202,11 @@ def test_other_arrays_and_damaged_files_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             tokenizer.encode(wrong, "series")
+    for wrong, message in ((np.zeros((0, 2)), "no rows"), (np.array([[0.0, np.inf]]), "not a finite number")):
+        with pytest.raises(InputError, match=message):
+            fit(wrong)
+    with pytest.raises(InputError, match="no rows"):
+        fit_bins([], columns=["a"], num_bins=2, spacing="quantile")
     with pytest.raises(InputError, match=r"num_bins \(1\) must be at least 2"):
         fit(np.zeros((3, 2)), num_bins=1)
     for edges, centres in (([[2.0, 1.0]], [[0.0, 1.5, 3.0]]), ([[1.0]], [[2.0, 3.0]]), ([[1.0]], [[0.0]]), ([], [])):

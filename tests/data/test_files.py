@@ -1,3 +1,4 @@
+import glob
 import os
 from pathlib import Path
 
@@ -53,3 +54,38 @@ def test_pipes_have_no_identity(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe is a pipe or a device; a run needs files"):
         file_identities(locate_files(str(tmp_path / "pipe")))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**/*.txt", "*/**/b.txt", "**", "sub/*", "[as]*", "**/deep/*.txt", "*.txt", ".*/*"]
+)
+def test_a_pattern_matches_what_glob_matches(tmp_path: Path, pattern: str) -> None:
+    for name in ("a.txt", "b.md", "sub/b.txt", "sub/deep/c.txt", "sub/.hidden/d.txt", ".secret/e.txt", "sub/.f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = glob.glob(str(tmp_path / pattern), recursive=True)  # noqa: PTH207  the function that it is held to
+    assert located(str(tmp_path / pattern)) == sorted(path for path in map(Path, expected) if path.is_file())
+
+
+def test_a_pattern_ends_where_links_lead_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    for name in ("one", "two", "three"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert located(str(tmp_path / "**" / "*.txt")) == [tmp_path / "a.txt"]
+
+
+def test_a_pattern_names_the_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    iterdir = Path.iterdir
+
+    def refused(path: Path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    for pattern in ("**/*.txt", "*/*.txt"):
+        with pytest.raises(InputError, match="closed: Permission denied"):
+            locate_files(str(tmp_path / pattern))

@@ -219,8 +219,8 @@ def test_damaged_state_is_refused_and_changes_nothing(changed: dict) -> None:
 def test_too_few_documents_for_an_endless_stream() -> None:
     with pytest.raises(
         InputError,
-        match=r"has 1 document for 16 lanes; set data\.max_document_tokens to at most 3 to cut documents up, "
-        r"or training\.num_lanes to at most 1",
+        match=r"has 1 document for 16 lanes; set training\.num_lanes to at most 1, or, except for images, "
+        r"data\.max_document_tokens to at most 3 to cut documents up",
     ):
         stream_of(make_corpus(100), lanes=16)
     assert len(timesteps(stream_of(make_corpus(100), lanes=16, num_epochs=1))) == 25

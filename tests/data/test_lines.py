@@ -18,6 +18,7 @@ from memformer.data import (
 )
 from memformer.data import lines as lines_module
 from memformer.data.lines import LineReader
+from memformer.data.streaming import whole_lines
 from tests.data.outside import CORPUS, byte_level, sentence_piece
 
 DOCUMENTS = [Document("corpus", "\n".join(CORPUS).encode())]
@@ -151,3 +152,11 @@ def test_a_refused_line_is_named_by_its_number():
         parts = LineReader(TOKENIZERS["bpe"], Pipe(text, sizes), name="notes").parts()
         with pytest.raises(InputError, match=r"notes, line 3 is not UTF-8 at byte offset 0"):
             list(parts)
+
+
+@given(st.lists(st.binary(max_size=6).map(lambda block: block.replace(b"x", b"\n")), max_size=12))
+def test_whole_lines_are_yielded_when_their_ends_arrive(blocks):
+    parts = list(whole_lines(blocks))
+    assert b"".join(parts) == b"".join(blocks)
+    assert all(part.endswith(b"\n") for part in parts[:-1])
+    assert len(parts) == sum(b"\n" in block for block in blocks) + (b"".join(blocks)[-1:] not in (b"", b"\n"))

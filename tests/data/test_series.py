@@ -83,6 +83,9 @@ def npy_header(text):
         ("time,2,1\n9,8,7\n", {"columns": ["2", "1"]}, "x: the first line 'time,2,1' has the columns 2, 1 as names"),
         ("2024-01-01,1,0\n", {"columns": ["1"]}, "has the columns 1 as names or as values"),
         ("a,b\n", {}, "has no values to read"),
+        ("temp;power\n1,5;2,5\n", {}, "the first line 'temp;power' has ';' in it; .* must be separated by commas"),
+        ("1\t2\n", {}, "separated by commas"),
+        ("20,126;124,33\n", {}, "the first line '20,126;124,33' has ';' in it"),
         ("a\n" + '"' + "x" * 200_000, {}, "is not CSV"),
         (b"\x93NUMPY\x01\x00\x76", {}, "is not a NumPy array of numbers"),
         (npy_header("{'descr': '<f8',}"), {}, "is not a NumPy array of numbers"),
@@ -108,6 +111,14 @@ def test_refused_files(tmp_path, content, options, message):
 def test_an_array_without_values_is_refused(tmp_path, shape):
     np.save(tmp_path / "x.npy", np.zeros(shape))
     with pytest.raises(InputError, match="has no values to read"):
+        read(tmp_path / "x.npy")
+
+
+def test_a_file_of_two_arrays_is_refused(tmp_path):
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.save(file, np.arange(4.0))
+        np.save(file, np.arange(4.0))
+    with pytest.raises(InputError, match=r"it has data after the array, of shape \(4,\)"):
         read(tmp_path / "x.npy")
 
 

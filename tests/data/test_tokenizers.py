@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from memformer.data import (
     load_tokenizer,
     save_tokenizer,
     streaming,
+    tokenizer_training,
     train_tokenizer,
 )
 from memformer.data import tokenizers as tokenizers_module
@@ -68,9 +70,11 @@ def test_pixels() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (np.array([0, -1, 0, 0, 0, 0]), "document x has grey level -1; it must be from 0 to 3"),
+        (np.full(6, 0.5), "document x has dtype float64; grey levels must be integers"),
         (b"text", "document x is text; the pixels tokenizer reads images"),
         (np.zeros(5, np.uint8), "document x has 5 pixels; the tokenizer's images have 2x3"),
-        (np.full(6, 4, np.uint8), "document x has grey level 4; it must be below 4"),
+        (np.full(6, 4, np.uint8), "document x has grey level 4; it must be from 0 to 3"),
     ],
 )
 def test_pixels_refuse_other_content(content, message: str) -> None:
@@ -362,3 +366,16 @@ def test_bad_utf8_in_a_later_part_of_a_stream_is_refused_by_offset(monkeypatch) 
     assert len(next(parts)) > 0
     with pytest.raises(InputError, match=r"document a, from byte 3 on, is not UTF-8 at byte offset 2 \(0xff\)"):
         next(parts)
+
+
+@given(st.lists(st.text("ab \n", max_size=40), max_size=6), st.integers(1, 9))
+def test_long_words_are_cut_for_learning_and_nothing_else_is(texts, longest):
+    """Learning is quadratic in the length of a word; texts without long words are learned from as they are."""
+    text = "".join(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_training, "_LONG_WORD", re.compile(rf"\S{{{longest}}}"))
+        parts = list(tokenizer_training._without_long_words(text))
+    assert "".join(parts) == text
+    assert max(map(len, re.findall(r"\S+", " ".join(parts))), default=0) <= longest
+    if max(map(len, text.split()), default=0) < longest:
+        assert parts == [text]

@@ -6,7 +6,7 @@ import time
 
 from jsonargparse import ArgumentParser
 
-from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
+from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of, source_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.data import (
     SourceConfig,
@@ -34,7 +34,8 @@ def evaluate_parser() -> ArgumentParser:
         "--data",
         type=SourceConfig | None,
         default=None,
-        help="Documents to evaluate on (keys: see --data.help). Default: the run's held-out documents.",
+        help="Documents to evaluate on (keys: see --data.help), by default of the kind that the run was trained on. "
+        "Default: the run's held-out documents.",
     )
     parser.add_argument(
         "--num_lanes", type=int | None, default=None, help="Documents read in parallel (the batch size). Default: 8."
@@ -52,7 +53,8 @@ def run_evaluate(argv: list[str]) -> None:
     num_lanes = positive(options, "num_lanes", default=8)
     run = load_run_of(options)
     result: Result
-    if options.data is None:
+    source = source_of(run, options, argv)
+    if source is None:
         run_config = run_config_of(run)
         if run_config.data.recall is not None:
             refuse_options(options, ("num_lanes",), kind="on a recall task")
@@ -63,7 +65,7 @@ def run_evaluate(argv: list[str]) -> None:
         with ProgressBar("evaluating", num_tokens, unit="token") as progress:
             result = data.evaluate(run.model, training, is_final=True, progress=progress.advance_to)
     else:
-        corpus = open_given(run, options.data)
+        corpus = open_given(run, source)
         started = time.monotonic()
         with ProgressBar("evaluating", corpus.num_tokens, unit="token") as progress:
             result = evaluate(

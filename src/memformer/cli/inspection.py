@@ -11,7 +11,7 @@ import numpy as np
 from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 
-from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of
+from memformer.cli.loading import load_run_of, open_given, prepare_data_of, run_config_of, source_of
 from memformer.cli.parsing import add_run_arguments, new_parser, parse, positive, refuse_options
 from memformer.cli.prompts import InputText, open_input
 from memformer.cli.unknown_words import UnknownWords
@@ -118,6 +118,7 @@ def run_inspect(argv: list[str]) -> None:
             raise InputError("--text and --data are both given; give only one of them")
         refuse_options(options, ("num_documents", "seed"), kind="that reads --text")
     run = load_run_of(options)
+    options.data = source_of(run, options, argv)
     check_can_inspect(run.model)
     output = run.folder / PAGE_FILE if options.output is None else user_path(options.output)
     writes_page = not options.json or options.output is not None

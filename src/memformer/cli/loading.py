@@ -1,6 +1,7 @@
 """Helpers shared by the commands that use a trained run: load its model, read its config, choose the device."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from memformer.cli.outside_values import warn_of_outside_values
 from memformer.cli.run_config import parse_run_config
 from memformer.cli.unknown_words import UnknownWords
+from memformer.cli.unread_keys import option_value
 from memformer.data import Corpus, SourceConfig
-from memformer.data.sources import locate_source_files
+from memformer.data.sources import keys_of_kind, locate_source_files
 from memformer.errors import InputError
 from memformer.training.config import DataConfig, RunConfig
 from memformer.training.run_data import RunData, open_corpus, prepare_data
@@ -82,8 +84,25 @@ def prepare_data_of(run: LoadedRun, data: DataConfig) -> RunData:
     return prepare_data(data, tokenizer=run.tokenizer, shows_progress=True)
 
 
+def source_of(run: LoadedRun, options: Any, argv: Sequence[str]) -> SourceConfig | None:
+    """Return the documents of the option --data; without --data.kind, they are of the kind that the run was trained on.
+
+    Args:
+        run: The run.
+        options: The options.
+        argv: The options as they were given.
+    """
+    source: SourceConfig | None = options.data
+    if source is None or source.path is None or run.run_config is None:
+        return source
+    if option_value(argv, "--data.kind") is not None:
+        return source
+    kind = run_config_of(run).data.train.kind
+    return dataclasses.replace(source, kind=kind) if "path" in keys_of_kind(kind) else source
+
+
 def open_given(run: LoadedRun, source: SourceConfig) -> Corpus:
-    """Return the whole documents of the option --data as token ids of the run's tokenizer.
+    """Return whole documents that are given with --data as token ids of the run's tokenizer.
 
     Raises:
         InputError: They cannot be read, or do not fit the run.

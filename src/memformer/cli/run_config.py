@@ -17,7 +17,7 @@ from memformer.errors import InputError
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
 from memformer.models.presets import Preset, preset_fields
-from memformer.training.config import RunConfig
+from memformer.training.config import SOURCES, RunConfig
 from memformer.training.run_folder import read_run_config, with_current_names
 from memformer.utils.checks import refuse_unknown_keys, shown
 from memformer.utils.fields import convert_text
@@ -108,6 +108,7 @@ def parse_run_config(
     for name in _REFUSED:
         if option_value(rest, f"--{name}") is not None:
             raise InputError(f"--{name} is no option: the config comes first, and --KEY.KEY sets one of its keys")
+    rest = _with_kinds(given, rest)
     if unread := drop_unread_keys(given, rest, owner=str(path)):
         warn(unread)
     folder_option = ["--folder", str(path)] if path.is_dir() else []
@@ -121,11 +122,42 @@ def parse_run_config(
         derived.pop("vocab_size", None)
     parser = train_parser(model_type)
     sections = {"model": MODELS[model_type].config_class, "data.tokenizer": TokenizerConfig}
-    sections |= {f"data.{name}": SourceConfig for name in ("train", "validation", "test")}
+    sections |= {f"data.{name}": SourceConfig for name in SOURCES}
     options = parse(parser, ["--config", to_yaml(given), *folder_option, *rest], sections=sections)
     fields = {field.name: options[field.name] for field in dataclasses.fields(RunConfig)}
     fields["model"] = dataclasses.replace(fields["model"], **derived)
     return RunConfig(**fields), options
+
+
+def _with_kinds(given: dict[str, Any], options: Sequence[str]) -> list[str]:
+    """Return the options with the kinds of the sources that neither they nor the config `given` name.
+
+    Training documents with a path are texts, and those with a name a data set of the hub. Validation and test documents
+    are of the same kind as the training documents.
+    """
+    data = given.get("data", {})
+    sections = {name: data.get(name) for name in SOURCES} if isinstance(data, dict) else {}
+    found = list(options)
+
+    def has(section: str, key: str) -> bool:
+        in_file = sections.get(section)
+        return (isinstance(in_file, dict) and in_file.get(key) is not None) or (
+            option_value(options, f"--data.{section}.{key}") is not None
+        )
+
+    def kind_of(section: str) -> Any:
+        in_file = sections.get(section)
+        return option_value(found, f"--data.{section}.kind") or (
+            in_file.get("kind") if isinstance(in_file, dict) else None
+        )
+
+    if not has("train", "kind") and (has("train", "path") or has("train", "name")):
+        found = ["--data.train.kind", "text" if has("train", "path") else "huggingface", *found]
+    for section in SOURCES[1:]:
+        kind = kind_of("train")
+        if not has(section, "kind") and isinstance(kind, str) and (has(section, "path") or has(section, "name")):
+            found = [f"--data.{section}.kind", kind, *found]
+    return found
 
 
 def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> dict[str, Any]:

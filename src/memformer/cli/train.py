@@ -43,6 +43,7 @@ from memformer.training.run_folder import (
 from memformer.training.run_inputs import (
     LOCATION_KEYS,
     UnchangedInputs,
+    check_apart,
     describe_inputs,
     find_changed_input,
     find_changed_key,
@@ -100,6 +101,9 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
 
     processes.do_in_first(check)
     config.training.check_device(device)
+    if not resume:
+        cache = None if config.data.cache is None else user_path(config.data.cache)
+        check_apart(config.data, {"--folder": folder, "data.cache": cache})
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None

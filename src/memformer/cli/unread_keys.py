@@ -14,7 +14,7 @@ from memformer.data.sources import SourceConfig, keys_of_kind
 from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.models.config import MemformerConfig
 from memformer.models.loading import MODELS
-from memformer.training.config import DataConfig, unread_data_keys
+from memformer.training.config import SOURCES, DataConfig, unread_data_keys
 
 # Keys outside `model` that need a Memformer, with their values for other models.
 _MEMFORMER_ONLY: dict[str, Any] = {"write_penalty": 0.0, "compiled": False, "sharding": "none"}
@@ -43,7 +43,7 @@ def drop_unread_keys(given: dict[str, Any], options: Sequence[str], *, owner: st
     notes = _drop_of_model(given, option_value(options, "--model_type"), options)
     data = given.get("data")
     if isinstance(data, dict):
-        for section in ("train", "validation", "test"):
+        for section in SOURCES:
             notes += _drop_of_kind(data.get(section), f"data.{section}", "kind", SourceConfig, options)
         notes += _drop_of_kind(data.get("tokenizer"), "data.tokenizer", "kind", TokenizerConfig, options)
         notes += _drop_of_kind(data.get("recall"), "data.recall", "task", RecallConfig, options)

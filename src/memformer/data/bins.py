@@ -184,7 +184,9 @@ def fit_bins(
     """
     num_bins = check_integer("num_bins", num_bins, 2)
     check_choice("spacing", spacing, ("quantile", "uniform"))
-    values = np.concatenate([_checked(document, len(columns)) for document in documents])
+    values = np.concatenate([np.empty((0, len(columns))), *(_checked(each, len(columns)) for each in documents)])
+    if not len(values):
+        raise InputError("the documents have no rows; bins are fitted on values")
     fitted = [(_quantile_bins if spacing == "quantile" else _uniform_bins)(column, num_bins) for column in values.T]
     ranges = np.stack([values.min(axis=0), values.max(axis=0)], axis=1)
     return BinTokenizer(columns, [edges for edges, _ in fitted], [centres for _, centres in fitted], ranges.tolist())
@@ -199,6 +201,8 @@ def _checked(document: Document, num_columns: int) -> NDArray[np.float64]:
     content = document.content
     if isinstance(content, bytes) or content.ndim != 2 or content.shape[1] != num_columns:
         raise InputError(f"document {document.name} is not a series of {num_columns} columns")
+    if content.dtype.kind not in "iufb" or not np.isfinite(content).all():
+        raise InputError(f"document {document.name} has a value that is not a finite number")
     return np.asarray(content, np.float64)
 
 

@@ -150,8 +150,8 @@ class Corpus:
         if self.num_documents < 2:
             raise InputError(
                 f"{self.name} has {counted(self.num_documents, 'document')} of {counted(self.num_tokens, 'token')}; "
-                f"holding some out needs at least 2 documents: set data.max_document_tokens to at most "
-                f"{max(1, self.num_tokens // 2)} to cut documents up"
+                f"holding some out needs at least 2 documents: give data.validation or more documents, or, except for "
+                f"images, set data.max_document_tokens to at most {max(1, self.num_tokens // 2)} to cut documents up"
             )
         num_held_out = min(max(1, round(fraction * self.num_documents)), self.num_documents - 1)
         order = np.random.Generator(np.random.PCG64(seed)).permutation(self.num_documents)

@@ -1,5 +1,6 @@
 """Locating the files of a source, and their identity."""
 
+import fnmatch
 import glob
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -73,11 +74,44 @@ def _locate(name: str, option: str) -> list[SourceFile]:
         return [SourceFile(path, True)]
     if not glob.has_magic(name):
         raise InputError(f"{option} ({name}) does not exist")
-    found_paths = glob.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob refuses absolute patterns
-    found = sorted(match for match in map(Path, found_paths) if has_content(match))
+    matches = _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
+    found = sorted({match for match in matches if has_content(match)})
     if not found:
         raise InputError(f"{option} ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]
+
+
+def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the paths below a folder that match the parts of a pattern; `*` and `**` skip hidden names.
+
+    Unlike those of `glob`, they say which folder cannot be read, and end where symbolic links lead in circles.
+    """
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for each in _folders(folder, entered={folder.resolve()}):
+            yield from _expand(each, rest or ("*",))
+    elif not glob.has_magic(part):
+        if (folder / part).exists():
+            yield from _expand(folder / part, rest)
+    elif folder.is_dir():
+        for each in folder.iterdir():
+            is_hidden = each.name.startswith(".") and not part.startswith(".")
+            if not is_hidden and fnmatch.fnmatchcase(each.name, part):
+                yield from _expand(each, rest)
+
+
+def _folders(folder: Path, *, entered: set[Path]) -> Iterator[Path]:
+    """Yield a folder and the folders below it, each once."""
+    if not folder.is_dir():
+        return
+    yield folder
+    for each in folder.iterdir():
+        if not each.name.startswith(".") and each.is_dir() and (target := each.resolve()) not in entered:
+            entered.add(target)
+            yield from _folders(each, entered=entered)
 
 
 def walk(folder: Path, *, skips: Callable[[str], bool]) -> Iterator[Path]:

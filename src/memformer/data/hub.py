@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, and folders that the `datasets` package reads or has written."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,12 +15,23 @@ from memformer.utils.files import user_path
 # The files by which `datasets.load_from_disk` knows a folder that `save_to_disk` wrote: of one split, or of several.
 _SAVED_SPLIT = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
+_HUB_NAME = re.compile(r"[\w.-]*\w(/[\w.-]*\w)?", re.ASCII)
 
 
 def local_folder(name: str) -> Path | None:
-    """Return the folder that the name of a data set means, or None for a data set of the hub."""
+    """Return the folder that the name of a data set means, or None for a data set of the hub.
+
+    Raises:
+        InputError: It is a file, or neither a folder nor such a name.
+    """
     folder = user_path(name)
-    return folder if folder.is_dir() else None
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise InputError(f"name ({name}) is a file; kind 'huggingface' reads a folder of such files")
+    if not _HUB_NAME.fullmatch(name):
+        raise InputError(f"name ({name}) is no folder, and no name of a data set on the hub (owner/name)")
+    return None
 
 
 def newest_revision(name: str) -> str:

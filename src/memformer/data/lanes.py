@@ -88,8 +88,8 @@ class LaneStream(RolloutStream):
             max_document_tokens = max(1, corpus.num_tokens // (2 * num_lanes))
             raise InputError(
                 f"{corpus.name} has {counted(corpus.num_documents, 'document')} for {num_lanes} lanes; set "
-                f"data.max_document_tokens to at most {max_document_tokens} to cut documents up, "
-                f"or training.num_lanes to at most {corpus.num_documents}"
+                f"training.num_lanes to at most {corpus.num_documents}, or, except for images, "
+                f"data.max_document_tokens to at most {max_document_tokens} to cut documents up"
             )
         self.corpus = corpus
         self.num_lanes = num_lanes

@@ -86,10 +86,16 @@ class LineReader:
             yield from self._cut(content)
             return
         is_bytes = self._tokenizer.kind == "bytes"
+        begun = [self.held]  # joined where a line ends: it may be longer than many blocks
         for block in self._blocks():
             end = len(block) if is_bytes else block.rfind(b"\n") + 1
-            content, self.held = (self.held + block[:end], block[end:]) if end else (b"", self.held + block)
+            if not end:
+                begun.append(block)
+                continue
+            content, begun = b"".join([*begun, block[:end]]), [block[end:]]
+            self.held = begun[0]
             yield from self._bytes(content) if is_bytes else self._lines(content)
+        self.held = b"".join(begun)
         if ends_line and self.held:
             content, self.held = self.held, b""
             yield from self._lines(content)

@@ -141,6 +141,8 @@ def _read_numpy(path: Path) -> tuple[list[str], Values]:
         content = io.BytesIO(stream.read())
     try:
         array = np.load(content, allow_pickle=False)
+        if content.read(1):
+            raise ValueError(f"it has data after the array, of shape {array.shape}")
     except (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError) as error:  # in a damaged header
         raise InputError(f"{path} is not a NumPy array of numbers: {error}") from error
     if array.dtype.kind not in "iufb" or array.ndim not in {1, 2}:
@@ -199,6 +201,12 @@ def _checked_names(path: Path, fields: list[str], columns: Sequence[str] | None 
         names = [field.strip() for field in fields] if is_header(fields, columns=columns) else []
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    separator = next((mark for mark in (";", "\t") if any(mark in field for field in fields)), None)
+    if separator is not None:
+        raise InputError(
+            f"{path}: the first line {','.join(fields)!r} has {separator!r} in it; the fields of a line must be "
+            "separated by commas, and the decimal point must be a point"
+        )
     if "" in names and columns is None:
         raise InputError(
             f"{path}: the first line {','.join(fields)!r} has a column without a name (as an index that pandas wrote); "

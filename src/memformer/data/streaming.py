@@ -1,8 +1,7 @@
 """Token ids of a stream, part by part, as it arrives."""
 
 import io
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,10 +38,9 @@ def encode_parts(
         content = b"".join(read_blocks(stream, name))
         yield content, (encode or tokenizer.encode)(content, name)
         return
-    rest, start, num_lines = b"", 0, 0
-    for block in chain(read_blocks(stream, name), [b""]):
-        end = len(block) if tokenizer.kind == "bytes" or not block else block.rfind(b"\n") + 1
-        content, rest = (rest + block[:end], block[end:]) if end or not block else (b"", rest + block)
+    start, num_lines = 0, 0
+    blocks = read_blocks(stream, name)
+    for content in blocks if tokenizer.kind == "bytes" else whole_lines(blocks):
         if content and tokenizer.kind == "bins":
             lines: list[EncodedPart] = []
             try:
@@ -56,6 +54,18 @@ def encode_parts(
         elif content:
             yield content, tokenizer.encode(content, name if start == 0 else f"{name}, from byte {start} on,")
             start += len(content)
+
+
+def whole_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of blocks in parts that end with a line, as soon as its end arrives; and what is left at last."""
+    rest: list[bytes] = []  # joined once: a line may be longer than many blocks
+    for block in blocks:
+        if end := block.rfind(b"\n") + 1:
+            yield b"".join([*rest, block[:end]])
+            rest = []
+        rest.append(block[end:])
+    if left := b"".join(rest):
+        yield left
 
 
 def _joined(lines: list[EncodedPart]) -> EncodedPart:

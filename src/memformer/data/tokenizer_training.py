@@ -1,6 +1,7 @@
 """Training, saving and loading of tokenizers."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -98,6 +99,9 @@ class TokenizerConfig:
                     )
 
 
+_LONG_WORD = re.compile(r"\S{1000}")
+
+
 def train_tokenizer(
     config: TokenizerConfig,
     documents: Iterable[Document],
@@ -154,8 +158,20 @@ def _train_bpe(blocks: Iterator[str], *, vocab_size: int) -> tokenizers.Tokenize
         special_tokens=[],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(blocks, trainer)
+    tokenizer.train_from_iterator(chain.from_iterable(map(_without_long_words, blocks)), trainer)
     return tokenizer
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Yield a text in parts, cut within words that are longer than any of a language, such as DNA or base64.
+
+    Learning takes time quadratic in the length of a word. (Encoding does not, and cuts nothing.)
+    """
+    start = 0
+    for word in _LONG_WORD.finditer(text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
 
 
 def _train_words(blocks: Iterator[str], kept_words: Sequence[str], *, vocab_size: int | None) -> tokenizers.Tokenizer:

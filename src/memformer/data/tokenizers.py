@@ -143,8 +143,11 @@ class PixelTokenizer:
             raise InputError(
                 f"document {name} has {content.size} pixels; the tokenizer's images have {self.height}x{self.width}"
             )
-        if content.max() >= self.vocab_size:
-            raise InputError(f"document {name} has grey level {content.max()}; it must be below {self.vocab_size}")
+        if content.dtype.kind not in "iu":
+            raise InputError(f"document {name} has dtype {content.dtype}; grey levels must be integers")
+        for level in (content.min(), content.max()):
+            if not 0 <= level < self.vocab_size:
+                raise InputError(f"document {name} has grey level {level}; it must be from 0 to {self.vocab_size - 1}")
         return content.reshape(-1)
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -274,7 +277,8 @@ def text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> b
         InputError: The document is an image.
     """
     if not isinstance(content, bytes):
-        raise InputError(f"document {name} is an image; a tokenizer of kind {kind!r} reads text")
+        what = "an image" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
+        raise InputError(f"document {name} is {what}; a tokenizer of kind {kind!r} reads text, as bytes of UTF-8")
     return content
 
 

@@ -21,6 +21,10 @@ Precision = Literal["float32", "bfloat16"]
 Engine = Literal["auto", "eager", "graphs"]
 
 
+# Fields of `DataConfig` that are sources of documents; the first are the training documents.
+SOURCES = ("train", "validation", "test")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and evaluation data: documents or a recall task.
@@ -28,8 +32,8 @@ class DataConfig:
     Args:
         train: Training documents.
         validation: Validation documents, with the same keys as data.train (--data.validation.path, ...; they are listed
-            by --data.validation.help); the best weights are chosen by them. null: hold out a fraction of the training
-            documents.
+            by --data.validation.help) and by default of the same kind; the best weights are chosen by them. null: hold
+            out a fraction of the training documents.
         validation_fraction: Fraction of the training documents to hold out if data.validation is null.
         test: Test documents, with the same keys as data.train, for the final evaluation of the best weights. null: use
             the validation documents, by which these weights were chosen.

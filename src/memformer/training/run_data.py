@@ -2,8 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +19,11 @@ from memformer.data import (
     SourceConfig,
     Tokenizer,
     build_corpus,
-    fit_bins,
     image_shape,
-    iterate_documents,
     make_task,
     make_text_task,
     source_levels,
-    train_tokenizer,
 )
-from memformer.data.document_end import DocumentEndTokenizer
-from memformer.data.recall.stream import task_text
-from memformer.data.series import series_columns
-from memformer.data.sources import locate_source_files, source_bytes
 from memformer.errors import InputError, SaveError
 from memformer.evaluation.likelihood import Evaluation, Result, content_unit, evaluate
 from memformer.evaluation.recall import Recall, measure_recall
@@ -39,8 +31,8 @@ from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.run_inputs import locate_inputs
+from memformer.training.run_tokenizer import make_tokenizer, source_progress
 from memformer.utils.files import user_path
-from memformer.utils.progress import ProgressBar
 
 _RECALL_EPISODES = 64
 _HELD_OUT = 1 << 62  # flips a bit of a seed: training with the same seed draws other episodes
@@ -280,7 +272,7 @@ def prepare_data(config: DataConfig, *, tokenizer: Tokenizer | None = None, show
             f"data.train.kind ({config.train.kind!r}) holds images; recall.task {recall.task!r} needs text"
         )
     if tokenizer is None:
-        tokenizer = _make_tokenizer(config, shows_progress=shows_progress)
+        tokenizer = make_tokenizer(config, shows_progress=shows_progress)
     train = open_corpus(config, config.train, tokenizer=tokenizer, shows_progress=shows_progress)
     if config.validation is None:
         train, validation = train.split(config.validation_fraction, config.seed)
@@ -323,7 +315,7 @@ def open_corpus(
         if own != of_run:
             raise InputError("images of shape {} with {} levels do not fit the run's {} and {}".format(*own, *of_run))
     cache = default_cache() if config.cache is None else _make_cache(config.cache)
-    with _reading("tokenizing", source, is_shown=shows_progress) as progress:
+    with source_progress("tokenizing", source, is_shown=shows_progress) as progress:
         return build_corpus(
             source, tokenizer, cache=cache, max_document_tokens=config.max_document_tokens, progress=progress
         )
@@ -349,46 +341,9 @@ def _with_columns(source: SourceConfig, tokenizer: BinTokenizer) -> SourceConfig
     return replace(source, columns=tokenizer.columns)
 
 
-@contextmanager
-def _reading(label: str, source: SourceConfig, *, is_shown: bool) -> Iterator[Callable[[int], None] | None]:
-    if not is_shown:
-        yield None
-        return
-    with ProgressBar(label, source_bytes(source), unit="byte") as bar:
-        yield bar.advance_to
-
-
 def default_cache() -> Path:
     """Return the default folder of the token id cache, which is shared by all runs."""
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "memformer"
-
-
-def _make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
-    shape, levels = image_shape(config.train), source_levels(config.train)
-    if shape is not None and levels is not None:
-        config.check_pieces(shape[0] * shape[1], "pixels of an image")
-        return PixelTokenizer(levels, *shape)
-    if config.train.kind == "array":
-        columns = series_columns(locate_source_files(config.train), config.train.columns)
-        config.check_pieces(len(columns), "columns, so that no row is cut")
-        return fit_bins(
-            iterate_documents(replace(config.train, columns=columns)),  # files may order their columns differently
-            columns=columns,
-            num_bins=config.tokenizer.num_bins,
-            spacing=config.tokenizer.spacing,
-        )
-    is_learned = config.tokenizer.kind in {"bpe", "word"}
-    documents = iterate_documents(config.train) if is_learned else iter(())
-    text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
-    is_shown = shows_progress and is_learned
-    try:
-        with _reading("learning the tokenizer", config.train, is_shown=is_shown) as progress:
-            tokenizer = train_tokenizer(config.tokenizer, documents, text=text, progress=progress)
-    except InputError as error:
-        if config.tokenizer.path is None:
-            raise
-        raise InputError(f"data.tokenizer.path: {error}") from error
-    return DocumentEndTokenizer(tokenizer) if config.end_of_document else tokenizer
 
 
 def first_documents(corpus: Corpus, num_tokens: int | None) -> Corpus:

@@ -1,7 +1,7 @@
 """Identity of a run: its tokenizer and the files of its data, recorded in the run folder and compared later."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,16 @@ from memformer.data.files import SourceFile, file_identities, file_status, locat
 from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError, InputError
 from memformer.training.checkpoint import canonical
-from memformer.training.config import DataConfig, RunConfig
-from memformer.utils.files import read_json, write_json
+from memformer.training.config import SOURCES, DataConfig, RunConfig
+from memformer.utils.files import read_json, user_path, write_json
 
 INPUTS_FILE = "data.json"
 _FORMAT_VERSION = 1
-_SOURCES = ("train", "validation", "test")
 _STORIES = ("path", "validation_path")
 
 # Keys of the config that say where the files are. They may change when a run resumes: what the files hold may not.
 LOCATION_KEYS = frozenset(
-    [f"data.{source}.{key}" for source in _SOURCES for key in ("path", "name")]
+    [f"data.{source}.{key}" for source in SOURCES for key in ("path", "name")]
     + [f"data.recall.{key}" for key in _STORIES]
 )
 
@@ -95,13 +94,43 @@ def locate_inputs(config: DataConfig) -> dict[str, list[SourceFile]]:
     if _generates_all_text(config):
         return {}
     recall = config.recall
-    sources = {key: getattr(config, key) for key in _SOURCES}
+    sources = {key: getattr(config, key) for key in SOURCES}
     stories = {} if recall is None else {f"data.recall.{key}": getattr(recall, key) for key in _STORIES}
     return {
         f"data.{key}": locate_source_files(source, section=f"data.{key}")
         for key, source in sources.items()
         if source is not None
     } | {key: locate_files(path, option=key) for key, path in stories.items() if path is not None}
+
+
+def check_apart(config: DataConfig, written: Mapping[str, Path | None]) -> None:
+    """Check that no folder that a run writes lies in a folder of its data, of which it would become a part.
+
+    Args:
+        config: The data config.
+        written: The folders, by the options that name them.
+
+    Raises:
+        InputError: One lies in a folder of the data, and is not hidden there.
+    """
+    if _generates_all_text(config):
+        return
+    for section in SOURCES:
+        source: SourceConfig | None = getattr(config, section)
+        if source is None or (source.path is None and source.name is None):
+            continue
+        key = "path" if source.name is None else "name"
+        paths = source.name or source.path or []
+        for name in [paths] if isinstance(paths, str) else paths:
+            outer = user_path(name).resolve()
+            for option, folder in written.items():
+                if folder is None or not outer.is_dir() or not (inner := folder.resolve()).is_relative_to(outer):
+                    continue
+                if not any(part.startswith(".") for part in inner.relative_to(outer).parts):
+                    raise InputError(
+                        f"{option} {folder} lies in data.{section}.{key} ({name}), so its files would be read as data; "
+                        "choose a folder elsewhere, or name the data more closely"
+                    )
 
 
 def _generates_all_text(config: DataConfig) -> bool:
@@ -201,11 +230,18 @@ def pin_revisions(config: DataConfig, saved: dict[str, Any] | None = None) -> Da
     if _generates_all_text(config):
         return config
     sources: dict[str, Any] = {}
-    for key in _SOURCES:
+    for key in SOURCES:
         source = getattr(config, key)
         if source is not None:
-            sources[key] = pin_revision(source) if saved is None else _with_saved_revision(source, key, saved)
+            sources[key] = _pinned(source, key) if saved is None else _with_saved_revision(source, key, saved)
     return dataclasses.replace(config, **sources)
+
+
+def _pinned(source: SourceConfig, key: str) -> SourceConfig:
+    try:
+        return pin_revision(source)
+    except InputError as error:
+        raise InputError(f"data.{key}: {error}") from error
 
 
 def _with_saved_revision(source: SourceConfig, key: str, saved: dict[str, Any]) -> SourceConfig:

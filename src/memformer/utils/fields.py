@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from datetime import date
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -73,17 +73,21 @@ _KINDS = {int: "an integer", float: "a number", str: "a text"}
 VERBATIM = "\0"
 
 
+# Values that Python can iterate over, but whose items are no list.
+_NO_LISTS = (str, bytes, Mapping, Set)
+
+
 def _convert_union(name: str, value: object, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     several = [kind for kind in kinds if get_origin(kind) in {tuple, list}]
-    is_several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    is_several = isinstance(value, Iterable) and not isinstance(value, _NO_LISTS)
     return convert(name, value, several[0] if several and is_several else kinds[0])
 
 
 def _convert_several(name: str, value: object, hint: Any) -> Any:
     kinds = get_args(hint)
     what = {int: "integers", float: "numbers", str: "texts"}[kinds[0]]
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes) or getattr(value, "ndim", 1) != 1:
+    if not isinstance(value, Iterable) or isinstance(value, _NO_LISTS) or getattr(value, "ndim", 1) != 1:
         raise InputTypeError(f"{name} ({shown(value)}) must be a list of {what}")
     values = [convert(name, each, kinds[0]) for each in value]
     if get_origin(hint) is list:
