@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 import memformer
 from memformer import data
-from memformer.reproduction import processes, runs
+from memformer.reproduction import child_processes, runs
 from tests.cli.calls import call, make_text
 from tests.training.jobs import forked
 
@@ -155,7 +155,7 @@ def test_tutorial_replay(run):
 
 def test_tutorial_table1(run, monkeypatch):
     pytest.importorskip("sklearn", reason="needs the extra `digits`")
-    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(child_processes, "subprocess", SimpleNamespace(Popen=forked, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     names = run("tutorials/table1.md", {"num_updates 300": "num_updates 2", "1500:1797": "1500:1510"})
     assert list(names["rows"]) == ["07-slots-64", "12-no-memory"]

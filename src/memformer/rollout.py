@@ -8,7 +8,6 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from memformer.errors import InputError, InputTypeError
 
@@ -158,7 +157,7 @@ class Rollout:
         padded target is padding. A target that is excluded from the loss is known from padding by a target behind it
         that counts, or by the next timestep's inputs, which are the same tokens; so excluded targets at the very end of
         the rollout are taken for padding. If the targets are answers, the inputs stay, and the answer is the target of
-        the last. A shifted rollout is returned as it is.
+        the last input token. A shifted rollout is returned as it is.
 
         Raises:
             InputError: `decoder_start_ids` are given, for which a next-token model has no input; or an answer has
@@ -197,19 +196,22 @@ class Rollout:
         return ~is_read
 
     def _with_answers_at_last_inputs(self) -> "Rollout":
-        answer_length, others = self.targets.shape[-1], self.inputs.shape[-1] - 1
+        answer_length = self.targets.shape[-1]
         if answer_length > 1:
             raise InputError(
                 f"answers have up to {answer_length} tokens; a model that predicts the next token of what it reads can "
                 "be asked for one token only"
             )
-        padding = self.target_padding
-        if padding is None:
-            padding = torch.zeros_like(self.targets, dtype=torch.bool)
+        last = torch.full_like(self.targets, self.inputs.shape[-1] - 1)
+        if self.input_padding is not None:
+            last = last_token_indices(self.input_padding)[..., None]
+        padding = torch.zeros_like(self.targets, dtype=torch.bool)
+        if self.target_padding is not None:
+            padding = self.target_padding
         return dataclasses.replace(
             self,
-            targets=F.pad(self.targets, (others, 0)),
-            target_padding=F.pad(padding, (others, 0), value=True),
+            targets=torch.zeros_like(self.inputs).scatter(-1, last, self.targets),
+            target_padding=torch.ones_like(self.inputs, dtype=torch.bool).scatter(-1, last, padding),
             is_shifted=True,
         )
 

@@ -33,6 +33,14 @@ def test_equal_slots_are_taken_in_order_despite_rounding():
     assert not matching[3].any()
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("height", [0.0, 5_000.0, 20_000.0, 1e9])
+def test_a_token_is_taken_by_one_of_equal_slots_however_large_their_preference(height, sharing):
+    """Float32 cannot tell 20,000 from 20,000 less a step."""
+    matching = match_slots(torch.full((1024, 2), height), least=-INFINITY, sharing=sharing)
+    assert matching.sum(dim=0).tolist() == [1, 1]
+
+
 def test_pairs_at_or_below_the_least_preference_are_not_matched():
     preference = torch.tensor([[3.0, -2.0], [-INFINITY, -1.9]])
     assert match_slots(preference, least=-2.0).tolist() == [[True, False], [False, True]]

@@ -1,5 +1,7 @@
 """Replay of the baselines equals back-propagation through time, for rollouts with any padding and resets."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,3 +112,21 @@ def test_an_auxiliary_loss_is_refused_for_a_model_without_one(name):
         backpropagate(model, random_rollout(2, B), hooks=penalty(1.0))
     with pytest.raises(InputError, match=f"a {type(model).__name__} has no auxiliary loss"):
         model.encode(random_rollout(1, B).inputs[0], auxiliary=AuxiliaryLoss())
+
+
+@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
+def test_the_reconstruction_loss_does_not_need_targets(method):
+    """The compression is trained on what is read, also where nothing is to be predicted."""
+    model = tiny_baseline("compressive")
+    memory, drawn = used_memory(model, B), random_rollout(3, B)
+    rollout = Rollout(inputs=drawn.inputs, targets=drawn.targets[..., :1], targets_are_answers=True)
+    everything = torch.ones(rollout.targets.shape, dtype=torch.bool)
+    unpredicted = dataclasses.replace(rollout, target_padding=everything)
+    _, predicted = gradients(model, rollout, memory, method)
+    _, alone = gradients(model, unpredicted, memory, method)
+    compression = [name for name in predicted if "compression" in name]
+    assert compression
+    for name in compression:
+        assert predicted[name].norm() > 0
+        assert_close(alone[name], predicted[name])
+    assert all(grad.norm() == 0 for name, grad in alone.items() if name not in compression)

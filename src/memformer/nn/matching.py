@@ -10,8 +10,9 @@ Preference = Float[Tensor, "*rows K S"]
 Matching = Bool[Tensor, "*rows K S"]
 
 # Ties between slots go to the earlier slot: each slot's preference is lowered by one more step than that of the slot
-# before it. The step exceeds rounding errors, so that equal slots are taken in the same order in a batch and alone. The
-# sum of all steps is limited, so that it stays below real differences between slots, however many slots there are. (Up
+# before it. The step exceeds rounding errors, so that equal slots are taken in the same order in a batch and alone. (If
+# preferences are so large that the step is lost, the first of the slots that remain equal is taken.) The sum of all
+# steps is limited, so that it stays below real differences between slots, however many slots there are. (Up
 # to 256 slots the step is 1e-3, the value of the measurements in experiments/RETENTION.md.)
 _MAX_TIE_BREAK_STEP = 1e-3
 _MAX_TIE_BREAK_SUM = 0.256
@@ -34,14 +35,15 @@ def match_slots(preference: Preference, *, least: float, sharing: bool = False) 
     order = torch.arange(num_slots, device=preference.device, dtype=preference.dtype)
     tie_break_step = min(_MAX_TIE_BREAK_STEP, _MAX_TIE_BREAK_SUM / num_slots)
     remaining = (preference - tie_break_step * order[:, None]).masked_fill(preference <= least, float("-inf"))
+    numbers = torch.arange(num_slots, device=preference.device)[:, None]
     if sharing:
-        return (remaining == remaining.amax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
+        return (numbers == remaining.argmax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
     matching = torch.zeros_like(remaining, dtype=torch.bool)
     # Every round but the last matches a pair. Only a CPU stops early: to know the last, a device would be waited for.
     stops_early = preference.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
     for _ in range(min(preference.shape[-2:])):
-        best_slot, best_token = remaining.amax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
-        pairs = (remaining == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
+        best_slot, best_token = remaining.argmax(dim=-2, keepdim=True), remaining.amax(dim=-1, keepdim=True)
+        pairs = (numbers == best_slot) & (remaining == best_token) & (remaining > float("-inf"))
         if stops_early and not pairs.any():
             break
         matching |= pairs

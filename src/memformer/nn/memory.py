@@ -257,8 +257,10 @@ class MemoryNormalization(nn.Module):
 
         m_i <- radius (m_i' + v_i) / ||m_i' + v_i|| ;  M_0: m_i = radius v_i / ||v_i||
 
-    Departure: the radius is sqrt(W) instead of 1, so that slots have RMS 1, like activations after LayerNorm. The model
-    is the same up to a rescaling of V_x and v_i. With radius 1 a written value would outweigh the slot immediately.
+    Departure: the radius is sqrt(W) instead of 1, so that slots have RMS 1, like activations after LayerNorm. With
+    other scales of the projections and of v_i, radius 1 has the same functions; but from the same initial scales it is
+    another model: a slot's score for itself grows with the square of the radius, that for a token with the radius. With
+    radius 1 a written value would outweigh the slot immediately.
 
     Args:
         num_slots: Number of slots K.

@@ -232,10 +232,12 @@ def auxiliary_scales(
 ) -> tuple[float, float]:
     """Return the factors on the summed auxiliary loss and shortfall, given the summed negative log-likelihood."""
     num_tokens = rollout.count_target_tokens()
-    if not has_auxiliary_loss(model, hooks) or not num_tokens:
+    if not has_auxiliary_loss(model, hooks):
         return 0.0, 0.0
     weight, shortfall_weight = model.auxiliary_weight, 0.0
     if hooks.auxiliary_weight is not None:
+        if not num_tokens:  # there is no loss by which the weight is chosen
+            return 0.0, 0.0
         loss = float(total_nll) / num_tokens
         weight = _number_of("auxiliary_weight", hooks.auxiliary_weight(loss))
         if hooks.shortfall_weight is not None:

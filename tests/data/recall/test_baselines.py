@@ -95,6 +95,31 @@ def test_answers_without_padding_are_the_only_targets():
     assert shifted.target_padding.tolist() == [[[True, True, False]] * 2]
 
 
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_padding_around_a_question_changes_nothing(name, is_before):
+    """The answer follows the last token of the question, wherever its padding is."""
+    model = tiny_baseline(name).eval()
+    question, padding = torch.tensor([1, 2, 3]), torch.tensor([False, False, False, True, True])
+    losses = []
+    for filler in (0, 5):
+        tokens = torch.cat([question, torch.tensor([filler, filler])])
+        if is_before:
+            tokens, hides = tokens.roll(2), padding.roll(2)
+        else:
+            hides = padding
+        rollout = Rollout(
+            inputs=tokens.view(1, 1, -1),
+            input_padding=hides.view(1, 1, -1),
+            targets=torch.tensor([[[7]]]),
+            targets_are_answers=True,
+        )
+        losses.append(backpropagate(model, rollout).loss)
+    alone = Rollout(inputs=question.view(1, 1, -1), targets=torch.tensor([[[7]]]), targets_are_answers=True)
+    for loss in losses:
+        assert_close(loss, backpropagate(model, alone).loss)
+
+
 @pytest.mark.parametrize(("name", "reaches_far"), [("lstm", True), ("transformer-xl", False)])
 def test_a_trained_baseline_recalls_a_fact_as_far_as_its_memory_reaches(name, reaches_far):
     config = RecallConfig(task="fact", num_values=2, num_fillers=2, max_distance=2, question_probability=1.0)
