@@ -20,7 +20,7 @@ class LSTMConfig(ModelConfig):
 
     model_type: ClassVar[str] = "lstm"
 
-    num_layers: int = 4
+    num_layers: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
