@@ -95,7 +95,7 @@ def test_settings_that_need_a_memformer_and_presets_are_left_out_too(read):
     config, warnings = read(given, "--model_type", "lstm")
     assert (config.model.d_model, config.training.num_updates, config.training.write_penalty) == (32, 3, 0)
     assert "does not read model.preset, training.write_penalty, training.compiled; its" in warnings[0]
-    back = {"model_type": "lstm", "model": {"num_layers": 2, "d_model": 64}}
+    back = {"model_type": "lstm", "model": {"num_layers": 3, "d_model": 64}}
     config, warnings = read(back, "--model_type", "memformer", "--model.num_slots", "3")
     assert (config.model.num_slots, config.model.d_model, len(warnings)) == (3, 64, 1)
 

@@ -82,7 +82,7 @@ def test_what_greedy_decoding_generates_is_greedy(folder):
 
 
 def test_all_three_kinds_equal_the_harness_own_model_that_is_given_room(model, folder, tmp_path):
-    exporting.export(exporting.open_source(folder), tmp_path / "exported")
+    exporting.export(exporting.read_export_source(folder), tmp_path / "exported")
     other = HFLM(str(tmp_path / "exported"), max_length=4096, device="cpu", batch_size=1)
     pairs = requests_of(*[pair for pair in PAIRS if pair[0]])
     found = model.loglikelihood(pairs, disable_tqdm=True)

@@ -58,7 +58,7 @@ def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys)
     assert [point["distance"] for point in trained["points"]] == [1, 2, 4, 8, 16, 32]
     # Resuming uses the run's own tokenizer.
     tokenizer = (tmp_path / "run" / "tokenizer_config.json").read_text()
-    monkeypatch.setattr("memformer.training.run_data.train_tokenizer", None)
+    monkeypatch.setattr("memformer.training.run_tokenizer.train_tokenizer", None)
     assert main(["train", file, "--json", "--resume", "--training.num_updates", "3"]) == 0
     assert (tmp_path / "run" / "tokenizer_config.json").read_text() == tokenizer
     capsys.readouterr()
