@@ -205,9 +205,9 @@ class Rollout:
         last = torch.full_like(self.targets, self.inputs.shape[-1] - 1)
         if self.input_padding is not None:
             last = last_token_indices(self.input_padding)[..., None]
-        padding = torch.zeros_like(self.targets, dtype=torch.bool)
-        if self.target_padding is not None:
-            padding = self.target_padding
+        padding = self.target_padding
+        if padding is None:
+            padding = torch.zeros_like(self.targets, dtype=torch.bool)
         return dataclasses.replace(
             self,
             targets=torch.zeros_like(self.inputs).scatter(-1, last, self.targets),

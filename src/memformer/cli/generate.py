@@ -22,7 +22,7 @@ from memformer.cli.saving import (
 from memformer.cli.scoring import held_bytes
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
-from memformer.data.outside_tokenizers import decode_after, stand_in
+from memformer.data.outside_tokenizers import LAST_TOKENS, decode_after, stand_in
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.errors import InputError
 from memformer.generation.sampling import check_sampling
@@ -36,8 +36,6 @@ from memformer.utils.ownership import owned_file
 from memformer.utils.progress import ProgressBar, print_warning
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
-# Tokens of the prompt that are kept, for the text that follows them.
-_LAST_TOKENS = 64
 NEW_TOKENS = 500
 
 GENERATE_HELP = """Generate a continuation of a prompt, or sample images.
@@ -207,7 +205,7 @@ def _continue(
                 progress.begin_at(prompt.num_bytes)
             unknown.add(part)
             reading.feed(part)
-            last = [*last, *part[-_LAST_TOKENS:].tolist()][-_LAST_TOKENS:]
+            last = [*last, *part[-LAST_TOKENS:].tolist()][-LAST_TOKENS:]
             progress.advance_to(prompt.num_bytes)
     unknown.warn_if_most("the prompt")
     reading.is_finished = not signals.received

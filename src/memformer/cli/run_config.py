@@ -136,28 +136,21 @@ def _with_kinds(given: dict[str, Any], options: Sequence[str]) -> list[str]:
     are of the same kind as the training documents.
     """
     data = given.get("data", {})
-    sections = {name: data.get(name) for name in SOURCES} if isinstance(data, dict) else {}
-    found = list(options)
 
-    def has(section: str, key: str) -> bool:
-        in_file = sections.get(section)
-        return (isinstance(in_file, dict) and in_file.get(key) is not None) or (
-            option_value(options, f"--data.{section}.{key}") is not None
-        )
+    def value(section: str, key: str) -> Any:
+        option = option_value(options, f"--data.{section}.{key}")
+        in_file = data.get(section) if isinstance(data, dict) else None
+        return option if option is not None or not isinstance(in_file, dict) else in_file.get(key)
 
-    def kind_of(section: str) -> Any:
-        in_file = sections.get(section)
-        return option_value(found, f"--data.{section}.kind") or (
-            in_file.get("kind") if isinstance(in_file, dict) else None
-        )
-
-    if not has("train", "kind") and (has("train", "path") or has("train", "name")):
-        found = ["--data.train.kind", "text" if has("train", "path") else "huggingface", *found]
-    for section in SOURCES[1:]:
-        kind = kind_of("train")
-        if not has(section, "kind") and isinstance(kind, str) and (has(section, "path") or has(section, "name")):
-            found = [f"--data.{section}.kind", kind, *found]
-    return found
+    kinds: list[str] = []
+    kind = value("train", "kind")
+    for section in SOURCES:
+        is_located = value(section, "path") is not None or value(section, "name") is not None
+        if section == "train" and kind is None and is_located:
+            kind = "huggingface" if value("train", "path") is None else "text"
+        if value(section, "kind") is None and is_located and isinstance(kind, str):
+            kinds += [f"--data.{section}.kind", kind]
+    return [*kinds, *options]
 
 
 def read_config(path: Path, *, warn: Callable[[str], None] = print_warning) -> dict[str, Any]:

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from memformer.cli.scoring import Scoring, Totals
 from memformer.data import Tokenizer
 from memformer.data.lines import TextPart
-from memformer.data.outside_tokenizers import decode_after, stand_in
+from memformer.data.outside_tokenizers import LAST_TOKENS, decode_after, stand_in
 from memformer.evaluation.likelihood import content_unit
 from memformer.evaluation.surprisal import ScoredLine, SurprisingLine
 from memformer.utils.tables import format_table
 
 _MARK = "!"
-# Tokens that are kept, for the text of the token that follows them; a character has at most four.
-_LAST_TOKENS = 8
 
 
 class ScoreOutput:
@@ -70,7 +68,7 @@ class ScoreOutput:
     def _text_of(self, token: int) -> str:
         """Return the text of the next token; one of a SentencePiece tokenizer depends on that before it."""
         text = "".join(decode_after(self._tokenizer, self._before, [token]))
-        self._before = [*self._before, token][-_LAST_TOKENS:]
+        self._before = [*self._before, token][-LAST_TOKENS:]
         return text
 
     def lines(self, lines: list[ScoredLine]) -> None:

@@ -98,12 +98,11 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
                 f"{folder} contains a finished run without checkpoints, which cannot be continued; choose another "
                 "--folder"
             )
+        if not resume:
+            check_apart(config.data, folder)
 
     processes.do_in_first(check)
     config.training.check_device(device)
-    if not resume:
-        cache = None if config.data.cache is None else user_path(config.data.cache)
-        check_apart(config.data, {"--folder": folder, "data.cache": cache})
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None

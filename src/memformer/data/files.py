@@ -64,7 +64,7 @@ def _locate(name: str, option: str) -> list[SourceFile]:
     path = user_path(name)
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
-        found = sorted(file for file in walk(path, skips=lambda name: name.startswith(".")) if has_content(file))
+        found = sorted(file for file in walk(path, skips=_is_hidden) if has_content(file))
         if not found:
             raise InputError(
                 f"{option} ({name}) is a folder without any file to read; hidden and empty files are skipped"
@@ -91,27 +91,17 @@ def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         return
     part, rest = parts[0], parts[1:]
     if part == "**":
-        for each in _folders(folder, entered={folder.resolve()}):
+        below = _below(folder, _is_hidden, entered={folder.resolve()}) if folder.is_dir() else ()
+        for each in [folder, *(path for path, is_folder in below if is_folder)]:
             yield from _expand(each, rest or ("*",))
     elif not glob.has_magic(part):
         if (folder / part).exists():
             yield from _expand(folder / part, rest)
     elif folder.is_dir():
         for each in folder.iterdir():
-            is_hidden = each.name.startswith(".") and not part.startswith(".")
-            if not is_hidden and fnmatch.fnmatchcase(each.name, part):
+            is_skipped = _is_hidden(each.name) and not _is_hidden(part)
+            if not is_skipped and fnmatch.fnmatchcase(each.name, part):
                 yield from _expand(each, rest)
-
-
-def _folders(folder: Path, *, entered: set[Path]) -> Iterator[Path]:
-    """Yield a folder and the folders below it, each once."""
-    if not folder.is_dir():
-        return
-    yield folder
-    for each in folder.iterdir():
-        if not each.name.startswith(".") and each.is_dir() and (target := each.resolve()) not in entered:
-            entered.add(target)
-            yield from _folders(each, entered=entered)
 
 
 def walk(folder: Path, *, skips: Callable[[str], bool]) -> Iterator[Path]:
@@ -121,16 +111,22 @@ def walk(folder: Path, *, skips: Callable[[str], bool]) -> Iterator[Path]:
         folder: The folder.
         skips: Whether a file or folder of this name is skipped.
     """
-    yield from _walk(folder, skips, entered={folder.resolve()})
+    return (path for path, is_folder in _below(folder, skips, entered={folder.resolve()}) if not is_folder)
 
 
-def _walk(folder: Path, skips: Callable[[str], bool], *, entered: set[Path]) -> Iterator[Path]:
+def _below(folder: Path, skips: Callable[[str], bool], *, entered: set[Path]) -> Iterator[tuple[Path, bool]]:
+    """Yield the paths below a folder, and whether each is a folder."""
     for path in sorted(path for path in folder.iterdir() if not skips(path.name)):
         if not path.is_dir():
-            yield path
+            yield path, False
         elif (target := path.resolve()) not in entered:
             entered.add(target)
-            yield from _walk(path, skips, entered=entered)
+            yield path, True
+            yield from _below(path, skips, entered=entered)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def has_content(path: Path) -> bool:

@@ -3,14 +3,14 @@
 import io
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data.outside_tokenizers import encode_after
-from memformer.data.streaming import encode_lines, read_blocks
+from memformer.data.streaming import encode_lines, read_blocks, whole_lines
 from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError
 
@@ -85,20 +85,17 @@ class LineReader:
             content, self.held = content[:end], content[end:]
             yield from self._cut(content)
             return
-        is_bytes = self._tokenizer.kind == "bytes"
-        begun = [self.held]  # joined where a line ends: it may be longer than many blocks
-        for block in self._blocks():
-            end = len(block) if is_bytes else block.rfind(b"\n") + 1
-            if not end:
-                begun.append(block)
-                continue
-            content, begun = b"".join([*begun, block[:end]]), [block[end:]]
-            self.held = begun[0]
-            yield from self._bytes(content) if is_bytes else self._lines(content)
-        self.held = b"".join(begun)
-        if ends_line and self.held:
-            content, self.held = self.held, b""
-            yield from self._lines(content)
+        blocks = chain([self.held], self._blocks())
+        self.held = b""
+        if self._tokenizer.kind == "bytes":
+            for block in blocks:
+                yield from self._bytes(block)
+            return
+        for content in whole_lines(blocks):
+            if ends_line or content.endswith(b"\n"):
+                yield from self._lines(content)
+            else:
+                self.held = content
 
     def _blocks(self) -> Iterator[bytes]:
         for block in read_blocks(self._stream, self._name):

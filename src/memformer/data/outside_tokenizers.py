@@ -163,6 +163,10 @@ def _adds_space(tokenizer: Tokenizer) -> bool:
     return tokenizer.decode(ids) != b"\na"
 
 
+# So many tokens before a text are enough to decode behind them: the last that is no part of a character is among them.
+LAST_TOKENS = 64
+
+
 def decode_after(tokenizer: Tokenizer, before: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
     """Yield the text that token ids add to that of the tokens before them, as `decode_stream` does.
 

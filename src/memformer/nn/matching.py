@@ -32,10 +32,11 @@ def match_slots(preference: Preference, *, least: float, sharing: bool = False) 
         sharing: Give each token to the slot with the highest preference for it, even if that slot takes other tokens.
     """
     num_slots = preference.shape[-2]
-    order = torch.arange(num_slots, device=preference.device, dtype=preference.dtype)
-    tie_break_step = min(_MAX_TIE_BREAK_STEP, _MAX_TIE_BREAK_SUM / num_slots)
-    remaining = (preference - tie_break_step * order[:, None]).masked_fill(preference <= least, float("-inf"))
     numbers = torch.arange(num_slots, device=preference.device)[:, None]
+    tie_break_step = min(_MAX_TIE_BREAK_STEP, _MAX_TIE_BREAK_SUM / num_slots)
+    remaining = (preference - tie_break_step * numbers.to(preference.dtype)).masked_fill(
+        preference <= least, float("-inf")
+    )
     if sharing:
         return (numbers == remaining.argmax(dim=-2, keepdim=True)) & (remaining > float("-inf"))
     matching = torch.zeros_like(remaining, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Identity of a run: its tokenizer and the files of its data, recorded in the run folder and compared later."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,34 +103,44 @@ def locate_inputs(config: DataConfig) -> dict[str, list[SourceFile]]:
     } | {key: locate_files(path, option=key) for key, path in stories.items() if path is not None}
 
 
-def check_apart(config: DataConfig, written: Mapping[str, Path | None]) -> None:
-    """Check that no folder that a run writes lies in a folder of its data, of which it would become a part.
+def check_apart(config: DataConfig, folder: Path) -> None:
+    """Check that neither the run folder nor the cache lies in a folder of the data, of which it would become a part.
 
     Args:
         config: The data config.
-        written: The folders, by the options that name them.
+        folder: The run folder.
 
     Raises:
         InputError: One lies in a folder of the data, and is not hidden there.
     """
     if _generates_all_text(config):
         return
+    written = {"--folder": folder} | ({} if config.cache is None else {"data.cache": user_path(config.cache)})
+    for option, name in _named_data(config):
+        outer = user_path(name).resolve()
+        if not outer.is_dir():
+            continue
+        for writer, path in written.items():
+            inner = path.resolve()
+            is_below = inner.is_relative_to(outer)
+            if is_below and not any(part.startswith(".") for part in inner.relative_to(outer).parts):
+                raise InputError(
+                    f"{writer} {path} lies in {option} ({name}), so its files would be read as data; choose a folder "
+                    "elsewhere, or name the data more closely"
+                )
+
+
+def _named_data(config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yield the paths and names of the sources, with the options that hold them."""
     for section in SOURCES:
         source: SourceConfig | None = getattr(config, section)
-        if source is None or (source.path is None and source.name is None):
+        if source is None:
             continue
-        key = "path" if source.name is None else "name"
-        paths = source.name or source.path or []
-        for name in [paths] if isinstance(paths, str) else paths:
-            outer = user_path(name).resolve()
-            for option, folder in written.items():
-                if folder is None or not outer.is_dir() or not (inner := folder.resolve()).is_relative_to(outer):
-                    continue
-                if not any(part.startswith(".") for part in inner.relative_to(outer).parts):
-                    raise InputError(
-                        f"{option} {folder} lies in data.{section}.{key} ({name}), so its files would be read as data; "
-                        "choose a folder elsewhere, or name the data more closely"
-                    )
+        if source.name is not None:
+            yield f"data.{section}.name", source.name
+        paths = source.path or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            yield f"data.{section}.path", path
 
 
 def _generates_all_text(config: DataConfig) -> bool:
