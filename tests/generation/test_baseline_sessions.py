@@ -9,6 +9,7 @@ import yaml
 
 from memformer import CheckpointError, InputError, MemformerConfig, Session, evaluate, load_model
 from memformer.data import corpus_from_arrays
+from memformer.models import NextTokenModel, TransformerXL
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from tests.cli.calls import call, call_json, make_text, refused
 from tests.generation.sessions import assert_same_state, random_tokens
@@ -56,9 +57,77 @@ def test_any_split_and_any_rows_give_the_same_state(name, tmp_path):
         assert_close(together.memory[index], alone.memory[0])
 
 
+def logits_of(model, row):
+    """Return the next-token logits after these tokens, all read at once by a new session."""
+    session = Session(model)
+    session.feed(row)
+    return session.next_token_logits()[0]
+
+
+@baselines
+def test_tokens_are_read_once_and_predict_as_if_read_at_once(name):
+    """Rows are fed unequal numbers of tokens, end segments at different times, and are chosen anew in between."""
+    model = tiny_baseline(name)
+    texts = [random_tokens(4 * SEGMENT_LENGTH, seed=seed) for seed in range(3)]
+    session, rows = Session(model, batch_size=3), [[], [], []]
+    for counts in ([0, 3, SEGMENT_LENGTH - 1], [1, 0, 1], [1, 1, 1], [2, SEGMENT_LENGTH, 0], [1, 1, 2], [0, 0, 0]):
+        new = [text[len(row) : len(row) + count] for text, row, count in zip(texts, rows, counts, strict=True)]
+        session.feed(new)
+        rows = [row + more for row, more in zip(rows, new, strict=True)]
+        for logits, row in zip(session.next_token_logits(), rows, strict=True):
+            assert_close(logits, logits_of(model, row))
+    session.feed([[1]] * 3)
+    session.select_rows([2, 0, 2, 1])
+    chosen = [[*rows[index], 1] for index in (2, 0, 2, 1)]
+    for more in ([[2], [3], [4], []], [[5] * SEGMENT_LENGTH, [6], [7], [1, 2]]):
+        session.feed(more)
+        chosen = [row + new for row, new in zip(chosen, more, strict=True)]
+        for logits, row in zip(session.next_token_logits(), chosen, strict=True):
+            assert_close(logits, logits_of(model, row))
+
+
+@baselines
+def test_every_token_is_read_once_within_its_segment(name, monkeypatch):
+    model, read = tiny_baseline(name), []
+    embed = type(model)._embed
+    monkeypatch.setattr(type(model), "_embed", lambda self, tokens: read.append(tokens.shape[1]) or embed(self, tokens))
+    session = Session(model)
+    session.generate(SEGMENT_LENGTH - 1, seed=0)
+    assert read == [1] * (SEGMENT_LENGTH - 1)  # [BOS] and all tokens but the last
+
+
+def test_a_model_of_ones_own_reads_the_tokens_of_a_segment_again():
+    class Own(TransformerXL):
+        begin_segment, read_tokens = NextTokenModel.begin_segment, NextTokenModel.read_tokens
+
+    model = tiny_baseline("transformer-xl")
+    own = Own(model.config).double().eval()
+    own.load_state_dict(model.state_dict())
+    prompts = [random_tokens(count, seed=count) for count in (2, SEGMENT_LENGTH + 1)]
+    sessions = [Session(each, batch_size=2) for each in (model, own)]
+    for session in sessions:
+        session.feed(prompts)
+    generated = [session.generate(3 * SEGMENT_LENGTH, seed=1) for session in sessions]
+    assert generated[0] == generated[1]
+    assert_same_state(*sessions)
+
+
+@baselines
+def test_a_training_step_between_two_tokens_is_noticed(name):
+    model = tiny_baseline(name)
+    session, other = Session(model), Session(model)
+    for each in (session, other):
+        each.feed([1, 2])
+    session.next_token_logits()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert_close(session.next_token_logits(), other.next_token_logits())
+
+
 def test_a_session_of_another_model_and_a_compiled_one_are_refused(tmp_path):
     model = tiny_baseline("lstm")
-    with pytest.raises(InputError, match="a lstm has no decoding step to compile"):
+    with pytest.raises(InputError, match="a lstm cannot be compiled in a session"):
         Session(model, compiled=True)
     session = Session(model)
     session.feed([1, 2])

@@ -12,6 +12,7 @@ from memformer.errors import InputError, InputTypeError
 from memformer.generation.compiling import CompiledFunction, compiled_function
 from memformer.generation.decoding import Decoding
 from memformer.generation.recording import RecordedReading, can_record, identify
+from memformer.generation.token_reading import TokenReading
 from memformer.models import LanguageModel, Memformer, NextTokenModel
 from memformer.models.recurrence import read_bos
 from memformer.shapes import Hidden, Memory
@@ -175,8 +176,6 @@ class SegmentContext:
 class TokenContext:
     """Context of a model that predicts the next token: the token before the current segment, which is read with it.
 
-    The current segment is recomputed for every token, so each token takes as much compute as a segment.
-
     Args:
         model: The model that reads.
         batch_size: Number of rows.
@@ -187,6 +186,7 @@ class TokenContext:
         self.reader = Reader(model, batch_size, compiled=False)
         self.first_memory = model.initial_memory(batch_size)
         self.previous = torch.full((batch_size, 1), model.bos_token_id, device=model.device)
+        self._reading: TokenReading | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -196,6 +196,10 @@ class TokenContext:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Set the tensors to those of a saved session, which must have this context's shapes."""
         self.previous = state["previous"].to(self.model.device)
+        self._reading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}  # made again from the rest
 
     def read(self, segments: Sequence[Tensor], *, rows: Rows, memory: Float[Tensor, "R K W"]) -> tuple[Tensor, Tensor]:
         """Read full segments (R, S) of some rows one after the other; nothing changes before `begin_segment`.
@@ -217,6 +221,8 @@ class TokenContext:
     def begin_segment(self, rows: Rows, previous: Int64[Tensor, "R 1"]) -> None:
         """Set the context of rows whose segment was read."""
         self.previous[rows] = previous
+        if self._reading is not None:
+            self._reading.restart(range(len(self.previous)) if isinstance(rows, slice) else rows.tolist())
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
@@ -236,16 +242,18 @@ class TokenContext:
         """Replace the rows by copies of these."""
         self.previous = self.previous[rows]
         self.reader.resize(len(rows))
+        if self._reading is not None:
+            self._reading.select_rows(rows)
 
     def next_token_logits(
         self, tokens: PendingTokens, num_pending: list[int], *, memory: Memory
     ) -> Float[Tensor, "B V"]:
         """Return the next-token logits after the pending tokens of each row."""
-        inputs = torch.cat([self.previous, tokens[:, : max(num_pending)].to(self.model.device)], dim=1)
-        hidden = self._encode_first(inputs, [pending + 1 for pending in num_pending], memory)
-        last = torch.tensor(num_pending, device=self.model.device)[:, None]
-        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.model.decode(torch.zeros_like(last), hidden=hidden)[:, 0]
+        if self._reading is None:
+            self._reading = TokenReading(self.model, len(num_pending))
+        inputs = torch.cat([self.previous.cpu(), tokens], dim=1)
+        hidden = self._reading.advance(inputs, [pending + 1 for pending in num_pending], memory=memory)[:, None]
+        return self.model.decode(torch.zeros_like(self.previous), hidden=hidden)[:, 0]
 
     def _encode_first(self, inputs: Int64[Tensor, "B S"], num_tokens: list[int], memory: Memory) -> Hidden:
         """Return the hidden states of the first tokens of each row; the rest is padding."""
@@ -261,7 +269,7 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
     """Return a new context for a session of this model.
 
     Raises:
-        InputError: `compiled` is set and the model has no decoding step or has relative positions.
+        InputError: `compiled` is set and the model is not a Memformer or has relative positions.
         InputTypeError: The model is of a class that sessions do not know.
     """
     if isinstance(model, Memformer):
@@ -274,5 +282,5 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
             f"model is a {type(model).__name__}; a session needs a Memformer or a NextTokenModel (docs/own-model.md)"
         )
     if compiled:
-        raise InputError(f"a {model.config.model_type} has no decoding step to compile; only a memformer has one")
+        raise InputError(f"a {model.config.model_type} cannot be compiled in a session; only a memformer can")
     return TokenContext(model, batch_size)

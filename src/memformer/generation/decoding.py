@@ -1,20 +1,17 @@
 """Incremental decoding of a session's pending tokens: key-value caches and the compiled or recorded step."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from memformer.generation.compiling import checksum_of, compiled_function
+from memformer.generation.compiling import compiled_function
+from memformer.generation.pending_tokens import WeightsTrace, last_of_each_row, new_tokens
 from memformer.generation.recording import RecordedStep, can_record
 from memformer.models.decoder import Past
 from memformer.models.memformer import Memformer
 from memformer.nn.attention import KeyValueCache
-
-# Elements of a weight whose checksum takes a few microseconds.
-_FEW = 4096
 
 
 class Decoding:
@@ -38,27 +35,11 @@ class Decoding:
         self.logits: Tensor | None = None
         self._recorded: RecordedStep | None = None
         self._num_steps = 0
-        # Where the weights are looked up, which takes a tenth of the time of `parameters`.
-        self._places = [
-            (module._parameters, name)
-            for module in model.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None and not weight.is_inference()
-        ]
-        self._trace = self._trace_of_weights()
+        self._trace = WeightsTrace(model)
         # Whether the current segment can have a compiled or recorded step: not the first, whose past has padding.
         self._has_step = False
         # Decodes one token per row, given tokens and positions (B, 1) on the CPU.
         self._step: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def _trace_of_weights(self) -> list[Any]:
-        weights = [weights.get(name) for weights, name in self._places]
-        trace: list[Any] = [(id(weight), weight._version) for weight in weights if weight is not None]
-        # A fused optimizer leaves the versions as they are. It changes all weights that are trained.
-        trained = next((weight for weight in reversed(weights) if weight is not None and weight.requires_grad), None)
-        if trained is not None and trained.device.type == "cpu":
-            trace.append(checksum_of(trained.detach().reshape(-1)[:_FEW]))
-        return trace
 
     def restart(self, rows: Iterable[int]) -> None:
         """Discard the decoded tokens of these rows, because their past has changed."""
@@ -86,9 +67,8 @@ class Decoding:
             InputError: `compiled` is set and PyTorch cannot compile the step.
         """
         model, device = self.model, self.model.device
-        if (trace := self._trace_of_weights()) != self._trace:  # a training step: what was decoded is of old weights
+        if self._trace.has_changed():  # a training step: what was decoded is of old weights
             self.restart(range(len(self.num_decoded)))
-            self._trace = trace
         if self.past is None:
             self._begin_segment(hidden, hidden_padding)
         # The decoder's inputs are [BOS], or what replaces it, and the pending tokens; some may be decoded already.
@@ -99,12 +79,13 @@ class Decoding:
         if width > 0:
             is_uniform = min(num_new) == width and min(self.num_decoded) == max(self.num_decoded)
             num_cached = self.num_decoded[0] if is_uniform else None
-            inputs = torch.full((len(num_new), width), model.bos_token_id, device="cpu")
-            positions = torch.full((len(num_new), width), model.segment_length, device="cpu")  # marks padding
-            for row, (count, done) in enumerate(zip(num_new, self.num_decoded, strict=True)):
-                first_token = 1 if done == 0 else 0
-                inputs[row, first_token:count] = tokens[row, done - 1 + first_token : done - 1 + count]
-                positions[row, :count] = torch.arange(done, done + count, device="cpu")
+            start = torch.full((len(num_new), 1), model.bos_token_id, device="cpu")
+            inputs, positions = new_tokens(
+                torch.cat([start, tokens], dim=1),
+                num_inputs=[pending + 1 for pending in num_pending],
+                num_read=self.num_decoded,
+                padding_position=model.segment_length,
+            )
             if self._step is not None and width == 1:
                 logits = self._step(inputs, positions)
             else:
@@ -116,13 +97,7 @@ class Decoding:
                     positions=positions.to(device),
                     num_cached=num_cached,
                 )
-            if min(num_new) == width:
-                self.logits = logits[:, -1]
-            else:
-                last = torch.tensor([max(count - 1, 0) for count in num_new], device=device)
-                latest = logits[torch.arange(len(num_new), device=device), last]
-                is_unchanged = torch.tensor([count == 0 for count in num_new], device=device)[:, None]
-                self.logits = latest if self.logits is None else torch.where(is_unchanged, self.logits, latest)
+            self.logits = last_of_each_row(logits, num_new=num_new, earlier=self.logits)
             # Only now: after an interrupt or an error, the same tokens are decoded again.
             self.num_decoded = [pending + 1 for pending in num_pending]
         assert self.logits is not None

@@ -110,9 +110,7 @@ class CompressiveTransformer(TransformerXL):
         auxiliary: AuxiliaryLoss | None = None,
     ) -> tuple[Hidden, Memory]:
         memory = memory.detach()
-        # Empty slots before all others: between compressed memories and tokens they would add to distances.
-        order = _order_with_empty_first(is_present(memory))
-        hidden, slots = self._run_layers(x, gather_slots(memory, order))
+        hidden, slots = self._run_layers(x, self._attended(memory))
         if num_tokens is None:
             num_tokens = torch.full((x.shape[0],), x.shape[1], device=x.device)
         rate, length = self.config.compression_rate, self.config.memory_length
@@ -140,6 +138,10 @@ class CompressiveTransformer(TransformerXL):
         is_removed = torch.arange(length, device=x.device) < length - num_kept[:, None]
         recent = append_slots(recent, slots, num_new=num_tokens).masked_fill(is_removed[..., None], 0.0)
         return hidden, torch.cat([old, recent], dim=1)
+
+    def _attended(self, memory: Memory) -> Memory:
+        # Empty slots before all others: between compressed memories and tokens they would add to distances.
+        return gather_slots(memory, _order_with_empty_first(is_present(memory)))
 
     def _reconstruction_errors(
         self,

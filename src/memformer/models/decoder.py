@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         if num_cached is None or num_new > 1:
             keep_mask = (key_positions <= positions[..., None])[:, None]  # (B, 1, Q, J)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        windows = [CacheWindow(cache, rows, positions, num_keys) for cache in caches]
+        windows = [CacheWindow(cache.keys, cache.values, rows, positions, num_keys) for cache in caches]
         return self._run_layers(x, past=past, frame=frame, keep_mask=keep_mask, caches=windows)
 
     def _run_layers(

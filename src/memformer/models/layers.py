@@ -166,6 +166,7 @@ class CausalLayer(nn.Module):
         frame: Frame,
         keep_mask: Tensor | None,
         past: Float[Tensor, "B P D"] | None = None,
+        cache: CacheWindow | None = None,
         record: list[Tensor] | None = None,
     ) -> Float[Tensor, "B Q D"]:
         """Return the tokens after one layer.
@@ -175,12 +176,17 @@ class CausalLayer(nn.Module):
             frame: Positions of the tokens and the past.
             keep_mask: True where a token may attend, past first. None: everywhere that the frame allows.
             past: The layer's input for earlier tokens.
+            cache: Keys and values of earlier tokens, instead of `past`; those of the tokens are added.
             record: The attention weights (B, H, Q, J) are appended to it, if given.
         """
         if past is not None:
             past = self.self_attention_norm(past)
         read = self.self_attention(
-            self.self_attention_norm(x), frame=frame, keep_mask=keep_mask, past=past, record=record
+            self.self_attention_norm(x), frame=frame, keep_mask=keep_mask, past=past, cache=cache, record=record
         )
         x = x + self.dropout(read)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def project(self, past: Float[Tensor, "B P D"], *, frame: Frame) -> tuple[HeadTokens, HeadTokens]:
+        """Return the keys and values of earlier tokens, from the layer's input for them."""
+        return self.self_attention.project(self.self_attention_norm(past), frame=frame)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,28 @@ from memformer.shapes import DecoderStartIds, Hidden, Memory, Segment, SegmentPa
 
 TokenCounts = Int64[Tensor, " B"]
 Read = Callable[..., tuple[Hidden, Memory]]
+
+
+@dataclass
+class SegmentState:
+    """A segment that is being read token by token: what its next tokens need of the memory and of its tokens so far.
+
+    Attributes:
+        rows: Tensors with a part for each row, (B, ...).
+        shared: Tensors that are the same for all rows.
+    """
+
+    rows: list[Tensor]
+    shared: list[Tensor] = field(default_factory=list)
+
+    def replace_rows(self, rows: list[int], others: "SegmentState") -> None:
+        """Set some rows to the rows of another state of the same model."""
+        for own, new in zip(self.rows, others.rows, strict=True):
+            own[rows] = new
+
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
+        """Replace the rows by copies of these."""
+        self.rows = [tensor[rows] for tensor in self.rows]
 
 
 class NextTokenModel(LanguageModel):
@@ -95,6 +118,32 @@ class NextTokenModel(LanguageModel):
             memory: The current memory.
             num_tokens: Number of tokens in each row. None: no row has padding.
         """
+
+    def begin_segment(self, memory: Memory) -> SegmentState:
+        """Return the state of a segment of which no token has been read; `read_tokens` reads them."""
+        tokens = torch.full((len(memory), self.segment_length + 1), self.bos_token_id, device=self.device)
+        return SegmentState([memory.clone(), tokens])
+
+    def read_tokens(
+        self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
+    ) -> tuple[Hidden, SegmentState]:
+        """Read the next tokens of a segment; return their hidden states, as `encode` of the whole segment has them.
+
+        Here all tokens of the segment are read again. The models of this package read only the new ones.
+
+        Args:
+            tokens: Token ids, 0 .. V.
+            state: What `begin_segment` or the last call returned; it may change.
+            positions: Position of each token in its segment; `segment_length` marks padding, whose hidden states are
+                meaningless.
+            num_tokens: Number of tokens of the segment that have been read after this call, in the row with most.
+        """
+        memory, segment = state.rows
+        segment[torch.arange(len(segment), device=self.device)[:, None], positions] = tokens
+        # Behind the tokens of the other rows are others, which change nothing: a state depends on earlier tokens alone.
+        hidden, _ = self.encode(segment[:, :num_tokens], memory=memory)
+        places = positions.clamp(max=num_tokens - 1)[..., None]
+        return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1])), state
 
     def _features(
         self,

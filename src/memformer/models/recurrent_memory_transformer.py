@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, TokenCounts
-from memformer.nn.attention import AttentionRecord
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
+from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
@@ -116,6 +116,36 @@ class RecurrentMemoryTransformer(NextTokenModel):
             attention.writer = torch.cat([own[..., None], written[..., num_memory:end]], dim=-1)
         _, hidden, written = self.norm(x).split([num_memory, length, num_memory], dim=1)
         return hidden, written.to(memory.dtype)
+
+    def begin_segment(self, memory: Memory) -> SegmentState:
+        """Return the keys and values of the read tokens, with places for those of the segment's tokens."""
+        batch_size, num_memory = memory.shape[:2]
+        weight = self.norm.weight
+        shape = (batch_size, self.config.num_heads, num_memory + self.segment_length + 1, self.config.head_width)
+        state = SegmentState([weight.new_zeros(shape) for _ in range(2 * len(self.layers))])
+        index = torch.arange(num_memory, device=weight.device)
+        self._run_cached(memory.to(weight.dtype), state, places=index.expand(batch_size, -1), num_keys=num_memory)
+        return state
+
+    def read_tokens(
+        self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
+    ) -> tuple[Hidden, SegmentState]:
+        """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        places, num_keys = self.config.num_memory_tokens + positions, self.config.num_memory_tokens + num_tokens
+        keep_mask = (torch.arange(num_keys, device=places.device) <= places[..., None])[:, None]
+        x = self._run_cached(self._embed(tokens), state, places=places, num_keys=num_keys, keep_mask=keep_mask)
+        return self.norm(x), state
+
+    def _run_cached(
+        self, x: Hidden, state: SegmentState, *, places: Segment, num_keys: int, keep_mask: Tensor | None = None
+    ) -> Hidden:
+        """Return the output of the layers for tokens at these places, the first read token being at 0."""
+        frame = self.positions(places, key_positions=places)
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        for layer, keys, values in zip(self.layers, state.rows[::2], state.rows[1::2], strict=True):
+            window = CacheWindow(keys, values, rows, places, num_keys=num_keys)
+            x = layer(x, frame=frame, keep_mask=keep_mask, cache=window)
+        return x
 
     def _make_positions_and_mask(
         self, length: int, num_tokens: TokenCounts | None

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import TransformerXLConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, TokenCounts
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
+from memformer.nn.attention import CacheWindow
 from memformer.nn.distances import Distances, descending_sinusoids
-from memformer.shapes import Hidden, Memory
+from memformer.nn.positions import Frame
+from memformer.shapes import Hidden, Memory, Segment
 
 TokenSlots = Float[Tensor, "B J W"]
 
@@ -65,9 +67,55 @@ class TransformerXL(NextTokenModel):
         layer_inputs = []
         for index, (layer, distances) in enumerate(zip(self.layers, self.distances, strict=True)):
             layer_inputs.append(x)
-            past = memory[..., index * width : (index + 1) * width].to(x.dtype) if num_slots else None
+            past = _states_of_layer(index, memory, width=width).to(x.dtype) if num_slots else None
             x = layer(x, frame=distances(sines), keep_mask=keep_mask, past=past)
         return self.norm(x), make_slots(layer_inputs).detach().to(memory.dtype)
+
+    @property
+    def _typed_layers(self) -> list[tuple[CausalLayer, Distances]]:
+        layers = [layer for layer in self.layers if isinstance(layer, CausalLayer)]
+        distances = [each for each in self.distances if isinstance(each, Distances)]
+        return list(zip(layers, distances, strict=True))
+
+    def _attended(self, memory: Memory) -> Memory:
+        """Return the slots that a segment's tokens attend to, in the order of their distances, empty ones first."""
+        return memory
+
+    def begin_segment(self, memory: Memory) -> SegmentState:
+        """Return the keys and values of the memory, for each layer, with places for those of the segment's tokens."""
+        slots, width, weight = self._attended(memory), self.config.d_model, self.norm.weight
+        num_places = slots.shape[1] + self.segment_length
+        sines = descending_sinusoids(num_places, width=width, like=weight)
+        state = SegmentState([is_present(slots)])
+        for index, (layer, distances) in enumerate(self._typed_layers):
+            past = _states_of_layer(index, slots, width=width).to(weight.dtype)
+            for projected in layer.project(past, frame=Frame()):
+                state.rows.append(F.pad(projected, (0, 0, 0, self.segment_length + 1)))
+            state.shared.append(distances.vectors(sines))
+        return state
+
+    def read_tokens(
+        self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
+    ) -> tuple[Hidden, SegmentState]:
+        """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        present, *caches = state.rows
+        num_slots = present.shape[1]
+        num_keys = num_slots + num_tokens
+        places = num_slots + positions
+        distances_to_keys = places[..., None] - torch.arange(num_keys, device=places.device)
+        keep_mask = F.pad(present, (0, num_tokens), value=True)[:, None, None, :]
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        x = self._embed(tokens)
+        for index, (layer, distances) in enumerate(self._typed_layers):
+            keys, values = caches[2 * index : 2 * index + 2]
+            frame = distances.cached_frame(state.shared[index], distances=distances_to_keys)
+            window = CacheWindow(keys, values, rows, places, num_keys=num_keys)
+            x = layer(x, frame=frame, keep_mask=keep_mask, cache=window)
+        return self.norm(x), state
+
+
+def _states_of_layer(index: int, slots: TokenSlots, *, width: int) -> Float[Tensor, "B J D"]:
+    return slots[..., index * width : (index + 1) * width]
 
 
 def make_slots(states: list[Float[Tensor, "B J D"]]) -> TokenSlots:

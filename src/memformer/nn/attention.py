@@ -100,20 +100,22 @@ class CacheWindow:
     """Cache positions that the tokens of one decoding step are written to, and those that they attend to.
 
     Args:
-        cache: The cache of one layer.
+        keys: Cached keys of one layer, (B, H, L, E).
+        values: Cached values of the layer.
         rows: Numbers of the rows, (B, 1).
         positions: Cache positions of the new tokens, (B, Q).
         num_keys: Number of leading cache positions that are attended to.
     """
 
-    cache: KeyValueCache
+    keys: Tensor
+    values: Tensor
     rows: Tensor
     positions: Tensor
     num_keys: int
 
     def write(self, key: HeadTokens, value: HeadTokens) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the new tokens; return those of the first `num_keys` positions."""
-        keys, values = self.cache.keys, self.cache.values
+        keys, values = self.keys, self.values
         # By index and not by scatter_, after which compiled code of torch 2.13 reads the values from before.
         keys[self.rows, :, self.positions] = key.transpose(1, 2).to(keys.dtype)
         values[self.rows, :, self.positions] = value.transpose(1, 2).to(values.dtype)

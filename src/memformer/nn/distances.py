@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from memformer.nn.linear import Linear
@@ -45,16 +45,55 @@ class DistanceFrame(Frame):
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
         """Return the attention output of each query over the keys up to its own token; `is_causal` has no effect."""
-        num_queries, num_keys = query.shape[-2], key.shape[-2]
         by_distance = (query + self.distance_bias[:, None].to(query.dtype)) @ self.vectors.to(query.dtype).mT
-        # Relative shift (arXiv 1901.02860, appendix B): the scores of a query k tokens before the last one belong k
-        # columns further left. Padding rows with one column and reshaping shifts each row by one more than the next.
-        shifted = F.pad(by_distance, (1, 0)).flatten(-2)[..., num_queries:].unflatten(-1, (num_queries, num_keys))
-        keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-        keep = keep[None, None] if keep_mask is None else keep & keep_mask
-        scores = (shifted / math.sqrt(query.shape[-1])).masked_fill(~keep, torch.finfo(query.dtype).min)
+        scores, keep = self._by_key(by_distance, num_keys=key.shape[-2])
+        keep = keep if keep_mask is None else keep & keep_mask
+        scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~keep, torch.finfo(query.dtype).min)
         query = query + self.content_bias[:, None].to(query.dtype)
         return fused_attention(query, key, value, mask=scores, dropout=dropout)
+
+    def _by_key(
+        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int
+    ) -> tuple[Float[Tensor, "B H Q J"], Bool[Tensor, "#B 1 Q J"]]:
+        """Return the score of each query and key from those of all distances, and True at keys not after the query.
+
+        Relative shift (arXiv 1901.02860, appendix B): the scores of a query k tokens before the last one belong k
+        columns further left. Padding rows with one column and reshaping shifts each row by one more than the next.
+        """
+        num_queries = by_distance.shape[-2]
+        shifted = F.pad(by_distance, (1, 0)).flatten(-2)[..., num_queries:].unflatten(-1, (num_queries, num_keys))
+        keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=shifted.device).tril(num_keys - num_queries)
+        return shifted, keep[None, None]
+
+
+class CachedDistanceFrame(DistanceFrame):
+    """The same attention to cached keys: queries of a row are at any places, other than in other rows.
+
+    Args:
+        vectors: R for the distances L-1 .. 0, for each head.
+        content_bias: u.
+        distance_bias: v.
+        distances: The place of each query minus that of each key.
+    """
+
+    def __init__(
+        self,
+        vectors: Float[Tensor, "H L E"],
+        *,
+        content_bias: Float[Tensor, "H E"],
+        distance_bias: Float[Tensor, "H E"],
+        distances: Int64[Tensor, "B Q J"],
+    ) -> None:
+        super().__init__(vectors, content_bias=content_bias, distance_bias=distance_bias)
+        self.distances = distances[:, None]
+
+    def _by_key(
+        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int
+    ) -> tuple[Float[Tensor, "B H Q J"], Bool[Tensor, "#B 1 Q J"]]:
+        del num_keys
+        farthest = by_distance.shape[-1] - 1
+        index = farthest - self.distances.clamp(0, farthest)
+        return by_distance.gather(-1, index.expand(-1, by_distance.shape[1], -1, -1)), self.distances >= 0
 
 
 class Distances(nn.Module):
@@ -75,8 +114,20 @@ class Distances(nn.Module):
 
     def forward(self, sines: Float[Tensor, "J D"]) -> DistanceFrame:
         """Return the layer's frame; `sines` are the sinusoids of the distances J-1 .. 0, shared by all layers."""
-        vectors = self.projection(sines).unflatten(-1, self.content_bias.shape).transpose(0, 1)
-        return DistanceFrame(vectors, content_bias=self.content_bias, distance_bias=self.distance_bias)
+        return DistanceFrame(self.vectors(sines), content_bias=self.content_bias, distance_bias=self.distance_bias)
+
+    def vectors(self, sines: Float[Tensor, "J D"]) -> Float[Tensor, "H J E"]:
+        """Return R for the distances J-1 .. 0, for each head."""
+        vectors: Tensor = self.projection(sines)
+        return vectors.unflatten(-1, self.content_bias.shape).transpose(0, 1)
+
+    def cached_frame(
+        self, vectors: Float[Tensor, "H L E"], *, distances: Int64[Tensor, "B Q J"]
+    ) -> CachedDistanceFrame:
+        """Return the layer's frame for cached keys; `vectors` are those of all distances L-1 .. 0."""
+        return CachedDistanceFrame(
+            vectors, content_bias=self.content_bias, distance_bias=self.distance_bias, distances=distances
+        )
 
 
 def descending_sinusoids(num_keys: int, *, width: int, like: Tensor) -> Float[Tensor, "J D"]:
