@@ -64,9 +64,11 @@ def logits_of(model, row):
     return session.next_token_logits()[0]
 
 
+@pytest.mark.parametrize("places", [1, 64])
 @baselines
-def test_tokens_are_read_once_and_predict_as_if_read_at_once(name):
+def test_tokens_are_read_once_and_predict_as_if_read_at_once(name, places, monkeypatch):
     """Rows are fed unequal numbers of tokens, end segments at different times, and are chosen anew in between."""
+    monkeypatch.setattr("memformer.models.next_token._FIRST_PLACES", places)
     model = tiny_baseline(name)
     texts = [random_tokens(4 * SEGMENT_LENGTH, seed=seed) for seed in range(3)]
     session, rows = Session(model, batch_size=3), [[], [], []]

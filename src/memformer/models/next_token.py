@@ -20,6 +20,18 @@ TokenCounts = Int64[Tensor, " B"]
 Read = Callable[..., tuple[Hidden, Memory]]
 
 
+# A new segment has places for so many tokens; their number is doubled when it is needed.
+_FIRST_PLACES = 64
+
+
+def count_places(num_tokens: int, *, segment_length: int) -> int:
+    """Return the number of a segment's tokens to keep places for when it has `num_tokens` tokens."""
+    places = _FIRST_PLACES
+    while places < num_tokens:
+        places *= 2
+    return min(places, segment_length)
+
+
 @dataclass
 class SegmentState:
     """A segment that is being read token by token: what its next tokens need of the memory and of its tokens so far.
@@ -33,9 +45,9 @@ class SegmentState:
     shared: list[Tensor] = field(default_factory=list)
 
     def replace_rows(self, rows: list[int], others: "SegmentState") -> None:
-        """Set some rows to the rows of another state of the same model."""
+        """Set some rows to those of a new state of the same model, which may have places for fewer tokens."""
         for own, new in zip(self.rows, others.rows, strict=True):
-            own[rows] = new
+            own[(torch.tensor(rows, device=own.device), *(slice(size) for size in new.shape[1:]))] = new
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""

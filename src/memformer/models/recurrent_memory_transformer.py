@@ -4,12 +4,13 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, count_places
 from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
@@ -118,20 +119,27 @@ class RecurrentMemoryTransformer(NextTokenModel):
         return hidden, written.to(memory.dtype)
 
     def begin_segment(self, memory: Memory) -> SegmentState:
-        """Return the keys and values of the read tokens, with places for those of the segment's tokens."""
+        """Return the keys and values of the read tokens for each layer."""
         batch_size, num_memory = memory.shape[:2]
-        weight = self.norm.weight
-        shape = (batch_size, self.config.num_heads, num_memory + self.segment_length + 1, self.config.head_width)
-        state = SegmentState([weight.new_zeros(shape) for _ in range(2 * len(self.layers))])
-        index = torch.arange(num_memory, device=weight.device)
-        self._run_cached(memory.to(weight.dtype), state, places=index.expand(batch_size, -1), num_keys=num_memory)
+        empty = self.norm.weight.new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
+        state = self._with_places(SegmentState([empty] * (2 * len(self.layers))), num_tokens=1)
+        places = torch.arange(num_memory, device=self.device).expand(batch_size, -1)
+        self._run_cached(memory.to(empty.dtype), state, places=places, num_keys=num_memory)
         return state
+
+    def _with_places(self, state: SegmentState, *, num_tokens: int) -> SegmentState:
+        """Return the state with places for so many tokens, and one more for padding, in all keys and values."""
+        num_places = count_places(num_tokens, segment_length=self.segment_length)
+        missing = self.config.num_memory_tokens + num_places + 1 - state.rows[0].shape[2]
+        return SegmentState([F.pad(cache, (0, 0, 0, missing)) for cache in state.rows]) if missing > 0 else state
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
-        places, num_keys = self.config.num_memory_tokens + positions, self.config.num_memory_tokens + num_tokens
+        state, num_memory = self._with_places(state, num_tokens=num_tokens), self.config.num_memory_tokens
+        num_keys, last = num_memory + num_tokens, state.rows[0].shape[2] - 1
+        places = (num_memory + positions).clamp(max=last)  # padding is written to the last place
         keep_mask = (torch.arange(num_keys, device=places.device) <= places[..., None])[:, None]
         x = self._run_cached(self._embed(tokens), state, places=places, num_keys=num_keys, keep_mask=keep_mask)
         return self.norm(x), state

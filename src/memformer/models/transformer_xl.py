@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import TransformerXLConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, count_places
 from memformer.nn.attention import CacheWindow
 from memformer.nn.distances import Distances, descending_sinusoids
 from memformer.nn.positions import Frame
@@ -82,26 +82,36 @@ class TransformerXL(NextTokenModel):
         return memory
 
     def begin_segment(self, memory: Memory) -> SegmentState:
-        """Return the keys and values of the memory, for each layer, with places for those of the segment's tokens."""
-        slots, width, weight = self._attended(memory), self.config.d_model, self.norm.weight
-        num_places = slots.shape[1] + self.segment_length
-        sines = descending_sinusoids(num_places, width=width, like=weight)
+        """Return the keys and values of the memory for each layer."""
+        slots, width, dtype = self._attended(memory), self.config.d_model, self.norm.weight.dtype
         state = SegmentState([is_present(slots)])
-        for index, (layer, distances) in enumerate(self._typed_layers):
-            past = _states_of_layer(index, slots, width=width).to(weight.dtype)
-            for projected in layer.project(past, frame=Frame()):
-                state.rows.append(F.pad(projected, (0, 0, 0, self.segment_length + 1)))
-            state.shared.append(distances.vectors(sines))
-        return state
+        for index, (layer, _) in enumerate(self._typed_layers):
+            past = _states_of_layer(index, slots, width=width).to(dtype)
+            state.rows += layer.project(past, frame=Frame())
+        return self._with_places(state, num_tokens=1)
+
+    def _with_places(self, state: SegmentState, *, num_tokens: int) -> SegmentState:
+        """Return the state with places for so many tokens, and one more for padding, in all keys and values."""
+        present, *caches = state.rows
+        num_keys = present.shape[1] + count_places(num_tokens, segment_length=self.segment_length)
+        missing = num_keys + 1 - caches[0].shape[2]
+        if missing <= 0:
+            return state
+        sines = descending_sinusoids(num_keys, width=self.config.d_model, like=self.norm.weight)
+        return SegmentState(
+            [present, *(F.pad(cache, (0, 0, 0, missing)) for cache in caches)],
+            shared=[distances.vectors(sines) for _, distances in self._typed_layers],
+        )
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        state = self._with_places(state, num_tokens=num_tokens)
         present, *caches = state.rows
         num_slots = present.shape[1]
         num_keys = num_slots + num_tokens
-        places = num_slots + positions
+        places = (num_slots + positions).clamp(max=caches[0].shape[2] - 1)  # padding: the last place
         distances_to_keys = places[..., None] - torch.arange(num_keys, device=places.device)
         keep_mask = F.pad(present, (0, num_tokens), value=True)[:, None, None, :]
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
