@@ -47,7 +47,8 @@ class SegmentState:
     def replace_rows(self, rows: list[int], others: "SegmentState") -> None:
         """Set some rows to those of a new state of the same model, which may have places for fewer tokens."""
         for own, new in zip(self.rows, others.rows, strict=True):
-            own[(torch.tensor(rows, device=own.device), *(slice(size) for size in new.shape[1:]))] = new
+            view = own[(slice(None), *(slice(size) for size in new.shape[1:]))]
+            view[rows] = new
 
     def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
         """Replace the rows by copies of these."""
