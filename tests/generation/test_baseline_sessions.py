@@ -1,15 +1,18 @@
 """Sessions, evaluation and commands support every model; sessions and evaluation predict the same."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn.utils.rnn import PackedSequence
 
 from memformer import CheckpointError, InputError, MemformerConfig, Session, evaluate, load_model
 from memformer.data import corpus_from_arrays
-from memformer.models import NextTokenModel, TransformerXL
+from memformer.models import LSTM
+from memformer.models.next_token import SegmentState
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from tests.cli.calls import call, call_json, make_text, refused
 from tests.generation.sessions import assert_same_state, random_tokens
@@ -98,20 +101,126 @@ def test_every_token_is_read_once_within_its_segment(name, monkeypatch):
     assert read == [1] * (SEGMENT_LENGTH - 1)  # [BOS] and all tokens but the last
 
 
-def test_a_model_of_ones_own_reads_the_tokens_of_a_segment_again():
-    class Own(TransformerXL):
-        begin_segment, read_tokens = NextTokenModel.begin_segment, NextTokenModel.read_tokens
+class Doubled(torch.nn.Module):
+    """Stands in a layer's place and computes otherwise."""
 
-    model = tiny_baseline("transformer-xl")
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments, **options):
+        return 2 * self.layer(*arguments, **options)
+
+
+def assert_predicts_what_it_reads(model):
+    """Assert that a session predicts, token by token and in rows of unequal length, what the model's `encode` says."""
+    documents = [random_tokens(count, seed=count) for count in (2 * SEGMENT_LENGTH + 2, SEGMENT_LENGTH + 4)]
+    for document in documents:
+        corpus = corpus_from_arrays([np.array(document)], vocab_size=VOCAB_SIZE)
+        expected = evaluate(model, corpus, num_lanes=1, rollout_length=2).with_memory.nll
+        assert_close(session_nll(model, document).sum(), torch.tensor(expected, dtype=torch.float64))
+    session = Session(model, batch_size=2)
+    session.feed([document[:-1] for document in documents])
+    session.next_token_logits()
+    session.feed([document[-1:] for document in documents])
+    for logits, document in zip(session.next_token_logits(), documents, strict=True):
+        assert_close(logits, logits_of(model, document))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_subclass_that_reads_otherwise_predicts_what_it_reads(name):
+    model = tiny_baseline(name)
+
+    class Own(type(model)):
+        def _read(self, x, *, memory, num_tokens, **options):
+            hidden, memory = super()._read(x, memory=memory, num_tokens=num_tokens, **options)
+            return hidden + x, memory
+
     own = Own(model.config).double().eval()
     own.load_state_dict(model.state_dict())
-    prompts = [random_tokens(count, seed=count) for count in (2, SEGMENT_LENGTH + 1)]
-    sessions = [Session(each, batch_size=2) for each in (model, own)]
-    for session in sessions:
-        session.feed(prompts)
-    generated = [session.generate(3 * SEGMENT_LENGTH, seed=1) for session in sessions]
-    assert generated[0] == generated[1]
-    assert_same_state(*sessions)
+    assert_predicts_what_it_reads(own)
+
+
+def test_a_model_whose_states_depend_on_the_number_of_tokens_predicts_what_it_reads():
+    class Own(LSTM):
+        def _read(self, x, *, memory, num_tokens):
+            num_tokens = torch.full((len(x),), x.shape[1]) if num_tokens is None else num_tokens
+            hidden, memory = super()._read(x, memory=memory, num_tokens=num_tokens)
+            return hidden * num_tokens[:, None, None], memory
+
+    own = Own(tiny_baseline("lstm").config).double().eval()
+    session = Session(own, batch_size=2)
+    session.feed([[1, 2, 3], [4]])
+    for logits, row in zip(session.next_token_logits(), ([1, 2, 3], [4]), strict=True):
+        assert_close(logits, logits_of(own, row))
+
+
+@pytest.mark.parametrize("name", ["transformer-xl", "compressive", "recurrent memory"])
+def test_other_modules_in_the_place_of_layers_are_used(name):
+    model = tiny_baseline(name)
+    model.layers[1] = Doubled(model.layers[1])
+    assert_predicts_what_it_reads(model)
+
+
+def test_hooks_of_an_lstm_are_called_for_single_tokens():
+    def doubled(module, inputs, output):
+        sequence = output[0]
+        packed = isinstance(sequence, PackedSequence)
+        return (sequence._replace(data=2 * sequence.data) if packed else 2 * sequence, output[1])
+
+    model = tiny_baseline("lstm")
+    model.layers[0].register_forward_hook(doubled)
+    assert_predicts_what_it_reads(model)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_layer_norms_may_have_another_dtype(name):
+    model = tiny_baseline(name).bfloat16()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    session = Session(model)
+    session.feed([1, 2])
+    assert session.next_token_logits().isfinite().all()
+
+
+@baselines
+def test_an_interrupt_after_a_training_step_leaves_nothing_of_the_old_weights(name, monkeypatch):
+    model = tiny_baseline(name)
+    session = Session(model)
+    session.feed([1, 2])
+    session.next_token_logits()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+
+    def interrupted(self, memory):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "begin_segment", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.next_token_logits()
+    assert_close(session.next_token_logits(), copy.deepcopy(session).next_token_logits())
+
+
+def test_an_interrupt_while_chosen_rows_are_copied_loses_nothing(monkeypatch):
+    model = tiny_baseline("transformer-xl")
+    session = Session(model, batch_size=2)
+    session.feed([[1, 2], [3]])
+    session.next_token_logits()
+
+    def interrupted(self, rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentState, "select_rows", interrupted)
+        session.select_rows([1, 1, 0])
+        with pytest.raises(KeyboardInterrupt):
+            session.next_token_logits()
+    session.select_rows([2, 0])
+    for logits, row in zip(session.next_token_logits(), ([1, 2], [3]), strict=True):
+        assert_close(logits, logits_of(model, row))
 
 
 @baselines

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memformer import Rollout, Session, backpropagate
-from memformer.generation.compiling import identify_weights
+from memformer.generation.changed_weights import identify_weights
 from memformer.generation.contexts import SegmentContext
 from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
@@ -51,6 +51,65 @@ def test_weights_that_are_replaced_and_trained_apart_are_noticed():
     torch.optim.AdamW([model.embedding.weight], 0.1, fused=True).step()
     assert_close(session.next_token_logits(), copy.deepcopy(session).next_token_logits())
     assert (session.next_token_logits() - after).abs().max() > 1e-3
+
+
+class Adapter(torch.nn.Module):
+    """Replaces a linear layer, as low-rank adapters do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.scale = torch.nn.Parameter(torch.full((), 1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+def adapt(model):
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear) and name in ("expand", "projection"):
+                setattr(module, name, Adapter(child))
+
+
+def change_data(model):
+    for weight in model.parameters():
+        weight.data.mul_(1.1)
+
+
+def train_by_likelihood(model):
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 2, model.segment_length))
+    backpropagate(model, model.align_inputs(Rollout(inputs=tokens, targets=tokens)))
+    torch.optim.AdamW(model.parameters(), 0.1, fused=True).step()
+
+
+@pytest.mark.parametrize("name", ["memformer", "transformer-xl", "compressive"])
+@pytest.mark.parametrize("change", [adapt, change_data, train_by_likelihood])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_changes_that_leave_no_trace_in_versions_are_noticed(name, change, is_frozen):
+    if is_frozen and change is train_by_likelihood:
+        return
+    model = tiny_model() if name == "memformer" else tiny_baseline(name)
+    model.requires_grad_(not is_frozen)
+    session = Session(model)
+    session.feed(TOKENS)
+    before = session.next_token_logits()
+    change(model)
+    after = session.next_token_logits()
+    assert (after - before).abs().max() > 1e-3
+    assert_close(after, copy.deepcopy(session).next_token_logits())
+
+
+def test_weights_made_in_inference_mode_are_watched():
+    with torch.inference_mode():
+        model = tiny_model()
+        session = Session(model)
+        session.feed(TOKENS)
+        before = session.next_token_logits()
+        for weight in model.parameters():
+            weight.mul_(1.1)
+        after = session.next_token_logits()
+    assert (after - before).abs().max() > 1e-3
 
 
 def test_a_conversion_that_fails_leaves_the_state(monkeypatch):

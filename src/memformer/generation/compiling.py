@@ -6,7 +6,6 @@ it. It holds a second copy of the weights, in a layout for products with few row
 
 import types
 import warnings
-import zlib
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from memformer.errors import InputError, first_line
+from memformer.generation.changed_weights import identify_weights
 
 
 class CompiledFunction:
@@ -86,19 +86,3 @@ def compiled_function(
     if key not in functions or functions[key].is_stale(model):
         functions[key] = CompiledFunction(function, model, example)
     return functions[key]
-
-
-def identify_weights(model: nn.Module) -> list[tuple[int, ...]]:
-    """Return what tells weights from others: where they are and, on a CPU, a checksum.
-
-    Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these. On other
-    devices it reads the weights where they are.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        return [(weight.data_ptr(),) for weight in model.parameters()]
-    return [(weight.data_ptr(), weight._version, checksum_of(weight)) for weight in model.parameters()]
-
-
-def checksum_of(weight: torch.Tensor) -> int:
-    """Return a checksum of the bytes of a weight on the CPU."""
-    return zlib.crc32(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)

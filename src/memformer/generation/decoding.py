@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from memformer.generation.changed_weights import WeightsTrace
 from memformer.generation.compiling import compiled_function
-from memformer.generation.pending_tokens import WeightsTrace, last_of_each_row, new_tokens
+from memformer.generation.pending_tokens import last_of_each_row, new_tokens
 from memformer.generation.recording import RecordedStep, can_record
 from memformer.models.decoder import Past
 from memformer.models.memformer import Memformer
@@ -69,6 +70,7 @@ class Decoding:
         model, device = self.model, self.model.device
         if self._trace.has_changed():  # a training step: what was decoded is of old weights
             self.restart(range(len(self.num_decoded)))
+            self._trace.accept()
         if self.past is None:
             self._begin_segment(hidden, hidden_padding)
         # The decoder's inputs are [BOS], or what replaces it, and the pending tokens; some may be decoded already.

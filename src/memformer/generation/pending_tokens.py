@@ -1,16 +1,8 @@
-"""What decoding pending tokens one by one has in common for all models: new tokens, last values, changed weights."""
-
-from typing import Any
+"""What reading pending tokens one by one has in common for all models: the new tokens, and the last values."""
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-
-from memformer.generation.compiling import checksum_of
-from memformer.models import LanguageModel
-
-# Elements of a weight whose checksum takes a few microseconds.
-_FEW = 4096
 
 
 def new_tokens(
@@ -24,7 +16,7 @@ def new_tokens(
         num_read: Number of them that are read.
         padding_position: The position that marks padding, of rows with fewer new inputs than others.
     """
-    num_new = [all_ - read for all_, read in zip(num_inputs, num_read, strict=True)]
+    num_new = [count - read for count, read in zip(num_inputs, num_read, strict=True)]
     tokens = torch.zeros((len(num_new), max(num_new)), dtype=torch.int64, device="cpu")
     positions = torch.full_like(tokens, padding_position)
     for row, (count, read) in enumerate(zip(num_new, num_read, strict=True)):
@@ -45,35 +37,3 @@ def last_of_each_row(
         return latest
     is_unchanged = torch.tensor([count == 0 for count in num_new], device=values.device)[:, None]
     return torch.where(is_unchanged, earlier, latest)
-
-
-class WeightsTrace:
-    """Notices that the weights of a model have changed, in a tenth of the time of looking at all of them.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        # Where the weights are looked up, which takes a tenth of the time of `parameters`.
-        self._places = [
-            (module._parameters, name)
-            for module in model.modules()
-            for name, weight in module._parameters.items()
-            if weight is not None and not weight.is_inference()
-        ]
-        self._trace = self._take()
-
-    def has_changed(self) -> bool:
-        """Return whether the weights have changed since the last call, or since the start."""
-        before, self._trace = self._trace, self._take()
-        return self._trace != before
-
-    def _take(self) -> list[Any]:
-        weights = [weights.get(name) for weights, name in self._places]
-        trace: list[Any] = [(id(weight), weight._version) for weight in weights if weight is not None]
-        # A fused optimizer leaves the versions as they are. It changes all weights that are trained.
-        trained = next((weight for weight in reversed(weights) if weight is not None and weight.requires_grad), None)
-        if trained is not None and trained.device.type == "cpu":
-            trace.append(checksum_of(trained.detach().reshape(-1)[:_FEW]))
-        return trace

@@ -139,6 +139,9 @@ class CompressiveTransformer(TransformerXL):
         recent = append_slots(recent, slots, num_new=num_tokens).masked_fill(is_removed[..., None], 0.0)
         return hidden, torch.cat([old, recent], dim=1)
 
+    def _keeps_keys(self) -> bool:
+        return type(self) is CompressiveTransformer and self._has_own_layers()
+
     def _attended(self, memory: Memory) -> Memory:
         # Empty slots before all others: between compressed memories and tokens they would add to distances.
         return gather_slots(memory, _order_with_empty_first(is_present(memory)))

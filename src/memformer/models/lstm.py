@@ -15,6 +15,11 @@ from memformer.shapes import Hidden, Memory, Segment
 _CELL_WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether the layer computes what its weights say: it is no other module, and has no hooks."""
+    return type(layer) is nn.LSTM and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class LSTM(NextTokenModel):
     """LSTM layers between an embedding and an output projection tied to it.
 
@@ -78,15 +83,18 @@ class LSTM(NextTokenModel):
 
     def begin_segment(self, memory: Memory) -> SegmentState:
         """Return the memory, which is all that the next tokens need."""
+        if type(self) is not LSTM:  # a subclass may read otherwise
+            return super().begin_segment(memory)
         return SegmentState([memory.clone()])
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
-        del num_tokens
+        if state.reads_again:
+            return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
         memory, padding = state.rows[0], positions == self.segment_length
-        if tokens.shape[1] > 1:
+        if tokens.shape[1] > 1 or not all(_is_plain(layer) for layer in self.layers):
             hidden, memory = self.encode(tokens, memory=memory, padding_mask=padding if padding.any() else None)
             return hidden, SegmentState([memory])
         hidden, next_memory = self._read_one(self._embed(tokens), memory)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,17 +32,19 @@ def count_places(num_tokens: int, *, segment_length: int) -> int:
     return min(places, segment_length)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SegmentState:
     """A segment that is being read token by token: what its next tokens need of the memory and of its tokens so far.
 
     Attributes:
         rows: Tensors with a part for each row, (B, ...).
         shared: Tensors that are the same for all rows.
+        reads_again: The tokens so far are kept as such, and read again with every new token.
     """
 
     rows: list[Tensor]
     shared: list[Tensor] = field(default_factory=list)
+    reads_again: bool = False
 
     def replace_rows(self, rows: list[int], others: "SegmentState") -> None:
         """Set some rows to those of a new state of the same model, which may have places for fewer tokens."""
@@ -50,9 +52,9 @@ class SegmentState:
             view = own[(slice(None), *(slice(size) for size in new.shape[1:]))]
             view[rows] = new
 
-    def select_rows(self, rows: Int64[Tensor, " R"]) -> None:
-        """Replace the rows by copies of these."""
-        self.rows = [tensor[rows] for tensor in self.rows]
+    def select_rows(self, rows: Int64[Tensor, " R"]) -> "SegmentState":
+        """Return a copy of these rows."""
+        return replace(self, rows=[tensor[rows] for tensor in self.rows])
 
 
 class NextTokenModel(LanguageModel):
@@ -133,16 +135,18 @@ class NextTokenModel(LanguageModel):
         """
 
     def begin_segment(self, memory: Memory) -> SegmentState:
-        """Return the state of a segment of which no token has been read; `read_tokens` reads them."""
+        """Return the state of a segment of which no token has been read; `read_tokens` reads them.
+
+        By this definition all tokens of the segment are read again with every new one. The models of this package keep
+        what they have computed, if neither a subclass nor another module in a layer's place may compute otherwise.
+        """
         tokens = torch.full((len(memory), self.segment_length + 1), self.bos_token_id, device=self.device)
-        return SegmentState([memory.clone(), tokens])
+        return SegmentState([memory.clone(), tokens, torch.zeros_like(tokens[:, 0])], reads_again=True)
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; return their hidden states, as `encode` of the whole segment has them.
-
-        Here all tokens of the segment are read again. The models of this package read only the new ones.
 
         Args:
             tokens: Token ids, 0 .. V.
@@ -151,12 +155,20 @@ class NextTokenModel(LanguageModel):
                 meaningless.
             num_tokens: Number of tokens of the segment that have been read after this call, in the row with most.
         """
-        memory, segment = state.rows
+        memory, segment, counts = state.rows
         segment[torch.arange(len(segment), device=self.device)[:, None], positions] = tokens
-        # Behind the tokens of the other rows are others, which change nothing: a state depends on earlier tokens alone.
-        hidden, _ = self.encode(segment[:, :num_tokens], memory=memory)
+        read = (positions + 1).masked_fill(positions == self.segment_length, 0).amax(dim=1)
+        counts = torch.maximum(counts, read)
+        padding = torch.arange(num_tokens, device=self.device) >= counts[:, None]
+        hidden, _ = self.encode(segment[:, :num_tokens], memory=memory, padding_mask=padding if padding.any() else None)
         places = positions.clamp(max=num_tokens - 1)[..., None]
+        state = SegmentState([memory, segment, counts], reads_again=True)
         return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1])), state
+
+    def _embedded_bos(self) -> Float[Tensor, "1 D"]:
+        """Return `[BOS]` as layers read it, for its dtype and device."""
+        bos: Tensor = self.embedding(torch.full((1,), self.bos_token_id, device=self.device))
+        return bos
 
     def _features(
         self,

@@ -120,8 +120,10 @@ class RecurrentMemoryTransformer(NextTokenModel):
 
     def begin_segment(self, memory: Memory) -> SegmentState:
         """Return the keys and values of the read tokens for each layer."""
+        if type(self) is not RecurrentMemoryTransformer:  # a subclass may read otherwise
+            return super().begin_segment(memory)
         batch_size, num_memory = memory.shape[:2]
-        empty = self.norm.weight.new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
+        empty = self._embedded_bos().new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
         state = self._with_places(SegmentState([empty] * (2 * len(self.layers))), num_tokens=1)
         places = torch.arange(num_memory, device=self.device).expand(batch_size, -1)
         self._run_cached(memory.to(empty.dtype), state, places=places, num_keys=num_memory)
@@ -137,6 +139,8 @@ class RecurrentMemoryTransformer(NextTokenModel):
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        if state.reads_again:
+            return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
         state, num_memory = self._with_places(state, num_tokens=num_tokens), self.config.num_memory_tokens
         num_keys, last = num_memory + num_tokens, state.rows[0].shape[2] - 1
         places = (num_memory + positions).clamp(max=last)  # padding is written to the last place

@@ -71,23 +71,28 @@ class TransformerXL(NextTokenModel):
             x = layer(x, frame=distances(sines), keep_mask=keep_mask, past=past)
         return self.norm(x), make_slots(layer_inputs).detach().to(memory.dtype)
 
-    @property
-    def _typed_layers(self) -> list[tuple[CausalLayer, Distances]]:
-        layers = [layer for layer in self.layers if isinstance(layer, CausalLayer)]
-        distances = [each for each in self.distances if isinstance(each, Distances)]
-        return list(zip(layers, distances, strict=True))
-
     def _attended(self, memory: Memory) -> Memory:
         """Return the slots that a segment's tokens attend to, in the order of their distances, empty ones first."""
         return memory
 
+    def _keeps_keys(self) -> bool:
+        """Return whether it is known what this class and its layers compute, so that keys and values can be kept."""
+        return type(self) is TransformerXL and self._has_own_layers()
+
+    def _has_own_layers(self) -> bool:
+        layers = all(type(layer) is CausalLayer for layer in self.layers)
+        return layers and all(type(distances) is Distances for distances in self.distances)
+
     def begin_segment(self, memory: Memory) -> SegmentState:
         """Return the keys and values of the memory for each layer."""
-        slots, width, dtype = self._attended(memory), self.config.d_model, self.norm.weight.dtype
+        if not self._keeps_keys():
+            return super().begin_segment(memory)
+        slots, width, dtype = self._attended(memory), self.config.d_model, self._embedded_bos().dtype
         state = SegmentState([is_present(slots)])
-        for index, (layer, _) in enumerate(self._typed_layers):
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, CausalLayer)
             past = _states_of_layer(index, slots, width=width).to(dtype)
-            state.rows += layer.project(past, frame=Frame())
+            state.rows.extend(layer.project(past, frame=Frame()))
         return self._with_places(state, num_tokens=1)
 
     def _with_places(self, state: SegmentState, *, num_tokens: int) -> SegmentState:
@@ -97,31 +102,36 @@ class TransformerXL(NextTokenModel):
         missing = num_keys + 1 - caches[0].shape[2]
         if missing <= 0:
             return state
-        sines = descending_sinusoids(num_keys, width=self.config.d_model, like=self.norm.weight)
-        return SegmentState(
-            [present, *(F.pad(cache, (0, 0, 0, missing)) for cache in caches)],
-            shared=[distances.vectors(sines) for _, distances in self._typed_layers],
-        )
+        return SegmentState([present, *(F.pad(cache, (0, 0, 0, missing)) for cache in caches)])
+
+    def _vectors_of_distances(self, num_keys: int) -> list[Float[Tensor, "H L E"]]:
+        """Return R of each layer, for the distances L-1 .. 0."""
+        sines = descending_sinusoids(num_keys, width=self.config.d_model, like=self._embedded_bos())
+        return [distances.vectors(sines) for distances in self.distances if isinstance(distances, Distances)]
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
     ) -> tuple[Hidden, SegmentState]:
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        if state.reads_again:
+            return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
         state = self._with_places(state, num_tokens=num_tokens)
         present, *caches = state.rows
-        num_slots = present.shape[1]
+        num_slots, num_places = present.shape[1], caches[0].shape[2] - 1
         num_keys = num_slots + num_tokens
-        places = (num_slots + positions).clamp(max=caches[0].shape[2] - 1)  # padding: the last place
+        vectors = state.shared or self._vectors_of_distances(num_places)
+        places = (num_slots + positions).clamp(max=num_places)  # padding: behind all others
         distances_to_keys = places[..., None] - torch.arange(num_keys, device=places.device)
         keep_mask = F.pad(present, (0, num_tokens), value=True)[:, None, None, :]
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         x = self._embed(tokens)
-        for index, (layer, distances) in enumerate(self._typed_layers):
+        for index, (layer, distances) in enumerate(zip(self.layers, self.distances, strict=True)):
+            assert isinstance(distances, Distances)
             keys, values = caches[2 * index : 2 * index + 2]
-            frame = distances.cached_frame(state.shared[index], distances=distances_to_keys)
+            frame = distances.cached_frame(vectors[index][:, -num_keys:], distances=distances_to_keys)
             window = CacheWindow(keys, values, rows, places, num_keys=num_keys)
             x = layer(x, frame=frame, keep_mask=keep_mask, cache=window)
-        return self.norm(x), state
+        return self.norm(x), SegmentState(state.rows, shared=vectors)
 
 
 def _states_of_layer(index: int, slots: TokenSlots, *, width: int) -> Float[Tensor, "B J D"]:

@@ -45,7 +45,9 @@ class DistanceFrame(Frame):
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
         """Return the attention output of each query over the keys up to its own token; `is_causal` has no effect."""
-        by_distance = (query + self.distance_bias[:, None].to(query.dtype)) @ self.vectors.to(query.dtype).mT
+        biased = (query + self.distance_bias[:, None].to(query.dtype)).transpose(0, 1)  # (H, B, Q, E)
+        by_distance = biased.flatten(1, 2) @ self.vectors.to(query.dtype).mT  # so vectors are not copied for each row
+        by_distance = by_distance.unflatten(1, biased.shape[1:3]).transpose(0, 1)
         scores, keep = self._by_key(by_distance, num_keys=key.shape[-2])
         keep = keep if keep_mask is None else keep & keep_mask
         scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~keep, torch.finfo(query.dtype).min)
@@ -67,7 +69,7 @@ class DistanceFrame(Frame):
 
 
 class CachedDistanceFrame(DistanceFrame):
-    """The same attention to cached keys: queries of a row are at any places, other than in other rows.
+    """The same attention to cached keys: the queries of each row have places of their own.
 
     Args:
         vectors: R for the distances L-1 .. 0, for each head.
