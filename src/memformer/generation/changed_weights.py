@@ -42,7 +42,7 @@ class WeightsTrace:
         self.accept()
 
     def accept(self) -> None:
-        """Take the weights as they are now for known."""
+        """Remember the weights as they are now."""
         modules = list(self._model.modules())
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules]
         # Where the weights are looked up, which is several times as fast as `parameters`.

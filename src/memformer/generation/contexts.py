@@ -1,6 +1,6 @@
 """Contexts: a session's state of the tokens before the current segment, besides the memory, by kind of model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ class SegmentContext:
         self.hidden[rows] = hidden
         self.hidden_padding[rows] = False
         if self._decoding is not None:
-            self._decoding.restart(range(len(self.hidden)) if isinstance(rows, slice) else rows.tolist())
+            self._decoding.restart(_numbers_of(rows, len(self.hidden)))
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
@@ -222,7 +222,7 @@ class TokenContext:
         """Set the context of rows whose segment was read."""
         self.previous[rows] = previous
         if self._reading is not None:
-            self._reading.restart(range(len(self.previous)) if isinstance(rows, slice) else rows.tolist())
+            self._reading.restart(_numbers_of(rows, len(self.previous)))
 
     def predict(
         self, segment: Int64[Tensor, "R S"], num_tokens: list[int], *, rows: Rows, memory: Float[Tensor, "R K W"]
@@ -260,6 +260,11 @@ class TokenContext:
         index = torch.arange(inputs.shape[1], device=self.model.device)
         padding = index >= torch.tensor(num_tokens, device=self.model.device)[:, None]
         return self.model.encode(inputs, memory=memory, padding_mask=padding if padding.any() else None)[0]
+
+
+def _numbers_of(rows: Rows, batch_size: int) -> Collection[int]:
+    """Return the numbers of chosen rows; a slice means all."""
+    return range(batch_size) if isinstance(rows, slice) else rows.tolist()
 
 
 Context = SegmentContext | TokenContext

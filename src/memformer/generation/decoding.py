@@ -84,7 +84,7 @@ class Decoding:
             start = torch.full((len(num_new), 1), model.bos_token_id, device="cpu")
             inputs, positions = new_tokens(
                 torch.cat([start, tokens], dim=1),
-                num_inputs=[pending + 1 for pending in num_pending],
+                num_new=num_new,
                 num_read=self.num_decoded,
                 padding_position=model.segment_length,
             )

@@ -1,4 +1,4 @@
-"""What reading pending tokens one by one has in common for all models: the new tokens, and the last values."""
+"""Steps that incremental decoding needs for every model: find the new tokens, and take each row's last value."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -6,17 +6,16 @@ from torch import Tensor
 
 
 def new_tokens(
-    inputs: Int64[Tensor, "B S"], *, num_inputs: list[int], num_read: list[int], padding_position: int
+    inputs: Int64[Tensor, "B S"], *, num_new: list[int], num_read: list[int], padding_position: int
 ) -> tuple[Int64[Tensor, "B Q"], Int64[Tensor, "B Q"]]:
     """Return the inputs of each row that are not read yet, and their positions, on the CPU.
 
     Args:
         inputs: The inputs of each row, on the CPU; tokens behind them are not used.
-        num_inputs: Number of inputs of each row.
-        num_read: Number of them that are read.
+        num_new: Number of inputs of each row that are not read yet.
+        num_read: Number of those that are.
         padding_position: The position that marks padding, of rows with fewer new inputs than others.
     """
-    num_new = [count - read for count, read in zip(num_inputs, num_read, strict=True)]
     tokens = torch.zeros((len(num_new), max(num_new)), dtype=torch.int64, device="cpu")
     positions = torch.full_like(tokens, padding_position)
     for row, (count, read) in enumerate(zip(num_new, num_read, strict=True)):

@@ -14,7 +14,7 @@ from memformer.shapes import Memory
 
 
 class _Progress(NamedTuple):
-    """What was read of the current segments; one value, so that an interrupt cannot part it.
+    """How far the current segments are read. It is replaced as a whole, so an interrupt leaves the old or the new one.
 
     Attributes:
         num_read: Number of tokens of each row.
@@ -75,7 +75,7 @@ class TokenReading:
         num_new = [count - read for count, read in zip(num_inputs, num_read, strict=True)]
         if max(num_new) > 0:
             tokens, positions = new_tokens(
-                inputs, num_inputs=num_inputs, num_read=num_read, padding_position=self.model.segment_length
+                inputs, num_new=num_new, num_read=num_read, padding_position=self.model.segment_length
             )
             device = self.model.device
             hidden, state = self.model.read_tokens(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -24,12 +25,20 @@ Read = Callable[..., tuple[Hidden, Memory]]
 _FIRST_PLACES = 64
 
 
-def count_places(num_tokens: int, *, segment_length: int) -> int:
-    """Return the number of a segment's tokens to keep places for when it has `num_tokens` tokens."""
+def with_places(caches: list[Tensor], *, num_before: int, num_tokens: int, segment_length: int) -> list[Tensor]:
+    """Return keys and values (B, H, L, E) with places for so many tokens of a segment, and one more for padding.
+
+    Args:
+        caches: The keys and values.
+        num_before: Number of places before those of the segment.
+        num_tokens: Number of tokens that need a place.
+        segment_length: Number of tokens of a full segment.
+    """
     places = _FIRST_PLACES
     while places < num_tokens:
         places *= 2
-    return min(places, segment_length)
+    missing = num_before + min(places, segment_length) + 1 - caches[0].shape[2]
+    return [F.pad(cache, (0, 0, 0, missing)) for cache in caches] if missing > 0 else caches
 
 
 @dataclass(frozen=True)

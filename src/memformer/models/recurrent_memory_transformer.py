@@ -4,13 +4,12 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, count_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
 from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
@@ -124,16 +123,16 @@ class RecurrentMemoryTransformer(NextTokenModel):
             return super().begin_segment(memory)
         batch_size, num_memory = memory.shape[:2]
         empty = self._embedded_bos().new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
-        state = self._with_places(SegmentState([empty] * (2 * len(self.layers))), num_tokens=1)
+        state = self._with_places([empty] * (2 * len(self.layers)), num_tokens=1)
         places = torch.arange(num_memory, device=self.device).expand(batch_size, -1)
         self._run_cached(memory.to(empty.dtype), state, places=places, num_keys=num_memory)
         return state
 
-    def _with_places(self, state: SegmentState, *, num_tokens: int) -> SegmentState:
-        """Return the state with places for so many tokens, and one more for padding, in all keys and values."""
-        num_places = count_places(num_tokens, segment_length=self.segment_length)
-        missing = self.config.num_memory_tokens + num_places + 1 - state.rows[0].shape[2]
-        return SegmentState([F.pad(cache, (0, 0, 0, missing)) for cache in state.rows]) if missing > 0 else state
+    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> SegmentState:
+        num_memory = self.config.num_memory_tokens
+        return SegmentState(
+            with_places(caches, num_before=num_memory, num_tokens=num_tokens, segment_length=self.segment_length)
+        )
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
@@ -141,7 +140,7 @@ class RecurrentMemoryTransformer(NextTokenModel):
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
         if state.reads_again:
             return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
-        state, num_memory = self._with_places(state, num_tokens=num_tokens), self.config.num_memory_tokens
+        state, num_memory = self._with_places(state.rows, num_tokens=num_tokens), self.config.num_memory_tokens
         num_keys, last = num_memory + num_tokens, state.rows[0].shape[2] - 1
         places = (num_memory + positions).clamp(max=last)  # padding is written to the last place
         keep_mask = (torch.arange(num_keys, device=places.device) <= places[..., None])[:, None]

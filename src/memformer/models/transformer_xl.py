@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import TransformerXLConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, count_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
 from memformer.nn.attention import CacheWindow
 from memformer.nn.distances import Distances, descending_sinusoids
 from memformer.nn.positions import Frame
@@ -88,21 +88,16 @@ class TransformerXL(NextTokenModel):
         if not self._keeps_keys():
             return super().begin_segment(memory)
         slots, width, dtype = self._attended(memory), self.config.d_model, self._embedded_bos().dtype
-        state = SegmentState([is_present(slots)])
+        caches: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, CausalLayer)
             past = _states_of_layer(index, slots, width=width).to(dtype)
-            state.rows.extend(layer.project(past, frame=Frame()))
-        return self._with_places(state, num_tokens=1)
+            caches.extend(layer.project(past, frame=Frame()))
+        return SegmentState([is_present(slots), *self._with_places(caches, num_tokens=1)])
 
-    def _with_places(self, state: SegmentState, *, num_tokens: int) -> SegmentState:
-        """Return the state with places for so many tokens, and one more for padding, in all keys and values."""
-        present, *caches = state.rows
-        num_keys = present.shape[1] + count_places(num_tokens, segment_length=self.segment_length)
-        missing = num_keys + 1 - caches[0].shape[2]
-        if missing <= 0:
-            return state
-        return SegmentState([present, *(F.pad(cache, (0, 0, 0, missing)) for cache in caches)])
+    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> list[Tensor]:
+        num_slots, _ = self.memory_shape
+        return with_places(caches, num_before=num_slots, num_tokens=num_tokens, segment_length=self.segment_length)
 
     def _vectors_of_distances(self, num_keys: int) -> list[Float[Tensor, "H L E"]]:
         """Return R of each layer, for the distances L-1 .. 0."""
@@ -115,23 +110,27 @@ class TransformerXL(NextTokenModel):
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
         if state.reads_again:
             return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
-        state = self._with_places(state, num_tokens=num_tokens)
         present, *caches = state.rows
+        caches = self._with_places(caches, num_tokens=num_tokens)
         num_slots, num_places = present.shape[1], caches[0].shape[2] - 1
+        vectors = state.shared
+        if not vectors or vectors[0].shape[1] < num_places:
+            vectors = self._vectors_of_distances(num_places)
         num_keys = num_slots + num_tokens
-        vectors = state.shared or self._vectors_of_distances(num_places)
         places = (num_slots + positions).clamp(max=num_places)  # padding: behind all others
-        distances_to_keys = places[..., None] - torch.arange(num_keys, device=places.device)
-        keep_mask = F.pad(present, (0, num_tokens), value=True)[:, None, None, :]
+        key_places = torch.arange(num_keys, device=places.device)
+        numbers = (num_keys - 1 - places[..., None] + key_places).clamp(0, num_keys - 1)[:, None]
+        keep_mask = (key_places <= places[..., None])[:, None]
+        keep_mask = keep_mask & F.pad(present, (0, num_tokens), value=True)[:, None, None, :]
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         x = self._embed(tokens)
         for index, (layer, distances) in enumerate(zip(self.layers, self.distances, strict=True)):
             assert isinstance(distances, Distances)
             keys, values = caches[2 * index : 2 * index + 2]
-            frame = distances.cached_frame(vectors[index][:, -num_keys:], distances=distances_to_keys)
+            frame = distances.cached_frame(vectors[index][:, -num_keys:], numbers=numbers)
             window = CacheWindow(keys, values, rows, places, num_keys=num_keys)
             x = layer(x, frame=frame, keep_mask=keep_mask, cache=window)
-        return self.norm(x), SegmentState(state.rows, shared=vectors)
+        return self.norm(x), SegmentState([present, *caches], shared=vectors)
 
 
 def _states_of_layer(index: int, slots: TokenSlots, *, width: int) -> Float[Tensor, "B J D"]:

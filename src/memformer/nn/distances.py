@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from memformer.nn.linear import Linear
 from memformer.nn.positions import Frame, fused_attention, sinusoids
 
+KeepMask = Bool[Tensor, "#B 1 #Q J"]
+
 
 class DistanceFrame(Frame):
     """Causal attention: softmax(((Q + u) K^T + (Q + v) R^T) / sqrt(D/H)) V, with a vector R for each distance.
@@ -40,7 +42,7 @@ class DistanceFrame(Frame):
         key: Float[Tensor, "B H J E"],
         value: Float[Tensor, "B H J W"],
         *,
-        keep_mask: Bool[Tensor, "#B 1 #Q J"] | None = None,
+        keep_mask: KeepMask | None = None,
         is_causal: bool = True,
         dropout: float = 0.0,
     ) -> Float[Tensor, "B H Q W"]:
@@ -48,16 +50,15 @@ class DistanceFrame(Frame):
         biased = (query + self.distance_bias[:, None].to(query.dtype)).transpose(0, 1)  # (H, B, Q, E)
         by_distance = biased.flatten(1, 2) @ self.vectors.to(query.dtype).mT  # so vectors are not copied for each row
         by_distance = by_distance.unflatten(1, biased.shape[1:3]).transpose(0, 1)
-        scores, keep = self._by_key(by_distance, num_keys=key.shape[-2])
-        keep = keep if keep_mask is None else keep & keep_mask
-        scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~keep, torch.finfo(query.dtype).min)
+        scores, keep_mask = self._by_key(by_distance, num_keys=key.shape[-2], keep_mask=keep_mask)
+        scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~keep_mask, torch.finfo(query.dtype).min)
         query = query + self.content_bias[:, None].to(query.dtype)
         return fused_attention(query, key, value, mask=scores, dropout=dropout)
 
     def _by_key(
-        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int
-    ) -> tuple[Float[Tensor, "B H Q J"], Bool[Tensor, "#B 1 Q J"]]:
-        """Return the score of each query and key from those of all distances, and True at keys not after the query.
+        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int, keep_mask: KeepMask | None
+    ) -> tuple[Float[Tensor, "B H Q J"], KeepMask]:
+        """Return the score of each query and key from those of all distances, and the mask without keys after a query.
 
         Relative shift (arXiv 1901.02860, appendix B): the scores of a query k tokens before the last one belong k
         columns further left. Padding rows with one column and reshaping shifts each row by one more than the next.
@@ -65,17 +66,19 @@ class DistanceFrame(Frame):
         num_queries = by_distance.shape[-2]
         shifted = F.pad(by_distance, (1, 0)).flatten(-2)[..., num_queries:].unflatten(-1, (num_queries, num_keys))
         keep = torch.ones(num_queries, num_keys, dtype=torch.bool, device=shifted.device).tril(num_keys - num_queries)
-        return shifted, keep[None, None]
+        return shifted, keep[None, None] if keep_mask is None else keep & keep_mask
 
 
 class CachedDistanceFrame(DistanceFrame):
     """The same attention to cached keys: the queries of each row have places of their own.
 
+    The mask that `attend` is given must leave out the keys after a query.
+
     Args:
         vectors: R for the distances L-1 .. 0, for each head.
         content_bias: u.
         distance_bias: v.
-        distances: The place of each query minus that of each key.
+        numbers: Number of the vector of each query and key.
     """
 
     def __init__(
@@ -84,18 +87,17 @@ class CachedDistanceFrame(DistanceFrame):
         *,
         content_bias: Float[Tensor, "H E"],
         distance_bias: Float[Tensor, "H E"],
-        distances: Int64[Tensor, "B Q J"],
+        numbers: Int64[Tensor, "B 1 Q J"],
     ) -> None:
         super().__init__(vectors, content_bias=content_bias, distance_bias=distance_bias)
-        self.distances = distances[:, None]
+        self.numbers = numbers
 
     def _by_key(
-        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int
-    ) -> tuple[Float[Tensor, "B H Q J"], Bool[Tensor, "#B 1 Q J"]]:
+        self, by_distance: Float[Tensor, "B H Q L"], *, num_keys: int, keep_mask: KeepMask | None
+    ) -> tuple[Float[Tensor, "B H Q J"], KeepMask]:
         del num_keys
-        farthest = by_distance.shape[-1] - 1
-        index = farthest - self.distances.clamp(0, farthest)
-        return by_distance.gather(-1, index.expand(-1, by_distance.shape[1], -1, -1)), self.distances >= 0
+        assert keep_mask is not None
+        return by_distance.gather(-1, self.numbers.expand(-1, by_distance.shape[1], -1, -1)), keep_mask
 
 
 class Distances(nn.Module):
@@ -124,11 +126,11 @@ class Distances(nn.Module):
         return vectors.unflatten(-1, self.content_bias.shape).transpose(0, 1)
 
     def cached_frame(
-        self, vectors: Float[Tensor, "H L E"], *, distances: Int64[Tensor, "B Q J"]
+        self, vectors: Float[Tensor, "H L E"], *, numbers: Int64[Tensor, "B 1 Q J"]
     ) -> CachedDistanceFrame:
-        """Return the layer's frame for cached keys; `vectors` are those of all distances L-1 .. 0."""
+        """Return the layer's frame for cached keys; arguments as for `CachedDistanceFrame`."""
         return CachedDistanceFrame(
-            vectors, content_bias=self.content_bias, distance_bias=self.distance_bias, distances=distances
+            vectors, content_bias=self.content_bias, distance_bias=self.distance_bias, numbers=numbers
         )
 
 
