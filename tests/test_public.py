@@ -3,6 +3,8 @@ import memformer
 
 def test_public_names():
     assert set(memformer.__all__) == {
+        "AssociativeRecurrentMemoryTransformer",
+        "AssociativeRecurrentMemoryTransformerConfig",
         "AttentionRecord",
         "CheckpointError",
         "ClassificationStream",

@@ -8,6 +8,7 @@ from memformer.evaluation.likelihood import Evaluation, Likelihood, evaluate
 from memformer.generation.session import Session
 from memformer.models import (
     LSTM,
+    AssociativeRecurrentMemoryTransformer,
     ClassificationStream,
     CompressiveTransformer,
     Memformer,
@@ -19,6 +20,7 @@ from memformer.models import (
     load_model,
 )
 from memformer.models.baseline_configs import (
+    AssociativeRecurrentMemoryTransformerConfig,
     CompressiveTransformerConfig,
     LSTMConfig,
     RecurrentMemoryTransformerConfig,
@@ -35,6 +37,8 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "LSTM",
+    "AssociativeRecurrentMemoryTransformer",
+    "AssociativeRecurrentMemoryTransformerConfig",
     "AttentionRecord",
     "CheckpointError",
     "ClassificationStream",

@@ -3,6 +3,7 @@
 import torch
 
 from memformer import (
+    AssociativeRecurrentMemoryTransformerConfig,
     CompressiveTransformerConfig,
     LSTMConfig,
     RecurrentMemoryTransformerConfig,
@@ -35,9 +36,13 @@ BASELINES = {
     ),
     "recurrent memory": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 3}),
     "recurrent memory, one token": (RecurrentMemoryTransformerConfig, {**_ATTENTION, "num_memory_tokens": 1}),
+    "associative": (
+        AssociativeRecurrentMemoryTransformerConfig,
+        {**_ATTENTION, "num_memory_tokens": 3, "key_width": 2},
+    ),
 }
 # One model of each type.
-TYPES = ["lstm", "transformer-xl", "compressive", "recurrent memory"]
+TYPES = ["lstm", "transformer-xl", "compressive", "recurrent memory", "associative"]
 
 
 def tiny_baseline(name, seed=0, **changes):

@@ -6,9 +6,10 @@ from memformer.cli.parsing import new_parser, parse
 
 REPRODUCE_HELP = """Train the models of one of the paper's tables and write the results beside the paper's numbers.
 
-Tables: table1 (MNIST), table2 (text; also --scale books and paper_bpe), v1 (ablations of the paper's first version:
-tasks, positions, memory slots, time horizons). table3 (training methods) and figure5 (compute and memory) are measured
-in one or two minutes, without training. headline compares quality, memory and speed of models of table1 and table2.
+Tables: table1 (MNIST), table2 (text; also --scale books, code and paper_bpe), v1 (ablations of the paper's first
+version: tasks, positions, memory slots, time horizons). table3 (training methods) and figure5 (compute and memory)
+are measured in one or two minutes, without training. headline compares quality, memory and speed of models of table1
+and table2.
 
 Finished runs are reused and interrupted runs are resumed, so the command can be repeated until all runs are finished.
 A finished run that was trained with other settings or on other data is refused.

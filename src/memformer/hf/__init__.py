@@ -12,6 +12,7 @@ check_transformers()
 # E402: the imports below need a supported transformers, which the call above has checked.
 from memformer.hf.cache import MemformerCache  # noqa: E402
 from memformer.hf.configuration import (  # noqa: E402
+    AssociativeRecurrentMemoryTransformerHFConfig,
     CompressiveTransformerHFConfig,
     LSTMHFConfig,
     MemformerHFConfig,
@@ -19,7 +20,9 @@ from memformer.hf.configuration import (  # noqa: E402
     RecurrentMemoryTransformerHFConfig,
     TransformerXLHFConfig,
 )
-from memformer.hf.modeling import (  # noqa: E402
+from memformer.hf.models import (  # noqa: E402
+    AssociativeRecurrentMemoryTransformerForCausalLM,
+    AssociativeRecurrentMemoryTransformerModel,
     CompressiveTransformerForCausalLM,
     CompressiveTransformerModel,
     LSTMForCausalLM,
@@ -35,6 +38,9 @@ from memformer.hf.registration import as_causal_lm, register  # noqa: E402
 from memformer.hf.tokenization import as_hf_tokenizer  # noqa: E402
 
 __all__ = [
+    "AssociativeRecurrentMemoryTransformerForCausalLM",
+    "AssociativeRecurrentMemoryTransformerHFConfig",
+    "AssociativeRecurrentMemoryTransformerModel",
     "CompressiveTransformerForCausalLM",
     "CompressiveTransformerHFConfig",
     "CompressiveTransformerModel",

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from memformer.errors import InputError
 from memformer.hf.remote_code import write_remote_code
 from memformer.models.baseline_configs import (
+    AssociativeRecurrentMemoryTransformerConfig,
     CompressiveTransformerConfig,
     LSTMConfig,
     RecurrentMemoryTransformerConfig,
@@ -184,4 +185,7 @@ TransformerXLHFConfig = _config_class("TransformerXLHFConfig", TransformerXLConf
 CompressiveTransformerHFConfig = _config_class("CompressiveTransformerHFConfig", CompressiveTransformerConfig)
 RecurrentMemoryTransformerHFConfig = _config_class(
     "RecurrentMemoryTransformerHFConfig", RecurrentMemoryTransformerConfig
+)
+AssociativeRecurrentMemoryTransformerHFConfig = _config_class(
+    "AssociativeRecurrentMemoryTransformerHFConfig", AssociativeRecurrentMemoryTransformerConfig
 )

@@ -16,6 +16,9 @@ _KINDS = {
     "transformer_xl": "A [Transformer-XL](https://arxiv.org/abs/1901.02860)",
     "compressive_transformer": "A [Compressive Transformer](https://arxiv.org/abs/1911.05507)",
     "recurrent_memory_transformer": "A [Recurrent Memory Transformer](https://arxiv.org/abs/2207.06881)",
+    "associative_recurrent_memory_transformer": (
+        "An [Associative Recurrent Memory Transformer](https://arxiv.org/abs/2407.04841)"
+    ),
 }
 # Of a run's config: what a reader of the card can compare. Paths of the machine that trained it are left out.
 _TRAINING_KEYS = (

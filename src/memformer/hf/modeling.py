@@ -1,4 +1,4 @@
-"""Models of transformers around the models of this library: one class for each model type and task."""
+"""Base classes of the models of transformers around the models of this library: one for each task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,16 +23,7 @@ from memformer.hf.columns import (
     stream_logits,
     with_all_ids,
 )
-from memformer.hf.configuration import (
-    CompressiveTransformerHFConfig,
-    LSTMHFConfig,
-    MemformerHFConfig,
-    RecurrentHFConfig,
-    RecurrentMemoryTransformerHFConfig,
-    TransformerXLHFConfig,
-    check_end_token,
-    check_vocabulary,
-)
+from memformer.hf.configuration import RecurrentHFConfig, check_end_token, check_vocabulary
 from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
 from memformer.hf.loading import check_all_are_loaded, saved_end_token
 from memformer.hf.replaying import replayed_loss
@@ -335,63 +326,3 @@ def _check_absent(absent: Mapping[str, object], config: RecurrentHFConfig) -> No
     for name in ("output_attentions", "output_hidden_states"):
         if absent.get(name) is None and getattr(config, name, False):
             raise InputError(f"config.{name} must be False: {_ABSENT[name]}")
-
-
-class MemformerModel(RecurrentHiddenModel):
-    """A Memformer's encoder and memory, without the decoder: returns hidden states."""
-
-    config_class = MemformerHFConfig
-
-
-class MemformerForCausalLM(RecurrentForCausalLM):
-    """A Memformer as a language model."""
-
-    config_class = MemformerHFConfig
-
-
-class LSTMModel(RecurrentHiddenModel):
-    """An LSTM without a head."""
-
-    config_class = LSTMHFConfig
-
-
-class LSTMForCausalLM(RecurrentForCausalLM):
-    """An LSTM as a language model."""
-
-    config_class = LSTMHFConfig
-
-
-class TransformerXLModel(RecurrentHiddenModel):
-    """A Transformer-XL without a head."""
-
-    config_class = TransformerXLHFConfig
-
-
-class TransformerXLForCausalLM(RecurrentForCausalLM):
-    """A Transformer-XL as a language model."""
-
-    config_class = TransformerXLHFConfig
-
-
-class CompressiveTransformerModel(RecurrentHiddenModel):
-    """A Compressive Transformer without a head."""
-
-    config_class = CompressiveTransformerHFConfig
-
-
-class CompressiveTransformerForCausalLM(RecurrentForCausalLM):
-    """A Compressive Transformer as a language model."""
-
-    config_class = CompressiveTransformerHFConfig
-
-
-class RecurrentMemoryTransformerModel(RecurrentHiddenModel):
-    """A Recurrent Memory Transformer without a head."""
-
-    config_class = RecurrentMemoryTransformerHFConfig
-
-
-class RecurrentMemoryTransformerForCausalLM(RecurrentForCausalLM):
-    """A Recurrent Memory Transformer as a language model."""
-
-    config_class = RecurrentMemoryTransformerHFConfig

@@ -2,15 +2,16 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from memformer.hf.modeling import (
+from memformer.hf.modeling import RecurrentForCausalLM, RecurrentHiddenModel
+from memformer.hf.models import (
+    AssociativeRecurrentMemoryTransformerForCausalLM,
+    AssociativeRecurrentMemoryTransformerModel,
     CompressiveTransformerForCausalLM,
     CompressiveTransformerModel,
     LSTMForCausalLM,
     LSTMModel,
     MemformerForCausalLM,
     MemformerModel,
-    RecurrentForCausalLM,
-    RecurrentHiddenModel,
     RecurrentMemoryTransformerForCausalLM,
     RecurrentMemoryTransformerModel,
     TransformerXLForCausalLM,
@@ -26,6 +27,7 @@ CAUSAL_MODELS: tuple[type[RecurrentForCausalLM], ...] = (
     TransformerXLForCausalLM,
     CompressiveTransformerForCausalLM,
     RecurrentMemoryTransformerForCausalLM,
+    AssociativeRecurrentMemoryTransformerForCausalLM,
 )
 HIDDEN_MODELS: tuple[type[RecurrentHiddenModel], ...] = (
     MemformerModel,
@@ -33,6 +35,7 @@ HIDDEN_MODELS: tuple[type[RecurrentHiddenModel], ...] = (
     TransformerXLModel,
     CompressiveTransformerModel,
     RecurrentMemoryTransformerModel,
+    AssociativeRecurrentMemoryTransformerModel,
 )
 
 

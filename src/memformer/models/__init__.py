@@ -1,5 +1,6 @@
 """Models with one common interface: a recurrence over segments plus a readout."""
 
+from memformer.models.associative_recurrent_memory_transformer import AssociativeRecurrentMemoryTransformer
 from memformer.models.classification import ClassificationStream, MemformerForSequenceClassification
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.language_model import LanguageModel
@@ -13,6 +14,7 @@ from memformer.models.transformer_xl import TransformerXL
 
 __all__ = [
     "LSTM",
+    "AssociativeRecurrentMemoryTransformer",
     "ClassificationStream",
     "CompressiveTransformer",
     "LanguageModel",

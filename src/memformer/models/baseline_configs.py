@@ -110,3 +110,23 @@ class RecurrentMemoryTransformerConfig(DecoderConfig):
         super().__post_init__()
         self._check_integers(num_memory_tokens=1)
         self._check_rotary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssociativeRecurrentMemoryTransformerConfig(DecoderConfig):
+    """Config of an Associative Recurrent Memory Transformer.
+
+    Args:
+        num_memory_tokens: Number of memory tokens M, which are written to the associative memories after a segment.
+        key_width: Width E of the keys of the associative memories, which have 6 E features each.
+    """
+
+    model_type: ClassVar[str] = "associative_recurrent_memory_transformer"
+
+    num_memory_tokens: int = 32
+    key_width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integers(num_memory_tokens=1, key_width=1)
+        self._check_rotary()

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from memformer.errors import CheckpointError, InputError, InputTypeError
+from memformer.models.associative_recurrent_memory_transformer import AssociativeRecurrentMemoryTransformer
 from memformer.models.classification_config import MemformerClassificationConfig
 from memformer.models.compressive_transformer import CompressiveTransformer
 from memformer.models.config import ModelConfig
@@ -24,6 +25,7 @@ _CLASSES: tuple[type[LanguageModel], ...] = (
     TransformerXL,
     CompressiveTransformer,
     RecurrentMemoryTransformer,
+    AssociativeRecurrentMemoryTransformer,
 )
 # Language model class of each model type; its `config_class` is the class of its config.
 MODELS = {model.config_class.model_type: model for model in _CLASSES}

@@ -298,8 +298,8 @@ class RunConfig:
         seed: Seed of the initial weights, of dropout and of the order of the documents.
         device: Device to train on: auto (CUDA if available), cpu, cuda, cuda:1, ...
         threads: CPU threads of torch. With one thread, runs are reproducible bit for bit. null: torch's default.
-        model_type: Architecture: memformer, or one of the baselines lstm, transformer_xl, compressive_transformer and
-            recurrent_memory_transformer.
+        model_type: Architecture: memformer, or one of the baselines lstm, transformer_xl, compressive_transformer,
+            recurrent_memory_transformer and associative_recurrent_memory_transformer.
         model: Model settings; vocab_size is derived from the tokenizer.
         data: Data settings.
         training: Training settings.

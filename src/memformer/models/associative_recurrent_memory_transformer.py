@@ -1,0 +1,123 @@
+"""The Associative Recurrent Memory Transformer (arXiv 2407.04841)."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor, nn
+
+from memformer.models.baseline_configs import AssociativeRecurrentMemoryTransformerConfig
+from memformer.models.layers import CausalLayer
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
+from memformer.nn.associative import FEATURES_PER_COMPONENT, AssociativeMemory
+from memformer.nn.attention import CacheWindow
+from memformer.nn.positions import RotaryPositions
+from memformer.shapes import Hidden, Memory, Segment
+
+
+class AssociativeRecurrentMemoryTransformer(NextTokenModel):
+    """Causal stack in which every layer has an associative memory: a table that all tokens read before the layer.
+
+    The input of the stack is [segment, M memory tokens]. The memory tokens are learned and the same for all segments;
+    they attend to the segment and to those before them. What they are after a layer is written to its table: for a key
+    that is there already, the value is replaced (a delta rule). Gradients flow through the tables.
+
+    The memory holds the tables of all layers side by side, with one slot for each feature of a key. It starts at zero.
+    Positions are rotary; in a padded segment the memory tokens directly follow the last token.
+
+    Departures from arXiv 2407.04841: its stack is a GPT-2, with absolute positions; here positions are rotary, as in
+    the Memformer. The count of what has been written is changed without gradient and stays between 0 and 1 for a token,
+    as in the authors' code.
+
+    Args:
+        config: The model's config.
+    """
+
+    config: AssociativeRecurrentMemoryTransformerConfig
+    config_class: ClassVar[type[AssociativeRecurrentMemoryTransformerConfig]] = (
+        AssociativeRecurrentMemoryTransformerConfig
+    )
+
+    def __init__(self, config: AssociativeRecurrentMemoryTransformerConfig) -> None:
+        super().__init__(config)
+        self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.d_model))
+        self.positions = RotaryPositions(head_width=config.head_width)
+        self.layers = nn.ModuleList(CausalLayer(config) for _ in range(config.num_layers))
+        self.memories = nn.ModuleList(
+            AssociativeMemory(config.d_model, key_width=config.key_width) for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        super()._initialise()
+        nn.init.normal_(self.memory_tokens)  # the scale of embedded tokens
+        for memory in self._typed_memories:
+            nn.init.zeros_(memory.value.weight)  # at first nothing is written, as in the authors' code
+
+    @property
+    def _typed_memories(self) -> list[AssociativeMemory]:
+        return [memory for memory in self.memories if isinstance(memory, AssociativeMemory)]
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """Number of features, 6 * key_width, and the width of all layers' tables, num_layers * (D + 1)."""
+        return FEATURES_PER_COMPONENT * self.config.key_width, self.config.num_layers * (self.config.d_model + 1)
+
+    def _tables(self, memory: Memory) -> tuple[Tensor, ...]:
+        return memory.split(self.config.d_model + 1, dim=-1)
+
+    def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
+        length = x.shape[1]
+        positions, keep_mask = self._make_positions_and_mask(length, num_tokens)
+        frame = self.positions(positions, key_positions=positions)
+        x = torch.cat([x, self.memory_tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        tables = []
+        for layer, associative, table in zip(self.layers, self._typed_memories, self._tables(memory), strict=True):
+            x = layer(x + associative.read(x, table=table), frame=frame, keep_mask=keep_mask)
+            tables.append(associative.write(x[:, length:], table=table))
+        return self.norm(x[:, :length]), torch.cat(tables, dim=-1)
+
+    def begin_segment(self, memory: Memory) -> SegmentState:
+        """Return the memory, and an empty cache of keys and values for each layer."""
+        if type(self) is not AssociativeRecurrentMemoryTransformer:  # a subclass may read otherwise
+            return super().begin_segment(memory)
+        empty = self._embedded_bos().new_empty(len(memory), self.config.num_heads, 0, self.config.head_width)
+        caches = self._with_places([empty] * (2 * len(self.layers)), num_tokens=1)
+        return SegmentState([memory.clone(), *caches])
+
+    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> list[Tensor]:
+        return with_places(caches, num_before=0, num_tokens=num_tokens, segment_length=self.segment_length)
+
+    def read_tokens(
+        self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
+    ) -> tuple[Hidden, SegmentState]:
+        """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
+        if state.reads_again:
+            return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
+        memory, *caches = state.rows
+        caches = self._with_places(caches, num_tokens=num_tokens)
+        places = positions.clamp(max=caches[0].shape[2] - 1)  # padding is written to the last place
+        keep_mask = (torch.arange(num_tokens, device=places.device) <= places[..., None])[:, None]
+        frame = self.positions(places, key_positions=places)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        x = self._embed(tokens)
+        parts = zip(self.layers, self._typed_memories, self._tables(memory), caches[::2], caches[1::2], strict=True)
+        for layer, associative, table, keys, values in parts:
+            window = CacheWindow(keys, values, rows, places, num_keys=num_tokens)
+            x = layer(x + associative.read(x, table=table), frame=frame, keep_mask=keep_mask, cache=window)
+        return self.norm(x), SegmentState([memory, *caches])
+
+    def _make_positions_and_mask(
+        self, length: int, num_tokens: TokenCounts | None
+    ) -> tuple[Int64[Tensor, "*B Q"], Bool[Tensor, "#B 1 Q Q"]]:
+        """Return the positions of the segment and the memory tokens, and a mask, True where they may attend."""
+        index = torch.arange(length + self.config.num_memory_tokens, device=self.device)
+        keep_mask = index <= index[:, None]
+        if num_tokens is None:
+            return index, keep_mask[None, None]
+        # Padding comes after the segment's tokens, so apart from padding only memory tokens could attend to it.
+        is_memory, num_padding = index >= length, (length - num_tokens)[:, None]
+        is_padding = ~is_memory & (index >= num_tokens[:, None])  # (B, Q)
+        keep_mask = keep_mask & ~(is_padding[:, None, :] & is_memory[:, None])
+        return torch.where(is_memory, index - num_padding, index), keep_mask[:, None]

@@ -1,0 +1,67 @@
+"""Associative memory of the Associative Recurrent Memory Transformer (arXiv 2407.04841, section 2)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memformer.nn.linear import Linear
+
+# Products of each component with so many others of its vector (nu in arXiv 2102.11174).
+_NUM_PRODUCTS = 3
+# Features per component of a key: the positive and the negative part of each, in every product.
+FEATURES_PER_COMPONENT = 2 * _NUM_PRODUCTS
+# Added to each divisor, as in the authors' code.
+_EPSILON = 1e-5
+
+Table = Float[Tensor, "B F D+1"]
+
+
+class AssociativeMemory(nn.Module):
+    """Memory of one layer: a table from features of keys to values, of which tokens read and to which tokens write.
+
+    The table has a row for each of the F features. Its first D columns are the matrix A of the paper and its last
+    column is the vector z, which counts how much of each feature has been written. A new table is all zero.
+
+    Args:
+        width: Model width D.
+        key_width: Width E of keys and queries, which have F = 6 E features.
+    """
+
+    def __init__(self, width: int, *, key_width: int) -> None:
+        super().__init__()
+        self.query = Linear(width, key_width, bias=False)
+        self.key = Linear(width, key_width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.gate = Linear(width, 1)
+
+    def read(self, x: Float[Tensor, "B Q D"], *, table: Table) -> Float[Tensor, "B Q D"]:
+        """Return the value that the table has for each token; 0 if it is new."""
+        query = self.query(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values, _ = _look_up(_features(query.to(table.dtype)), table)
+            return values.to(x.dtype)
+
+    def write(self, tokens: Float[Tensor, "B M D"], *, table: Table) -> Table:
+        """Return the table after all tokens have written at once; what it had for their keys is replaced."""
+        key, value, gate = self.key(tokens), self.value(tokens), torch.sigmoid(self.gate(tokens))
+        with torch.autocast(tokens.device.type, enabled=False):
+            features = _features(key.to(table.dtype))
+            old, count = _look_up(features, table)
+            # A key that is there already is not counted again.
+            is_new = (1 - count / (features.square().sum(dim=-1, keepdim=True) + _EPSILON)).clamp(0, 1).detach()
+            change = gate.to(table.dtype) * (value.to(table.dtype) - old)
+            return table + features.mT @ torch.cat([change, is_new], dim=-1)
+
+
+def _look_up(features: Float[Tensor, "B Q F"], table: Table) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q 1"]]:
+    """Return the value of each query, and how much of it has been written."""
+    found = features @ table
+    values, count = found[..., :-1], found[..., -1:]
+    return values / (count + _EPSILON), count
+
+
+def _features(x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q F"]:
+    """Return the deterministic, parameter-free projection (DPFP) of arXiv 2102.11174, which is nowhere negative."""
+    parts = F.relu(torch.cat([x, -x], dim=-1))
+    return torch.cat([parts * parts.roll(shift, dims=-1) for shift in range(1, _NUM_PRODUCTS + 1)], dim=-1)
