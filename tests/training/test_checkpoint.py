@@ -33,11 +33,11 @@ FILES = [
 ]
 
 
-def make_state(seed=0, batch_size=3, **changes):
+def make_state(seed=0, batch_size=3, optimizer="adamw", **changes):
     model = tiny_model(seed=seed, dropout=0.2, **changes)
     memory = torch.randn(batch_size, model.config.num_slots, model.config.d_model, dtype=torch.float64)
-    optimizer = make_optimizer(model, TrainingConfig(learning_rate=0.1))
-    return TrainingState(model=model, optimizer=optimizer, memory=memory, progress={"num_updates": 0})
+    made = make_optimizer(model, TrainingConfig(learning_rate=0.1, optimizer=optimizer))
+    return TrainingState(model=model, optimizer=made, memory=memory, progress={"num_updates": 0})
 
 
 def advance(state, seed):
@@ -71,13 +71,14 @@ def newest(run_folder):
     return run_folder / CHECKPOINTS / checkpoint_name(2)
 
 
-def test_training_from_a_loaded_state_equals_training_from_the_saved_one(tmp_path):
-    state = make_state()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_from_a_loaded_state_equals_training_from_the_saved_one(tmp_path, optimizer):
+    state = make_state(optimizer=optimizer)
     advance(state, seed=1)
     save_checkpoint(tmp_path / "c", state)
     expected = [advance(state, seed=2), advance(state, seed=3)]
     torch.manual_seed(12345)
-    other = make_state(seed=9)
+    other = make_state(seed=9, optimizer=optimizer)
     load_checkpoint(tmp_path / "c", other)
     assert other.progress == {"num_updates": 1}
     assert [advance(other, seed=2), advance(other, seed=3)] == expected

@@ -21,15 +21,17 @@ def groups_by_name(model, config):
     }
 
 
-def test_every_parameter_is_in_one_group(variant):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(variant, optimizer):
     model = tiny_model(**variant)
-    optimizer = make_optimizer(model, TrainingConfig())
+    optimizer = make_optimizer(model, TrainingConfig(optimizer=optimizer))
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_only_matrices_that_multiply_activations_are_decayed(variant):
-    decay = groups_by_name(tiny_model(**variant), TrainingConfig(weight_decay=0.25))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_that_multiply_activations_are_decayed(variant, optimizer):
+    decay = groups_by_name(tiny_model(**variant), TrainingConfig(weight_decay=0.25, optimizer=optimizer))
     assert set(decay.values()) == {0.0, 0.25}
     for name, value in decay.items():
         excluded = any(part in name for part in ("embedding", "norm", "bias")) or "slot" in name
@@ -72,10 +74,11 @@ def test_a_warm_up_longer_than_the_run():
     assert math.isfinite(learning_rate_at(10, config))
 
 
-def test_weight_decay_shrinks_matrices_only():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_only(optimizer):
     model = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    config = TrainingConfig(learning_rate=0.1, weight_decay=0.5)
+    config = TrainingConfig(learning_rate=0.1, weight_decay=0.5, optimizer=optimizer)
     optimizer = make_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -136,3 +139,34 @@ def test_a_sparse_writer_has_a_shortfall_while_a_recall_task_is_not_learned(
     if weights:
         assert weights["auxiliary_weight"](0.05) == pytest.approx(penalty / 2)
         assert weights["auxiliary_weight"](0.1) == 0.0
+
+
+def _step(name, model):
+    """Return each parameter's gradient, drawn at random, and its change by one step."""
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=0.1, weight_decay=0.0, optimizer=name))
+    generator = torch.Generator().manual_seed(0)
+    before = {}
+    for key, parameter in model.named_parameters():
+        before[key] = parameter.detach().clone()
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05  # as the training loop sets it before each update
+    optimizer.step()
+    return {key: (parameter.grad, parameter.detach() - before[key]) for key, parameter in model.named_parameters()}
+
+
+def test_muon_changes_matrices_by_orthogonal_steps_and_the_rest_as_adamw(variant):
+    by_adamw, by_muon = _step("adamw", tiny_model(**variant)), _step("muon", tiny_model(**variant))
+    num_matrices = 0
+    for key, (gradient, change) in by_muon.items():
+        _, change_by_adamw = by_adamw[key]
+        if change.ndim != 2 or any(part in key for part in ("embedding", "slot")):
+            assert_close(change, change_by_adamw)
+            continue
+        num_matrices += 1
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        # Muon approximates the orthogonal matrix that is nearest to the gradient.
+        assert torch.cosine_similarity(change.flatten(), -(left @ right).flatten(), dim=0) > 0.95, key
+        # The first step of AdamW changes each weight by the learning rate; Muon's has a fifth of its root mean square.
+        assert 0.1 < change.norm() / change_by_adamw.norm() < 0.3, key
+    assert num_matrices > 5

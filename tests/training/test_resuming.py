@@ -212,6 +212,7 @@ def test_a_changed_weight_decay_takes_effect_after_resuming(copied, unbroken):
         ("data.train.documents", ":4"),
         ("seed", "1"),
         ("training.num_lanes", "3"),
+        ("training.optimizer", "muon"),
     ],
 )
 def test_resuming_with_another_config_is_refused(copied, capsys, key, value):

@@ -16,6 +16,7 @@ from memformer.training.trackers import TRACKERS
 from memformer.utils.checks import check_choice, check_integer, check_number, check_seed, check_threads
 from memformer.utils.fields import convert_fields
 
+OptimizerName = Literal["adamw", "muon"]
 Sharding = Literal["none", "optimizer_state", "weights"]
 Precision = Literal["float32", "bfloat16"]
 Engine = Literal["auto", "eager", "graphs"]
@@ -159,10 +160,13 @@ class TrainingConfig:
             device memory. auto: graphs on CUDA with method "replay" and sharding "none", else eager.
         readout_timesteps: Timesteps whose readout (decoder and loss) is computed in one batch. Larger values are faster
             and need more device memory.
-        learning_rate: Peak learning rate of AdamW.
+        optimizer: adamw; or muon: torch.optim.Muon for matrices, in steps as large as AdamW's, and AdamW for the rest.
+            On text, muon was better after as many updates in every run that was tried (experiments/README.md). Needs
+            `sharding` "none".
+        learning_rate: Peak learning rate.
         final_learning_rate: Learning rate at the end of the cosine schedule, as a fraction of the peak.
         warmup_updates: Updates of linear warm-up at the start of the run.
-        weight_decay: Decoupled weight decay of AdamW. It applies to matrices only, not to embeddings, norms, biases and
+        weight_decay: Decoupled weight decay. It applies to matrices only, not to embeddings, norms, biases and
             forgetting vectors.
         betas: AdamW's betas: decay rates of the first and the second moment.
         write_penalty: Weight of the auxiliary loss that penalizes writing to the memory (`memformer.nn.MemoryWriter`),
@@ -202,6 +206,7 @@ class TrainingConfig:
     method: Method = "replay"
     engine: Engine = "auto"
     readout_timesteps: int = 2
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.1
     warmup_updates: int = 50
@@ -254,6 +259,11 @@ class TrainingConfig:
             raise InputError(
                 f"training.sharding ({self.sharding!r}) needs training.method 'replay' and training.compiled false; "
                 f"they are {self.method!r} and {self.compiled}"
+            )
+
+        if self.sharding != "none" and self.optimizer == "muon":
+            raise InputError(
+                f"training.sharding ({self.sharding!r}) needs training.optimizer 'adamw': Muon needs whole matrices"
             )
 
     def check_device(self, device: torch.device) -> None:

@@ -1,8 +1,9 @@
-"""AdamW with weight decay on matrices only, and the schedules of the learning rate and of the writer's losses."""
+"""Optimizers with weight decay on matrices only, and the schedules of the learning rate and of the writer's losses."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,21 +23,57 @@ HARDLY_LEARNED_LOSS = 1.0
 SHORTFALL_WEIGHT = 1.0
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW for a model, without weight decay on embeddings, norms, biases and forgetting vectors."""
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for all other parameters, with one learning rate and one state.
+
+    Muon (`torch.optim.Muon`) makes the singular values of a matrix's step nearly equal. Its steps are scaled to the
+    size of AdamW's steps, so that AdamW's learning rates can be used.
+
+    Args:
+        matrices: The matrices that multiply activations.
+        groups: Parameter groups of AdamW, with their weight decay.
+        config: The training config.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], groups: list[dict[str, Any]], config: TrainingConfig) -> None:
+        self._muon = torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        self._muon.state = self._adamw.state = self.state
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of both."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make one step of both."""
+        self._muon.step()
+        self._adamw.step()
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a model, without weight decay on embeddings, norms, biases and forgetting vectors."""
     embedded = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("embedding.")}
     mapping = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.LSTM)]
     decayed = {id(p) for module in mapping for p in module.parameters(recurse=False) if p.ndim > 1} - embedded
     parameters = list(model.parameters())
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
-    )
+    by_muon = [p for p in parameters if config.optimizer == "muon" and id(p) in decayed and p.ndim == 2]
+    rest = [p for p in parameters if id(p) in decayed and (not by_muon or p.ndim != 2)]
+    groups = [
+        {"params": rest, "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    if by_muon:
+        return MuonWithAdamW(by_muon, [group for group in groups if group["params"]], config)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -10,7 +10,7 @@ from memformer.data.files import SourceFile, file_identities, file_status, locat
 from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError, InputError
 from memformer.training.checkpoint import canonical
-from memformer.training.config import SOURCES, DataConfig, RunConfig
+from memformer.training.config import SOURCES, DataConfig, RunConfig, TrainingConfig
 from memformer.utils.files import read_json, user_path, write_json
 
 INPUTS_FILE = "data.json"
@@ -269,7 +269,7 @@ def find_changed_key(
     config: RunConfig,
     *,
     may_change: Collection[str] = (),
-    training: Collection[str] = ("num_lanes",),
+    training: Collection[str] = ("num_lanes", "optimizer"),
 ) -> str | None:
     """Return what has changed of a run's seed, model, data and training, or None: the first key with both values.
 
@@ -280,7 +280,13 @@ def find_changed_key(
         training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
     # `saved` is from `read_run_config`; other keys that are newer than the run had their default value.
-    defaults = canonical({"data": dataclasses.asdict(DataConfig()), "model": type(config.model)().to_dict()})
+    defaults = canonical(
+        {
+            "data": dataclasses.asdict(DataConfig()),
+            "model": type(config.model)().to_dict(),
+            "training": dataclasses.asdict(TrainingConfig()),
+        }
+    )
     saved = {**saved, **{key: _with_defaults(saved.get(key), defaults[key]) for key in defaults}}
     fixed = ("seed", "model_type", "model", "data")
     differences = _differences(saved, canonical(config.to_dict()))
