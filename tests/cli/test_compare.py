@@ -118,6 +118,17 @@ def test_the_content_of_files_decides_and_not_their_place(copies, tmp_path):
     assert call_json("compare", *copies, *output)["same_data"] is False  # of a run of version 0.1, the path decides
 
 
+def test_a_run_from_before_a_setting_had_its_default(copies, tmp_path):
+    for optimizer, found in (("adamw", None), ("muon", ["-", "muon"])):
+        for folder, value in zip(copies, (None, optimizer), strict=True):
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            config["training"].pop("optimizer", None)
+            config["training"] |= {} if value is None else {"optimizer": value}
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        _, out, _ = call("compare", *copies, "--output", tmp_path / "x.png")
+        assert rows_of(out).get("training.optimizer") == found
+
+
 def test_other_training_documents_beside_the_same_validation_documents(copies, tmp_path):
     for number, run in enumerate(copies):
         config = yaml.safe_load((run / "config.yaml").read_text())

@@ -122,7 +122,9 @@ def assert_steps_equal(model, folder):
                 np.testing.assert_allclose(state["next_memory"], session.memory, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["transformer-xl", "recurrent memory", "compressive", "compressive, uneven"])
+@pytest.mark.parametrize(
+    "name", ["transformer-xl", "recurrent memory", "associative", "compressive", "compressive, uneven"]
+)
 def test_a_timestep_of_a_baseline_equals_the_model(name, tmp_path):
     # A Compressive Transformer's graph in double precision is refused by onnxruntime.
     dtype = torch.float64 if name.startswith("compressive") else torch.float16

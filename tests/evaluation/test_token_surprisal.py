@@ -48,5 +48,5 @@ def test_the_models_mode_stays_and_broken_weights_are_refused():
     assert model.training
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
-    with pytest.raises(InputError, match="not finite: the model's weights are broken"):
+    with pytest.raises(InputError, match="not finite: the model's weights or its memory are broken"):
         token_surprisal(model, [document(20)])

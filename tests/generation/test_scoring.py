@@ -127,5 +127,5 @@ def test_wrong_tokens_and_broken_weights_are_named_before_anything_is_read():
     assert session.num_tokens == [0, 0]
     with torch.no_grad():
         session.model.encoder.norm.weight[0] = float("nan")
-    with pytest.raises(InputError, match="negative log-likelihood is not finite: the model's weights are broken"):
+    with pytest.raises(InputError, match="likelihood is not finite: the model's weights or its memory are broken"):
         session.score([[1] * 9, [2]])

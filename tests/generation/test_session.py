@@ -328,7 +328,7 @@ def test_broken_weights_raise_errors_in_generation_and_saving(tmp_path, temperat
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
     session = Session(model)
-    with pytest.raises(InputError, match="logits are not finite: its weights are broken"):
+    with pytest.raises(InputError, match="logits are not finite: its weights or its memory are broken"):
         session.generate(3, temperature=temperature)
     session.feed(random_tokens(20))
     with pytest.raises(InputError, match="session's memory is not finite"):

@@ -38,7 +38,7 @@ def written_by_the_equations(memory, tokens, table):
         old = (table[:, :-1].T @ key) / (count + 1e-5)
         change = torch.sigmoid(memory.gate(token)) * (memory.value(token) - old)
         matrix += key[:, None] * change[None]
-        counts += min(max(1 - count / (float(key @ key) + 1e-5), 0.0), 1.0) * key
+        counts += min(max(1 - (count + 1e-5) / (float(key @ key) + 1e-5), 0.0), 1.0) * key
     return torch.cat([matrix, counts[:, None]], dim=1)
 
 

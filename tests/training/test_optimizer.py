@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -170,3 +171,25 @@ def test_muon_changes_matrices_by_orthogonal_steps_and_the_rest_as_adamw(variant
         # The first step of AdamW changes each weight by the learning rate; Muon's has a fifth of its root mean square.
         assert 0.1 < change.norm() / change_by_adamw.norm() < 0.3, key
     assert num_matrices > 5
+
+
+def test_a_copy_of_muon_goes_on_as_the_original():
+    model = tiny_model()
+    optimizer = make_optimizer(model, TrainingConfig(learning_rate=0.1, optimizer="muon"))
+
+    def step(optimizer):
+        """Make a step with a closure that sets gradients; return the changed weights."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(parameter.square().sum() for parameter in parameters)
+            loss.backward()
+            return loss.item()
+
+        assert optimizer.step(closure) > 0
+        return [parameter.detach().clone() for parameter in parameters]
+
+    first = step(optimizer)
+    other = copy.deepcopy(optimizer)
+    assert [torch.equal(*pair) for pair in zip(step(optimizer), step(other), strict=True)] == [True] * len(first)

@@ -252,7 +252,7 @@ def measure_documents(
             if progress is not None:
                 progress(totals.num_segments)
     if not (np.isfinite(totals.nll).all() and np.isfinite(totals.delayed_nll).all()):
-        raise InputError("the model's negative log-likelihood is not finite: the model's weights are broken")
+        raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
     erased, *delayed = totals.delayed_nll.tolist()
     lasts = [first - 1 for first in firsts[1:]] + [longest_document - 1]
     return DocumentRetention(

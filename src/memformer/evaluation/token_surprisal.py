@@ -33,7 +33,7 @@ def token_surprisal(
         Two arrays with a value for each token.
 
     Raises:
-        InputError: A value is not finite, because the model's weights are broken.
+        InputError: A value is not finite, because the model's weights or its memory are broken.
     """
     found: list[NDArray[np.float64]] = [np.empty((2, 0))]
     with reading(model):
@@ -61,7 +61,7 @@ def target_surprisal(model: RecurrentModel, rollout: Rollout, hidden: Tensor) ->
         hidden: (N, R, D), the hidden states of its timesteps with memory.
 
     Raises:
-        InputError: A value is not finite, because the model's weights are broken.
+        InputError: A value is not finite, because the model's weights or its memory are broken.
     """
     padding = None if rollout.input_padding is None else rollout.input_padding[:, 0]
     target_padding = None if rollout.target_padding is None else rollout.target_padding[:, 0]
@@ -74,5 +74,5 @@ def target_surprisal(model: RecurrentModel, rollout: Rollout, hidden: Tensor) ->
     ]
     found = torch.stack(nll).double().cpu().numpy()
     if not np.isfinite(found).all():
-        raise InputError("the model's negative log-likelihood is not finite: the model's weights are broken")
+        raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
     return found

@@ -66,7 +66,7 @@ def sample(
     )
     drawn = torch.where(is_finite, drawn, -1).cpu()
     if (drawn < 0).any():
-        raise InputError("the model's logits are not finite: its weights are broken")
+        raise InputError("the model's logits are not finite: its weights or its memory are broken")
     return drawn
 
 

@@ -109,13 +109,13 @@ class Session:
 
         Raises:
             InputError: A token id is outside the vocabulary, the number of rows is not `batch_size`, or a value is not
-                finite, because the model's weights are broken.
+                finite, because the model's weights or its memory are broken.
             InputTypeError: The token ids are not integers.
         """
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         rows = self._read_out(token_ids, self.model.token_nll, empty=torch.empty(0, dtype=dtype, device="cpu"))
         if not all(row.isfinite().all() for row in rows):
-            raise InputError("the negative log-likelihood is not finite: the model's weights are broken")
+            raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
         return rows[0] if self.batch_size == 1 else rows
 
     def token_logits(self, token_ids: TokenIds) -> Tensor | list[Tensor]:
@@ -308,7 +308,7 @@ class Session:
             metadata: Additional metadata of the file, names and values as strings, which `load` ignores.
 
         Raises:
-            InputError: The state is not finite, because the model's weights are broken.
+            InputError: The state is not finite, because the model's weights or its memory are broken.
             InputTypeError: A name or a value of the metadata is not a string.
             SaveError: Writing failed; an earlier file is intact.
         """

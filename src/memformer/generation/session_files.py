@@ -27,7 +27,7 @@ def write_state(path: Path, state: State, *, model: LanguageModel, metadata: Map
     """
     for name, tensor in state.items():
         if not _is_finite(tensor):
-            raise InputError(f"the session's {name} is not finite; the model's weights are probably not finite either")
+            raise InputError(f"the session's {name} is not finite: the model's weights or its memory are broken")
     for name, value in (metadata or {}).items():
         check_type(f"metadata name {name!r}", name, str)
         check_type(f"metadata[{name!r}]", value, str)

@@ -26,6 +26,7 @@ _TRAINING_KEYS = (
     "num_lanes",
     "rollout_length",
     "rollouts_per_update",
+    "optimizer",
     "learning_rate",
     "warmup_updates",
     "weight_decay",

@@ -19,15 +19,18 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
     """Causal stack in which every layer has an associative memory: a table that all tokens read before the layer.
 
     The input of the stack is [segment, M memory tokens]. The memory tokens are learned and the same for all segments;
-    they attend to the segment and to those before them. What they are after a layer is written to its table: for a key
-    that is there already, the value is replaced (a delta rule). Gradients flow through the tables.
+    they attend to the segment and to those before them. What they are after a layer is written to its table: the value
+    of a key that is there already is replaced (a delta rule). Gradients flow through the tables.
 
     The memory holds the tables of all layers side by side, with one slot for each feature of a key. It starts at zero.
-    Positions are rotary; in a padded segment the memory tokens directly follow the last token.
+    All memory tokens of a segment write at once, so several with one key change its value several times as much, and
+    repeated over many segments the values can grow without bound (the paper's rule; experiments/RETENTION.md).
 
-    Departures from arXiv 2407.04841: its stack is a GPT-2, with absolute positions; here positions are rotary, as in
-    the Memformer. The count of what has been written is changed without gradient and stays between 0 and 1 for a token,
-    as in the authors' code.
+    Departures from arXiv 2407.04841: its stack is a GPT-2, with absolute positions, biases and fixed places for the
+    memory tokens. Here positions are rotary, the projections of attention have no biases, and the memory tokens
+    directly follow the last token. LayerNorm comes before each sub-layer and weights are drawn as in the Memformer;
+    only the value projection starts at zero, as in the authors' code. The part of a token's features that counts as
+    new is between 0 and 1 and has no gradient of its own, as there.
 
     Args:
         config: The model's config.
@@ -71,7 +74,7 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
         length = x.shape[1]
         positions, keep_mask = self._make_positions_and_mask(length, num_tokens)
         frame = self.positions(positions, key_positions=positions)
-        x = torch.cat([x, self.memory_tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        x = torch.cat([x, self.memory_tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
         tables = []
         for layer, associative, table in zip(self.layers, self._typed_memories, self._tables(memory), strict=True):
             x = layer(x + associative.read(x, table=table), frame=frame, keep_mask=keep_mask)

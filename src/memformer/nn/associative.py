@@ -43,13 +43,14 @@ class AssociativeMemory(nn.Module):
             return values.to(x.dtype)
 
     def write(self, tokens: Float[Tensor, "B M D"], *, table: Table) -> Table:
-        """Return the table after all tokens have written at once; what it had for their keys is replaced."""
+        """Return the table after all tokens have written at once, each in place of what the table had for its key."""
         key, value, gate = self.key(tokens), self.value(tokens), torch.sigmoid(self.gate(tokens))
         with torch.autocast(tokens.device.type, enabled=False):
             features = _features(key.to(table.dtype))
             old, count = _look_up(features, table)
             # A key that is there already is not counted again.
-            is_new = (1 - count / (features.square().sum(dim=-1, keepdim=True) + _EPSILON)).clamp(0, 1).detach()
+            is_new = 1 - (count + _EPSILON) / (features.square().sum(dim=-1, keepdim=True) + _EPSILON)
+            is_new = is_new.clamp(0, 1).detach()
             change = gate.to(table.dtype) * (value.to(table.dtype) - old)
             return table + features.mT @ torch.cat([change, is_new], dim=-1)
 

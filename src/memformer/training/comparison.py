@@ -179,11 +179,13 @@ def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any
 
 
 def _matters(config: Mapping[str, Any], key: str) -> bool:
-    """Return whether a key that other models lack is a size or has another value than the model's default."""
-    value, model = config[key], MODELS.get(str(config.get("model_type")))
-    default = None if model is None else getattr(model.config_class, key.removeprefix("model."), None)
+    """Return whether a key that other runs lack is a size of the model or has another value than its default."""
+    value, (section, _, name) = config[key], key.partition(".")
+    model = MODELS.get(str(config.get("model_type")))
+    sections = {"training": TrainingConfig, "model": None if model is None else model.config_class}
+    default = getattr(sections.get(section), name, None)
     default = list(default) if isinstance(default, tuple) else default
-    return value != default or (type(value) is int and value > 0)
+    return value != default or (section == "model" and type(value) is int and value > 0)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -160,7 +160,7 @@ class TrainingConfig:
             device memory. auto: graphs on CUDA with method "replay" and sharding "none", else eager.
         readout_timesteps: Timesteps whose readout (decoder and loss) is computed in one batch. Larger values are faster
             and need more device memory.
-        optimizer: adamw; or muon: torch.optim.Muon for matrices, in steps as large as AdamW's, and AdamW for the rest.
+        optimizer: adamw; or muon: torch.optim.Muon for matrices, scaled to AdamW's steps, and AdamW for the rest.
             On text, muon was better after as many updates in every run that was tried (experiments/README.md). Needs
             `sharding` "none".
         learning_rate: Peak learning rate.

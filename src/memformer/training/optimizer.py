@@ -27,7 +27,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for all other parameters, with one learning rate and one state.
 
     Muon (`torch.optim.Muon`) makes the singular values of a matrix's step nearly equal. Its steps are scaled to the
-    size of AdamW's steps, so that AdamW's learning rates can be used.
+    usual size of AdamW's, a fifth of the learning rate and more, so that AdamW's learning rates can be used.
 
     Args:
         matrices: The matrices that multiply activations.
@@ -40,23 +40,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
             matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
-        self._share()
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], self._adamw.defaults)
 
-    def _share(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: also the two optimizers."""
+        return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make one step of both; return the loss of the closure, which is called before, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._muon.state = self._adamw.state = self.state
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of both."""
-        super().load_state_dict(state_dict)
-        self._share()
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one step of both."""
         self._muon.step()
         self._adamw.step()
+        return loss
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
