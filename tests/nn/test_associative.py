@@ -24,21 +24,21 @@ def draw(*shape, seed=1):
 
 
 def features_of(x):
-    """Return the features of one key as arXiv 2102.11174 defines them, product by product."""
+    """Return the features of one key as arXiv 2102.11174 defines them, product by product, scaled to length 1."""
     parts = [max(float(value), 0.0) for value in x] + [max(-float(value), 0.0) for value in x]
-    return torch.tensor([parts[i] * parts[i - shift] for shift in (1, 2, 3) for i in range(len(parts))]).double()
+    products = [parts[i] * parts[i - shift] for shift in (1, 2, 3) for i in range(len(parts))]
+    return torch.tensor(products).double() / sum(product**2 for product in products) ** 0.5
 
 
 def written_by_the_equations(memory, tokens, table):
-    """Return the table of one row after the paper's update, token by token; every token sees the table before it."""
+    """Return the table of one row after the update of arXiv 2407.04841 for each token, one after the other."""
     matrix, counts = table[:, :-1].clone(), table[:, -1].clone()
-    for token in tokens:
+    for token in memory.norm(tokens):
         key = features_of(memory.key(token))
-        count = float(table[:, -1] @ key)
-        old = (table[:, :-1].T @ key) / (count + 1e-5)
-        change = torch.sigmoid(memory.gate(token)) * (memory.value(token) - old)
-        matrix += key[:, None] * change[None]
-        counts += min(max(1 - (count + 1e-5) / (float(key @ key) + 1e-5), 0.0), 1.0) * key
+        count = float(counts @ key)
+        old = (matrix.T @ key) / (count + 1e-5)
+        matrix += key[:, None] * (torch.sigmoid(memory.gate(token)) * (memory.value(token) - old))[None]
+        counts += min(max(1 - count, 0.0), 1.0) * key
     return torch.cat([matrix, counts[:, None]], dim=1)
 
 
@@ -55,7 +55,7 @@ def test_value_read_is_that_of_the_paper(memory):
     table, x = memory.write(draw(2, 4, WIDTH), table=new_table()), draw(2, 5, WIDTH, seed=2)
     for row in range(2):
         for place in range(5):
-            query = features_of(memory.query(x[row, place]))
+            query = features_of(memory.query(memory.norm(x[row, place])))
             expected = (table[row, :, :-1].T @ query) / (table[row, :, -1] @ query + 1e-5)
             torch.testing.assert_close(memory.read(x, table=table)[row, place], expected)
 
@@ -64,16 +64,28 @@ def test_new_table_reads_nothing(memory):
     assert (memory.read(draw(2, 5, WIDTH), table=new_table()) == 0).all()
 
 
-def test_second_value_of_a_key_replaces_the_first(memory):
+def test_second_value_of_a_key_replaces_the_first_also_if_several_tokens_have_it(memory):
     memory.gate.bias.fill_(100.0)  # everything is written in full
-    memory.key.weight.mul_(10.0)  # long keys, beside which the 1e-5 in the divisor is nothing
-    memory.key.weight[:, WIDTH // 2 :] = 0.0  # two tokens have one key
+    memory.norm = torch.nn.Identity()
+    memory.key.weight[:, WIDTH // 2 :] = 0.0  # tokens with the same first half have one key
     memory.query.weight.copy_(memory.key.weight)
     first = draw(1, 1, WIDTH)
-    second = torch.cat([first[..., : WIDTH // 2], draw(1, 1, WIDTH // 2, seed=2)], dim=-1)
+    others = torch.cat([first[..., : WIDTH // 2].expand(-1, 4, -1), draw(1, 4, WIDTH // 2, seed=2)], dim=-1)
     once = memory.write(first, table=new_table(1))
-    twice = memory.write(second, table=once)
+    twice = memory.write(others, table=once)
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(memory.read(first, table=once), memory.value(first), **close)
-    torch.testing.assert_close(memory.read(first, table=twice), memory.value(second), **close)
+    torch.testing.assert_close(memory.read(first, table=twice), memory.value(others[:, -1:]), **close)
     torch.testing.assert_close(twice[..., -1], once[..., -1], **close)  # counted once
+
+
+def test_the_table_stays_small_over_a_long_stream_of_new_values_for_one_key(memory):
+    memory.gate.bias.fill_(2.0)
+    memory.norm = torch.nn.Identity()
+    memory.key.weight[:, WIDTH // 2 :] = 0.0  # the first half of a token decides its key
+    key, sizes = draw(1, 1, WIDTH // 2).expand(-1, 4, -1), []
+    table = memory.write(torch.cat([key, draw(1, 4, WIDTH // 2)], dim=-1)[:, :1], table=new_table(1))
+    for seed in range(500):
+        table = memory.write(torch.cat([key, draw(1, 4, WIDTH // 2, seed=seed)], dim=-1), table=table)
+        sizes.append(float(table.abs().max()))
+    assert max(sizes[100:]) < 2 * max(sizes[:100])

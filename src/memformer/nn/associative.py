@@ -11,7 +11,7 @@ from memformer.nn.linear import Linear
 _NUM_PRODUCTS = 3
 # Features per component of a key: the positive and the negative part of each, in every product.
 FEATURES_PER_COMPONENT = 2 * _NUM_PRODUCTS
-# Added to each divisor, as in the authors' code.
+# Added to the divisor, as in the authors' code.
 _EPSILON = 1e-5
 
 Table = Float[Tensor, "B F D+1"]
@@ -30,6 +30,7 @@ class AssociativeMemory(nn.Module):
 
     def __init__(self, width: int, *, key_width: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width)
         self.query = Linear(width, key_width, bias=False)
         self.key = Linear(width, key_width, bias=False)
         self.value = Linear(width, width, bias=False)
@@ -37,22 +38,26 @@ class AssociativeMemory(nn.Module):
 
     def read(self, x: Float[Tensor, "B Q D"], *, table: Table) -> Float[Tensor, "B Q D"]:
         """Return the value that the table has for each token; 0 if it is new."""
-        query = self.query(x)
+        query = self.query(self.norm(x))
         with torch.autocast(x.device.type, enabled=False):
             values, _ = _look_up(_features(query.to(table.dtype)), table)
             return values.to(x.dtype)
 
     def write(self, tokens: Float[Tensor, "B M D"], *, table: Table) -> Table:
-        """Return the table after all tokens have written at once, each in place of what the table had for its key."""
+        """Return the table after the tokens have written one after the other, each in place of its key's value."""
+        tokens = self.norm(tokens)
         key, value, gate = self.key(tokens), self.value(tokens), torch.sigmoid(self.gate(tokens))
         with torch.autocast(tokens.device.type, enabled=False):
-            features = _features(key.to(table.dtype))
-            old, count = _look_up(features, table)
-            # A key that is there already is not counted again.
-            is_new = 1 - (count + _EPSILON) / (features.square().sum(dim=-1, keepdim=True) + _EPSILON)
-            is_new = is_new.clamp(0, 1).detach()
-            change = gate.to(table.dtype) * (value.to(table.dtype) - old)
-            return table + features.mT @ torch.cat([change, is_new], dim=-1)
+            features, values, shares = (part.to(table.dtype) for part in (key, value, gate))
+            features = _features(features)
+            for place in range(tokens.shape[1]):
+                one = slice(place, place + 1)
+                old, count = _look_up(features[:, one], table)
+                # A key that is there already is not counted again.
+                is_new = (1 - count).clamp(0, 1).detach()
+                change = torch.cat([shares[:, one] * (values[:, one] - old), is_new], dim=-1)
+                table = table + features[:, one].mT @ change
+            return table
 
 
 def _look_up(features: Float[Tensor, "B Q F"], table: Table) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q 1"]]:
@@ -63,6 +68,10 @@ def _look_up(features: Float[Tensor, "B Q F"], table: Table) -> tuple[Float[Tens
 
 
 def _features(x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q F"]:
-    """Return the deterministic, parameter-free projection (DPFP) of arXiv 2102.11174, which is nowhere negative."""
+    """Return the deterministic, parameter-free projection (DPFP) of arXiv 2102.11174, scaled to length 1.
+
+    Its components are nowhere negative.
+    """
     parts = F.relu(torch.cat([x, -x], dim=-1))
-    return torch.cat([parts * parts.roll(shift, dims=-1) for shift in range(1, _NUM_PRODUCTS + 1)], dim=-1)
+    products = [parts * parts.roll(shift, dims=-1) for shift in range(1, _NUM_PRODUCTS + 1)]
+    return F.normalize(torch.cat(products, dim=-1), dim=-1)
