@@ -14,14 +14,15 @@ FEATURES_PER_COMPONENT = 2 * _NUM_PRODUCTS
 # Added to the divisor, as in the authors' code.
 _EPSILON = 1e-5
 
-Table = Float[Tensor, "B F D+1"]
+Table = Float[Tensor, "B F W"]
 
 
 class AssociativeMemory(nn.Module):
     """Memory of one layer: a table from features of keys to values, of which tokens read and to which tokens write.
 
-    The table has a row for each of the F features. Its first D columns are the matrix A of the paper and its last
-    column is the vector z, which counts how much of each feature has been written. A new table is all zero.
+    The table has a row for each of the F features and W = D + 1 columns. Its first D columns are the matrix A of the
+    paper and its last column is the vector z, which counts how much of each feature has been written. A new table is
+    all zero.
 
     Args:
         width: Model width D.
