@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import AssociativeRecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding, with_places
 from memformer.nn.associative import FEATURES_PER_COMPONENT, AssociativeMemory
 from memformer.nn.attention import CacheWindow
 from memformer.nn.positions import RotaryPositions
@@ -122,8 +122,4 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
         keep_mask = index <= index[:, None]
         if num_tokens is None:
             return index, keep_mask[None, None]
-        # Padding comes after the segment's tokens, so apart from padding only memory tokens could attend to it.
-        is_memory, num_padding = index >= length, (length - num_tokens)[:, None]
-        is_padding = ~is_memory & (index >= num_tokens[:, None])  # (B, Q)
-        keep_mask = keep_mask & ~(is_padding[:, None, :] & is_memory[:, None])
-        return torch.where(is_memory, index - num_padding, index), keep_mask[:, None]
+        return place_behind_padding(keep_mask, end=length, num_padding=length - num_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from memformer.errors import InputError
@@ -39,6 +39,26 @@ def with_places(caches: list[Tensor], *, num_before: int, num_tokens: int, segme
         places *= 2
     missing = num_before + min(places, segment_length) + 1 - caches[0].shape[2]
     return [F.pad(cache, (0, 0, 0, missing)) for cache in caches] if missing > 0 else caches
+
+
+def place_behind_padding(
+    keep_mask: Bool[Tensor, "Q Q"], *, end: int, num_padding: Int64[Tensor, " B"]
+) -> tuple[Int64[Tensor, "B Q"], Bool[Tensor, "B 1 Q Q"]]:
+    """Return the positions and the mask if the last tokens before `end` are padding in each row.
+
+    The tokens from `end` on directly follow the last token before the padding, and do not attend to it. No other token
+    could: padding comes after the tokens of a segment.
+
+    Args:
+        keep_mask: The mask without padding, True where a query may attend to a key.
+        end: Index behind the padding.
+        num_padding: Number of tokens of padding in each row.
+    """
+    index = torch.arange(keep_mask.shape[-1], device=keep_mask.device)
+    is_behind, num_padding = index >= end, num_padding[:, None]
+    is_padding = ~is_behind & (index >= end - num_padding)  # (B, Q)
+    keep_mask = keep_mask & ~(is_padding[:, None, :] & is_behind[:, None])
+    return torch.where(is_behind, index - num_padding, index), keep_mask[:, None]
 
 
 @dataclass(frozen=True)

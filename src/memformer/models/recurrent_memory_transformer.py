@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding, with_places
 from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
@@ -169,8 +169,4 @@ class RecurrentMemoryTransformer(NextTokenModel):
         keep_mask = (key < num_memory) | (key <= query) | (query >= end)
         if num_tokens is None:
             return index, keep_mask[None, None]
-        num_padding = (length - num_tokens)[:, None]
-        # Padding comes after the segment's tokens, so apart from padding only write tokens could attend to it.
-        is_padding = (index >= end - num_padding) & (index < end)  # (B, Q)
-        keep_mask = keep_mask & ~(is_padding[:, None, :] & (query >= end))
-        return torch.where(index >= end, index - num_padding, index), keep_mask[:, None]
+        return place_behind_padding(keep_mask, end=end, num_padding=length - num_tokens)

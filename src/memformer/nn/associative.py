@@ -49,14 +49,14 @@ class AssociativeMemory(nn.Module):
         tokens = self.norm(tokens)
         key, value, gate = self.key(tokens), self.value(tokens), torch.sigmoid(self.gate(tokens))
         with torch.autocast(tokens.device.type, enabled=False):
-            features, values, shares = (part.to(table.dtype) for part in (key, value, gate))
-            features = _features(features)
+            key, value, gate = (part.to(table.dtype) for part in (key, value, gate))
+            features = _features(key)
             for place in range(tokens.shape[1]):
                 one = slice(place, place + 1)
                 old, count = _look_up(features[:, one], table)
                 # A key that is there already is not counted again.
                 is_new = (1 - count).clamp(0, 1).detach()
-                change = torch.cat([shares[:, one] * (values[:, one] - old), is_new], dim=-1)
+                change = torch.cat([gate[:, one] * (value[:, one] - old), is_new], dim=-1)
                 table = table + features[:, one].mT @ change
             return table
 

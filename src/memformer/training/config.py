@@ -260,7 +260,6 @@ class TrainingConfig:
                 f"training.sharding ({self.sharding!r}) needs training.method 'replay' and training.compiled false; "
                 f"they are {self.method!r} and {self.compiled}"
             )
-
         if self.sharding != "none" and self.optimizer == "muon":
             raise InputError(
                 f"training.sharding ({self.sharding!r}) needs training.optimizer 'adamw': Muon needs whole matrices"

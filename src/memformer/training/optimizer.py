@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -46,7 +46,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Return what a copy needs: also the two optimizers."""
         return {**super().__getstate__(), "_muon": self._muon, "_adamw": self._adamw}
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step of both; return the loss of the closure, which is called before, if one is given."""
         loss = None
         if closure is not None:
@@ -65,14 +71,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     mapping = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.LSTM)]
     decayed = {id(p) for module in mapping for p in module.parameters(recurse=False) if p.ndim > 1} - embedded
     parameters = list(model.parameters())
-    by_muon = [p for p in parameters if config.optimizer == "muon" and id(p) in decayed and p.ndim == 2]
-    rest = [p for p in parameters if id(p) in decayed and (not by_muon or p.ndim != 2)]
-    groups = [
-        {"params": rest, "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    if by_muon:
-        return MuonWithAdamW(by_muon, [group for group in groups if group["params"]], config)
+    mapped = [p for p in parameters if id(p) in decayed]
+    others = {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0}
+    if config.optimizer == "muon":
+        matrices = [p for p in mapped if p.ndim == 2]
+        rest = [p for p in mapped if p.ndim != 2]
+        groups = [{"params": rest, "weight_decay": config.weight_decay}, others]
+        return MuonWithAdamW(matrices, groups, config)
+    groups = [{"params": mapped, "weight_decay": config.weight_decay}, others]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
