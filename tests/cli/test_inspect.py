@@ -173,7 +173,7 @@ def test_models_without_memory_slots_are_refused(tmp_path, text):
     without = saved(Memformer(tiny_config(num_slots=0, vocab_size=256)), tmp_path / "without")
     assert refused("inspect", without, "--text", text).startswith("num_slots is 0: the model has no memory to inspect")
     lstm = saved(build_model(LSTMConfig(d_model=8, num_layers=1, segment_length=8)), tmp_path / "lstm")
-    assert "the model is a LSTM, whose memory has no slots that are read and written" in refused(
+    assert "the model is an LSTM, whose memory has no slots that are read and written" in refused(
         "inspect", lstm, "--text", text
     )
     assert not list(tmp_path.rglob("inspect.html"))

@@ -46,7 +46,7 @@ def test_a_model_without_slots_gets_a_sentence(base, tmp_path):
     options = ("--model_type", "lstm", "--folder", tmp_path / "lstm", "--training.num_updates", "1")
     call_json("train", base / "config.yaml", *options)
     before = sentence_of(tmp_path / "lstm")
-    assert before.startswith("There is no picture of the memory: the model is a LSTM, whose memory has no slots")
+    assert before.startswith("There is no picture of the memory: the model is an LSTM, whose memory has no slots")
     call_json("report", tmp_path / "lstm")
     assert sentence_of(tmp_path / "lstm") == before
 

@@ -111,7 +111,7 @@ def test_empty_compressed_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
         (b"[1]", r"a\.jsonl:2 is a JSON list; every line must be an object"),
         (b'{"body": "x", "id": 1}', r"a\.jsonl:2 has no key text_key \('text'\); its keys are: body, id"),
         (b"{}", r"its keys are: none"),
-        (b'{"text": 3}', r"a\.jsonl:2 holds a int under 'text'; it must be a string"),
+        (b'{"text": 3}', r"a\.jsonl:2 holds an int under 'text'; it must be a string"),
         (b'{"text": "ab\\ud800"}', r"a\.jsonl:2 holds a lone surrogate at character 2"),
     ],
 )

@@ -323,7 +323,7 @@ def test_foreign_tokenizers_and_unwritable_folders_are_refused(tmp_path: Path) -
         encode = decode = decode_stream = list
 
     save_tokenizer(Foreign(), tmp_path)
-    with pytest.raises(InputError, match="tokenizer is a Other; only this package's tokenizers can be saved"):
+    with pytest.raises(InputError, match="tokenizer is an Other; only this package's tokenizers can be saved"):
         save_tokenizer(Other(), tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="could not be written"):

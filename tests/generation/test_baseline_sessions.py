@@ -238,7 +238,7 @@ def test_a_training_step_between_two_tokens_is_noticed(name):
 
 def test_a_session_of_another_model_and_a_compiled_one_are_refused(tmp_path):
     model = tiny_baseline("lstm")
-    with pytest.raises(InputError, match="a lstm cannot be compiled in a session"):
+    with pytest.raises(InputError, match="an lstm cannot be compiled in a session"):
         Session(model, compiled=True)
     session = Session(model)
     session.feed([1, 2])

@@ -33,7 +33,7 @@ from memformer.utils.checks import check_seed
 from memformer.utils.files import check_can_write, user_path, write_json
 from memformer.utils.progress import ProgressBar
 from memformer.utils.signals import Interrupted, Signals, signals_noted
-from memformer.utils.tables import counted
+from memformer.utils.words import counted
 
 RETENTION_FILE = "retention.json"
 RETENTION_FIGURE_FILE = "retention.png"

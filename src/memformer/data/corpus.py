@@ -24,8 +24,8 @@ from memformer.utils.checks import (
     shown,
 )
 from memformer.utils.files import user_path
-from memformer.utils.tables import counted
 from memformer.utils.token_ids import check_token_ids
+from memformer.utils.words import counted
 
 # Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
 FORMAT_VERSION = 3

@@ -16,7 +16,7 @@ from memformer.data.stream import RolloutStream
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed, check_type
-from memformer.utils.tables import counted
+from memformer.utils.words import counted
 
 PADDING_TOKEN_ID = 0
 

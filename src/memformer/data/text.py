@@ -11,6 +11,7 @@ from memformer.data.content import open_text
 from memformer.data.documents import Document
 from memformer.data.files import SourceFile, has_content, walk, without_repetition
 from memformer.errors import InputError
+from memformer.utils.words import with_article
 
 # Installed packages differ between machines, and tests contain unusual encodings.
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
@@ -122,7 +123,7 @@ def text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
         raise InputError(f"{name} has no key text_key ({text_key!r}); its keys are: {available}")
     text = record[text_key]
     if not isinstance(text, str):
-        raise InputError(f"{name} holds a {type(text).__name__} under {text_key!r}; it must be a string")
+        raise InputError(f"{name} holds {with_article(type(text).__name__)} under {text_key!r}; it must be a string")
     return utf_8_of(text, name)
 
 

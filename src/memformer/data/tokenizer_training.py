@@ -35,6 +35,7 @@ from memformer.errors import CheckpointError, InputError
 from memformer.utils.checks import check_integer
 from memformer.utils.fields import convert_fields
 from memformer.utils.files import user_path, write_bytes
+from memformer.utils.words import with_article
 
 _FORMAT_VERSION = 1
 _CONFIG_FILE = "tokenizer_config.json"
@@ -222,7 +223,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         case ByteTokenizer():
             pass
         case _:
-            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; only this package's tokenizers can be saved")
+            raise InputError(
+                f"tokenizer is {with_article(type(tokenizer).__name__)}; only this package's tokenizers can be saved"
+            )
     # Written last, because its fingerprint shows whether the other file belongs to it.
     write_bytes(folder / _CONFIG_FILE, json.dumps(config, indent=2).encode())
 

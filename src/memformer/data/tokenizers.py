@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from memformer.data.tokenizer_pipelines import END_OF_LINE, check_pipeline
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_integer
+from memformer.utils.words import with_article
 
 # One thread encodes a block of text, and one call encodes a batch of blocks: enough to keep the threads busy, and few
 # enough that the package's bookkeeping (hundreds of bytes per token) stays small for documents of any length.
@@ -277,7 +278,7 @@ def text_bytes(content: bytes | NDArray[np.uint8], *, kind: str, name: str) -> b
         InputError: The document is an image.
     """
     if not isinstance(content, bytes):
-        what = "an image" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
+        what = "an image" if isinstance(content, np.ndarray) else with_article(type(content).__name__)
         raise InputError(f"document {name} is {what}; a tokenizer of kind {kind!r} reads text, as bytes of UTF-8")
     return content
 

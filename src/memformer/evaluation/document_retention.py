@@ -18,7 +18,8 @@ from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers
 from memformer.utils.machine import peak_memory_bytes
-from memformer.utils.tables import counted, format_table
+from memformer.utils.tables import format_table
+from memformer.utils.words import counted
 
 DEFAULT_DELAYS = (0, 1, 2, 4, 8, 16, 32)
 

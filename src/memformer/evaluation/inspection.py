@@ -21,6 +21,7 @@ from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransfo
 from memformer.nn.attention import AttentionRecord
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, Integers, check_integer, check_integers
+from memformer.utils.words import with_article
 
 SlotModel = Memformer | RecurrentMemoryTransformer
 
@@ -80,8 +81,8 @@ def check_can_inspect(model: nn.Module) -> SlotModel:
     inner = unwrapped(model)
     if not isinstance(inner, Memformer | RecurrentMemoryTransformer):
         raise InputError(
-            f"the model is a {type(inner).__name__}, whose memory has no slots that are read and written; only a "
-            "Memformer and a RecurrentMemoryTransformer can be inspected"
+            f"the model is {with_article(type(inner).__name__)}, whose memory has no slots that are read and written; "
+            "only a Memformer and a RecurrentMemoryTransformer can be inspected"
         )
     if not inner.memory_shape[0]:
         raise InputError("num_slots is 0: the model has no memory to inspect; it needs at least 1 slot")

@@ -10,7 +10,7 @@ import numpy as np
 
 from memformer.errors import InputError
 from memformer.evaluation.inspection_results import Array, Inspection
-from memformer.utils.tables import counted
+from memformer.utils.words import counted
 
 _LARGEST_WEIGHT = (1 << 16) - 1
 

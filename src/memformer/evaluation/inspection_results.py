@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from memformer.utils.tables import counted, format_table
+from memformer.utils.tables import format_table
+from memformer.utils.words import counted
 
 Kind = Literal["holding", "aggregating", "fast turnover"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

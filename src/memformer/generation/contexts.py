@@ -16,6 +16,7 @@ from memformer.generation.token_reading import TokenReading
 from memformer.models import LanguageModel, Memformer, NextTokenModel
 from memformer.models.recurrence import read_bos
 from memformer.shapes import Hidden, Memory
+from memformer.utils.words import with_article
 
 Rows = Int64[Tensor, " R"] | slice
 PendingTokens = Int64[Tensor, "B S"]
@@ -284,8 +285,11 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
         return SegmentContext(model, batch_size, compiled=compiled)
     if not isinstance(model, NextTokenModel):
         raise InputTypeError(
-            f"model is a {type(model).__name__}; a session needs a Memformer or a NextTokenModel (docs/own-model.md)"
+            f"model is {with_article(type(model).__name__)}; a session needs a Memformer or a NextTokenModel "
+            "(docs/own-model.md)"
         )
     if compiled:
-        raise InputError(f"a {model.config.model_type} cannot be compiled in a session; only a memformer can")
+        raise InputError(
+            f"{with_article(model.config.model_type)} cannot be compiled in a session; only a memformer can"
+        )
     return TokenContext(model, batch_size)

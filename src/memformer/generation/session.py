@@ -19,6 +19,7 @@ from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import Memory
 from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
 from memformer.utils.files import user_path
+from memformer.utils.words import with_article
 
 AllowedTokens = Callable[[int, int], Integers]
 
@@ -367,7 +368,7 @@ def _language_model(model: nn.Module) -> LanguageModel:
     inner = unwrapped(model)
     if not isinstance(inner, LanguageModel):
         # A RecurrentModel of the user's own may lack what a session needs.
-        raise InputTypeError(f"model is a {type(inner).__name__}; a session needs a LanguageModel")
+        raise InputTypeError(f"model is {with_article(type(inner).__name__)}; a session needs a LanguageModel")
     return inner
 
 

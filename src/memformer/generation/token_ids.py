@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
 from memformer.utils.token_ids import check_token_ids, has_length
+from memformer.utils.words import with_article
 
 TokenIds = (
     Sequence[int]
@@ -46,7 +47,9 @@ def in_chunks(rows: list[NDArray[np.integer]]) -> Iterator[list[Tensor]]:
 
 def _split(token_ids: TokenIds, batch_size: int) -> list[object]:
     if isinstance(token_ids, Mapping | Set) or not has_length(token_ids):
-        raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
+        raise InputTypeError(
+            f"token ids are {with_article(type(token_ids).__name__)}; they must be a list, array or tensor"
+        )
     if batch_size == 1:
         nested = token_ids.ndim == 2 if isinstance(token_ids, Tensor | np.ndarray) else _is_nested(token_ids)
         if not nested:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.hf.rows import TokenRows
+from memformer.utils.words import with_article
 
 
 class MemformerCache(Cache):
@@ -155,7 +156,9 @@ def check_cache(cache: Any, *, session_model: object, batch_size: int) -> None:
         InputError: It is of another kind, of another model, or has another number of rows.
     """
     if not isinstance(cache, MemformerCache):
-        raise InputError(f"cache is a {type(cache).__name__}; this model continues from a MemformerCache only")
+        raise InputError(
+            f"cache is {with_article(type(cache).__name__)}; this model continues from a MemformerCache only"
+        )
     if cache.session.model is not session_model:
         raise InputError("cache is of another model; its memory means nothing to this one")
     check_rows(cache, batch_size=batch_size)

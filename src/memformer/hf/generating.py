@@ -13,6 +13,7 @@ from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.hf.cache import MemformerCache, check_cache_use
 from memformer.hf.configuration import check_end_token
+from memformer.utils.words import with_article
 
 
 def set_special_tokens(generation_config: Any, config: Any) -> None:
@@ -49,7 +50,7 @@ class StreamGenerationMixin(GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise InputError(
                 f"cache_implementation ({generation_config.cache_implementation!r}) must not be given: the state of "
-                f"a {self.config.model_type} has a fixed size and only one form"
+                f"{with_article(self.config.model_type)} has a fixed size and only one form"
             )
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -29,6 +29,7 @@ from memformer.hf.loading import check_all_are_loaded, saved_end_token
 from memformer.hf.replaying import replayed_loss
 from memformer.hf.rows import TokenRows, find_targets, find_tokens, make_rollout
 from memformer.models import LanguageModel, build_model
+from memformer.utils.words import with_article
 
 
 @dataclass
@@ -73,8 +74,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: RecurrentHFConfig) -> None:
         if not isinstance(config, self.config_class):
-            expected = self.config_class.__name__
-            raise InputTypeError(f"config is a {type(config).__name__}; a {type(self).__name__} has a {expected}")
+            expected = with_article(self.config_class.__name__)
+            raise InputTypeError(
+                f"config is {with_article(type(config).__name__)}; {with_article(type(self).__name__)} has {expected}"
+            )
         super().__init__(config)
         self.memformer = build_model(config.core())
         # A module that is called by other names than `forward` cannot be split over devices.
@@ -114,7 +117,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """
         expected = cls.config_class.model_type
         if model.config.model_type != expected:
-            raise InputError(f"model is a {model.config.model_type}; a {cls.__name__} holds a {expected}")
+            raise InputError(
+                f"model is {with_article(model.config.model_type)}; {with_article(cls.__name__)} holds "
+                f"{with_article(expected)}"
+            )
         with torch.device("meta"):
             wrapped = cls(cls.config_class(**model.config.to_dict()))
         wrapped.memformer = model
@@ -145,7 +151,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         Raises:
             InputError: Always.
         """
-        raise InputError(f"the vocabulary of a {self.config.model_type} cannot be resized; build a new model instead")
+        raise InputError(
+            f"the vocabulary of {with_article(self.config.model_type)} cannot be resized; build a new model instead"
+        )
 
     def _find_tokens(
         self,

@@ -18,6 +18,7 @@ from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransfo
 from memformer.models.transformer_xl import TransformerXL
 from memformer.utils.checks import Integer
 from memformer.utils.files import read_json
+from memformer.utils.words import with_article
 
 _CLASSES: tuple[type[LanguageModel], ...] = (
     Memformer,
@@ -40,7 +41,7 @@ def build_model(config: ModelConfig) -> LanguageModel:
     kinds = [model.config_class for model in _CLASSES]
     if not isinstance(config, tuple(kinds)):
         names = ", ".join(kind.__name__ for kind in kinds)
-        raise InputTypeError(f"config is a {type(config).__name__}; a language model has one of {names}")
+        raise InputTypeError(f"config is {with_article(type(config).__name__)}; a language model has one of {names}")
     return MODELS[config.model_type](config)
 
 
@@ -74,5 +75,5 @@ def load_model(
     if num_slots is None:
         return model.from_pretrained(folder, device=device)
     if not issubclass(model, Memformer):
-        raise InputError(f"num_slots ({num_slots}) is for a memformer; {folder} holds a {model_type}")
+        raise InputError(f"num_slots ({num_slots}) is for a memformer; {folder} holds {with_article(model_type)}")
     return model.from_pretrained(folder, device=device, num_slots=num_slots)

@@ -16,6 +16,7 @@ from memformer.models.recurrence import check_tokens
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout, check_mask
 from memformer.shapes import DecoderStartIds, Hidden, Memory, Segment, SegmentPadding, Targets
+from memformer.utils.words import with_article
 
 TokenCounts = Int64[Tensor, " B"]
 Read = Callable[..., tuple[Hidden, Memory]]
@@ -208,7 +209,8 @@ class NextTokenModel(LanguageModel):
     ) -> Float[Tensor, "B T D"]:
         if decoder_start_ids is not None:
             raise InputError(
-                f"decoder_start_ids are given, but a {type(self).__name__} has no decoder that could start from them"
+                f"decoder_start_ids are given, but {with_article(type(self).__name__)} has no decoder that could start "
+                "from them"
             )
         check_tokens(targets, largest=self.vocab_size - 1, name="targets")
         self._check_hidden(hidden, batch_size=targets.shape[0])

@@ -17,6 +17,7 @@ from memformer.utils.checks import check_type
 from memformer.utils.files import read_json, read_names, read_tensors, user_path, write_json, write_tensors
 from memformer.utils.machine import check_device
 from memformer.utils.renames import TENSORS, first_default, first_model_field, update_section, with_first_defaults
+from memformer.utils.words import with_article
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -118,7 +119,9 @@ class Pretrained(nn.Module):
         fields = without_foreign_keys(read_json(file))
         found, expected = fields.pop("model_type", None), cls.config_class.model_type
         if found != expected:
-            raise CheckpointError(f"{file} does not describe a {expected}: model_type is {found!r}, not {expected!r}")
+            raise CheckpointError(
+                f"{file} does not describe {with_article(expected)}: model_type is {found!r}, not {expected!r}"
+            )
         try:
             # The library itself wrote these names, so old ones need no warning.
             updated = with_first_defaults(expected, update_section("model", fields)[0])

@@ -24,6 +24,7 @@ from memformer.nn.linear import is_transformed
 from memformer.rollout import Rollout
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, TargetPadding, Targets
 from memformer.utils.checks import check_type
+from memformer.utils.words import with_article
 
 # Target id that PyTorch's losses ignore by default; here a mask marks the targets that are not counted.
 IGNORED = -100
@@ -76,8 +77,8 @@ class RecurrentModel(nn.Module, ABC):
             InputError: Always; a Memformer has a method of its own.
         """
         raise InputError(
-            f"a {type(self).__name__} cannot be compiled in one call, because it is not called as a whole; compile its "
-            "layers instead (module.compile() of each)"
+            f"{with_article(type(self).__name__)} cannot be compiled in one call, because it is not called as a whole; "
+            "compile its layers instead (module.compile() of each)"
         )
 
     # Methods that the error message of `forward` names, besides `encode`.
@@ -90,7 +91,7 @@ class RecurrentModel(nn.Module, ABC):
             NotImplementedError: Always, as for any module without a `forward`; the message names the methods to call.
         """
         raise NotImplementedError(
-            f"a {type(self).__name__} cannot be called directly; use encode(segment, memory=...) to read, "
+            f"{with_article(type(self).__name__)} cannot be called directly; use encode(segment, memory=...) to read, "
             f"{self._other_calls}, backpropagate(model, rollout) to train"
         )
 
@@ -118,7 +119,7 @@ class RecurrentModel(nn.Module, ABC):
         Raises:
             InputError: The model has none; the message gives the reason.
         """
-        raise InputError(f"a {type(self).__name__} has no auxiliary loss")
+        raise InputError(f"{with_article(type(self).__name__)} has no auxiliary loss")
 
     @property
     def auxiliary_weight(self) -> float:
@@ -152,7 +153,9 @@ class RecurrentModel(nn.Module, ABC):
                 out of range.
         """
         if decoder_start_ids is not None:
-            raise InputError(f"decoder_start_ids are given, but a {type(self).__name__} does not support them")
+            raise InputError(
+                f"decoder_start_ids are given, but {with_article(type(self).__name__)} does not support them"
+            )
         check_tokens(targets, largest=torch.iinfo(torch.int64).max, name="targets")  # -100 would be left out silently
         logits = self.decode(targets, hidden=hidden, hidden_padding_mask=hidden_padding_mask)
         if target_padding_mask is not None:
@@ -217,8 +220,8 @@ def unwrapped(model: nn.Module) -> RecurrentModel:
     if not isinstance(inner, RecurrentModel):
         advice = "; give its .module" if isinstance(getattr(model, "module", None), RecurrentModel) else ""
         raise InputTypeError(
-            f"model is a {type(model).__name__}; it must be a memformer model (Memformer, TransformerXL, ...) or one "
-            f"wrapped by torch.compile, DataParallel or DistributedDataParallel{advice}"
+            f"model is {with_article(type(model).__name__)}; it must be a memformer model (Memformer, TransformerXL, "
+            f"...) or one wrapped by torch.compile, DataParallel or DistributedDataParallel{advice}"
         )
     return inner
 

@@ -17,6 +17,7 @@ from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.rollout import Rollout
 from memformer.training.distributed_tensors import is_distributed
 from memformer.utils.checks import Integer, Number, check_integer, check_number, check_type
+from memformer.utils.words import with_article
 
 NewAutocast = Callable[[], AbstractContextManager[Any]]
 
@@ -114,8 +115,8 @@ def trainable(model: nn.Module) -> RecurrentModel:
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise InputTypeError(
-            f"model is a {type(model).__name__}, which sums gradients only in its own forward and backward pass; give "
-            "model.module, and sum the gradients of all processes afterwards (docs/distributed.md)"
+            f"model is {with_article(type(model).__name__)}, which sums gradients only in its own forward and backward "
+            "pass; give model.module, and sum the gradients of all processes afterwards (docs/distributed.md)"
         )
     return unwrapped(model)
 

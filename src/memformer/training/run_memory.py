@@ -10,6 +10,7 @@ from memformer.models import LanguageModel
 from memformer.models.recurrence import RecurrentModel
 from memformer.rollout import Rollout
 from memformer.training.run_data import DocumentData, RecallData, RunData, first_documents
+from memformer.utils.words import with_article
 
 MAX_TIMESTEPS = 48
 
@@ -36,4 +37,4 @@ def _held_out(model: RecurrentModel, data: RunData) -> tuple[Iterator[Rollout], 
     if isinstance(data, RecallData):
         episode = data.held_out_episode(model, max_timesteps=MAX_TIMESTEPS)
         return iter([episode]), f"an episode of the recall task {data.config.task!r}"
-    raise InputError(f"the data is a {type(data).__name__}; only documents and recall tasks can be read")
+    raise InputError(f"the data is {with_article(type(data).__name__)}; only documents and recall tasks can be read")

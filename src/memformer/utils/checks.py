@@ -15,6 +15,7 @@ from typing import SupportsFloat, SupportsIndex
 import numpy as np
 
 from memformer.errors import InputError, InputTypeError
+from memformer.utils.words import with_article
 
 # Larger values can only be typos or damage. The product of two values up to this limit still fits into int64.
 LARGEST = 1 << 24
@@ -95,7 +96,9 @@ def check_type(name: str, value: object, kind: type, *, hint: str = "") -> None:
         InputTypeError: The argument is of another class.
     """
     if not isinstance(value, kind):
-        raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a {kind.__name__}{hint}")
+        raise InputTypeError(
+            f"{name} is of class {type(value).__name__}; it must be {with_article(kind.__name__)}{hint}"
+        )
 
 
 def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Plain-text tables, and numbers with a noun."""
+"""Plain-text tables."""
 
 import io
 from collections.abc import Sequence
@@ -27,8 +27,3 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     drawn = io.StringIO()
     Console(file=drawn, width=_WIDTH, markup=False, highlight=False, emoji=False, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number and a noun, which is in the plural unless the number is 1."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
 from memformer.utils.checks import shown
+from memformer.utils.words import with_article
 
 TokenRow = Sequence[int] | NDArray[np.integer] | Tensor
 
@@ -25,7 +26,9 @@ def check_token_ids(token_ids: object, *, vocab_size: int) -> NDArray[np.integer
         InputTypeError: The token ids are not integers.
     """
     if isinstance(token_ids, str | bytes | Mapping | Set) or not hasattr(token_ids, "__len__"):
-        raise InputTypeError(f"token ids are a {type(token_ids).__name__}; they must be a list, array or tensor")
+        raise InputTypeError(
+            f"token ids are {with_article(type(token_ids).__name__)}; they must be a list, array or tensor"
+        )
     if isinstance(token_ids, Tensor):
         if token_ids.is_floating_point() or token_ids.is_complex():  # NumPy lacks some of these dtypes
             dtype = str(token_ids.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from memformer.errors import InputError
+from memformer.utils.words import with_article
 
 _INTEGER = re.compile("(?:[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _NUMBER = re.compile(
@@ -98,6 +99,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"config {path} is not YAML: {error}") from error
     if not isinstance(value, dict):
-        kind = {type(None): "nothing", str: "a text"}.get(type(value), f"a {type(value).__name__}")
+        kind = {type(None): "nothing", str: "a text"}.get(type(value), with_article(type(value).__name__))
         raise InputError(f"config {path} holds {kind}; it must be a mapping of keys to values")
     return value

@@ -34,7 +34,7 @@ from memformer.data.tokenizers import Tokenizer
 from memformer.errors import CheckpointError, InputError
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer, check_seed
-from memformer.utils.tables import counted
+from memformer.utils.words import counted
 
 # Once the curriculum has ended, filler becomes known within so many episodes, a growing share of it in each.
 _EPISODES_UNTIL_FILLER_IS_KNOWN = 300
