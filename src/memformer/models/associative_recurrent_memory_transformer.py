@@ -30,10 +30,12 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
     only the value projection starts at zero, as in the authors' code. The part of a token's features that counts as
     new is between 0 and 1 and has no gradient of its own, as there.
 
-    Three more departures keep the tables bounded: the projections of a memory are of the LayerNorm of their input, the
-    features of a key have length 1, and the memory tokens of a segment write one after the other. In the paper all of
+    Four more departures keep the tables bounded. The projections of a memory are of the LayerNorm of their input, and
+    the features of a key have length 1. The memory tokens of a segment write one after the other: in the paper all of
     them change the table at once, so that M tokens with one key overshoot M times, and the next layer squares what it
-    reads: in Table 2's recipe on books, the loss was not finite from update 43, 53 and 53 on (three seeds).
+    reads. And what is found is divided by its count only where that is above 1: divided by a count that is nearly 0,
+    as in the paper, a small error becomes a large value, which the next write writes into the table. With the paper's
+    rules, in Table 2's recipe on books, the loss was not finite from update 43, 53 and 53 on (three seeds).
 
     Args:
         config: The model's config.

@@ -11,8 +11,6 @@ from memformer.nn.linear import Linear
 _NUM_PRODUCTS = 3
 # Features per component of a key: the positive and the negative part of each, in every product.
 FEATURES_PER_COMPONENT = 2 * _NUM_PRODUCTS
-# Added to the divisor, as in the authors' code.
-_EPSILON = 1e-5
 
 Table = Float[Tensor, "B F W"]
 
@@ -38,7 +36,7 @@ class AssociativeMemory(nn.Module):
         self.gate = Linear(width, 1)
 
     def read(self, x: Float[Tensor, "B Q D"], *, table: Table) -> Float[Tensor, "B Q D"]:
-        """Return the value that the table has for each token; 0 if it is new."""
+        """Return the value that the table has for each token: 0 if it is new, a part if only part of it was written."""
         query = self.query(self.norm(x))
         with torch.autocast(x.device.type, enabled=False):
             values, _ = _look_up(_features(query.to(table.dtype)), table)
@@ -62,10 +60,14 @@ class AssociativeMemory(nn.Module):
 
 
 def _look_up(features: Float[Tensor, "B Q F"], table: Table) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q 1"]]:
-    """Return the value of each query, and how much of it has been written."""
+    """Return the value of each query, and how much of it has been written.
+
+    What has been written by less than 1 is not scaled up to 1 (the paper divides by any count): a count that is nearly
+    0 would make any error of the table as large as one likes, and the next write would write it into the table.
+    """
     found = features @ table
     values, count = found[..., :-1], found[..., -1:]
-    return values / (count + _EPSILON), count
+    return values / count.clamp(min=1), count
 
 
 def _features(x: Float[Tensor, "B Q E"]) -> Float[Tensor, "B Q F"]:
