@@ -28,6 +28,7 @@ def test_rows_are_chosen_by_integers_of_any_kind(rows):
         ({"targets": TOKENS[0]}, InputError, r"rollout targets have shape \(3, 4\)"),
         ({"targets": TOKENS[:1]}, InputError, "must agree in timesteps and rows"),
         ({"inputs": TOKENS[:, :, :0]}, InputError, "with no dimension equal to zero"),
+        ({"targets": TOKENS[:, :, :1], "is_shifted": True}, InputError, r"\(2, 3, 1\) must have the same shape"),
         ({"reset": torch.zeros(2, 3)}, InputTypeError, "rollout reset has dtype torch.float32"),
         ({"reset": torch.zeros(3, 2, dtype=torch.bool)}, InputError, r"reset has shape \(3, 2\); it must be \(2, 3\)"),
         ({"input_padding": torch.zeros(2, 3, dtype=torch.bool)}, InputError, "input_padding has shape"),

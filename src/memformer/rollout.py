@@ -70,6 +70,11 @@ class Rollout:
                 f"rollout inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)} "
                 "must agree in timesteps and rows"
             )
+        if self.is_shifted and self.inputs.shape != self.targets.shape:
+            raise InputError(
+                f"rollout inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)} "
+                "must have the same shape if is_shifted is true: a target follows each input"
+            )
         expected_shapes = {
             "reset": self.inputs.shape[:2],
             "is_filler": self.inputs.shape[:2],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from memformer import InputError
 from memformer.data import corpus_from_arrays
 from memformer.evaluation.document_retention import measure_documents
 from memformer.evaluation.stability import Stability, measure_stability
@@ -73,6 +74,11 @@ def test_without_slots_or_with_short_documents_there_is_nothing_to_measure():
     assert measure_stability(lstm, corpus_of(20)) is None
     assert measure_stability(tiny_model(), corpus_of(8, 8)) is None
     assert measure_stability(tiny_model().bfloat16(), corpus_of(20)) is None
+
+
+def test_documents_of_another_vocabulary_are_refused():
+    with pytest.raises(InputError, match=f"vocabulary of {VOCAB_SIZE + 1} tokens, the model one of {VOCAB_SIZE}"):
+        measure_stability(tiny_model(), corpus_from_arrays(documents([20]), vocab_size=VOCAB_SIZE + 1))
 
 
 def test_a_change_that_is_gone_at_once_has_growth_0():

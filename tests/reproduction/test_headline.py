@@ -162,7 +162,7 @@ def test_ratios_of_means_and_of_every_seed():
     assert list(compare(measured(bits=(1.5,)), curve, "state_bytes").by_seed) == [0]
 
 
-def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_path, trained):
+def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_path, trained, monkeypatch):
     figures = call_json("reproduce", *options, "--seeds", "2")
     assert sorted(trained) == sorted(f"{key}-{seed}" for key in ROWS for seed in (0, 1))
     (part,) = figures["parts"]
@@ -190,6 +190,14 @@ def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_p
     shown = f"{ratio:.2f} times less" if ratio > 1 else f"{1 / ratio:.2f} times more"
     assert f"| Slots | {shown} (by seed: better than every Transformer-XL; " in text
     assert "| the paper's claim | 8.10 times less |  | 3.20 times faster |" in text
+
+    workload = Workload(streams=part["streams"], tokens=part["tokens"], device="cpu", threads=2)
+    read = []
+    monkeypatch.setattr(inference, "_run_child", lambda task: read.append(task) or inference.perform(task))
+    call("reproduce", *options, "--only_write", "--", "--device", "cpu", "--threads", "2")
+    (again,) = json.loads((tmp_path / "out" / "claim" / "table.json").read_text())["parts"]
+    assert (again["device"], again["threads"]) == ("cpu", 2)
+    assert all(task["workload"] == dataclasses.asdict(workload) for task in read)
 
     (tmp_path / "out" / "tiny-small" / "3-slots-seed-0" / "evaluation.json").unlink()
     (part,) = call_json("reproduce", *options, "--only_write")["parts"]

@@ -24,6 +24,7 @@ from memformer.reproduction.tables import read_table, table_names, tables_folder
 from memformer.utils import progress
 from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, make_text, refused
+from tests.models.classifiers import tiny_classifier
 from tests.training.jobs import forked
 
 TABLE = {
@@ -92,6 +93,7 @@ def test_missing_runs_are_trained_and_finished_runs_are_reused(table, tmp_path, 
 
     tiny = read_table(tmp_path / "experiments" / "tiny")
     planned = plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], folder=out, data=str(tmp_path))
+    assert tiny.choose(["2-memory", "1-lstm", "2-memory"]) == tiny.choose(["2-memory", "1-lstm"])
     costs, slots = draw(tiny, collect(planned, tiny.scale("small")), "small").axes
     assert costs.get_xlabel() == "GFLOPs for 100 tokens"
     ((places, means),) = (line.get_data() for line in slots.lines[:1])
@@ -309,6 +311,7 @@ def test_the_time_before_the_first_update_does_not_count_towards_the_speed(table
 def test_invalid_input_is_refused(table, tmp_path):
     assert "unknown table 'tabel1'; the tables are tiny" in refused("reproduce", "tabel1")
     assert "tiny has no row 'x'; it has 1-lstm, 2-memory" in refused("reproduce", *table, "--rows", "x")
+    assert "a path is empty" in refused("reproduce", "tiny", "--folder", "")
     assert "tiny has no scale 'paper'; it has small" in refused("reproduce", *table, "--scale", "paper")
     assert "seeds (0) must be at least 1" in refused("reproduce", *table, "--seeds", "0")
     assert "there is nothing to write" in refused("reproduce", *table, "--only_write")
@@ -340,6 +343,14 @@ def test_every_row_at_every_scale_is_a_run(name, tmp_path):
             file.write_text(yaml.safe_dump(table.config_of(row, scale, data="data")))
             config, _ = run_config.parse_run_config([str(file)])
             assert config.model_type == row.model_type
+
+
+def test_a_classifier_predicts_one_label_for_a_segment():
+    classifier, labels = tiny_classifier(), tiny_classifier().config.num_labels
+    more = tiny_classifier(num_labels=labels + 5)
+    width = classifier.config.d_model
+    difference = flops_per_token(more) - flops_per_token(classifier)
+    assert difference == pytest.approx(2 * width * 5 / classifier.segment_length)
 
 
 def test_operations_are_counted_as_by_hand():

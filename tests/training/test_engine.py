@@ -51,6 +51,22 @@ def test_the_engine_equals_bptt_for_every_baseline(name, padding):
     assert_same_gradients(by_engine(model, rollout, None, readout_timesteps=2), expected)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_answers_and_a_text_of_equal_shapes_share_one_engine(name):
+    model = tiny_baseline(name)
+    engine, text = ReplayEngine(model, records=False), random_rollout(3, 2)
+    text = replace(text, targets=text.targets[..., :1])
+    for is_answer in (True, False, True):
+        rollout = replace(text, targets_are_answers=is_answer)
+        expected = gradients(model, rollout, None, "bptt")
+        assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
+
+
+def test_graphs_are_for_cuda():
+    with pytest.raises(InputError, match="records is True, but the model is on cpu; CUDA graphs need a CUDA device"):
+        ReplayEngine(tiny_model(), records=True)
+
+
 def test_the_engine_refuses_hooks_on_gradients_as_replay_does():
     model, rollout = tiny_model(), random_rollout(2, 2)
     handle = model.embedding.weight.register_hook(lambda grad: grad)

@@ -19,7 +19,7 @@ from memformer.cli.main import main
 from memformer.cli.run_config import parse_run_config
 from memformer.data import RecallConfig
 from memformer.models.baseline_configs import CompressiveTransformerConfig
-from memformer.training import loop
+from memformer.training import loop, run_data
 from memformer.training.checkpoint import TrainingState, load_checkpoint
 from memformer.training.config import DataConfig, RunConfig
 from memformer.training.optimizer import make_optimizer
@@ -261,6 +261,32 @@ def test_a_reconstruction_loss_on_a_recall_task_needs_a_single_process(compressi
     expected = pytest.raises(InputError, match=r"model\.reconstruction_weight \(1\.0\) needs a single process")
     with expected if is_refused else contextlib.nullcontext():
         check_processes(config, processes)
+
+
+def train_and_tell(*arguments):
+    make = run_data.make_tokenizer
+
+    def telling(*given, **options):
+        print("a tokenizer is trained")
+        return make(*given, **options)
+
+    run_data.make_tokenizer = telling
+    jobs.run_command("train", *arguments)
+
+
+def test_one_process_trains_the_tokenizer_and_the_others_receive_it(base):
+    options = ["--data.tokenizer.kind", "bpe", "--data.tokenizer.vocab_size", "270", "--training.num_updates", "1"]
+    done = run_job(train_and_tell, config_of(base, "bpe"), *options)
+    assert (done.status, done.output.count("a tokenizer is trained")) == (0, 1), done.output
+
+
+def test_a_recall_task_with_several_processes_is_warned_that_a_writer_may_stop(base, tmp_path):
+    config = run_config(base, "recall", num_lanes=4, num_updates=1)
+    model = dataclasses.replace(config.model, dropout=0.0, write_normalizer="entmax15")
+    config = dataclasses.replace(config, model=model, data=DataConfig(recall=RecallConfig(task="fact")))
+    done = run_job(jobs.run_command, "train", config_file(config))
+    assert done.status == 0, done.output
+    assert done.output.count("with 2 processes, nothing helps a writer that stops writing") == 1
 
 
 def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():

@@ -53,6 +53,7 @@ from memformer.training.run_inputs import (
 )
 from memformer.training.trackers import check_trackers
 from memformer.utils.files import user_path
+from memformer.utils.progress import print_warning
 
 
 def run_train(argv: list[str]) -> None:
@@ -103,6 +104,11 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
 
     processes.do_in_first(check)
     config.training.check_device(device)
+    if processes.count > 1 and processes.is_first and config.writes_sparsely and config.data.recall is not None:
+        print_warning(
+            f"with {processes.count} processes, nothing helps a writer that stops writing (docs/distributed.md); if "
+            "the loss stays at chance, train with one process"
+        )
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None
@@ -125,8 +131,10 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
         files.check()
         return data, described
 
+    prepared = processes.do_in_first(prepare)
+    tokenizer = processes.from_first(None if prepared is None else prepared[0].tokenizer)
     # The other processes read the token ids that the first one has put into the cache.
-    data, described = processes.do_in_first(prepare) or (prepare_data(config.data, tokenizer=tokenizer), {})
+    data, described = prepared or (prepare_data(config.data, tokenizer=tokenizer), {})
     config = dataclasses.replace(config, model=_fit_vocabulary(config, data.tokenizer))
     torch.manual_seed(config.seed)
     model = build_model(config.model).to(device)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from memformer.models.classification import MemformerForSequenceClassification
 from memformer.models.recurrence import reading, unwrapped
 from memformer.rollout import Rollout
 
@@ -16,16 +17,17 @@ from memformer.rollout import Rollout
 def flops_per_token(model: nn.Module) -> float:
     """Return the floating-point operations needed to read and predict one token, without training.
 
-    Counted while one full segment is read and the next full segment is predicted. As in `FlopCounterMode`, each
-    multiplication in a matrix product counts as two operations (attention scores included, masked or not), and all
-    other operations count as none. The model's mode is left unchanged. For models whose segment is the whole document,
-    this is the mean over the document's tokens. With `adaptive_cutoffs` the predicted tokens are frequent ones, below
-    the first cutoff; rarer tokens need the second softmax of their cluster as well.
+    Counted while one full segment is read and the next full segment is predicted (by a classifier: one label). As in
+    `FlopCounterMode`, each multiplication in a matrix product counts as two operations (attention scores included,
+    masked or not), and all other operations count as none. The model's mode is left unchanged. For models whose segment
+    is the whole document, this is the mean over the document's tokens. With `adaptive_cutoffs` the predicted tokens are
+    frequent ones, below the first cutoff; rarer tokens need the second softmax of their cluster as well.
     """
     model = unwrapped(model)
     length = model.segment_length
     zeros = torch.zeros(1, 1, length, dtype=torch.int64, device=model.device)
-    rollout = model.align_inputs(Rollout(inputs=zeros, targets=zeros))
+    is_classifier = isinstance(model, MemformerForSequenceClassification)
+    rollout = model.align_inputs(Rollout(inputs=zeros, targets=zeros[..., :1] if is_classifier else zeros))
     memory = model.initial_memory(1)
     counter = FlopCounterMode(display=False)
     # On a CPU the counter does not support fused attention, fused LSTM layers and oneDNN's matrix products.

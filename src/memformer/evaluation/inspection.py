@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memformer.data import Tokenizer
-from memformer.errors import InputError
+from memformer.errors import InputError, InputTypeError
 from memformer.evaluation.inspection_parts import Lifetimes, PassageList, Sampler, SlotHistory
 from memformer.evaluation.inspection_results import InspectedTimestep, Inspection
 from memformer.evaluation.streams import TokenTexts
@@ -20,7 +20,7 @@ from memformer.models.recurrence import reading, unwrapped
 from memformer.models.recurrent_memory_transformer import RecurrentMemoryTransformer
 from memformer.nn.attention import AttentionRecord
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, Integers, check_integer, check_integers
+from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_type
 from memformer.utils.words import with_article
 
 SlotModel = Memformer | RecurrentMemoryTransformer
@@ -113,11 +113,20 @@ def inspect_memory(
     Raises:
         InputError: The model has no memory slots, a rollout has several rows, the stream has no token or no document of
             more than one segment, or the model's likelihood is not finite.
+        InputTypeError: `stream` does not hold rollouts, or `options` are of another class.
     """
     inner = check_can_inspect(model)
+    if options is not None:
+        check_type("options", options, InspectionOptions)
+    if not isinstance(stream, Iterable):
+        raise InputTypeError(
+            f"stream is {with_article(type(stream).__name__)}; it must be rollouts, such as those of read_documents or "
+            "read_stream (memformer.evaluation.streams)"
+        )
     with reading(inner):
         inspector = _Inspector(inner, options or InspectionOptions(), TokenTexts(tokenizer))
         for rollout in stream:
+            check_type("a rollout of the stream", rollout, Rollout)
             if rollout.batch_size != 1:
                 raise InputError(f"a rollout has {rollout.batch_size} rows; the inspected stream must have 1")
             inspector.read(rollout)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memformer.data import Corpus, LaneStream
+from memformer.evaluation.likelihood import check_vocabulary
 from memformer.models.memory_encoder import MemoryEncoder
 from memformer.models.recurrence import reading, unwrapped
 
@@ -62,16 +63,22 @@ def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8) -
 
     A second memory, which differs a little from the first in a random direction, reads the same segments. After every
     segment the difference is measured and scaled back to its size (the method of Benettin et al. 1980 for the largest
-    Lyapunov exponent). The first 8 segments of a document are not counted, and at most 2,048 segments are.
+    Lyapunov exponent). The first 8 segments of a document are not counted, and it ends after about 2,048 counted
+    segments.
 
     Args:
         model: The model.
         corpus: Documents; their token ids must be in the model's vocabulary.
         num_lanes: Number of documents read side by side.
+
+    Raises:
+        InputError: The corpus has another vocabulary than the model.
+        InputTypeError: It is not a `Corpus`.
     """
     model = unwrapped(model)
     if not isinstance(model, MemoryEncoder) or not model.config.num_slots or _is_half(model):
         return None
+    check_vocabulary(model, corpus)
     stream = LaneStream(
         corpus,
         num_lanes=min(num_lanes, corpus.num_documents),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from memformer.data import Corpus, LaneStream, PixelTokenizer, Tokenizer
 from memformer.data.lanes import PADDING_TOKEN_ID
 from memformer.rollout import Rollout
 from memformer.utils.checks import Integer, check_integer
+from memformer.utils.token_ids import TokenRow, check_token_ids
 
 _ROLLOUT_TIMESTEPS = 16
 _TOKENS_AT_ONCE = 4096
@@ -31,17 +31,19 @@ def read_documents(corpus: Corpus, *, segment_length: Integer, bos_token_id: Int
     )
 
 
-def read_stream(
-    pieces: Iterable[NDArray[np.integer[Any]]], *, segment_length: Integer, bos_token_id: Integer
-) -> Iterator[Rollout]:
+def read_stream(pieces: Iterable[TokenRow], *, segment_length: Integer, bos_token_id: Integer) -> Iterator[Rollout]:
     """Yield one document, whose token ids arrive in pieces of any length, as rollouts of one row.
 
     The timesteps are those of a `LaneStream`. Memory does not grow with the length of the document.
 
     Args:
-        pieces: Token ids, arrays of one dimension.
+        pieces: Token ids, each piece a list, an array or a tensor of one dimension.
         segment_length: Tokens S of a segment.
-        bos_token_id: Token that the first timestep reads.
+        bos_token_id: Token that the first timestep reads; the token ids are below it.
+
+    Raises:
+        InputError: A token id is out of range, or a piece is not one-dimensional.
+        InputTypeError: A piece does not consist of integers.
     """
     length = check_integer("segment_length", segment_length, 1)
     bos = check_integer("bos_token_id", bos_token_id, 0)
@@ -50,7 +52,7 @@ def read_stream(
     waiting = np.empty(0, np.int64)
     for piece in chain(pieces, [None]):
         if piece is not None:
-            waiting = np.concatenate([waiting, piece.astype(np.int64)])
+            waiting = np.concatenate([waiting, check_token_ids(piece, vocab_size=bos).astype(np.int64)])
         while len(waiting) >= at_once or (piece is None and len(waiting)):
             tokens, waiting = waiting[:at_once], waiting[at_once:]
             rollout = _make_rollout(tokens, previous, length=length, bos=bos)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import AssociativeRecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding, with_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding
 from memformer.nn.associative import FEATURES_PER_COMPONENT, AssociativeMemory
 from memformer.nn.attention import CacheWindow
 from memformer.nn.positions import RotaryPositions
@@ -90,12 +90,7 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
         """Return the memory, and an empty cache of keys and values for each layer."""
         if type(self) is not AssociativeRecurrentMemoryTransformer:  # a subclass may read otherwise
             return super().begin_segment(memory)
-        empty = self._embedded_bos().new_empty(len(memory), self.config.num_heads, 0, self.config.head_width)
-        caches = self._with_places([empty] * (2 * len(self.layers)), num_tokens=1)
-        return SegmentState([memory.clone(), *caches])
-
-    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> list[Tensor]:
-        return with_places(caches, num_before=0, num_tokens=num_tokens, segment_length=self.segment_length)
+        return SegmentState([memory.clone(), *self._new_caches(len(memory))])
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int

@@ -11,9 +11,6 @@ from memformer.models.baseline_configs import LSTMConfig
 from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
 from memformer.shapes import Hidden, Memory, Segment
 
-# Names of a layer's weights in torch.nn.LSTM, in the order in which torch.lstm_cell takes them.
-_CELL_WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-
 
 def _is_plain(layer: nn.Module) -> bool:
     """Return whether the layer computes what its weights say: it is no other module, and has no hooks."""
@@ -111,8 +108,8 @@ class LSTM(NextTokenModel):
             hidden = x[:, 0].to(dtype)
             h, c = (list(half.unbind(1)) for half in memory.to(dtype).chunk(2, dim=1))
             for index, layer in enumerate(self.layers):
-                weights = (getattr(layer, name) for name in _CELL_WEIGHTS)
-                h[index], c[index] = torch.lstm_cell(hidden, (h[index], c[index]), *weights)
+                assert isinstance(layer, nn.LSTM)
+                h[index], c[index] = torch.lstm_cell(hidden, (h[index], c[index]), *layer.all_weights[0])
                 hidden = h[index]
             return hidden[:, None], torch.stack([*h, *c], dim=1).to(memory.dtype)
 

@@ -26,22 +26,6 @@ Read = Callable[..., tuple[Hidden, Memory]]
 _FIRST_PLACES = 64
 
 
-def with_places(caches: list[Tensor], *, num_before: int, num_tokens: int, segment_length: int) -> list[Tensor]:
-    """Return keys and values (B, H, L, E) with places for so many tokens of a segment, and one more for padding.
-
-    Args:
-        caches: The keys and values.
-        num_before: Number of places before those of the segment.
-        num_tokens: Number of tokens that need a place.
-        segment_length: Number of tokens of a full segment.
-    """
-    places = _FIRST_PLACES
-    while places < num_tokens:
-        places *= 2
-    missing = num_before + min(places, segment_length) + 1 - caches[0].shape[2]
-    return [F.pad(cache, (0, 0, 0, missing)) for cache in caches] if missing > 0 else caches
-
-
 def place_behind_padding(
     keep_mask: Bool[Tensor, "Q Q"], *, end: int, num_padding: Int64[Tensor, " B"]
 ) -> tuple[Int64[Tensor, "B Q"], Bool[Tensor, "B 1 Q Q"]]:
@@ -194,6 +178,24 @@ class NextTokenModel(LanguageModel):
         places = positions.clamp(max=num_tokens - 1)[..., None]
         state = SegmentState([memory, segment, counts], reads_again=True)
         return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1])), state
+
+    @property
+    def _places_before_segment(self) -> int:
+        """Number of places that the caches of keys and values have before those of the segment."""
+        return 0
+
+    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> list[Tensor]:
+        """Return keys and values (B, H, L, E) with places for so many tokens of a segment, and one more for padding."""
+        places = _FIRST_PLACES
+        while places < num_tokens:
+            places *= 2
+        missing = self._places_before_segment + min(places, self.segment_length) + 1 - caches[0].shape[2]
+        return [F.pad(cache, (0, 0, 0, missing)) for cache in caches] if missing > 0 else caches
+
+    def _new_caches(self, batch_size: int) -> list[Tensor]:
+        """Return places without content for the keys and values of each layer."""
+        empty = self._embedded_bos().new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
+        return self._with_places([empty] * (2 * self.config.num_layers), num_tokens=1)
 
     def _embedded_bos(self) -> Float[Tensor, "1 D"]:
         """Return `[BOS]` as layers read it, for its dtype and device."""

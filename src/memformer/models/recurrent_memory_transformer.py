@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import RecurrentMemoryTransformerConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding, with_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding
 from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.positions import RotaryPositions
@@ -122,17 +122,14 @@ class RecurrentMemoryTransformer(NextTokenModel):
         if type(self) is not RecurrentMemoryTransformer:  # a subclass may read otherwise
             return super().begin_segment(memory)
         batch_size, num_memory = memory.shape[:2]
-        empty = self._embedded_bos().new_empty(batch_size, self.config.num_heads, 0, self.config.head_width)
-        state = self._with_places([empty] * (2 * len(self.layers)), num_tokens=1)
+        state = SegmentState(self._new_caches(batch_size))
         places = torch.arange(num_memory, device=self.device).expand(batch_size, -1)
-        self._run_cached(memory.to(empty.dtype), state, places=places, num_keys=num_memory)
+        self._run_cached(memory.to(state.rows[0].dtype), state, places=places, num_keys=num_memory)
         return state
 
-    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> SegmentState:
-        num_memory = self.config.num_memory_tokens
-        return SegmentState(
-            with_places(caches, num_before=num_memory, num_tokens=num_tokens, segment_length=self.segment_length)
-        )
+    @property
+    def _places_before_segment(self) -> int:
+        return self.config.num_memory_tokens
 
     def read_tokens(
         self, tokens: Segment, state: SegmentState, *, positions: Segment, num_tokens: int
@@ -140,7 +137,8 @@ class RecurrentMemoryTransformer(NextTokenModel):
         """Read the next tokens of a segment; arguments and result as in `NextTokenModel`."""
         if state.reads_again:
             return super().read_tokens(tokens, state, positions=positions, num_tokens=num_tokens)
-        state, num_memory = self._with_places(state.rows, num_tokens=num_tokens), self.config.num_memory_tokens
+        state = SegmentState(self._with_places(state.rows, num_tokens=num_tokens))
+        num_memory = self.config.num_memory_tokens
         num_keys, last = num_memory + num_tokens, state.rows[0].shape[2] - 1
         places = (num_memory + positions).clamp(max=last)  # padding is written to the last place
         keep_mask = (torch.arange(num_keys, device=places.device) <= places[..., None])[:, None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memformer.models.baseline_configs import TransformerXLConfig
 from memformer.models.layers import CausalLayer
-from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, with_places
+from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
 from memformer.nn.attention import CacheWindow
 from memformer.nn.distances import Distances, descending_sinusoids
 from memformer.nn.positions import Frame
@@ -95,9 +95,9 @@ class TransformerXL(NextTokenModel):
             caches.extend(layer.project(past, frame=Frame()))
         return SegmentState([is_present(slots), *self._with_places(caches, num_tokens=1)])
 
-    def _with_places(self, caches: list[Tensor], *, num_tokens: int) -> list[Tensor]:
-        num_slots, _ = self.memory_shape
-        return with_places(caches, num_before=num_slots, num_tokens=num_tokens, segment_length=self.segment_length)
+    @property
+    def _places_before_segment(self) -> int:
+        return self.memory_shape[0]
 
     def _vectors_of_distances(self, num_keys: int) -> list[Float[Tensor, "H L E"]]:
         """Return R of each layer, for the distances L-1 .. 0."""

@@ -16,7 +16,7 @@ from memformer.reproduction.costs import costs_names, measure_costs
 from memformer.reproduction.headline import Headline, headline_names, measure_part, read_headline
 from memformer.reproduction.headline_results import draw_headline, headline_json, headline_markdown
 from memformer.reproduction.results import collect, draw, to_json, to_markdown
-from memformer.reproduction.reuse import ParseConfig, check_runs
+from memformer.reproduction.reuse import ParseConfig, check_runs, parse_run
 from memformer.reproduction.runs import Run, check_data, finish_runs, plan_runs
 from memformer.reproduction.tables import Table, read_table, table_names, tables_folder
 from memformer.utils.checks import check_integer
@@ -42,7 +42,7 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
     known = [*table_names(folder), *costs, *headlines]
     if options.table not in known:
         raise InputError(f"unknown table {options.table!r}; the tables are {', '.join(sorted(known))}")
-    output = user_path(options.folder or f"runs/{options.table}-{options.scale}")
+    output = user_path(f"runs/{options.table}-{options.scale}" if options.folder is None else options.folder)
     if options.table in costs:
         _refuse_training_options(options, train_options)
         with owned_folder(output, option="--folder"):
@@ -107,7 +107,7 @@ def _reproduce_headline(
     if options.only_write:
         finished = [run for runs in plans for run in runs if run.is_finished]
         check_runs(finished, options=train_options, parse=parse)
-        return _write_headline(headline, plans, output, options, train_options)
+        return _write_headline(headline, plans, output, options, train_options, parse)
     for part, runs in zip(headline.parts, plans, strict=True):
         check_data(runs, part.table, data=data, options=train_options)
     with contextlib.ExitStack() as stack:
@@ -116,20 +116,29 @@ def _reproduce_headline(
         every = [run for runs in plans for run in runs]
         check_runs(every, options=train_options, parse=parse)
         finish_runs(every, jobs=options.jobs, options=train_options)
-        return _write_headline(headline, plans, output, options, train_options)
+        return _write_headline(headline, plans, output, options, train_options, parse)
 
 
 def _write_headline(
-    headline: Headline, plans: Sequence[Sequence[Run]], output: Path, options: Any, train_options: Sequence[str]
+    headline: Headline,
+    plans: Sequence[Sequence[Run]],
+    output: Path,
+    options: Any,
+    train_options: Sequence[str],
+    parse: ParseConfig,
 ) -> str:
     folders = dict.fromkeys(str(run.folder.parent) for runs in plans for run in runs)
     if not any(run.is_finished for runs in plans for run in runs):
         raise InputError(f"no run in {' or '.join(folders)} is finished; there is nothing to write")
-    rounds = headline.rounds
-    measured = [
-        measure_part(part, runs, rounds=rounds, say=_say) for part, runs in zip(headline.parts, plans, strict=True)
+    workloads = [
+        part.workload(parse_run(runs[0], train_options, parse))
+        for part, runs in zip(headline.parts, plans, strict=True)
     ]
-    figures, markdown = headline_json(headline, measured), headline_markdown(headline, measured)
+    measured = [
+        measure_part(*part, rounds=headline.rounds, say=_say)
+        for part in zip(headline.parts, plans, workloads, strict=True)
+    ]
+    figures, markdown = headline_json(headline, measured, workloads), headline_markdown(headline, measured)
     figure = draw_headline(headline, measured)
     return _write(output, figures, markdown, figure, train_options=train_options, is_json=options.json)
 

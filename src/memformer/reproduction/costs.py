@@ -17,6 +17,7 @@ from memformer.models.loading import MODELS
 from memformer.reproduction.measure import MethodSpec, Setting, measure_growth, measure_seconds
 from memformer.utils.checks import refuse_unknown_keys
 from memformer.utils.machine import versions
+from memformer.utils.tables import markdown_table
 from memformer.utils.yaml_files import read_yaml
 
 COSTS_FILE = "costs.yaml"
@@ -132,19 +133,31 @@ def _measure_methods(costs: CostsScale, say: Callable[[str], None]) -> list[dict
 
 def _methods_table(rows: list[dict[str, Any]], paper: dict[str, dict[str, float]]) -> str:
     lines = [
-        "| timesteps | method | speed relative to BPTT (min - max over rounds) | memory growth MiB | relative to BPTT "
-        "| paper (12 layers, d 512, horizon 4): speed | paper: MB |",
-        "|---|---|---|---|---|---|---|",
+        [
+            "timesteps",
+            "method",
+            "speed relative to BPTT (min - max over rounds)",
+            "memory growth MiB",
+            "relative to BPTT",
+            "paper (12 layers, d 512, horizon 4): speed",
+            "paper: MB",
+        ]
     ]
     for row in rows:
         ratio, published = row["speed_ratio"], paper[row["method"]]
         memory_ratio = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
         lines.append(
-            f"| {row['horizon']} | {row['method']} | {ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f}) "
-            f"| {row['memory_growth_bytes'] / 2**20:,.0f} | {memory_ratio} "
-            f"| {published['speed']:.2f} | {published['memory_mb']:,.0f} |"
+            [
+                str(row["horizon"]),
+                row["method"],
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})",
+                f"{row['memory_growth_bytes'] / 2**20:,.0f}",
+                memory_ratio,
+                f"{published['speed']:.2f}",
+                f"{published['memory_mb']:,.0f}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table(lines)
 
 
 def _count_operations(costs: CostsScale, say: Callable[[str], None]) -> dict[str, list[float]]:
@@ -197,10 +210,8 @@ def _measure_memory(costs: CostsScale, say: Callable[[str], None]) -> dict[str, 
 
 def _table(first: str, unit_name: str, figures: dict[str, list[float]], xs: list[int], *, unit: float) -> str:
     header = [first, *(f"{name}, {unit_name}" for name in figures)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for index, x in enumerate(xs):
-        lines.append(f"| {x:,} | " + " | ".join(f"{values[index] / unit:,.3g}" for values in figures.values()) + " |")
-    return "\n".join(lines)
+    lines = [[f"{x:,}", *(f"{values[n] / unit:,.3g}" for values in figures.values())] for n, x in enumerate(xs)]
+    return markdown_table([header, *lines])
 
 
 def _draw(axes: Axes, figures: dict[str, list[float]], xs: list[int], *, unit: float, x: str, y: str) -> None:

@@ -14,6 +14,7 @@ from memformer.reproduction.inference import Times, Workload, measure_inference_
 from memformer.reproduction.results import RowFigures, collect
 from memformer.reproduction.runs import Run, plan_runs
 from memformer.reproduction.tables import Table, check_keys, check_names, read_table
+from memformer.training.config import RunConfig
 from memformer.training.run_folder import BEST
 from memformer.utils.checks import check_integer, refuse_unknown_keys
 from memformer.utils.yaml_files import read_yaml
@@ -77,12 +78,9 @@ class Part:
         rows = self.table.choose(self.labels)
         return plan_runs(self.table, rows, scale=self.scale, seeds=seeds, folder=self.folder_in(folder), data=data)
 
-    @property
-    def workload(self) -> Workload:
-        """The amount to read and to generate when costs are measured, and the device of the table's runs."""
-        run = self.table.scale(self.scale).run
-        settings = {name: run[name] for name in ("device", "threads") if name in run}
-        return Workload(streams=self.streams, tokens=self.tokens, **settings)
+    def workload(self, config: RunConfig) -> Workload:
+        """Return the amount to read and to generate when costs are measured, on the device of a run."""
+        return Workload(streams=self.streams, tokens=self.tokens, device=config.device, threads=config.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +193,9 @@ def _read_part(fields: dict[str, Any], tables: Path, *, owner: str) -> Part:
     return part
 
 
-def measure_part(part: Part, runs: Sequence[Run], *, rounds: int, say: Callable[[str], None]) -> list[Measured]:
+def measure_part(
+    part: Part, runs: Sequence[Run], workload: Workload, *, rounds: int, say: Callable[[str], None]
+) -> list[Measured]:
     """Measure all rows of a part that have a finished run, in the order of the part.
 
     The cost depends on the architecture alone, so that each row is measured with the weights of one of its runs.
@@ -203,6 +203,7 @@ def measure_part(part: Part, runs: Sequence[Run], *, rounds: int, say: Callable[
     Args:
         part: The part.
         runs: Its runs.
+        workload: What the models read and generate, and where.
         rounds: Timed rounds.
         say: Receives messages about the progress.
 
@@ -219,7 +220,7 @@ def measure_part(part: Part, runs: Sequence[Run], *, rounds: int, say: Callable[
     say(f"{part.title}: timing {len(found)} models in turn")
     measured = []
     for folder, times, (figures, group, label) in zip(
-        folders, measure_times(folders, part.workload, rounds=rounds), found, strict=True
+        folders, measure_times(folders, workload, rounds=rounds), found, strict=True
     ):
         say(f"{part.title}: measuring the memory growth of {label}")
         measured.append(
@@ -228,7 +229,7 @@ def measure_part(part: Part, runs: Sequence[Run], *, rounds: int, say: Callable[
                 label=label,
                 figures=figures,
                 state_bytes=Session(load_model(folder)).state_bytes,
-                memory_growth_bytes=measure_inference_growth(folder, part.workload),
+                memory_growth_bytes=measure_inference_growth(folder, workload),
                 times=times,
                 flops=figures.flops / scale.flops_tokens,
             )

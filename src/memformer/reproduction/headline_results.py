@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 
 from memformer.evaluation.plots import make_logarithmic, put_legend_below
 from memformer.reproduction.headline import COSTS, Cost, Headline, Measured, Part
+from memformer.reproduction.inference import Workload
 from memformer.reproduction.results import deviation, highest_shown
 from memformer.reproduction.trade_off import Crossing, Point, find_crossing
 from memformer.utils.machine import versions
+from memformer.utils.tables import markdown_table
 
 
 class _Words(NamedTuple):
@@ -95,8 +97,10 @@ def compare_all(rows: Sequence[Measured]) -> list[tuple[Measured, dict[Cost, Com
     ]
 
 
-def headline_json(headline: Headline, measured: Sequence[Sequence[Measured]]) -> dict[str, Any]:
-    """Return the results and settings as JSON values; `measured` has the rows of each part."""
+def headline_json(
+    headline: Headline, measured: Sequence[Sequence[Measured]], workloads: Sequence[Workload]
+) -> dict[str, Any]:
+    """Return the results and settings as JSON values, of the rows of each part and what they read."""
     return {
         "table": headline.key,
         "title": headline.title,
@@ -104,12 +108,11 @@ def headline_json(headline: Headline, measured: Sequence[Sequence[Measured]]) ->
         "note": headline.note,
         "paper": {"text": headline.paper, "ratios": headline.paper_ratios},
         "versions": versions(),
-        "parts": [_part_json(part, rows) for part, rows in zip(headline.parts, measured, strict=True)],
+        "parts": [_part_json(*part) for part in zip(headline.parts, measured, workloads, strict=True)],
     }
 
 
-def _part_json(part: Part, rows: Sequence[Measured]) -> dict[str, Any]:
-    workload = part.workload
+def _part_json(part: Part, rows: Sequence[Measured], workload: Workload) -> dict[str, Any]:
     return {
         "title": part.title,
         "table": part.table.key,
@@ -117,6 +120,7 @@ def _part_json(part: Part, rows: Sequence[Measured]) -> dict[str, Any]:
         "streams": workload.streams,
         "tokens": workload.tokens,
         "device": workload.device,
+        "threads": workload.threads,
         "unit": rows[0].unit if rows else None,
         "rows": [_row_json(row) for row in rows],
         "pairs": [
@@ -161,7 +165,7 @@ def _rows_table(part: Part, rows: Sequence[Measured]) -> str:
     for row in rows:
         cells = [row.label, _with_deviation(row), f"{len(row.bits)}", f"{row.figures.parameters:,}"]
         lines.append([*cells, *(_cost_cell(row, cost) for cost in COSTS)])
-    return _markdown_table(lines)
+    return markdown_table(lines)
 
 
 def _with_deviation(row: Measured) -> str:
@@ -193,7 +197,7 @@ def _pairs_table(headline: Headline, rows: Sequence[Measured]) -> list[str]:
     lines.append(
         ["the paper's claim", *(_times(published[cost], _WORDS[cost]) if cost in published else "" for cost in COSTS)]
     )
-    return [_markdown_table(lines)]
+    return [markdown_table(lines)]
 
 
 def _pair_cell(found: Comparison | None, words: _Words) -> str:
@@ -214,11 +218,6 @@ def _crossing_text(found: Comparison, crossing: Crossing, words: _Words) -> str:
 
 def _times(ratio: float, words: _Words) -> str:
     return f"{ratio:.2f} times {words.lower}" if ratio >= 1 else f"{1 / ratio:.2f} times {words.higher}"
-
-
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    written = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([written[0], "|" + "---|" * len(lines[0]), *written[1:]])
 
 
 def draw_headline(headline: Headline, measured: Sequence[Sequence[Measured]]) -> Figure:

@@ -2,8 +2,7 @@
 
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from memformer.generation.session import Session
 from memformer.models import LanguageModel, load_model
-from memformer.reproduction.measure import peak_growth, run_child, wait_for
+from memformer.reproduction.measure import peak_growth, run_child, seconds_of
 from memformer.utils.machine import choose_device
 
 
@@ -25,13 +24,13 @@ class Workload:
         streams: Token streams that are scored side by side; one stream is generated.
         tokens: Tokens of each stream. They are random: the cost does not depend on them.
         device: auto, cpu, cuda, ...
-        threads: Threads on a CPU.
+        threads: Threads on a CPU. None: torch's default.
     """
 
     streams: int
     tokens: int
     device: str = "auto"
-    threads: int = 1
+    threads: int | None = 1
 
 
 class Times(NamedTuple):
@@ -83,7 +82,7 @@ def perform(task: dict[str, Any]) -> Any:
     """
     workload = Workload(**task["workload"])
     device = choose_device(workload.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and workload.threads is not None:
         torch.set_num_threads(workload.threads)
     models = [load_model(folder, device=device) for folder in task["folders"]]
     if task["rounds"] is None:
@@ -104,8 +103,8 @@ def _times(models: Sequence[LanguageModel], workload: Workload, rounds: int) -> 
     ]
     for count in range(rounds + 1):
         for model, scored, generated, token_ids, times in turns:
-            scoring = _seconds(model.device, partial(scored.score, token_ids))
-            writing = _seconds(model.device, partial(generated.generate, workload.tokens, seed=count))
+            scoring = seconds_of(model.device, partial(scored.score, token_ids))
+            writing = seconds_of(model.device, partial(generated.generate, workload.tokens, seed=count))
             if count:  # the first round warms up
                 times.evaluation.append(scoring / (workload.streams * workload.tokens))
                 times.generation.append(writing / workload.tokens)
@@ -117,14 +116,6 @@ def _token_ids(model: LanguageModel, workload: Workload) -> list[list[int]]:
     shape = (workload.streams, workload.tokens)
     token_ids: list[list[int]] = torch.randint(0, model.vocab_size, shape, generator=generator).tolist()
     return token_ids
-
-
-def _seconds(device: torch.device, action: Callable[[], object]) -> float:
-    wait_for(device)
-    started = time.perf_counter()
-    action()
-    wait_for(device)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,12 +107,9 @@ def _measure_seconds(
     for count in range(rounds + 1):
         for method_spec, own in zip(methods, seconds, strict=True):
             model.zero_grad()
-            wait_for(model.device)
-            started = time.perf_counter()
-            backpropagate(model, rollout, **method_spec._asdict())
-            wait_for(model.device)
+            taken = seconds_of(model.device, partial(backpropagate, model, rollout, **method_spec._asdict()))
             if count:  # the first round warms up
-                own.append(time.perf_counter() - started)
+                own.append(taken)
     return seconds
 
 
@@ -141,8 +139,16 @@ def _resident_bytes(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until a device has done its work."""
+def seconds_of(device: torch.device, action: Callable[[], object]) -> float:
+    """Return the seconds that an action takes, from and to the time at which the device has done all its work."""
+    _wait_for(device)
+    started = time.perf_counter()
+    action()
+    _wait_for(device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -16,6 +16,7 @@ from memformer.reproduction.runs import Run
 from memformer.reproduction.tables import Row, ScaleConfig, Table
 from memformer.training.run_folder import BEST
 from memformer.utils.machine import versions
+from memformer.utils.tables import markdown_table
 
 LABELS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "bits_per_token": "bits per token"}
 
@@ -107,25 +108,25 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
         "minutes",
         *(f"paper: {name}" for name in papers),
     ]
-    lines = [f"## {table.title}, scale {scale}", "", shared.note.strip(), ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = [header]
     for row in rows:
         values = row.values(shared.metric)
         erased = statistics.mean(row.values(shared.metric, memory="memory_erased"))
         results = row.results.values()
-        cells = [
-            row.row.name,
-            f"{statistics.mean(values):.4f}" + (f" ± {deviation(values):.4f}" if len(values) > 1 else ""),
-            f"{len(values)}",
-            f"{erased:.4f}",
-            f"{row.parameters:,}",
-            f"{row.flops / 1e9:.3g}",
-            f"{statistics.mean(result['tokens_trained'] for result in results):,.0f}",
-            f"{statistics.mean(result['training_seconds'] for result in results) / 60:.1f}",
-            *(f"{row.row.paper[name]:g}" if name in row.row.paper else "" for name in papers),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            [
+                row.row.name,
+                f"{statistics.mean(values):.4f}" + (f" ± {deviation(values):.4f}" if len(values) > 1 else ""),
+                f"{len(values)}",
+                f"{erased:.4f}",
+                f"{row.parameters:,}",
+                f"{row.flops / 1e9:.3g}",
+                f"{statistics.mean(result['tokens_trained'] for result in results):,.0f}",
+                f"{statistics.mean(result['training_seconds'] for result in results) / 60:.1f}",
+                *(f"{row.row.paper[name]:g}" if name in row.row.paper else "" for name in papers),
+            ]
+        )
+    return f"## {table.title}, scale {scale}\n\n{shared.note.strip()}\n\n{markdown_table(lines)}\n"
 
 
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:

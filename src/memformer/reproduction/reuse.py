@@ -58,12 +58,17 @@ def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfi
         CheckpointError: A file of a run is damaged.
     """
     # The runs of a row differ in the seed alone.
-    planned = {key: _parse(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
+    planned = {key: parse_run(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
     for run in runs:
         check_run(run.folder, dataclasses.replace(planned[run.row.key], seed=run.seed))
 
 
-def _parse(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
+def parse_run(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:
+    """Return the config of a run with additional options of `memformer train`.
+
+    Raises:
+        InputError: An option is invalid.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{run.folder.name}.yaml"
         write_text(file, to_yaml(run.config))

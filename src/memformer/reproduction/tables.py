@@ -103,13 +103,13 @@ class Table:
         return [row for row in self.rows if self._changes(row, scale) is not None]
 
     def choose(self, keys: Iterable[str]) -> list[Row]:
-        """Return the rows with these keys.
+        """Return the rows with these keys, each once.
 
         Raises:
             InputError: The table does not have such a row.
         """
         known = {row.key: row for row in self.rows}
-        keys = list(keys)
+        keys = list(dict.fromkeys(keys))
         if unknown := [key for key in keys if key not in known]:
             raise InputError(f"{self.key} has no row {unknown[0]!r}; it has {', '.join(known)}")
         return [known[key] for key in keys]

@@ -176,7 +176,8 @@ class TrainingConfig:
             still needed. Once the curriculum of a recall task has ended, it becomes steeper in segments that are known
             to hold no fact, and spares the best token of the others. Needs a sparse model.write_normalizer. 0: no
             penalty. On recall tasks, with or without a penalty, a sparse writer that writes nothing has the opposite
-            loss in rollouts whose loss is 1 nat per token or more; else it could stop writing for good.
+            loss in rollouts whose loss is 1 nat per token or more, if there is one process; else it could stop writing
+            for good.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An
             update is skipped if its loss or gradient is not finite: the weights stay unchanged, and a lane whose memory

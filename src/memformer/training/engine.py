@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memformer.errors import InputError
 from memformer.rollout import Rollout
 from memformer.training.gradients import Gradients
 from memformer.training.pieces import (
@@ -27,7 +28,7 @@ from memformer.training.pieces import (
 )
 from memformer.training.recorded_replay import RecordedReplay
 from memformer.training.replay import backpropagate
-from memformer.utils.checks import Integer, Number
+from memformer.utils.checks import Integer, Number, check_type
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, Work
 
 # Each needs memory for its static tensors and graphs; the shapes of a run's rollouts are few.
@@ -45,14 +46,20 @@ class ReplayEngine:
         say: Called with a sentence when a piece or a shape is not recorded.
 
     Raises:
-        InputTypeError: As `backpropagate`.
+        InputError: `records` is True and the model is not on a CUDA device.
+        InputTypeError: As `backpropagate`, or `records` is not a bool.
     """
 
     def __init__(
         self, model: nn.Module, *, records: bool | None = None, say: Callable[[str], object] | None = None
     ) -> None:
         self.model = model = trainable(model)
-        self.records = model.device.type == "cuda" if records is None else records
+        is_on_cuda = model.device.type == "cuda"
+        if records is not None:
+            check_type("records", records, bool)
+        self.records = is_on_cuda if records is None else records
+        if self.records and not is_on_cuda:
+            raise InputError(f"records is True, but the model is on {model.device}; CUDA graphs need a CUDA device")
         self._say = say or (lambda sentence: None)
         self._said: set[str] = set()
         self._identity: tuple[object, ...] = ()
@@ -87,12 +94,13 @@ class ReplayEngine:
         )
         if self._has_changed():
             self._forget()
+        aligned, entering = prepare(model, rollout, memory, hooks=hooks)
         key = _Key(
-            rollout.batch_size,
-            rollout.inputs.shape[2],
-            rollout.targets.shape[2],
-            rollout.decoder_start_ids is not None,
-            rollout.is_filler is not None,
+            aligned.batch_size,
+            aligned.inputs.shape[2],
+            aligned.targets.shape[2],
+            aligned.decoder_start_ids is not None,
+            aligned.is_filler is not None,
             torch.is_autocast_enabled(model.device.type),
             torch.get_autocast_dtype(model.device.type),
             torch.backends.cuda.matmul.fp32_precision,  # also as set by torch.set_float32_matmul_precision
@@ -106,7 +114,6 @@ class ReplayEngine:
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
         if self._gradients is None:
             self._gradients = Gradients(model)
-        aligned, entering = prepare(model, rollout, memory, hooks=hooks)
         try:
             return self._replay_of(key, aligned, entering, self._gradients).run(
                 aligned, entering, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale, hooks=hooks

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -147,14 +147,28 @@ class Processes:
             except InputError as error:
                 refusal = error
         if self.count > 1:
-            device = choose_device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-            num_refusals = torch.tensor(0 if refusal is None else 1, device=device)
+            num_refusals = torch.tensor(0 if refusal is None else 1, device=self._device)
             dist.all_reduce(num_refusals)
             if num_refusals and not self.is_first:
                 raise SystemExit(2)
         if refusal is not None:
             raise refusal
         return outcome
+
+    def from_first(self, value: Outcome | None) -> Outcome:
+        """Return the value that the first process has, in every process; all must call this.
+
+        The value is pickled, and read only by the processes of the run.
+        """
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, src=0, device=self._device)
+        return cast(Outcome, values[0])
+
+    @property
+    def _device(self) -> torch.device:
+        """The device on which the processes exchange what is on no device."""
+        return choose_device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
 
     def wait_for_all(self) -> None:
         """Wait until all processes have reached this call."""

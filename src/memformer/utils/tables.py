@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Plain-text and Markdown tables."""
 
 import io
 from collections.abc import Sequence
@@ -27,3 +27,9 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     drawn = io.StringIO()
     Console(file=drawn, width=_WIDTH, markup=False, highlight=False, emoji=False, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in drawn.getvalue().splitlines())
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, without a trailing line break; the first line has the names of the columns."""
+    written = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([written[0], "|" + "---|" * len(lines[0]), *written[1:]])
