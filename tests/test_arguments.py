@@ -24,6 +24,8 @@ from memformer.data import CurriculumConfig, LaneStream, MultitaskConfig, PixelT
 from memformer.data.corpus import corpus_from_arrays
 from memformer.data.tokenizer_training import TokenizerConfig
 from memformer.evaluation.document_retention import measure_documents
+from memformer.evaluation.inspection import inspect_memory
+from memformer.evaluation.streams import read_stream
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
 from memformer.training.engine import ReplayEngine
 from memformer.utils.checks import check_integer, check_integers, check_number
@@ -178,3 +180,25 @@ def test_a_mask_does_not_choose_rows(row):
     tokens = torch.arange(24).view(2, 3, 4)
     with pytest.raises(InputTypeError, match=r"row \(.*\) must be an integer"):
         Rollout(inputs=tokens, targets=tokens).select_rows([row, row])
+
+
+def test_only_rollouts_are_inspected_and_only_integers_are_pieces_of_a_stream():
+    model, ids = tiny_model(), np.arange(3)
+    with pytest.raises(InputTypeError, match=r"^stream is a Corpus; it must be rollouts, such as those of read_doc"):
+        inspect_memory(model, corpus_from_arrays([ids], vocab_size=VOCAB_SIZE))
+    with pytest.raises(InputTypeError, match=r"^a rollout of the stream is of class ndarray; it must be a Rollout"):
+        inspect_memory(model, [ids])
+    with pytest.raises(InputTypeError, match=r"^options is of class dict; it must be an InspectionOptions"):
+        inspect_memory(model, [], options={"num_probes": 1})
+    for pieces, message in (
+        ([ids + 0.9], "token ids have dtype float64; they must be integers"),
+        (ids, "token ids are an int64; they must be a list"),
+        ("abc", "token ids are a str; they must be a list"),
+    ):
+        with pytest.raises(InputTypeError, match=message):
+            list(read_stream(pieces, segment_length=4, bos_token_id=9))
+
+
+def test_the_engine_takes_a_bool_for_whether_it_records():
+    with pytest.raises(InputTypeError, match="records is of class str; it must be a bool"):
+        ReplayEngine(tiny_model(), records="no")

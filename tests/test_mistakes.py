@@ -45,13 +45,13 @@ def test_the_error_names_an_invalid_mask_or_hidden_state(make):
 
 @pytest.mark.parametrize("wrong", [5, None, iter([1]), {1: 2}, {1, 2}, "text"])
 def test_token_ids_that_are_no_list_are_refused(wrong):
-    with pytest.raises(InputTypeError, match=f"token ids are a {type(wrong).__name__}; they must be a list"):
+    with pytest.raises(InputTypeError, match=f"token ids are an? {type(wrong).__name__}; they must be a list"):
         Session(tiny_model()).feed(wrong)
 
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 2), "runs/demo", None])
 def test_what_is_no_model_is_refused_in_one_sentence(other):
-    with pytest.raises(InputTypeError, match=f"model is a {type(other).__name__}; it must be a memformer model"):
+    with pytest.raises(InputTypeError, match=f"model is an? {type(other).__name__}; it must be a memformer model"):
         Session(other)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memformer import AttentionRecord, InputError, InputTypeError, Rollout, evaluate
+from memformer import AttentionRecord, InputError, Rollout, evaluate
 from memformer.data import ByteTokenizer, PixelTokenizer, corpus_from_arrays
 from memformer.evaluation import streams
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
@@ -346,12 +346,6 @@ def test_bad_input_is_refused(array):
     two = Rollout(inputs=torch.zeros(1, 2, 3, dtype=torch.int64), targets=torch.zeros(1, 2, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="^a rollout has 2 rows"):
         inspect_memory(model, [two])
-    with pytest.raises(InputTypeError, match=r"^stream is a Corpus; it must be rollouts, such as those of read_doc"):
-        inspect_memory(model, corpus_from_arrays([array], vocab_size=VOCAB_SIZE))
-    with pytest.raises(InputTypeError, match=r"^a rollout of the stream is of class ndarray; it must be a Rollout"):
-        inspect_memory(model, [array])
-    with pytest.raises(InputTypeError, match=r"^options is of class dict; it must be an InspectionOptions"):
-        inspect_memory(model, stream_of(model, [array]), options={"num_probes": 1})
     with torch.no_grad():
         model.embedding.weight.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
@@ -365,16 +359,14 @@ def test_pieces_of_a_stream_are_lists_arrays_or_tensors(as_piece):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "error", "message"),
+    ("pieces", "message"),
     [
-        ([np.array([1.9])], InputTypeError, "token ids have dtype float64; they must be integers"),
-        (np.arange(3), InputTypeError, "token ids are an int64; they must be a list"),
-        ([np.zeros((2, 2), np.int64)], InputError, r"token ids have shape \(2, 2\)"),
-        ([[9]], InputError, "token id 9 is outside the vocabulary; valid ids are 0 to 8"),
+        ([np.zeros((2, 2), np.int64)], r"token ids have shape \(2, 2\)"),
+        ([[9]], "token id 9 is outside the vocabulary; valid ids are 0 to 8"),
     ],
 )
-def test_wrong_pieces_of_a_stream_are_refused(pieces, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_pieces_of_a_stream_are_refused(pieces, message):
+    with pytest.raises(InputError, match=message):
         list(read_stream(pieces, segment_length=4, bos_token_id=9))
 
 

@@ -192,9 +192,9 @@ def test_a_folder_of_another_type_is_refused(tmp_path):
         for other in classes:
             if other is not type(model):
                 found, expected = model.config.model_type, other.config_class.model_type
-                with pytest.raises(CheckpointError, match=f"not describe a {expected}: model_type is '{found}'"):
+                with pytest.raises(CheckpointError, match=f"not describe an? {expected}: model_type is '{found}'"):
                     other.from_pretrained(folder)
-    with pytest.raises(InputError, match=r"num_slots \(4\) is for a memformer; .*lstm holds a lstm"):
+    with pytest.raises(InputError, match=r"num_slots \(4\) is for a memformer; .*lstm holds an lstm"):
         load_model(tmp_path / "lstm", num_slots=4)
 
 
@@ -265,6 +265,6 @@ def test_a_baseline_is_not_compiled_as_a_whole_which_would_have_no_effect():
 
 def test_the_model_inside_another_wrapper_is_asked_for():
     averaged = torch.optim.swa_utils.AveragedModel(tiny_baseline("lstm"))
-    with pytest.raises(InputTypeError, match=r"model is a AveragedModel; .*; give its \.module"):
+    with pytest.raises(InputTypeError, match=r"model is an AveragedModel; .*; give its \.module"):
         backpropagate(averaged, random_rollout(2, 2))
     backpropagate(averaged.module, random_rollout(2, 2))
