@@ -132,15 +132,17 @@ def to_markdown(table: Table, rows: Sequence[RowFigures], scale: str) -> str:
 def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
     """Return plots of the table's metric: against the operations per sequence, and along every curve.
 
-    Rows that are far worse than most stand at the upper edge, as triangles.
+    Rows have the numbers with which their keys begin. Those that are far worse than most stand at the upper edge, as
+    triangles.
     """
     shared = table.scale(scale)
     highest = highest_shown([statistics.mean(row.values(shared.metric)) for row in rows])
     curves = sorted({name for row in rows for name in row.row.curves})
-    figure = Figure(figsize=(10 + 5 * len(curves), 5), layout="constrained")
+    figure = Figure(figsize=(11 + 5 * len(curves), 5 + 0.1 * len(rows)), layout="constrained")
     axes, *others = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
     colors = {kind: f"C{index}" for index, kind in enumerate(sorted({row.row.model_type for row in rows}))}
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
+        number = row.row.key.partition("-")[0].lstrip("0")
         operations, mean = row.flops / 1e9, statistics.mean(row.values(shared.metric))
         color, label = colors[row.row.model_type], f"{number} {row.row.name}"
         if mean > highest:
@@ -149,11 +151,11 @@ def draw(table: Table, rows: Sequence[RowFigures], scale: str) -> Figure:
         else:
             _draw_points(axes, [(operations, row)], shared.metric, style="o", color=color, label=label)
         position, below = (operations, min(mean, highest)), mean > highest
-        axes.annotate(f"{number}", position, xytext=(4, -9 if below else 4), textcoords="offset points", fontsize=8)
+        axes.annotate(number, position, xytext=(4, -9 if below else 4), textcoords="offset points", fontsize=8)
     axes.set_ylim(top=min(highest, axes.get_ylim()[1]))
     make_logarithmic(axes, "x")
     axes.set_xlabel(f"GFLOPs for {shared.flops_tokens:,} tokens")
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     for name, own_axes in zip(curves, others, strict=True):
         points = sorted(
             ((float(row.row.curves[name]), row) for row in rows if name in row.row.curves), key=lambda pair: pair[0]
