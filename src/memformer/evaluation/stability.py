@@ -63,8 +63,8 @@ def measure_stability(model: nn.Module, corpus: Corpus, *, num_lanes: int = 8) -
 
     A second memory, which differs a little from the first in a random direction, reads the same segments. After every
     segment the difference is measured and scaled back to its size (the method of Benettin et al. 1980 for the largest
-    Lyapunov exponent). The first 8 segments of a document are not counted, and it ends after about 2,048 counted
-    segments.
+    Lyapunov exponent). The first 8 segments of a document are not counted; reading ends after about 2,048 that
+    are.
 
     Args:
         model: The model.

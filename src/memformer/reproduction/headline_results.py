@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -117,10 +117,7 @@ def _part_json(part: Part, rows: Sequence[Measured], workload: Workload) -> dict
         "title": part.title,
         "table": part.table.key,
         "scale": part.scale,
-        "streams": workload.streams,
-        "tokens": workload.tokens,
-        "device": workload.device,
-        "threads": workload.threads,
+        **asdict(workload),
         "unit": rows[0].unit if rows else None,
         "rows": [_row_json(row) for row in rows],
         "pairs": [

@@ -92,6 +92,13 @@ class ReplayEngine:
         readout_timesteps, gradient_scale = check_arguments(
             rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale
         )
+        options: dict[str, Any] = {
+            "readout_timesteps": readout_timesteps,
+            "gradient_scale": gradient_scale,
+            "hooks": hooks,
+        }
+        if self._has_failed:
+            return backpropagate(model, rollout.to(model.device), memory=memory, **options)
         if self._has_changed():
             self._forget()
         aligned, entering = prepare(model, rollout, memory, hooks=hooks)
@@ -105,19 +112,12 @@ class ReplayEngine:
             torch.get_autocast_dtype(model.device.type),
             torch.backends.cuda.matmul.fp32_precision,  # also as set by torch.set_float32_matmul_precision
         )
-        options: dict[str, Any] = {
-            "readout_timesteps": readout_timesteps,
-            "gradient_scale": gradient_scale,
-            "hooks": hooks,
-        }
         if not self._is_usable(key):
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
         if self._gradients is None:
             self._gradients = Gradients(model)
         try:
-            return self._replay_of(key, aligned, entering, self._gradients).run(
-                aligned, entering, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale, hooks=hooks
-            )
+            return self._replay_of(key, aligned, entering, self._gradients).run(aligned, entering, **options)
         except RecordingFailed as error:
             # All pieces are recorded before the first one runs, so nothing has been computed yet.
             self._has_failed = True
@@ -147,8 +147,6 @@ class ReplayEngine:
         return replay
 
     def _is_usable(self, key: "_Key") -> bool:
-        if self._has_failed:
-            return False
         if key in self._shapes or len(self._shapes) < MOST_SHAPES:
             return True
         self._say_once(
