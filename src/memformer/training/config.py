@@ -177,7 +177,7 @@ class TrainingConfig:
             to hold no fact, and spares the best token of the others. Needs a sparse model.write_normalizer. 0: no
             penalty. On recall tasks, with or without a penalty, a sparse writer that writes nothing has the opposite
             loss in rollouts whose loss is 1 nat per token or more, if there is one process; else it could stop writing
-            for good.
+            for good. That loss also teaches to write filler, which only a penalty undoes.
         max_gradient_norm: Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping.
         max_skipped_in_a_row: Maximum number of consecutive skipped updates; one more ends the run with an error. An
             update is skipped if its loss or gradient is not finite: the weights stay unchanged, and a lane whose memory

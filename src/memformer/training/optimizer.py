@@ -18,7 +18,7 @@ LEARNED_LOSS = 0.1
 
 # The shortfall applies to rollouts with a loss of this or more, in nats per token: there a writer that writes nothing
 # has to learn to write again. Without it, some seeds stop writing within 70 updates and stay at chance; applied down to
-# `LEARNED_LOSS`, it also teaches to write filler. See "Writers that stop writing" in experiments/RETENTION.md.
+# `LEARNED_LOSS`, it teaches to write more filler. See "Writers that stop writing" in experiments/RETENTION.md.
 HARDLY_LEARNED_LOSS = 1.0
 SHORTFALL_WEIGHT = 1.0
 
