@@ -140,6 +140,14 @@ def test_a_run_within_its_own_data_is_refused(base, tmp_path, inner):
     message = refused(*train, "--folder", tmp_path / "run", "--data.cache", tmp_path / "texts" / inner)
     assert message.startswith(f"data.cache {tmp_path / 'texts' / inner} lies in data.train.path")
     assert not (tmp_path / "run").exists()
+    for pattern, start in (("texts/**/*.txt", "texts"), ("**", "."), ("*/deep/run*/samples/*.txt", "texts")):
+        named = ("--data.train.path", tmp_path / pattern)
+        message = refused(*train, *named, "--folder", tmp_path / start / "deep" / "run")
+        assert f"lies in data.train.path ({tmp_path / pattern}), so its files would be read as data" in message
+    stories = ("--data.recall.task", "babi", "--data.recall.path", tmp_path / "texts")
+    stories += ("--data.recall.validation_path", base / "texts")
+    message = refused(*train, "--data.train.path", base / "texts", *stories, "--folder", tmp_path / "texts" / inner)
+    assert f"lies in data.recall.path ({tmp_path / 'texts'})" in message
     for folder in (tmp_path / "texts" / ".runs" / "a", tmp_path / "texts-run"):
         call_json(*train, "--folder", folder)
         call_json("train", folder, "--resume", "--training.num_updates", "2")

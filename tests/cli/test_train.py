@@ -141,6 +141,27 @@ def test_the_last_evaluation_is_on_the_test_documents(base, tmp_path):
     assert "data.recall and data.test are both given" in refused("train", base / "config.yaml", *options)
 
 
+def test_a_file_that_is_both_trained_on_and_held_out_is_warned_of(base, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (tmp_path / "texts" / name).write_text(make_text(len(name)) * 3)
+    shutil.copy(tmp_path / "texts" / "test.txt", tmp_path / "copy.txt")
+    options = ["--data.train.path", tmp_path / "texts", "--training.num_updates", "1", "--folder", tmp_path / "run"]
+    options += ["--training.num_lanes", "1", "--data.validation.path"]
+    errors = call("train", base / "config.yaml", *options, tmp_path / "texts" / "valid.txt")[2]
+    shared = (
+        f"data.validation: {tmp_path}/texts/valid.txt has the same content as {tmp_path}/texts/valid.txt in data.tr"
+    )
+    assert errors.count("has the same content as") == errors.count(shared) == 1
+    options[5] = tmp_path / "second"
+    errors = call("train", base / "config.yaml", *options, tmp_path / "copy.txt")[2]
+    assert f"data.validation: {tmp_path}/copy.txt has the same content as {tmp_path}/texts/test.txt in data.t" in errors
+    options[5] = tmp_path / "third"
+    slices = ["--data.train.documents", ":2", "--data.validation.documents", "2:"]
+    errors = call("train", base / "config.yaml", *options, tmp_path / "texts", *slices)[2]
+    assert "has the same content as" not in errors
+
+
 def test_a_moved_run_resumes_in_its_new_folder(copied, run_folder, tmp_path, monkeypatch):
     before = {file.name for file in (run_folder / "checkpoints").iterdir()}
     moved = copied.rename(tmp_path / "moved")

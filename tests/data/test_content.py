@@ -63,6 +63,22 @@ def test_a_name_does_not_make_a_text_compressed(tmp_path: Path, compression: str
         read(path)
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_compressed_streams_may_follow_one_another(tmp_path: Path, compression: str) -> None:
+    """All streams of a file are read, with zeros behind them; what is no stream is refused instead of left out."""
+    compress, path = COMPRESSIONS[compression], tmp_path / "a"
+    parts = [f"part {number}\n".encode() * 9000 for number in range(3)]
+    streams = [compress(part) for part in parts]
+    path.write_bytes(b"".join(streams))
+    assert read(path) == [b"".join(parts)]
+    path.write_bytes(streams[0] + bytes(70_000) + streams[1] + bytes(8))
+    assert read(path) == [parts[0] + parts[1]]
+    for damaged in (b"\x01" + streams[1][1:], streams[1][:-5], b"something else"):
+        path.write_bytes(streams[0] + damaged)
+        with pytest.raises(InputError, match="a cannot be read: "):
+            read(path)
+
+
 def test_zstd_is_decompressed_or_refused_by_name(tmp_path: Path) -> None:
     """Content compressed with zstd is decompressed where Python can, and refused by name elsewhere."""
     path = tmp_path / "a.txt"

@@ -76,10 +76,20 @@ def test_a_run_killed_while_saving_and_resumed_equals_the_uninterrupted_run(base
         ".update-000000006.partial",
         "update-000000003",
     ]
+    # Of saves that are not repeated: one on a signal, one of sharded states, and one of the best weights.
+    remains = (
+        "checkpoints/.update-000000002.partial/a",
+        "checkpoints/.update-000000002.optimizer_state/a",
+        "best/.a.partial",
+    )
+    for name in remains:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     assert main(["train", config_file(config), "--resume"]) == 0
     assert "resuming from" in capsys.readouterr().err
     assert_same_run(folder, unbroken)
-    assert not (folder / "checkpoints" / ".update-000000006.partial").exists()
+    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob(".update*"))
 
 
 def test_a_resumed_run_of_several_tasks_equals_the_uninterrupted_run(base, tmp_path, capsys):
@@ -398,3 +408,21 @@ def test_scores_on_other_documents_are_not_compared(copied, capsys, monkeypatch)
     assert fingerprint(copied / "best") != before
     progress = json.loads((checkpoint_of(copied, 12) / "progress.json").read_text())["progress"]
     assert progress["evaluation_tokens"] == 1
+
+
+def test_sigterm_while_data_are_prepared_leaves_no_unfinished_files(base):
+    """The stack is unwound, as by Ctrl-C; the handler is the command's, so that it needs a process of its own."""
+    child = """
+import os, signal, sys
+from memformer.cli import main
+from memformer.data import building
+
+building._publish = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+main.entry_point()
+"""
+    config = run_config(base, "terminated")
+    cache = Path(config.folder).with_name("terminated-cache")
+    argv = ["train", config_file(config), "--data.cache", str(cache)]
+    done = subprocess.run([sys.executable, "-c", child, *argv], timeout=120, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert list(cache.iterdir()) == []

@@ -10,6 +10,7 @@ that command. The other commands, the help and the error messages then start soo
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,12 @@ RUN is a run folder, written by `memformer train`. `memformer COMMAND --help` ex
 
 
 def entry_point() -> None:
-    """Run the command with the process's arguments and exit with its status."""
+    """Run the command with the process's arguments and exit with its status.
+
+    SIGTERM unwinds the stack, as Ctrl-C does, so that unfinished files are deleted.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     exit_process(main(sys.argv[1:]))
 
 

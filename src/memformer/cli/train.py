@@ -37,6 +37,7 @@ from memformer.training.run_folder import (
     newest_checkpoint,
     owned_run_folder,
     read_run_config,
+    remove_partial,
     remove_remains,
     write_run_config,
 )
@@ -47,6 +48,7 @@ from memformer.training.run_inputs import (
     describe_inputs,
     find_changed_input,
     find_changed_key,
+    find_shared_file,
     pin_revisions,
     read_inputs,
     write_inputs,
@@ -141,9 +143,13 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     data.make_stream(model, config)  # data that do not fit the model are refused before the run has a folder
     if processes.is_first:
         print(f"{model.num_parameters:,} parameters; {data.describe()}", file=sys.stderr)
+        if (shared := find_shared_file(config.data, described)) is not None:
+            print_warning(shared)
         if config.data.validation is not None:
             warn_of_outside_values(data.tokenizer, config.data.validation, name="data.validation")
-        if not resume:
+        if resume:
+            remove_partial(folder)
+        else:
             remove_remains(folder)
         # The config first: it marks the folder as that of a run.
         write_run_config(folder, _config_to_write(folder, config, saved))

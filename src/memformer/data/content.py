@@ -21,18 +21,70 @@ try:
 except ImportError:
     _zstd = None
 
+_BUFFER_BYTES = 1 << 16
+_HEAD_BYTES = 512
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of compressed streams, one after the other, as `cat` and parallel compressors write them.
+
+    Zeros behind a stream are skipped. `bz2.BZ2File` and `lzma.LZMAFile` end, without an error, where what follows a
+    stream is not another one, although it may be one whose beginning is damaged.
+
+    Args:
+        stream: The compressed bytes.
+        make_decompressor: Returns a decompressor of one stream.
+    """
+
+    def __init__(self, stream: io.BufferedReader, make_decompressor: Callable[[], Any]) -> None:
+        self._stream = stream
+        self._make_decompressor = make_decompressor
+        self._decompressor = make_decompressor()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has arrived of at most the buffer's size; return the number of bytes, 0 at the end.
+
+        Raises:
+            OSError, lzma.LZMAError: The data is damaged, or it is not compressed behind a stream.
+            EOFError: The data ends within a stream.
+        """
+        block = b""
+        while not block:
+            given = b""
+            if self._decompressor.eof:
+                given = self._next_stream()
+                if not given:
+                    return 0
+                self._decompressor = self._make_decompressor()
+            elif self._decompressor.needs_input:
+                given = self._stream.read1(_BUFFER_BYTES)
+                if not given:
+                    raise EOFError("the compressed data is cut off")
+            block = self._decompressor.decompress(given, len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    def _next_stream(self) -> bytes:
+        """Return the first bytes of the next stream, or nothing at the end."""
+        given = self._decompressor.unused_data.lstrip(b"\0")
+        while not given and (block := self._stream.read1(_BUFFER_BYTES)):
+            given = block.lstrip(b"\0")
+        return given
+
+
 # How compressed data begins. None of these beginnings is UTF-8 text, except bzip2's: "BZh", the block size and a
 # magic number, which is another one if no block follows.
 _COMPRESSED: tuple[tuple[re.Pattern[bytes], Callable[[io.BufferedReader], Any] | None], ...] = (
     (re.compile(rb"\x1f\x8b"), lambda stream: gzip.GzipFile(fileobj=stream, mode="rb")),
-    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
-    (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), lambda stream: _Decompressed(stream, bz2.BZ2Decompressor)),
+    (re.compile(rb"\xfd7zXZ\0"), lambda stream: _Decompressed(stream, lzma.LZMADecompressor)),
     (re.compile(rb"\x28\xb5\x2f\xfd"), None if _zstd is None else _zstd.ZstdFile),
 )
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, *(() if _zstd is None else (_zstd.ZstdError,)))
-
-_BUFFER_BYTES = 1 << 16
-_HEAD_BYTES = 512
 
 # Names of formats that are not text, for messages; the content has already been found not to be text.
 _FORMATS = (

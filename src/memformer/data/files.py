@@ -39,7 +39,8 @@ def locate_files(path: str | list[str], *, option: str = "path") -> list[SourceF
         option: Name of the option that holds the path, for messages.
 
     Raises:
-        InputError: A path does not exist or cannot be read, or a folder or pattern contains no file.
+        InputError: A path does not exist or cannot be read, a folder or pattern contains no file, or a symbolic link in
+            it that leads nowhere.
     """
     found: list[SourceFile] = []
     for name in [path] if isinstance(path, str) else path:
@@ -64,7 +65,7 @@ def _locate(name: str, option: str) -> list[SourceFile]:
     path = user_path(name)
     # A file may be called `a[1].txt`, so an existing path is never treated as a pattern.
     if path.is_dir():
-        found = sorted(file for file in walk(path, skips=_is_hidden) if has_content(file))
+        found = _with_content(walk(path, skips=_is_hidden), option)
         if not found:
             raise InputError(
                 f"{option} ({name}) is a folder without any file to read; hidden and empty files are skipped"
@@ -75,10 +76,53 @@ def _locate(name: str, option: str) -> list[SourceFile]:
     if not glob.has_magic(name):
         raise InputError(f"{option} ({name}) does not exist")
     matches = _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
-    found = sorted({match for match in matches if has_content(match)})
+    found = _with_content(matches, option)
     if not found:
         raise InputError(f"{option} ({name}) matches no file to read; hidden and empty files are skipped")
     return [SourceFile(file, False) for file in found]
+
+
+def _with_content(paths: Iterable[Path], option: str) -> list[Path]:
+    """Return the files that are not empty, sorted and each once.
+
+    Raises:
+        InputError: A path is a symbolic link that leads nowhere: its file would be missing without a word.
+    """
+    found = sorted(set(paths))
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{option}: {path} is a symbolic link to {path.readlink()}, which does not exist; delete the link, or "
+                "name the data more closely"
+            )
+    return [path for path in found if has_content(path)]
+
+
+def is_named_by(name: str, path: Path) -> bool:
+    """Return whether a folder or a pattern, as `locate_files` reads it, names a file that may not exist yet.
+
+    Args:
+        name: The folder or pattern.
+        path: The resolved path of the file.
+    """
+    named = user_path(name)
+    if named.is_file() or not (named.is_dir() or glob.has_magic(name)):
+        return False
+    parts = (*named.parts, "**") if named.is_dir() else named.parts
+    fixed = len(named.parts) if named.is_dir() else [glob.has_magic(part) for part in parts].index(True)
+    outer = Path(*parts[:fixed]).resolve()
+    return path.is_relative_to(outer) and _match(parts[fixed:], path.relative_to(outer).parts)
+
+
+def _match(parts: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Return whether the parts of a pattern match the names of a path, by the rules of `_expand`."""
+    if not parts or not names:
+        return not parts and not names
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        return _match(rest or ("*",), names) or (not _is_hidden(names[0]) and _match(parts, names[1:]))
+    is_skipped = glob.has_magic(part) and _is_hidden(names[0]) and not _is_hidden(part)
+    return not is_skipped and fnmatch.fnmatchcase(names[0], part) and _match(rest, names[1:])
 
 
 def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
@@ -95,7 +139,7 @@ def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         for each in [folder, *(path for path, is_folder in below if is_folder)]:
             yield from _expand(each, rest or ("*",))
     elif not glob.has_magic(part):
-        if (folder / part).exists():
+        if (folder / part).exists() or (folder / part).is_symlink():
             yield from _expand(folder / part, rest)
     elif folder.is_dir():
         for each in folder.iterdir():
@@ -134,6 +178,16 @@ def has_content(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
+def check_is_file(path: Path) -> None:
+    """Check that a path is a file, which can be read again.
+
+    Raises:
+        InputError: It is a pipe or a device.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is a pipe or a device; a run needs files, which can be read again")
+
+
 def file_status(path: Path) -> dict[str, Any]:
     """Return a file's resolved path, size in bytes, and times of modification and of change in nanoseconds.
 
@@ -170,8 +224,7 @@ def file_identities(files: Iterable[SourceFile], known: Iterable[dict[str, Any]]
     states = []
     for file in files:
         states.append(file_status(file.path))
-        if not file.path.is_file():
-            raise InputError(f"{file.path} is a pipe or a device; a run needs files, which can be read again")
+        check_is_file(file.path)
     num_bytes = sum(status["bytes"] for status in states if _status_key(status) not in checksums)
     with ProgressBar("checking the files", num_bytes, unit="byte") as progress:
         return [

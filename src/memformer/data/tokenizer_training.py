@@ -46,10 +46,11 @@ class TokenizerConfig:
     """The tokenizer of texts and series; images need none, because their token ids are grey levels.
 
     Args:
-        kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, trained on the training documents. word:
-            words separated by white space, with <eos> for the end of a line and <unk> for rare words (the convention of
-            WikiText). pretrained: a tokenizer made elsewhere, which must restore every text exactly. bins: for series
-            (data.train.kind array), values are quantized into bins, which are fitted on the training documents.
+        kind: bytes: every byte is a token. bpe: byte-level byte-pair encoding, trained on the documents of data.train,
+            also on those that data.validation_fraction holds out. word: words of the same documents, separated by white
+            space, with <eos> for the end of a line and <unk> for rare words (the convention of WikiText). pretrained: a
+            tokenizer made elsewhere, which must restore every text exactly. bins: for series (data.train.kind array),
+            values are quantized into bins, which are fitted on the training documents.
         vocab_size: For bpe: number of tokens, at least 257; it may turn out lower if the documents contain too few
             pairs to merge. For word: maximum number of tokens, most frequent words first; null: all words.
         path: For pretrained: a tokenizer.json, or a folder that holds one. The run keeps a copy.

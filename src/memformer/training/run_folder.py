@@ -94,6 +94,25 @@ def remove_remains(folder: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Delete the unfinished checkpoints and weights of a run that was killed while it wrote them.
+
+    Raises:
+        SaveError: They cannot be deleted.
+    """
+    checkpoints, best = folder / CHECKPOINTS, folder / BEST
+    with saving(folder):
+        for unfinished in (
+            *checkpoints.glob(".update-*.partial"),
+            *checkpoints.glob(".update-*.optimizer_state"),
+            *best.glob(".*.partial"),
+        ):
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            else:
+                unfinished.unlink()
+
+
 def load_run(
     folder: str | Path,
     *,

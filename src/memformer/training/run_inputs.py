@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memformer.data import SourceConfig, Tokenizer
-from memformer.data.files import SourceFile, file_identities, file_status, locate_files
+from memformer.data.files import SourceFile, check_is_file, file_identities, file_status, is_named_by, locate_files
 from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError, InputError
 from memformer.training.checkpoint import canonical
@@ -16,6 +16,18 @@ from memformer.utils.files import read_json, user_path, write_json
 INPUTS_FILE = "data.json"
 _FORMAT_VERSION = 1
 _STORIES = ("path", "validation_path")
+# Some of what a run and the cache write, by which patterns for data are tried that might read it.
+_WRITTEN = (
+    "log.jsonl",
+    "config.yaml",
+    "summary.html",
+    "train.log",
+    "best/config.json",
+    "best/model.safetensors",
+    "samples/update-000000001.txt",
+    "checkpoints/update-000000001/manifest.json",
+    "0123456789abcdef/tokens.bin",
+)
 
 # Keys of the config that say where the files are. They may change when a run resumes: what the files hold may not.
 LOCATION_KEYS = frozenset(
@@ -81,6 +93,7 @@ def _states(config: DataConfig) -> dict[tuple[str, str], tuple[int, int]]:
     for section, files in locate_inputs(config).items():
         for file in files:
             status = file_status(file.path)
+            check_is_file(file.path)
             found[section, str(file.path)] = status["bytes"], status["modified_ns"]
     return found
 
@@ -104,26 +117,21 @@ def locate_inputs(config: DataConfig) -> dict[str, list[SourceFile]]:
 
 
 def check_apart(config: DataConfig, folder: Path) -> None:
-    """Check that neither the run folder nor the cache lies in a folder of the data, of which it would become a part.
+    """Check that neither the run folder nor the cache lies where the data is read, of which it would become a part.
 
     Args:
         config: The data config.
         folder: The run folder.
 
     Raises:
-        InputError: One lies in a folder of the data, and is not hidden there.
+        InputError: One lies in a folder of the data, and is not hidden there, or a pattern matches what is written.
     """
     if _generates_all_text(config):
         return
     written = {"--folder": folder} | ({} if config.cache is None else {"data.cache": user_path(config.cache)})
     for option, name in _named_data(config):
-        outer = user_path(name).resolve()
-        if not outer.is_dir():
-            continue
         for writer, path in written.items():
-            inner = path.resolve()
-            is_below = inner.is_relative_to(outer)
-            if is_below and not any(part.startswith(".") for part in inner.relative_to(outer).parts):
+            if any(is_named_by(name, path.resolve() / file) for file in _WRITTEN):
                 raise InputError(
                     f"{writer} {path} lies in {option} ({name}), so its files would be read as data; choose a folder "
                     "elsewhere, or name the data more closely"
@@ -141,10 +149,36 @@ def _named_data(config: DataConfig) -> Iterator[tuple[str, str]]:
         paths = source.path or []
         for path in [paths] if isinstance(paths, str) else paths:
             yield f"data.{section}.path", path
+    for key in () if config.recall is None else _STORIES:
+        if (path := getattr(config.recall, key)) is not None:
+            yield f"data.recall.{key}", path
 
 
 def _generates_all_text(config: DataConfig) -> bool:
     return config.recall is not None and not config.recall.is_in_text
+
+
+def find_shared_file(config: DataConfig, inputs: dict[str, Any]) -> str | None:
+    """Return a sentence about a file that is both trained on and held out, or None if there is none.
+
+    Sections with other slices (`rows`, `documents`) divide a file, so they are not compared. Copies count as one file.
+
+    Args:
+        config: The data config.
+        inputs: Its description by `describe_inputs`.
+    """
+    trained = {file["sha256"]: file["path"] for file in inputs["files"].get("data.train", [])}
+    for section in ("validation", "test"):
+        source: SourceConfig | None = getattr(config, section)
+        if source is None or (source.rows, source.documents) != (config.train.rows, config.train.documents):
+            continue
+        for file in inputs["files"].get(f"data.{section}", []):
+            if file["sha256"] in trained:
+                return (
+                    f"data.{section}: {file['path']} has the same content as {trained[file['sha256']]} in data.train, "
+                    "so held-out results are about text that was trained on"
+                )
+    return None
 
 
 def write_inputs(folder: Path, inputs: dict[str, Any]) -> None:
