@@ -199,6 +199,32 @@ def test_tokens_that_may_be_new_ones_or_a_changed_past_are_refused():
     assert cache.session.num_tokens == num_read
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}]
+)
+@pytest.mark.parametrize("fault", ["begin", "token", "new token", "top_k"])
+def test_a_refused_call_leaves_the_cache_as_it_was(options, fault):
+    model, ids = make_hf(), torch.stack(texts((9, 9)))
+    cache = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True).cache
+    read, rows = cache.num_read, repr(cache)
+    follow = torch.cat([ids, torch.zeros(2, 8, dtype=torch.int64)], dim=1)
+    wrong = {"attention_mask": None}
+    if fault == "begin":
+        follow = follow.flip(1)
+    elif fault == "token":
+        follow[1, -1] = VOCAB_SIZE + 7
+    elif fault == "new token":
+        follow = torch.full((2, 3), VOCAB_SIZE + 7)
+        wrong = {"attention_mask": torch.ones(2, 3 + cache.get_seq_length(), dtype=torch.int64)}
+    else:
+        wrong["top_k"] = -1
+    with pytest.raises(ValueError, match="begin|neither padding nor a token|top_k"):
+        model.generate(follow, cache=cache, max_new_tokens=3, **{"do_sample": fault == "top_k", **options}, **wrong)
+    assert (cache.num_read, repr(cache)) == (read, rows)
+    followed = model.generate(model.generate(ids, max_new_tokens=4, do_sample=False), cache=cache, max_new_tokens=3)
+    assert followed.shape == (2, 16)
+
+
 def test_a_cache_can_be_copied_selected_repeated_and_reset():
     model = make_hf()
     ids, mask = left_padded(texts())

@@ -1,5 +1,6 @@
 """Saving and loading: folders of transformers and of the library are read by both."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,14 @@ def test_the_end_of_a_document_in_the_librarys_own_folder_ends_generation(tmp_pa
             model = AutoModelForCausalLM.from_pretrained(name, **options)
             assert model.generation_config.eos_token_id == expected
             assert AutoTokenizer.from_pretrained(name, **options).eos_token_id == expected
+    # A model of the hub, as it lies in the cache.
+    model = tmp_path / "hub" / "models--someone--demo"
+    shutil.copytree(tmp_path / "ends", model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    options = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained("someone/demo", **options)
+    assert model.generation_config.eos_token_id == 256
     # A tokenizer that this library cannot read does not keep the model from being loaded.
     (tmp_path / "ends" / "tokenizer_config.json").write_text('{"format_version": 99}')
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ends").generation_config.eos_token_id is None
@@ -147,3 +156,8 @@ def test_hidden_states_that_the_config_asks_for_are_refused():
     with pytest.raises(InputError, match=r"config.output_hidden_states must be False"):
         model(ids)
     assert model(ids, output_hidden_states=False).logits is not None
+
+
+def test_weights_that_are_not_on_one_device_are_refused(tmp_path):
+    with pytest.raises(InputError, match="device_map puts weights on .*disk; the model is not called layer by layer"):
+        AutoModelForCausalLM.from_pretrained(SHIPPED, device_map={"": "disk"}, offload_folder=tmp_path)

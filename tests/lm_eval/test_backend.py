@@ -34,6 +34,19 @@ def model(folder):
     return MemformerLM(folder, device="cpu", batch_size=3)
 
 
+def test_the_arguments_of_the_model_count_more_than_options_of_the_harness(tmp_path, monkeypatch):
+    """The harness always passes its device and batch size too; it takes the folder 2024 for a number."""
+    save(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    others = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    for make, given in (
+        (MemformerLM.create_from_arg_obj, {"pretrained": 2024, "device": "cpu", "batch_size": 8}),
+        (MemformerLM.create_from_arg_string, "pretrained=2024,device=cpu,batch_size=8"),
+    ):
+        model = make(given, others)
+        assert (model.batch_size, model.device.type, str(model.run.folder)) == (8, "cpu", "2024")
+
+
 def bytes_of(text):
     return list(text.encode())
 

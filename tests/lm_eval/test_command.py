@@ -63,6 +63,18 @@ def test_the_harness_gets_the_model_the_pack_and_the_data(executed, tmp_path):
     assert get_model("memformer").__name__ == "MemformerLM"
 
 
+def test_a_config_of_the_harness_keeps_its_folder_of_tasks_and_its_device(executed, tmp_path):
+    (tmp_path / "e.yaml").write_text("model: memformer\ntasks: [my_books]\ninclude_path: mine\n")
+    run = ["run", "--config", str(tmp_path / "e.yaml")]
+    assert command.main(run) == 0
+    assert (executed[0].include_path, executed[0].device) == ([str(command.PACK), "mine"], "auto")
+    assert command.main([*run, "--include_path", "other", "--device", "cpu"]) == 0
+    assert (executed[1].include_path, executed[1].device) == ([str(command.PACK), "other"], "cpu")
+    (tmp_path / "e.yaml").write_text("model: memformer\ntasks: [my_books]\ndevice: cuda:1\n")
+    assert command.main(run) == 0
+    assert (executed[2].include_path, executed[2].device) == ([str(command.PACK)], None)
+
+
 def test_the_harness_prints_tables_with_heads():
     """Old versions of a package of the harness leave the heads out, and the harness allows them."""
     make_table = pytest.importorskip("lm_eval.utils", reason="needs the extra eval").make_table

@@ -42,7 +42,7 @@ class StreamGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Make the cache that `generate` begins with, for all beams, or repeat the rows of a given one.
+        """Make the cache that `generate` begins with, for all beams; the rows of a given one are repeated later.
 
         Raises:
             InputError: A `cache_implementation` is given, or a cache although none shall be used.
@@ -61,8 +61,6 @@ class StreamGenerationMixin(GenerationMixin):
         if cache is None and generation_config.use_cache is not False:
             session = Session(self.memformer, batch_size=batch_size * repeats)
             model_kwargs["cache"] = MemformerCache(session)
-        elif isinstance(cache, MemformerCache) and repeats > 1 and cache.batch_size == batch_size:
-            cache.batch_repeat_interleave(repeats)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its parameters
     def prepare_inputs_for_generation(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -77,7 +75,9 @@ class StreamGenerationMixin(GenerationMixin):
         """Read the prompt, or what follows in it after the tokens that the cache has read.
 
         As for other models, a mask with more columns than the prompt says that the prompt holds new columns only.
-        Either way, `forward` gets a mask that begins with the columns that the cache has read.
+        Either way, `forward` gets a mask that begins with the columns that the cache has read. The rows of a cache are
+        repeated for beams and several results only here, once the prompt is checked: a refused call leaves the caller's
+        cache as it was.
 
         Raises:
             InputError: The prompt is not known to be new, and does not begin with the tokens that the cache has read.
@@ -85,9 +85,11 @@ class StreamGenerationMixin(GenerationMixin):
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         num_columns = input_ids.shape[1]
         width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
-        if isinstance(cache, MemformerCache) and cache.get_seq_length() and width == num_columns:
+        holds_all = isinstance(cache, MemformerCache) and cache.get_seq_length() > 0 and width == num_columns
+        if isinstance(cache, MemformerCache):
+            self._check_prompt(cache, input_ids, generation_config, model_kwargs, holds_all=holds_all)
+        if isinstance(cache, MemformerCache) and holds_all:
             rows = self._find_tokens(input_ids, mask, None)
-            cache.check_begin(rows)
             # The first column with a new token is the first to read; tokens that were read before are masked.
             num_read = torch.tensor(cache.num_read, device=rows.ranks.device)
             mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
@@ -96,6 +98,36 @@ class StreamGenerationMixin(GenerationMixin):
             past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
             model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _check_prompt(
+        self,
+        cache: MemformerCache,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *,
+        holds_all: bool,
+    ) -> None:
+        """Check a prompt, and then repeat the rows of a cache that has one row for several of the prompt.
+
+        Raises:
+            InputError: A token or the mask is wrong; or (with `holds_all`: the prompt holds all tokens that the cache
+                has read) it does not begin with them.
+        """
+        repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if cache.batch_size * repeats != input_ids.shape[0]:
+            repeats = 1  # the cache has all rows
+        mask = model_kwargs.get("attention_mask")
+        rows = self._find_tokens(
+            input_ids[::repeats],
+            None if mask is None else mask[::repeats],
+            model_kwargs.get("inputs_embeds"),
+            num_past_columns=0 if holds_all else cache.get_seq_length(),
+        )
+        if holds_all:
+            cache.check_begin(rows)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
 
     def _prepare_special_tokens(
         self,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,7 @@ from memformer.hf.columns import (
 )
 from memformer.hf.configuration import RecurrentHFConfig, check_end_token, check_vocabulary
 from memformer.hf.generating import StreamGenerationMixin, set_special_tokens
-from memformer.hf.loading import check_all_are_loaded, saved_end_token
+from memformer.hf.loading import check_all_are_loaded, check_is_on_one_device, saved_end_token
 from memformer.hf.replaying import replayed_loss
 from memformer.hf.rows import TokenRows, find_targets, find_tokens, make_rollout
 from memformer.models import LanguageModel, build_model
@@ -93,15 +92,16 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: Weights of the model are missing, or (with `ignore_mismatched_sizes`) of another shape.
+            InputError: A `device_map` divides the model among devices, or leaves weights on disk.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_all_are_loaded(model, info, start=f"{cls.base_model_prefix}.")
+        check_is_on_one_device(getattr(model, "hf_device_map", {}))
         if model.can_generate():
             # transformers has replaced the generation config by the one in the folder, if any.
             set_special_tokens(model.generation_config, model.config)
             if model.generation_config.eos_token_id is None:
-                folder = Path(model.name_or_path, kwargs.get("subfolder", ""))
-                model.generation_config.eos_token_id = saved_end_token(folder)
+                model.generation_config.eos_token_id = saved_end_token(model.name_or_path, kwargs)
         return (model, info) if output_loading_info else model
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from memformer.data.outside_tokenizers import encode_after
@@ -77,6 +78,22 @@ class MemformerLM(LM):
         model = self.run.model
         if self._device.type == "cpu" and model.memory_dtype != next(model.parameters()).dtype:
             model.float()  # a CPU computes in half precision many times as slowly
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "MemformerLM":
+        """Return the model of the harness's arguments, of which `--model_args` count more than its other options."""
+        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        arguments = {**others, **arg_dict}
+        if "pretrained" in arguments:
+            arguments["pretrained"] = str(arguments["pretrained"])  # the harness takes the name 2024 for a number
+        return cls(**arguments)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "MemformerLM":
+        """Return the model of `name=value,name=value`; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def tokenizer_name(self) -> str:

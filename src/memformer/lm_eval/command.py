@@ -43,6 +43,7 @@ def _check_data(name: str) -> Path:
 def _run(argv: list[str]) -> None:
     # Imported here because it takes seconds: a wrong --data is reported at once.
     from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
     from memformer.lm_eval import backend  # noqa: F401  importing it registers the model with the harness
@@ -51,10 +52,14 @@ def _run(argv: list[str]) -> None:
     sys.argv = ["python -m memformer.lm_eval", *argv]
     command = HarnessCLI()
     arguments = command.parse_args()
+    config = getattr(arguments, "config", None)
+    given = EvaluatorConfig.load_yaml_config(config) if config else {}
     if hasattr(arguments, "include_path"):
         # The harness reads several folders of tasks, although its option names one.
-        arguments.include_path = [str(PACK), *([arguments.include_path] if arguments.include_path else [])]
-    if getattr(arguments, "model", None) == "memformer" and not (arguments.device or arguments.config):
+        own = arguments.include_path or given.get("include_path")
+        arguments.include_path = [str(PACK), *([own] if own else [])]
+    names_device = given.get("device") or getattr(arguments, "device", None)
+    if "memformer" in {given.get("model"), getattr(arguments, "model", None)} and not names_device:
         arguments.device = "auto"  # the harness's default is cuda:0
     try:
         command.execute(arguments)

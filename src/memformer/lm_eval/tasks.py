@@ -4,7 +4,7 @@ Every function is given the task's `dataset_kwargs` and the harness's metadata, 
 of the model. Its result depends only on the files, the tokenizer and the sizes. Read by all tasks from the metadata:
 
     wikitext, books, babi: A file, a folder or a glob pattern, instead of the place below the data folder.
-    num_docs: Number of documents of a task, instead of the task's own.
+    num_docs: Number of documents of a task, instead of the task's own; not of wikitext and books, which read all.
     tokenizer: `bytes`, or the folder or hub name of a model whose tokens are counted. Without it, `pretrained` counts.
 """
 
