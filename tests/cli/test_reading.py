@@ -151,7 +151,10 @@ def test_a_session_in_the_middle_of_a_prompt_is_loaded_with_a_warning(run_folder
     argv = ["generate", run_folder, "--load_session", state, "--max_new_tokens", "1"]
     status, _, error = call(*argv, "--save_session", tmp_path / "other")
     assert status == 0
-    assert f"memformer: warning: {state} was saved after 25 tokens of a prompt, before its end; " in error
+    warning = f"memformer: warning: {state} was saved after 25 tokens of a prompt, before its end; memformer generate"
+    assert warning in error
+    (tmp_path / "text").write_text("the cat\n")
+    assert warning in call("score", run_folder, tmp_path / "text", "--load_session", state)[2]
     argv[3] = tmp_path / "other"
     assert call(*argv)[2] == ""
 

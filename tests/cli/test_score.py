@@ -186,19 +186,20 @@ def test_a_killed_scoring_is_resumed_without_losing_a_line(runs, file, tmp_path,
     assert "there is no scoring to resume" in refused(*argv, *saving, "--resume")
 
 
-def test_a_killed_scoring_that_began_in_the_middle_of_a_line_is_resumed(runs, file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "cut"), [("bpe", 24), *(("pretrained", cut) for cut in (24, 27, 30, 33))])
+def test_a_killed_scoring_that_began_in_the_middle_of_a_line_is_resumed(runs, tmp_path, monkeypatch, kind, cut):
     """The position counts the bytes of its own text, without the beginning of the line that another text left."""
     content, state = (TEXT + "\n" + TEXT).encode(), tmp_path / "state"
     (tmp_path / "whole").write_bytes(content)
-    (tmp_path / "rest").write_bytes(content[24:])
-    from_stdin(monkeypatch, content[:24])
-    first = records(runs["bpe"], "-", "--save_session", tmp_path / "first")
+    (tmp_path / "rest").write_bytes(content[cut:])
+    from_stdin(monkeypatch, content[:cut])
+    first = records(runs[kind], "-", "--save_session", tmp_path / "first")
     saving = ["--save_session", state, "--save_every_minutes", "1e-9", "--json"]
-    argv = ["score", runs["bpe"], tmp_path / "rest", *saving]
+    argv = ["score", runs[kind], tmp_path / "rest", *saving]
     out = score_and_die([*argv, "--load_session", tmp_path / "first"], 50)
     printed = [json.loads(line) for line in out.splitlines()]
     rest = records(*argv[1:-1], "--resume")
-    whole = records(runs["bpe"], tmp_path / "whole", "--save_session", tmp_path / "other")
+    whole = records(runs[kind], tmp_path / "whole", "--save_session", tmp_path / "other")
     assert len(printed) > 1
     assert approximately(first + printed + rest) == approximately(whole)
 
@@ -338,7 +339,10 @@ def test_resuming_needs_the_same_text_and_options(run_folder, file, tmp_path):
     assert "can only be resumed with the same" in refused("score", run_folder, file, *resume, "--top", "2")
     assert (tmp_path / "state").read_bytes() == before
     _, _, err = call("score", run_folder, file, "--load_session", tmp_path / "state", "--per", "document")
-    assert f"warning: {tmp_path / 'state'} was saved after 42 bytes of a text, before its end" in err
+    warning = f"warning: {tmp_path / 'state'} was saved after 42 bytes of a text, before its end; memformer score with"
+    assert warning in err
+    argv = ("generate", run_folder, "--load_session", tmp_path / "state", "--prompt", "a", "--max_new_tokens", "1")
+    assert warning in call(*argv)[2]
     damaged = before.replace(b'\\"held\\"', b'\\"hold\\"')
     assert damaged != before
     (tmp_path / "state").write_bytes(damaged)

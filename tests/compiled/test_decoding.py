@@ -92,6 +92,40 @@ def test_changed_weights_are_compiled_again_and_a_deleted_model_leaves_no_compil
     assert len(_functions) == num_models - 1
 
 
+@needs_compiler
+def test_a_replaced_module_is_compiled_again():
+    """It has no weights, so that these are the same."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(3, 4)
+    for activation in (torch.nn.ReLU(), torch.nn.Tanh()):
+        model[1] = activation
+        assert_close(compiled_function(apply, model, (x,), key="apply")(model, x), model(x), relative=1e-5)
+
+
+@needs_compiler
+def test_weights_made_in_inference_mode_can_be_compiled():
+    with torch.inference_mode():
+        model, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
+        assert_close(compiled_function(apply, model, (x,), key="apply")(model, x), model(x), relative=1e-5)
+    assert not _functions[model]["apply"].is_stale(model)
+
+
+def test_a_token_of_a_model_that_was_compiled_in_place_makes_no_graph():
+    """Every number of cached tokens would be another shape, which takes seconds, and the graphs of training."""
+    eager, compiled = (Session(tiny_model(num_decoder_layers=2)) for _ in range(2))
+    compiled.model.compile(backend="eager")
+    (row,) = random_rows(2 * SEGMENT_LENGTH)
+    for session in (eager, compiled):
+        session.feed(row)
+        session.next_token_logits()
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs > 0  # segments, and the beginning of one, are read by compiled layers
+    for token in random_rows(SEGMENT_LENGTH - 1)[0]:
+        for session in (eager, compiled):
+            session.feed([token])
+        assert_close(compiled.next_token_logits(), eager.next_token_logits())
+    assert counters["stats"]["unique_graphs"] == num_graphs
+
+
 def test_the_decoding_step_is_asked_for_at_every_segment(monkeypatch):
     """So that weights changed in between are used."""
     keys = []

@@ -20,6 +20,7 @@ from memformer.cli.saving import (
     saved_on_refusal,
 )
 from memformer.cli.scoring import held_bytes
+from memformer.cli.unfinished import warn_if_unfinished
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import BinTokenizer, PixelTokenizer, Tokenizer
 from memformer.data.outside_tokenizers import LAST_TOKENS, decode_after, stand_in
@@ -174,11 +175,7 @@ def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: 
             f"{source} has not read the last {count:,} bytes of a text that was scored: they begin a line, which "
             "memformer score reads when its end arrives"
         )
-    if position is not None:
-        print_warning(
-            f"{source} was saved after {position.length:,} tokens of a prompt, before its end; "
-            "--save_session with --resume would read the rest of that prompt"
-        )
+    warn_if_unfinished(source)
     return Reading(session, file, minutes=minutes, start=Position())
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jsonargparse import ArgumentParser
 from memformer.cli.loading import load_run_of
 from memformer.cli.outside_values import OutsideValues
 from memformer.cli.parsing import add_run_arguments, new_parser, parse
-from memformer.cli.positions import Position, take_up_to
+from memformer.cli.positions import take_up_to
 from memformer.cli.prompts import InputText, open_input
 from memformer.cli.saving import (
     Saving,
@@ -22,6 +23,7 @@ from memformer.cli.saving import (
 )
 from memformer.cli.score_output import ScoreOutput
 from memformer.cli.scoring import Scoring, blocks_up_to
+from memformer.cli.unfinished import warn_if_unfinished
 from memformer.cli.unknown_words import UnknownWords
 from memformer.data import PixelTokenizer
 from memformer.data.lines import LineReader, TextPart
@@ -31,7 +33,7 @@ from memformer.training.run_folder import LoadedRun
 from memformer.utils.checks import check_integer, check_number
 from memformer.utils.files import user_path
 from memformer.utils.ownership import owned_file
-from memformer.utils.progress import ProgressBar, print_warning
+from memformer.utils.progress import ProgressBar
 from memformer.utils.signals import Interrupted, Signals, signals_noted
 
 NUM_CONTEXT_LINES = 2
@@ -168,12 +170,9 @@ def _start(run: LoadedRun, options: Any, file: Path | None, *, minutes: float) -
     unit = content_unit(run.tokenizer)
     scoring = Scoring(session, saving, top=options.top or 0, context=context, unit=unit)
     if source is not None:
-        position = scoring.restore(source, resumes=options.resume)
-        if position is not None and not options.resume:
-            print_warning(
-                f"{source} was saved after {position.length:,} bytes of a text, before its end; --save_session "
-                "with --resume would score the rest of that text"
-            )
+        scoring.restore(source, resumes=options.resume)
+        if not options.resume:
+            warn_if_unfinished(source)
     return scoring
 
 
@@ -184,7 +183,9 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
         ProgressBar("scoring", text.size, unit="byte") as progress,
     ):
         goes_on = scoring.session.num_tokens[0] > scoring.totals.num_tokens
-        reader = LineReader(run.tokenizer, text.stream, name=text.name, held=scoring.held, goes_on=goes_on)
+        # The tokens of an outside tokenizer depend on the whole text, which is read again from its beginning.
+        held = scoring.held_before if run.tokenizer.kind == "pretrained" else scoring.held
+        reader = LineReader(run.tokenizer, text.stream, name=text.name, held=held, goes_on=goes_on)
         parts = reader.parts(ends_line=options.save_session is None)
         start = scoring.position
         unknown, outside = UnknownWords(run.tokenizer), OutsideValues(run.tokenizer, text.name)
@@ -193,7 +194,7 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
             # Before decompression, of which only the bytes read are known: those scored are about the same share.
             return text.num_bytes_read * scoring.position.length // max(start.length + reader.num_bytes_read, 1)
 
-        for number, part in enumerate(signals.until_signalled(_from(start, parts, text, run), waits=True)):
+        for number, part in enumerate(signals.until_signalled(_from(scoring, parts, text, run), waits=True)):
             if start.length and not number:
                 progress.begin_at(bytes_scored())
             unknown.add(part.token_ids)
@@ -214,12 +215,14 @@ def _score(scoring: Scoring, run: LoadedRun, options: Any, output: ScoreOutput, 
             output.lines(scoring.end_line())
 
 
-def _from(position: Position, parts: Iterator[TextPart], text: InputText, run: LoadedRun) -> Iterator[TextPart]:
-    """Yield the parts of a text from a position on, at which a part ended."""
+def _from(scoring: Scoring, parts: Iterator[TextPart], text: InputText, run: LoadedRun) -> Iterator[TextPart]:
+    """Yield the parts of a text from where it was scored up to, at which a part ended."""
     before: Iterator[bytes]
-    if run.tokenizer.kind == "pretrained":  # the tokens depend on the whole text
-        before = (part.content for part in parts)
+    if run.tokenizer.kind == "pretrained":
+        # The first part begins with what an earlier text has left, which the position does not count.
+        starts = chain([len(scoring.held_before)], repeat(0))
+        before = (part.content[start:] for part, start in zip(parts, starts, strict=False))
     else:
-        before = blocks_up_to(position.length, text.stream)
-    take_up_to(position, before, text="text", unit="bytes", done="scored", ends_part=True)
+        before = blocks_up_to(scoring.position.length, text.stream)
+    take_up_to(scoring.position, before, text="text", unit="bytes", done="scored", ends_part=True)
     yield from parts

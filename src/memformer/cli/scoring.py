@@ -61,6 +61,7 @@ class Scoring:
         surprising: The most surprising lines of this text.
         position: The position in this text up to which it was scored.
         held: Beginning of the next line, which was read from an earlier text and not scored yet.
+        held_before: The same when this text began.
         is_finished: Whether the text was scored to its end.
     """
 
@@ -70,7 +71,7 @@ class Scoring:
         self.totals = Totals()
         self.surprising = SurprisingLines(top, context=context)
         self.position = Position()
-        self.held = b""
+        self.held = self.held_before = b""
         self.is_finished = False
         self._saving = saving
         self._options = [top, context]
@@ -129,6 +130,7 @@ class Scoring:
         if not self.is_finished:
             state["text"] = {
                 "position": list(self.position),
+                "held_before": self.held_before.decode("latin-1"),
                 "totals": vars(self.totals),
                 "options": self._options,
                 "surprising": self.surprising.to_state(),
@@ -136,15 +138,12 @@ class Scoring:
         text = json.dumps(state)
         self._saving.save({STATE_KEY: text, _CHECKSUM_KEY: str(zlib.crc32(text.encode()))})
 
-    def restore(self, file: Path, *, resumes: bool) -> Position | None:
+    def restore(self, file: Path, *, resumes: bool) -> None:
         """Continue the scoring that was saved with the session.
 
         Args:
             file: The session file.
             resumes: Whether the text is the one that was being scored, rather than the next one.
-
-        Returns:
-            The position in its text at which the session was saved; None if it was not in the middle of one.
 
         Raises:
             CheckpointError: The file is missing or damaged.
@@ -165,13 +164,13 @@ class Scoring:
         with _parsing(file):
             if "line" in state:
                 self.sums = LineSums(ScoredLine.from_state(state["line"]), unit=self._unit)
-                self.held = state["held"].encode("latin-1")
+                self.held = self.held_before = state["held"].encode("latin-1")
             if text is not None and resumes:
                 count, context = self._options
                 self.totals = Totals(**text["totals"])
                 self.surprising = SurprisingLines.from_state(text["surprising"], count, context=context)
                 self.position = Position(*text["position"])
-            return None if text is None else Position(*text["position"])
+                self.held_before = text.get("held_before", "").encode("latin-1")
 
 
 @contextmanager
@@ -180,6 +179,17 @@ def _parsing(file: Path) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: its scoring cannot be read") from error
+
+
+def scored_position(file: Path) -> Position | None:
+    """Return the position in its text at which a session was saved; None if it was not in the middle of scoring one.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    text = _read_state(file).get("text")
+    with _parsing(file):
+        return None if text is None else Position(*text["position"])
 
 
 def held_bytes(file: Path) -> int:

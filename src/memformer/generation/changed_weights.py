@@ -18,7 +18,12 @@ def identify_weights(model: nn.Module) -> list[tuple[int, ...]]:
     """
     if next(model.parameters()).device.type != "cpu":
         return [(weight.data_ptr(),) for weight in model.parameters()]
-    return [(weight.data_ptr(), weight._version, checksum_of(weight)) for weight in model.parameters()]
+    return [(weight.data_ptr(), version_of(weight), checksum_of(weight)) for weight in model.parameters()]
+
+
+def version_of(weight: Tensor) -> int:
+    """Return how often a weight was changed in place; 0 if it was made in inference mode, where that is not counted."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def checksum_of(weight: Tensor) -> int:
@@ -57,8 +62,7 @@ class WeightsTrace:
     def _take(self) -> list[Any]:
         found = [weights.get(name) for weights, name in self._places]
         weights = [weight for weight in found if weight is not None]
-        # Weights made in inference mode have no count of changes.
-        trace: list[Any] = [(id(weight), None if weight.is_inference() else weight._version) for weight in weights]
+        trace: list[Any] = [(id(weight), version_of(weight)) for weight in weights]
         for order in (weights, weights[::-1]):
             end = next((weight for weight in order if weight.requires_grad), order[0])
             if end.device.type == "cpu":

@@ -4,6 +4,7 @@ With few rows, most of the time of a small model is the overhead of launching op
 it. It holds a second copy of the weights, in a layout for products with few rows.
 """
 
+import operator
 import types
 import warnings
 from collections.abc import Callable, Hashable
@@ -36,6 +37,7 @@ class CompiledFunction:
         from torch._inductor.exc import InductorError
 
         self._weights = identify_weights(model)
+        self._modules = list(model.modules())[1:]  # without the model, which must be freed when nobody uses it
         # PyTorch keeps compiled code by the function's code object. A copy of it is this model's own, so the model
         # need not be checked at every call.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -67,8 +69,10 @@ class CompiledFunction:
             return self._compiled(model, *arguments)
 
     def is_stale(self, model: nn.Module) -> bool:
-        """Return whether the model's weights have changed since compilation."""
-        return identify_weights(model) != self._weights
+        """Return whether the model's weights or modules have changed since compilation."""
+        modules = list(model.modules())[1:]
+        is_same = len(modules) == len(self._modules) and all(map(operator.is_, modules, self._modules))
+        return not is_same or identify_weights(model) != self._weights
 
 
 _functions: WeakKeyDictionary[nn.Module, dict[Hashable, CompiledFunction]] = WeakKeyDictionary()

@@ -174,7 +174,10 @@ class Decoder(nn.Module):
                 keep_mask = _join_masks(past, keep_mask, queries_of=x)
             frame = frame.with_earlier_keys(past.positions)
         for index, layer in enumerate(self.layers):
-            x = layer(
+            # Compiled layers are for the fixed shapes of whole segments; a step with caches has one for each token.
+            is_step = caches is not None and layer._compiled_call_impl is not None
+            call = layer._call_impl if is_step else layer
+            x = call(
                 x,
                 past=past.keys_values[index],
                 past_frame=past_frame,
