@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from memformer import Memformer, hf, load_model
 from memformer.data import ByteTokenizer, DocumentEndTokenizer, load_tokenizer, save_tokenizer
+from memformer.data.tokenizer_training import word_tokenizer
 from memformer.hf import export as exporting
 from memformer.training.run_folder import load_run
 from tests.cli.calls import call, call_json, refused
@@ -99,6 +100,16 @@ def test_last_weights_have_no_metrics_and_a_license_is_the_users(run_folder, tmp
     assert front["license"] == "apache-2.0"
     assert "model-index" not in front
     assert "has no evaluation of these weights" in text
+
+
+def test_the_card_of_words_says_what_the_pipeline_leaves_out(exported, tmp_path):
+    tokenizer = DocumentEndTokenizer(word_tokenizer(["the", "cat"]))
+    Memformer(tiny_config(vocab_size=tokenizer.vocab_size)).save_pretrained(tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model")
+    call_json("export", tmp_path / "model", "--hf", tmp_path / "out")
+    sentence = "so the space before the first of them is missing"
+    assert sentence in card_of(tmp_path / "out")[1]
+    assert sentence not in card_of(exported)[1]
 
 
 def test_the_end_of_a_document_ends_generation(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memformer.data.document_end import document_end_of
+from memformer.data.document_end import document_end_of, plain
 from memformer.data.tokenizer_training import has_tokenizer
 from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError, first_line
@@ -136,6 +136,7 @@ def _write(
         run_config=source.run_config,
         has_result=source.is_best,
         no_tokenizer=source.no_tokenizer,
+        is_of_words=source.tokenizer is not None and plain(source.tokenizer).kind == "word",
         license_name=license_name,
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

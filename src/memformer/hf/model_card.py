@@ -43,6 +43,7 @@ def write_card_text(
     run_config: dict[str, Any] | None,
     has_result: bool,
     no_tokenizer: str | None,
+    is_of_words: bool,
     license_name: str | None,
 ) -> str:
     """Return the text of a model card in Markdown, with front matter for the Hugging Face hub.
@@ -55,6 +56,7 @@ def write_card_text(
         run_config: Config of the training run as plain values. None: there is none.
         has_result: Whether the evaluation in the run folder is one of these weights.
         no_tokenizer: Sentence on why there is no tokenizer. None: there is one.
+        is_of_words: Whether the tokenizer's tokens are words, between which decoding puts spaces.
         license_name: The license, as the hub names it. None: left to the user.
 
     Raises:
@@ -77,6 +79,7 @@ def write_card_text(
         license=license_name,
         has_tokenizer=no_tokenizer is None,
         no_tokenizer=no_tokenizer,
+        is_of_words=is_of_words,
         num_parameters=model.num_parameters,
         segment_length=model.segment_length,
         vocab_size=model.vocab_size,
