@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -205,3 +207,19 @@ def test_a_full_disk_behind_any_output_is_one_sentence(argv, capsys):
     with contextlib.redirect_stdout(Full()):
         assert main(argv) == 2
     assert capsys.readouterr().err == "memformer: error: [Errno 28] No space left on device\n"
+
+
+def test_sigterm_while_data_are_prepared_leaves_no_unfinished_files(base, tmp_path):
+    """The stack is unwound, as by Ctrl-C; the handler is the command's, so that it needs a process of its own."""
+    child = """
+import os, signal, sys
+from memformer.cli import main
+from memformer.data import building
+
+building._publish = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+main.entry_point()
+"""
+    argv = ["train", base / "config.yaml", "--folder", tmp_path / "run", "--data.cache", tmp_path / "cache"]
+    done = subprocess.run([sys.executable, "-c", child, *map(str, argv)], timeout=120, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert list((tmp_path / "cache").iterdir()) == []

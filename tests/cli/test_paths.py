@@ -145,7 +145,7 @@ def test_a_run_within_its_own_data_is_refused(base, tmp_path, inner):
         message = refused(*train, *named, "--folder", tmp_path / start / "deep" / "run")
         assert f"lies in data.train.path ({tmp_path / pattern}), so its files would be read as data" in message
     stories = ("--data.recall.task", "babi", "--data.recall.path", tmp_path / "texts")
-    stories += ("--data.recall.validation_path", base / "texts")
+    stories += ("--data.recall.validation_path", f"[{base / 'texts'}]")
     message = refused(*train, "--data.train.path", base / "texts", *stories, "--folder", tmp_path / "texts" / inner)
     assert f"lies in data.recall.path ({tmp_path / 'texts'})" in message
     for folder in (tmp_path / "texts" / ".runs" / "a", tmp_path / "texts-run"):

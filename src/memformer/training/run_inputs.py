@@ -146,12 +146,13 @@ def _named_data(config: DataConfig) -> Iterator[tuple[str, str]]:
             continue
         if source.name is not None:
             yield f"data.{section}.name", source.name
-        paths = source.path or []
-        for path in [paths] if isinstance(paths, str) else paths:
-            yield f"data.{section}.path", path
+        yield from ((f"data.{section}.path", path) for path in _each(source.path))
     for key in () if config.recall is None else _STORIES:
-        if (path := getattr(config.recall, key)) is not None:
-            yield f"data.recall.{key}", path
+        yield from ((f"data.recall.{key}", path) for path in _each(getattr(config.recall, key)))
+
+
+def _each(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths or []
 
 
 def _generates_all_text(config: DataConfig) -> bool:
