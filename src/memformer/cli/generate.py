@@ -160,8 +160,8 @@ def _start_reading(run: LoadedRun, options: Any, file: Path | None, *, minutes: 
         return Reading(run.session(compiled=options.compiled), file, minutes=minutes, start=Position())
     source = user_path(source)
     session = run.load_session(source, compiled=options.compiled)
-    position = saved_position(source)
     if options.resume:
+        position = saved_position(source)
         if position is None:
             raise InputError(
                 f"{source} is not in the middle of a prompt, so there is no reading to resume; "

@@ -105,13 +105,16 @@ def is_named_by(name: str, path: Path) -> bool:
         name: The folder or pattern.
         path: The resolved path of the file.
     """
-    named = user_path(name)
-    if named.is_file() or not (named.is_dir() or glob.has_magic(name)):
-        return False
-    parts = (*named.parts, "**") if named.is_dir() else named.parts
-    fixed = len(named.parts) if named.is_dir() else [glob.has_magic(part) for part in parts].index(True)
-    outer = Path(*parts[:fixed]).resolve()
-    return path.is_relative_to(outer) and _match(parts[fixed:], path.relative_to(outer).parts)
+    outer = user_path(name)
+    pattern: tuple[str, ...] = ("**",)
+    if not outer.is_dir():
+        if outer.exists() or not glob.has_magic(name):
+            return False
+        parts = outer.parts
+        fixed = [glob.has_magic(part) for part in parts].index(True)
+        outer, pattern = Path(*parts[:fixed]), parts[fixed:]
+    outer = outer.resolve()
+    return path.is_relative_to(outer) and _match(pattern, path.relative_to(outer).parts)
 
 
 def _match(parts: tuple[str, ...], names: tuple[str, ...]) -> bool:

@@ -80,54 +80,36 @@ class StreamGenerationMixin(GenerationMixin):
         cache as it was.
 
         Raises:
-            InputError: The prompt is not known to be new, and does not begin with the tokens that the cache has read.
+            InputError: A token or the mask is wrong, or the prompt is not known to be new, and does not begin with the
+                tokens that the cache has read.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         num_columns = input_ids.shape[1]
         width = getattr(generation_config, "_mask_length", num_columns) if mask is None else mask.shape[1]
-        holds_all = isinstance(cache, MemformerCache) and cache.get_seq_length() > 0 and width == num_columns
         if isinstance(cache, MemformerCache):
-            self._check_prompt(cache, input_ids, generation_config, model_kwargs, holds_all=holds_all)
-        if isinstance(cache, MemformerCache) and holds_all:
-            rows = self._find_tokens(input_ids, mask, None)
-            # The first column with a new token is the first to read; tokens that were read before are masked.
-            num_read = torch.tensor(cache.num_read, device=rows.ranks.device)
-            mask = (rows.is_token & (rows.ranks > num_read[:, None])).to(input_ids.device, torch.int64)
-            first = int(mask.amax(dim=0).argmax())  # 0 if no token is new: all columns are masked then
-            input_ids, mask = input_ids[:, first:], mask[:, first:]
-            past = mask.new_ones((mask.shape[0], cache.get_seq_length()))
-            model_kwargs["attention_mask"] = torch.cat([past, mask], dim=1)
+            num_past = cache.get_seq_length()
+            holds_all = num_past > 0 and width == num_columns
+            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+            if cache.batch_size * repeats != input_ids.shape[0]:
+                repeats = 1  # the cache has all rows
+            rows = self._find_tokens(
+                input_ids[::repeats],
+                None if mask is None else mask[::repeats],
+                model_kwargs.get("inputs_embeds"),
+                num_past_columns=0 if holds_all else num_past,
+            )
+            if holds_all:
+                cache.check_begin(rows)
+                # The first column with a new token is the first to read; tokens that were read before are masked.
+                num_read = torch.tensor(cache.num_read, device=rows.ranks.device)
+                is_new = (rows.is_token & (rows.ranks > num_read[:, None])).repeat_interleave(repeats, dim=0)
+                mask = is_new.to(input_ids.device, torch.int64)
+                first = int(mask.amax(dim=0).argmax())  # 0 if no token is new: all columns are masked then
+                input_ids, mask = input_ids[:, first:], mask[:, first:]
+                model_kwargs["attention_mask"] = torch.cat([mask.new_ones((mask.shape[0], num_past)), mask], dim=1)
+            if repeats > 1:
+                cache.batch_repeat_interleave(repeats)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-    def _check_prompt(
-        self,
-        cache: MemformerCache,
-        input_ids: Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        *,
-        holds_all: bool,
-    ) -> None:
-        """Check a prompt, and then repeat the rows of a cache that has one row for several of the prompt.
-
-        Raises:
-            InputError: A token or the mask is wrong; or (with `holds_all`: the prompt holds all tokens that the cache
-                has read) it does not begin with them.
-        """
-        repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
-        if cache.batch_size * repeats != input_ids.shape[0]:
-            repeats = 1  # the cache has all rows
-        mask = model_kwargs.get("attention_mask")
-        rows = self._find_tokens(
-            input_ids[::repeats],
-            None if mask is None else mask[::repeats],
-            model_kwargs.get("inputs_embeds"),
-            num_past_columns=0 if holds_all else cache.get_seq_length(),
-        )
-        if holds_all:
-            cache.check_begin(rows)
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
 
     def _prepare_special_tokens(
         self,

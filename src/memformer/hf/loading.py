@@ -14,7 +14,9 @@ from memformer.errors import CheckpointError, InputError
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 _IF_THERE = {
-    f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors", "gated_repo")
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
 }
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from memformer.data import SourceConfig, Tokenizer
+from memformer.data.corpus import TOKENS_FILE
 from memformer.data.files import SourceFile, check_is_file, file_identities, file_status, is_named_by, locate_files
 from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError, InputError
-from memformer.training.checkpoint import canonical
+from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from memformer.training.checkpoint import MANIFEST_FILE, canonical
 from memformer.training.config import SOURCES, DataConfig, RunConfig, TrainingConfig
+from memformer.training.run_folder import BEST, CHECKPOINTS, LOG_FILE, RUN_CONFIG_FILE, SAMPLES, TRAIN_LOG
 from memformer.utils.files import read_json, user_path, write_json
 
 INPUTS_FILE = "data.json"
@@ -18,15 +21,15 @@ _FORMAT_VERSION = 1
 _STORIES = ("path", "validation_path")
 # Some of what a run and the cache write, by which patterns for data are tried that might read it.
 _WRITTEN = (
-    "log.jsonl",
-    "config.yaml",
+    LOG_FILE,
+    RUN_CONFIG_FILE,
     "summary.html",
-    "train.log",
-    "best/config.json",
-    "best/model.safetensors",
-    "samples/update-000000001.txt",
-    "checkpoints/update-000000001/manifest.json",
-    "0123456789abcdef/tokens.bin",
+    TRAIN_LOG,
+    f"{BEST}/{CONFIG_FILE}",
+    f"{BEST}/{WEIGHTS_FILE}",
+    f"{SAMPLES}/update-000000001.txt",
+    f"{CHECKPOINTS}/update-000000001/{MANIFEST_FILE}",
+    f"0123456789abcdef/{TOKENS_FILE}",
 )
 
 # Keys of the config that say where the files are. They may change when a run resumes: what the files hold may not.
