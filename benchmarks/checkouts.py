@@ -9,13 +9,14 @@ machine may be shared. The order changes from round to round: whatever disturbs 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, positive
 from turns import Contender, ratios, speed, spread
+
+from memformer.utils.files import write_json
 
 HERE = Path(__file__).resolve().parents[1] / "src"
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def main() -> None:
             "machine": describe_machine(options.threads),
             "rows": rows,
         }
-        Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(options.output), result)
 
 
 def parse_arguments() -> argparse.Namespace:

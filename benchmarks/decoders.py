@@ -6,7 +6,6 @@ The two models alternate in one process, and a ratio compares the same round.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from turns import in_words, spread, time_in_turns
 from memformer import Memformer, MemformerConfig, Rollout, Session, backpropagate, evaluate
 from memformer.data import corpus_from_arrays
 from memformer.evaluation.flops import flops_per_token
+from memformer.utils.files import write_json
 
 SIZES = {
     "width 128, 3 + 3 layers, segments of 64": {"width": 128, "layers": 6, "segment_length": 64},
@@ -43,7 +43,7 @@ def main() -> None:
         for work, row in result["models"][name]["work"].items():
             ratio, ms = row["default_faster_by"], row["default_ms"]
             print(f"| {name} | {work} | {in_words(ms)} | x{in_words(ratio)} |")
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def measure(configs: dict[str, MemformerConfig], rounds: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ data that fit into the caches can be faster. All operations count, including tho
 """
 
 import argparse
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from memformer.utils.files import write_json
 
 LINEAR, ATTENTION = "linear layers", "attention"
 PARTS = {
@@ -75,7 +76,7 @@ def main() -> None:
     gflops, gigabytes = (rate / 1e9 for rate in rates.values())
     print(f"matrix products {gflops:.0f} GFLOP/s, copy {gigabytes:.1f} GB/s")
     record = {"setting": setting, "machine": describe_machine(options.threads), "rates": rates, "results": results}
-    Path(options.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), record)
 
 
 def copy_rate() -> float:

@@ -9,13 +9,14 @@ million; models that keep every token are measured at growing contexts.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, positive
 from turns import Contender, in_words, ratios, spread, take_turns
+
+from memformer.utils.files import write_json
 
 SCRIPT = "generators.py"
 OURS = {"memformer": "memformer", "memformer, compiled": "memformer-compiled"}
@@ -57,8 +58,7 @@ def main() -> None:
         "rows": rows,
         "growth": flat,
     }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,6 @@ The two alternate in one process, and ratios compare the same round.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor
 from turns import in_words, spread, time_in_turns
 
 from memformer.nn import linear as ours
+from memformer.utils.files import write_json
 
 # Rows, inputs and outputs, from a single token to a chunk of four thousand.
 SHAPES = [
@@ -44,7 +44,7 @@ def main() -> None:
             f"| x{in_words(row['ratio'])} |"
         )
     result = {"machine": describe_machine(options.threads), "rounds": options.rounds, "rows": rows}
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def measure(shape: tuple[int, int, int], rounds: int) -> dict[str, object]:

@@ -6,7 +6,6 @@ The three alternate in one process, and a ratio compares the same round.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sizes import PAPER_DECODER
 from turns import in_words, spread, time_in_turns
 
 from memformer import Memformer, MemformerConfig, Session
+from memformer.utils.files import write_json
 
 SIZES = {
     "segments of 16, width 48": {
@@ -67,7 +67,7 @@ def main() -> None:
             f"| {name} | {in_words(row['tokens_per_second']['reading'], ',.0f')} "
             f"| x{in_words(row['compiled'], '.2f')} | x{in_words(row['scoring'], '.2f')} |"
         )
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def measure(size: dict[str, int], num_tokens: int, rounds: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The two ways read the same facts and the same filler in turn in one process, and
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from memformer.evaluation.recall import measure_recall
 from memformer.models.memory_encoder import MemoryEncoder
 from memformer.training.run_data import RecallData
 from memformer.training.run_folder import load_run
+from memformer.utils.files import write_json
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
                 f"| x{in_words(row['ratio'], '.1f')} |"
             )
     result = {"machine": describe_machine(options.threads), "options": vars(options), "rows": rows}
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def measure(folder: str, num_slots: int | None, options: argparse.Namespace) -> dict[str, Any]:

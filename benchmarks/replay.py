@@ -10,7 +10,6 @@ without optimizer.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sizes import half_and_half
 from turns import spread
 
 from memformer.reproduction.measure import MethodSpec, Setting, measure_growth, measure_seconds
+from memformer.utils.files import write_json
 
 # Plain sequential BPTT reads out one timestep at a time, and so does the first row of each method.
 METHODS = [
@@ -60,8 +60,7 @@ def main() -> None:
         "rows": rows,
         "horizons": horizons,
     }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def parse_arguments() -> argparse.Namespace:

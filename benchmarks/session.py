@@ -4,7 +4,6 @@ python benchmarks/session.py                 # table; JSON to benchmarks/results
 """
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from machine import describe_machine, memory_mib, positive
 from sizes import PAPER_DECODER
 
 from memformer import Memformer, MemformerConfig, Session
+from memformer.utils.files import write_json
 
 MARKS = (10_000, 100_000, 250_000, 500_000, 1_000_000)
 
@@ -63,8 +63,7 @@ def main() -> None:
     print(f"peak memory from {MARKS[0]:,} to {MARKS[-1]:,} bytes: {growth:+.2%}")
     print(f"float64, 100,000 bytes in random splits compared with one feed: largest difference {difference:.1e}")
     result = {"machine": describe_machine(options.threads), "rows": rows, "split_difference_float64": difference}
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def split_difference(config: MemformerConfig) -> float:

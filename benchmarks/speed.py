@@ -9,13 +9,14 @@ Without `--peers_python` only this project is measured.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, positive
 from turns import Contender, ratios, speed, spread, take_turns
+
+from memformer.utils.files import write_json
 
 REPLAY = {"method": "replay", "readout_timesteps": 2}
 OURS: dict[str, dict[str, Any]] = {
@@ -57,8 +58,7 @@ def main() -> None:
         "machine": describe_machine(options.threads),
         "rows": rows,
     }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def parse_arguments() -> argparse.Namespace:

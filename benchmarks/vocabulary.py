@@ -23,6 +23,7 @@ from turns import in_words, spread
 
 from memformer import Memformer, Rollout, backpropagate
 from memformer.nn import vocabulary
+from memformer.utils.files import write_json
 
 ADAPTIVE_CUTOFFS = (20_000, 60_000)
 # Largest number of logits that each variant holds at once.
@@ -60,7 +61,7 @@ def main() -> None:
     print(format_table(rows))
     setting = {key: value for key, value in vars(options).items() if key not in {"output", "measure_memory"}}
     result = {"setting": setting, "machine": describe_machine(options.threads), "rows": rows}
-    Path(options.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), result)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,29 +2,31 @@
 
     python experiments/seeds.py experiments/demo.yaml --seeds 0 1 2
 
-Options not listed here are passed to `memformer train`. Runs are written to runs/NAME-seed-N. An unfinished run is
-resumed, and a finished one is not repeated; if it has another config, the script ends: give options another --name. The
-table goes to stdout, JSON to experiments/results/NAME.json.
+Options not listed here are passed to `memformer train`. Runs are written to runs/NAME-seed-N, what they print to
+train.log in their folders. An unfinished run is resumed, and a finished one is not repeated; if it has another config,
+the script ends: give options another --name. The table goes to stdout, JSON to experiments/results/NAME.json.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from memformer.cli.run_config import parse_run_config
-from memformer.errors import InputError
-from memformer.reproduction.reuse import check_run
-from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.errors import InputError, SaveError
+from memformer.reproduction.results import deviation
+from memformer.reproduction.reuse import check_runs, parse_run
+from memformer.reproduction.runs import Run, check_train_options, finish_runs
+from memformer.training.config import RunConfig
+from memformer.training.logs import read_log
 from memformer.utils.files import write_json
+from memformer.utils.signals import Interrupted
+from memformer.utils.yaml_files import read_yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from machine import describe_machine
+from machine import describe_machine, positive
 
 
 def main() -> None:
@@ -33,19 +35,16 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
-    parser.add_argument("--jobs", type=int, default=1, help="Number of seeds trained in parallel, one core each.")
+    parser.add_argument("--jobs", type=positive, default=1, help="Number of seeds trained in parallel, one core each.")
     options, further = parser.parse_known_args()
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     name = options.name or options.config.stem
     try:
-        for seed in options.seeds:
-            check(options.config, name, seed, further)
-    except InputError as error:
+        runs = train(options.config, name, options.seeds, further, jobs=options.jobs)
+        results = {run.seed: result_of(run) for run in runs}
+    except (InputError, SaveError) as error:
         sys.exit(f"seeds.py: error: {error}")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = pool.map(lambda seed: train(options.config, name, seed, further), options.seeds)
-        results = dict(zip(options.seeds, runs, strict=True))
+    except Interrupted as error:
+        sys.exit(f"seeds.py: {error}")
     print(format_table(results))
     summary = {
         "config": str(options.config),
@@ -60,43 +59,38 @@ def main() -> None:
     write_json(output, summary)
 
 
-def check(config: Path, name: str, seed: int, further: list[str]) -> None:
-    """Check that a run can be trained, or was trained with this config.
+def train(config: Path, name: str, seeds: Sequence[int], options: Sequence[str], *, jobs: int) -> list[Run]:
+    """Train all seeds to the end, and return their runs.
 
     Raises:
-        InputError: It was trained otherwise, an option is invalid, or the task has no bits per byte.
+        InputError: A run was trained otherwise, an option is invalid, a run failed, or the task has no bits per byte.
+        SaveError: A config cannot be written.
+        Interrupted: SIGINT or SIGTERM arrived; the runs were saved.
     """
-    planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
-    if planned.data.recall is not None:
+
+    def parse(arguments: Sequence[str]) -> RunConfig:
+        return parse_run_config(arguments)[0]
+
+    fields = read_yaml(config)
+    runs = [Run(name=name, seed=seed, folder=Path(f"runs/{name}-seed-{seed}"), config=fields) for seed in seeds]
+    check_train_options(options)
+    if parse_run(runs[0], options, parse).data.recall is not None:
         raise InputError(f"{config} is of a recall task; experiments/retention/compare.py measures these")
-    check_run(Path("runs") / f"{name}-seed-{seed}", planned)
+    check_runs(runs, options=options, parse=parse)
+    finish_runs(runs, jobs=jobs, options=options)
+    return runs
 
 
-def train(config: Path, name: str, seed: int, further: list[str]) -> dict[str, Any]:
-    """Train one seed to the end, and return its evaluation on held-out documents with figures of the training."""
-    folder = Path("runs") / f"{name}-seed-{seed}"
-    if not (folder / RESULT_FILE).exists():
-        run(config, folder, seed, further)
-    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [line for line in log if line["kind"] == "training"][-1]
-    curve = [line for line in log if line["kind"] == "evaluation"]
-    return {**result, "tokens_trained": last["num_tokens"], "training_seconds": last["seconds"], "evaluations": curve}
-
-
-def run(config: Path, folder: Path, seed: int, further: list[str]) -> None:
-    """Run `memformer train` to its end, resuming from the last checkpoint if there is one."""
-    command = [sys.executable, "-m", "memformer", "train", str(config), "--folder", str(folder), "--seed", str(seed)]
-    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
-        command.append("--resume")
-    if status := subprocess.run([*command, *further], check=False, stdout=subprocess.DEVNULL).returncode:
-        sys.exit(status)  # the command has said why
+def result_of(run: Run) -> dict[str, Any]:
+    """Return the evaluation on held-out documents, with the evaluations while training."""
+    curve = [line for line in read_log(run.folder) if line["kind"] == "evaluation"]
+    return {**run.result("bits_per_byte"), "evaluations": curve}
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Return the mean, the standard deviation (0 for one value), the lowest and the highest value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values), "deviation": deviation, "low": min(values), "high": max(values)}
+    low, high = min(values), max(values)
+    return {"mean": statistics.mean(values), "deviation": deviation(values), "low": low, "high": high}
 
 
 def format_table(results: dict[int, dict[str, Any]]) -> str:

@@ -33,7 +33,10 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", arguments)
         statuses.append(command.main())
         files = (tmp_path / "out").glob("gpu-*.json")
-        results = {file.stem.removeprefix("gpu-"): json.loads(file.read_text())["rows"] for file in files}
+        results = {
+            file.stem.removeprefix("gpu-").removesuffix("-smoke"): json.loads(file.read_text())["rows"]
+            for file in files
+        }
         return capsys.readouterr().out, results
 
     run.statuses, run.output = statuses, tmp_path / "out"
@@ -74,7 +77,7 @@ def test_table_1_goes_on_from_its_checkpoint(run, tmp_path, monkeypatch):
     row = results["table1"]["06-memformer"]
     assert row["paper"]["perplexity"] == 1.555
     assert row["with_memory"]["perplexity"] > 1
-    lines = read_log(tmp_path / "out" / "table1" / "06-memformer-seed-0")
+    lines = read_log(tmp_path / "out" / "table1-smoke" / "06-memformer-seed-0")
     assert [line["update"] for line in lines if line["kind"] == "training"] == [1, 2, 3]
     assert run("--parts", "table1")[0] == ""
 
@@ -126,9 +129,14 @@ def test_a_failed_measurement_costs_only_itself(run, monkeypatch):
     assert results["laws"]["fails once"]["holds"]
     assert run.statuses == [1, 1, 1]
     monkeypatch.setattr(command, "PARTS", {"laws": lambda options: [("sound", lambda: {"holds": True})]})
-    (run.output / "gpu-laws.json").unlink()
+    file = run.output / "gpu-laws-smoke.json"
+    file.unlink()
     run("--parts", "laws")
     assert run.statuses[-1] == 0
+    # Figures of one card are not taken for those of another.
+    file.write_text(file.read_text().replace('"device": "', '"device": "another '))
+    with pytest.raises(SystemExit, match=r"was measured with .*'another .* give another --output"):
+        run("--parts", "laws")
 
 
 def test_without_the_command_line_parser_only_table_1_is_missing(run, monkeypatch):

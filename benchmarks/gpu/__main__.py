@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command for a machine with one GPU and no network (`make cuda`).
 
-Each part writes `gpu-PART.json` after every measurement and goes on from it when the command is run again, so a part
-may be interrupted at any time. Parts:
+Each part writes `gpu-PART.json` (`gpu-PART-smoke.json`) after every measurement and goes on from it when the command is
+run again on the same machine, so a part may be interrupted at any time. Parts:
 
     laws      the engine's gradients equal back-propagation through time in float64; resuming is exact
     speed     training: tokens/s, share of the fastest matrix product, device memory; eager, engine, compiled, BPTT
@@ -89,10 +89,12 @@ def run_part(part: str, options: Options) -> bool:
 
     Raises:
         RuntimeError: The device can no longer be used by this process.
+        SystemExit: The file has measurements of another card or another torch.
     """
-    file = options.output / f"gpu-{part}.json"
-    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}
-    result["machine"] = describe()
+    file = options.output / f"gpu-{part}{'-smoke' if options.smoke else ''}.json"
+    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"machine": describe(), "rows": {}}
+    if result["machine"] != describe():
+        sys.exit(f"{file} was measured with {result['machine']}; this is {describe()}: give another --output")
     for name, measure in PARTS[part](options):
         known = result["rows"].get(name)
         is_done = known is not None and not any(key in known for key in AGAIN)

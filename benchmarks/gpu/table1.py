@@ -14,14 +14,10 @@ from functools import partial
 from typing import Any
 
 from memformer.errors import InputError
-from memformer.reproduction.runs import Run, check_data, plan_runs
+from memformer.reproduction.runs import TableRun, check_data, plan_runs
 from memformer.reproduction.tables import Row as TableRow
 from memformer.reproduction.tables import Table, read_table, tables_folder
-from memformer.training.checkpoint import checkpoints_newest_first
 from memformer.training.logs import read_log
-from memformer.training.run_folder import CHECKPOINTS
-from memformer.utils.files import write_text
-from memformer.utils.yaml_files import to_yaml
 
 Row = dict[str, Any]
 # The paper's Memformer first, then its ablations, then the others; the LSTM has no memory to show.
@@ -56,7 +52,7 @@ def table1(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]
     table = read_table(tables_folder() / "table1")
     metric = table.scale("paper").metric
     rows = sorted(table.rows_at("paper"), key=_order)
-    folder, data = options.output / "table1", str(options.data)
+    folder, data = options.output / ("table1-smoke" if options.smoke else "table1"), str(options.data)
     runs = plan_runs(table, rows[:1] if options.smoke else rows, scale="paper", seeds=[0], folder=folder, data=data)
     train_options = (*_OPTIONS, *_TINY, f"--data.cache={folder / 'cache'}") if options.smoke else _OPTIONS
     found = look_for_parts(table, runs, data)
@@ -74,7 +70,7 @@ def _order(row: TableRow) -> tuple[bool, int, str]:
     return row.key != _FIRST, _TYPES.index(row.model_type), row.key
 
 
-def look_for_parts(table: Table, runs: list[Run], data: str) -> Row:
+def look_for_parts(table: Table, runs: list[TableRun], data: str) -> Row:
     """Return where the data is, or what is missing."""
     if importlib.util.find_spec("jsonargparse") is None:
         return {"missing": "jsonargparse, with which the command reads its configs, is not installed"}
@@ -85,18 +81,13 @@ def look_for_parts(table: Table, runs: list[Run], data: str) -> Row:
     return {"folder": data}
 
 
-def train_on(run: Run, options: tuple[str, ...], deadline: float, *, metric: str) -> Row:
+def train_on(run: TableRun, options: tuple[str, ...], deadline: float, *, metric: str) -> Row:
     """Train a run until it is finished or the time is up; return its result, or how far it is.
 
     Raises:
         InputError: Training failed.
     """
-    config = run.folder.with_name(f"{run.folder.name}.yaml")
-    config.parent.mkdir(parents=True, exist_ok=True)
-    write_text(config, to_yaml(run.config))
-    command = ["train", str(config), "--folder", str(run.folder), "--seed", str(run.seed), *options]
-    if any(checkpoints_newest_first(run.folder / CHECKPOINTS)):
-        command.append("--resume")
+    command = run.prepare_training(options)
     from memformer.cli.main import main as memformer
 
     status = _stopped_after(deadline - time.monotonic(), lambda: memformer(command))

@@ -16,6 +16,7 @@ import argparse
 import json
 import lzma
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,11 @@ def main() -> None:
 def prepare(data: Path, output: Path, *, seed: int) -> None:
     """Write the lines and labels of every system."""
     for system, others in SYSTEMS.items():
-        (name,) = (file.name for file in data.iterdir() if file.name.lower() == f"{system}.log.xz")
-        labels, lines = read(data / name)
+        labels, lines = read(data, system)
         train, validation = len(lines) * 4 // 10, len(lines) * 5 // 10
         tested = list(zip(lines[validation:], labels[validation:], strict=True))
         if others:
-            tested = inject(tested, [line for other in others for line in read(data / f"{other}.log.xz")[1]], seed)
+            tested = inject(tested, [line for other in others for line in read(data, other)[1]], seed)
         folder = output / system
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "train.log", lines[:train])
@@ -66,11 +66,15 @@ def prepare(data: Path, output: Path, *, seed: int) -> None:
         print(f"{folder}: {train} lines, {len(tested)} to test, {wrong.total()} of them anomalous")
 
 
-def read(file: Path) -> tuple[list[str], list[str]]:
+def read(data: Path, system: str) -> tuple[list[str], list[str]]:
     """Return labels and lines of a compressed log. BGL's first column is the label; the other systems have none."""
+    files = {file.name.lower(): file for file in data.iterdir()}
+    file = files.get(f"{system}.log.xz".lower())
+    if file is None:
+        sys.exit(f"logs.py: error: there is no {system}.log.xz in {data}")
     with lzma.open(file, "rt", encoding="utf-8", newline="\n") as stream:
         lines = [line.rstrip("\r\n") for line in stream]
-    if file.name != "BGL.log.xz":
+    if system.lower() != "bgl":
         return [NORMAL] * len(lines), lines
     columns = [line.split(" ", 1) for line in lines]
     return [label for label, _ in columns], [line for _, line in columns]

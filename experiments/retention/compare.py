@@ -4,9 +4,10 @@
     python experiments/retention/compare.py experiments/retention/associative.yaml --num_facts 4 20 --num_slots 32 64
         --facts_per_segment 1 --distances 1 1000
 
-Runs are written to runs/retention/NAME-VARIANT-seed-N. An unfinished run is resumed; a finished one is not repeated.
-Options not listed here are passed to `memformer train`. The table goes to stdout; JSON is added to
-experiments/results/retention-NAME.json, and retention-NAME.png shows what was measured, a line for each seed.
+Runs are written to runs/retention/NAME-VARIANT-seed-N, what they print to train.log in their folders. An unfinished run
+is resumed; a finished one is not repeated. Options not listed here are passed to `memformer train`. The table goes to
+stdout; JSON is added to experiments/results/retention-NAME.json, and retention-NAME.png shows what was measured, a line
+for each seed.
 """
 
 import argparse
@@ -15,21 +16,23 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from memformer.cli.run_config import parse_run_config
-from memformer.errors import InputError
+from memformer.errors import InputError, SaveError
 from memformer.evaluation.plots import make_panels, put_legend_below, write_figure
-from memformer.reproduction.reuse import check_run
-from memformer.training.checkpoint import checkpoints_newest_first
-from memformer.training.run_folder import CHECKPOINTS, RESULT_FILE
+from memformer.reproduction.reuse import check_runs
+from memformer.reproduction.runs import Run, check_train_options, finish_runs
 from memformer.utils.files import write_json
+from memformer.utils.signals import Interrupted
+from memformer.utils.yaml_files import read_yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from machine import describe_machine
+from machine import commit, describe_machine, positive
 
 ROOT = Path(__file__).parents[2]
 MEMFORMER = [sys.executable, "-m", "memformer"]
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", choices=["best", "last"], help="Weights to evaluate.")
     parser.add_argument("--num_episodes", default=None, help="Episodes to read; by default as `memformer retention`.")
     parser.add_argument("--name", default=None, help="Name of the result; by default that of the config.")
+    parser.add_argument("--jobs", type=positive, default=1, help="Number of runs trained in parallel, one core each.")
     options, further = parser.parse_known_args()
     name = options.name or options.config.stem
     output = ROOT / "experiments" / "results" / f"retention-{name}.json"
@@ -102,14 +106,18 @@ def main() -> None:
         model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
         if VARIANTS[variant].get("write_normalizer") == "softmax":
             model += ["--training.write_penalty", "0"]  # softmax writes every token: nothing to penalize
-        folders = {seed: ROOT / "runs" / "retention" / f"{name}-{variant}-seed-{seed}" for seed in options.seeds}
-        for seed, folder in folders.items():
-            train(options.config, folder, seed, [*model, *further])
+        trained = train(options.config, f"{name}-{variant}", options.seeds, [*model, *further], jobs=options.jobs)
         for layout in itertools.product(*(getattr(options, name) for name in LAYOUT)):
             asked = [word for name, value in zip(LAYOUT, layout, strict=True) if value for word in (f"--{name}", value)]
             runs = [
-                {"seed": seed, "checkpoint": options.checkpoint, **measure(folder, [*how, *asked])}
-                for seed, folder in folders.items()
+                {
+                    "seed": run.seed,
+                    "checkpoint": options.checkpoint,
+                    "options": [*model, *further],
+                    "commit": commit(),
+                    **measure(run.folder, [*how, *asked]),
+                }
+                for run in trained
             ]
             earlier = known.get(variant, {}).get("runs", [])
             kept = [run for run in earlier if identity(run) not in {identity(run) for run in runs}]
@@ -132,19 +140,20 @@ def as_option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def train(config: Path, folder: Path, seed: int, further: list[str]) -> None:
-    """Train one run to its end, unless it is finished already; end the script if it was trained otherwise."""
+def train(config: Path, name: str, seeds: Sequence[int], options: list[str], *, jobs: int) -> list[Run]:
+    """Return the runs of all seeds, trained to their end; end the script if one fails or was trained otherwise."""
+    folder = ROOT / "runs" / "retention"
     try:
-        planned, _ = parse_run_config([str(config), "--seed", str(seed), *further])
-        check_run(folder, planned)
-    except InputError as error:
+        fields = read_yaml(config)
+        runs = [Run(name=name, seed=seed, folder=folder / f"{name}-seed-{seed}", config=fields) for seed in seeds]
+        check_train_options(options)
+        check_runs(runs, options=options, parse=lambda arguments: parse_run_config(arguments)[0])
+        finish_runs(runs, jobs=jobs, options=options)
+    except (InputError, SaveError) as error:
         sys.exit(f"compare.py: error: {error}")
-    if (folder / RESULT_FILE).exists():
-        return
-    command = [*MEMFORMER, "train", str(config), "--folder", str(folder), "--seed", str(seed), *further]
-    if any(checkpoints_newest_first(folder / CHECKPOINTS)):
-        command.append("--resume")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    except Interrupted as error:
+        sys.exit(f"compare.py: {error}")
+    return runs
 
 
 def measure(folder: Path, options: list[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ it. (The first Mamba is slow without a GPU: it made fewer than 100 updates in si
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -34,6 +33,7 @@ from memformer.data.recall.stream import (
 from memformer.data.recall.tasks import RecallTask
 from memformer.training.config import RunConfig
 from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer
+from memformer.utils.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from machine import describe_machine
@@ -56,8 +56,10 @@ def main() -> None:
     parser.add_argument("--num_facts", type=int, nargs="+", default=[4, 8, 16, 32, 64, 96])
     parser.add_argument("--facts_per_segment", type=int, default=6)
     parser.add_argument("--distances", type=int, nargs="+", default=[21])
-    parser.add_argument("--num_questions", type=int, default=256)
+    parser.add_argument("--num_questions", type=int, default=256, help=f"A multiple of {ROWS}.")
     options, further = parser.parse_known_args()
+    if options.num_questions < ROWS or options.num_questions % ROWS:
+        parser.error(f"--num_questions is {options.num_questions}; it must be a multiple of {ROWS}")
     output = ROOT / "experiments" / "results" / f"retention-{options.name}.json"
     runs: list[dict[str, Any]] = []
     for seed in options.seeds:
@@ -89,7 +91,7 @@ def main() -> None:
                 print(seed, num_states, num_facts, [point["accuracy"] for point in points], flush=True)
             variants = {"config": {"options": further, "layers": options.layers, "runs": runs}}
             summary = {"config": str(options.config), "machine": describe_machine(1), "variants": variants}
-            output.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            write_json(output, summary)
 
 
 def train(config: RunConfig, *, num_states: int, num_layers: int) -> tuple[Mamba2ForCausalLM, list[tuple[int, float]]]:
@@ -176,11 +178,10 @@ def measure(
         num_right += sum(
             int(token) == int(question.answer[0]) for token, question in zip(predicted, questions, strict=True)
         )
-    num_questions = options.num_questions // ROWS * ROWS
     return {
         "num_tokens": len(window) * length,
-        "num_questions": num_questions,
-        "accuracy": num_right / num_questions,
+        "num_questions": options.num_questions,
+        "accuracy": num_right / options.num_questions,
     }
 
 

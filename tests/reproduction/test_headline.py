@@ -5,12 +5,13 @@ import json
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from memformer import Session, build_model
 from memformer.evaluation.flops import flops_per_token
 from memformer.models import load_model
 from memformer.models.loading import MODELS
-from memformer.reproduction import command, inference, runs
+from memformer.reproduction import command, inference, measure, runs
 from memformer.reproduction.headline import Measured, headline_names, read_headline
 from memformer.reproduction.headline_results import compare, draw_headline, headline_markdown
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth
@@ -159,7 +160,11 @@ def test_ratios_of_means_and_of_every_seed():
     assert compare(row, curve, "evaluation_seconds").to_dict()["ratio_of_the_cheapest"] == 2
     assert compare(row, [], "state_bytes") is None
     assert compare(measured(bits=(1.1,), growth=0), curve, "memory_growth_bytes") is None
-    assert list(compare(measured(bits=(1.5,)), curve, "state_bytes").by_seed) == [0]
+    # Seeds that only some of the models have do not count.
+    one = compare(measured(bits=(1.5,)), curve, "state_bytes")
+    assert list(one.by_seed) == [0]
+    assert one.crossing == one.by_seed[0]
+    assert compare(measured(bits=()), curve, "state_bytes") is None
 
 
 def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_path, trained, monkeypatch):
@@ -200,9 +205,20 @@ def test_the_tables_show_finished_runs_and_pairs_at_equal_quality(options, tmp_p
     assert all(task["workload"] == dataclasses.asdict(workload) for task in read)
 
     (tmp_path / "out" / "tiny-small" / "3-slots-seed-0" / "evaluation.json").unlink()
-    (part,) = call_json("reproduce", *options, "--only_write")["parts"]
+    (part,) = call_json("reproduce", *options, "--only_write", "--seeds", "1")["parts"]
     assert [row["row"] for row in part["rows"]] == ["2-long", "1-short", "4-lstm"]
     assert part["pairs"] == []
+    # Without --seeds all that were trained are written, and models are compared by the seeds that all of them have.
+    (part,) = call_json("reproduce", *options, "--only_write")["parts"]
+    assert {row["row"]: list(row["bits"]["by_seed"]) for row in part["rows"]} == {
+        "2-long": ["0", "1"],
+        "1-short": ["0", "1"],
+        "3-slots": ["1"],
+        "4-lstm": ["0", "1"],
+    }
+    (pair,) = part["pairs"]
+    assert list(pair["state_bytes"]["by_seed"]) == ["1"]
+    assert pair["state_bytes"]["ratio"] == pair["state_bytes"]["by_seed"]["1"]["ratio"]
 
 
 def test_runs_are_those_of_the_tables_and_finished_ones_are_reused(options, tmp_path, trained, monkeypatch):
@@ -215,7 +231,7 @@ def test_runs_are_those_of_the_tables_and_finished_ones_are_reused(options, tmp_
         finish(run)
     checked = []
     monkeypatch.setattr(command, "check_runs", lambda runs, *, options, parse: checked.extend([runs, options]))
-    monkeypatch.setattr(command, "_write_headline", lambda *_: "written")
+    monkeypatch.setattr(command, "_headline_results", lambda *_: ({}, "written", Figure()))
     message = call("reproduce", *options, "--seeds", "2", "--", "--training.num_lanes=3")[2]
     assert "7 of 8 runs are finished" in message
     assert trained == ["2-long-0"]
@@ -291,9 +307,18 @@ def test_memory_growth_includes_the_state_of_every_stream(tmp_path):
     assert measure_inference_growth(tmp_path / "model", workload) >= 64 * Session(model).state_bytes
 
 
-def test_invalid_input_is_refused(options, tmp_path):
+def test_invalid_input_is_refused(options, tmp_path, monkeypatch):
     assert "claim has no scale 'paper'; it has small" in refused("reproduce", *options, "--scale", "paper")
     assert "seeds (0) must be at least 1" in refused("reproduce", *options, "--seeds", "0")
+    with monkeypatch.context() as patches:  # as on macOS, before anything is trained
+        patches.setattr(measure, "_RESET_PEAK", tmp_path / "none")
+        assert "memory on a CPU is measured on Linux only" in refused("reproduce", *options)
+    (tmp_path / "claim" / "table.json").mkdir(parents=True)
+    assert "table.json could not be written: Is a directory" in refused(
+        "reproduce", "claim", "--folder", tmp_path / "claim"
+    )
+    own = refused("reproduce", *options[:-1], tmp_path / "out" / "tiny-small")
+    assert own == f"--folder ({tmp_path / 'out' / 'tiny-small'}) is the folder of a table's runs; claim needs its own"
     message = refused("reproduce", *options, "--rows", "3-slots")
     assert message == "--rows (3-slots) is not an option of claim, which has fixed rows"
     found = refused("reproduce", *options, "--only_write")

@@ -35,9 +35,9 @@ def test_it_predicts_digits(name, scale, num_images, bits):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--seed", "4"], "--seed cannot be given after --: every run has its own seed; --seeds N, before --"),
-        (["--folder=x"], "--folder cannot be given after --: every run has its own folder"),
-        (["--resume"], "--resume cannot be given after --: runs that were begun are continued anyway"),
+        (["--seed", "4"], "--seed cannot be an option of every run: every run has its own seed (see --seeds)"),
+        (["--folder=x"], "--folder cannot be an option of every run: every run has its own folder"),
+        (["--resume"], "--resume cannot be an option of every run: runs that were begun are continued anyway"),
     ],
 )
 @pytest.mark.parametrize("table", ["v1", "headline"])

@@ -34,14 +34,21 @@ def reproduce_parser() -> ArgumentParser:
         default="small",
         help="Size of models and data: small (for a CPU), paper, or another scale that the table defines.",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="Number of seeds per row; the seeds are 0, 1, ...")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=None,
+        help="Number of seeds per row; the seeds are 0, 1, ... Default: 1; with --only_write, those that were trained.",
+    )
     parser.add_argument(
         "--rows", type=str, nargs="+", default=None, help="Keys of the rows to train. Default: all. Not for headline."
     )
     parser.add_argument("--jobs", type=int, default=1, help="Number of runs trained in parallel.")
     parser.add_argument("--data", type=str, default="data", help="Folder of the data sets; see experiments/README.md.")
     parser.add_argument("--folder", type=str, default=None, help="Output folder. Default: runs/TABLE-SCALE.")
-    parser.add_argument("--only_write", action="store_true", help="Do not train; write the results of finished runs.")
+    parser.add_argument(
+        "--only_write", action="store_true", help="Do not train; write the results of finished runs of all seeds."
+    )
     parser.add_argument("--json", action="store_true", help="Print the result to stdout as one JSON object.")
     return parser
 

@@ -1,22 +1,32 @@
 """Processes that train runs side by side, and that end together."""
 
+import signal
 import subprocess
 import threading
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Self, TextIO
+
+from memformer.utils.signals import Signals
 
 
 class ChildProcesses:
-    """Processes that are run from several threads.
+    """Processes that are run from several threads; with a signal, or when the block is left by an error, all end.
 
-    Attributes:
-        are_stopped: Whether `stop` was called; then no new process begins.
+    Args:
+        signals: The signals that this process has received.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
         self._running: list[subprocess.Popen[bytes]] = []
-        self.are_stopped = False
+        self._has_failed = False
+        self._is_passed_on = False
         self._lock = threading.Lock()
+
+    @property
+    def are_stopped(self) -> bool:
+        """Whether a signal was received or an error occurred; then no new process begins."""
+        return self._has_failed or bool(self._signals.received)
 
     def run(self, command: Sequence[str], log: TextIO) -> int | None:
         """Run a command to its end, with its output in a log; return its status, or None if it did not begin."""
@@ -31,9 +41,21 @@ class ChildProcesses:
             with self._lock:
                 self._running.remove(process)
 
-    def stop(self, *, terminate: bool) -> None:
-        """Begin no process any more; with `terminate`, ask those that run to save and end."""
+    def pass_signal_on(self) -> None:
+        """Ask the processes to save and end, once, if SIGTERM was received; a terminal sends SIGINT to them as well."""
+        if not self._is_passed_on and self._signals.received[:1] == [signal.SIGTERM]:
+            self._is_passed_on = True
+            self._terminate()
+
+    def _terminate(self) -> None:
         with self._lock:
-            self.are_stopped = True
-            for process in self._running if terminate else ():
+            for process in self._running:
                 process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._has_failed = True
+            self._terminate()

@@ -12,7 +12,7 @@ from memformer.generation.session import Session
 from memformer.models import load_model
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth, measure_times
 from memformer.reproduction.results import RowFigures, collect
-from memformer.reproduction.runs import Run, plan_runs
+from memformer.reproduction.runs import TableRun, plan_runs
 from memformer.reproduction.tables import Table, check_keys, check_names, read_table
 from memformer.training.config import RunConfig
 from memformer.training.run_folder import BEST
@@ -64,7 +64,7 @@ class Part:
         """Return the output folder of the part's table, whose run folders are used, in a folder of such folders."""
         return folder / f"{self.table.key}-{self.scale}"
 
-    def plan(self, *, seeds: Sequence[int], folder: Path, data: str) -> list[Run]:
+    def plan(self, *, seeds: Sequence[int], folder: Path, data: str) -> list[TableRun]:
         """Return the runs, with the same configs and folders as those of the table's own command.
 
         Args:
@@ -194,7 +194,7 @@ def _read_part(fields: dict[str, Any], tables: Path, *, owner: str) -> Part:
 
 
 def measure_part(
-    part: Part, runs: Sequence[Run], workload: Workload, *, rounds: int, say: Callable[[str], None]
+    part: Part, runs: Sequence[TableRun], workload: Workload, *, rounds: int, say: Callable[[str], None]
 ) -> list[Measured]:
     """Measure all rows of a part that have a finished run, in the order of the part.
 
@@ -237,5 +237,5 @@ def measure_part(
     return measured
 
 
-def _weights_of(figures: RowFigures, runs: Sequence[Run]) -> Path:
+def _weights_of(figures: RowFigures, runs: Sequence[TableRun]) -> Path:
     return next(run.folder for run in runs if run.row.key == figures.row.key and run.is_finished) / BEST

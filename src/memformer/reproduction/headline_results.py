@@ -48,8 +48,8 @@ class Comparison:
     Attributes:
         own: The Memformer's cost.
         lowest: The lowest cost of a Transformer-XL.
-        crossing: Where its quality, the mean over the seeds, lies on the curve of the means.
-        by_seed: The same for each seed that all of these rows have.
+        crossing: Where its quality lies on the curve, both as means over the seeds that all of these rows have.
+        by_seed: The same for each of these seeds.
     """
 
     own: float
@@ -72,11 +72,14 @@ class Comparison:
 
 
 def compare(row: Measured, curve: Sequence[Measured], cost: Cost) -> Comparison | None:
-    """Return a Memformer beside Transformer-XLs; None: there is none, or a cost is too small to be measured."""
+    """Return a Memformer beside Transformer-XLs, by the seeds that all of them have.
+
+    None: there is no Transformer-XL or no such seed, or a cost is too small to be measured.
+    """
     costs = [each.cost(cost) for each in (row, *curve)]
-    if not curve or min(costs) <= 0:
-        return None
     shared = [seed for seed in row.bits if all(seed in each.bits for each in curve)]
+    if not curve or not shared or min(costs) <= 0:
+        return None
 
     def crossing(quality: float, qualities: Sequence[float]) -> Crossing:
         return find_crossing(quality, [Point(*pair) for pair in zip(costs[1:], qualities, strict=True)])
@@ -84,7 +87,7 @@ def compare(row: Measured, curve: Sequence[Measured], cost: Cost) -> Comparison 
     return Comparison(
         own=costs[0],
         lowest=min(costs[1:]),
-        crossing=crossing(_mean(row), [_mean(each) for each in curve]),
+        crossing=crossing(_mean(row, shared), [_mean(each, shared) for each in curve]),
         by_seed={seed: crossing(row.bits[seed], [each.bits[seed] for each in curve]) for seed in shared},
     )
 
@@ -260,5 +263,5 @@ def _draw(axes: Axes, rows: Sequence[Measured], cost: Cost, *, is_first: bool) -
     axes.grid(alpha=0.3)
 
 
-def _mean(row: Measured) -> float:
-    return statistics.mean(row.bits.values())
+def _mean(row: Measured, seeds: Sequence[int] | None = None) -> float:
+    return statistics.mean(row.bits[seed] for seed in (row.bits if seeds is None else seeds))

@@ -21,6 +21,9 @@ from memformer.rollout import Rollout
 from memformer.training.replay import backpropagate
 from memformer.utils.machine import choose_device
 
+# On Linux, writing 5 to it resets the peak of the resident memory.
+_RESET_PEAK = Path("/proc/self/clear_refs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -100,6 +103,16 @@ def run_child(module: str, task: dict[str, Any], *, subject: str) -> Any:
     return json.loads(done.stdout)
 
 
+def check_growth_is_measurable(device: str) -> None:
+    """Check, before anything else is done, that this machine measures the peak memory growth on a device.
+
+    Raises:
+        InputError: It does not, or it does not have the device.
+    """
+    if choose_device(device).type != "cuda" and not _RESET_PEAK.exists():
+        raise InputError(f"the growth of memory on a CPU is measured on Linux only: there is no {_RESET_PEAK}")
+
+
 def _measure_seconds(
     model: LanguageModel, rollout: Rollout, methods: Sequence[MethodSpec], rounds: int
 ) -> list[list[float]]:
@@ -128,7 +141,7 @@ def peak_growth(device: torch.device, action: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    _RESET_PEAK.write_text("5", encoding="ascii")
     before = _resident_bytes("VmRSS")
     action()
     return _resident_bytes("VmHWM") - before

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from memformer.evaluation.flops import flops_per_token
 from memformer.evaluation.plots import make_doubling, make_logarithmic
 from memformer.models import load_model
-from memformer.reproduction.runs import Run
+from memformer.reproduction.runs import TableRun
 from memformer.reproduction.tables import Row, ScaleConfig, Table
 from memformer.training.run_folder import BEST
 from memformer.utils.machine import versions
@@ -56,7 +56,7 @@ class RowFigures:
         }
 
 
-def collect(runs: Sequence[Run], scale: ScaleConfig) -> list[RowFigures]:
+def collect(runs: Sequence[TableRun], scale: ScaleConfig) -> list[RowFigures]:
     """Return the results of all rows with a finished run.
 
     Raises:

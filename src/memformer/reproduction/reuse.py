@@ -44,12 +44,12 @@ _ADVICE = "train it again in another --folder, or delete it"
 
 
 def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfig) -> None:
-    """Check the options with the config of every row, and that all runs that were begun can be reused or continued.
+    """Check the options with the config of every run, and that all runs that were begun can be reused or continued.
 
     The data is compared by content. If its files are not there, it is not compared: finished runs do not need them.
 
     Args:
-        runs: The runs of a table.
+        runs: The runs.
         options: Additional options of `memformer train`, for every run.
         parse: Returns the config of `memformer train` for its arguments.
 
@@ -57,10 +57,12 @@ def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfi
         InputError: A run was trained with another config or on other data; or an option is invalid.
         CheckpointError: A file of a run is damaged.
     """
-    # The runs of a row differ in the seed alone.
-    planned = {key: parse_run(run, options, parse) for key, run in {run.row.key: run for run in runs}.items()}
+    # The runs of a row differ in the seed alone, and parsing takes long.
+    planned: dict[str, RunConfig] = {}
     for run in runs:
-        check_run(run.folder, dataclasses.replace(planned[run.row.key], seed=run.seed))
+        if (config := to_yaml(run.config)) not in planned:
+            planned[config] = parse_run(run, options, parse)
+        check_run(run.folder, dataclasses.replace(planned[config], seed=run.seed))
 
 
 def parse_run(run: Run, options: Sequence[str], parse: ParseConfig) -> RunConfig:

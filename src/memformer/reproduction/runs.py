@@ -1,4 +1,4 @@
-"""The runs of a table: missing runs are trained, interrupted runs are resumed, finished runs are reused."""
+"""The runs of an experiment: missing ones are trained, interrupted ones are resumed, finished ones are reused."""
 
 import contextlib
 import math
@@ -31,16 +31,16 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The run of one row with one seed.
+    """One run of an experiment.
 
     Attributes:
-        row: The row.
+        name: What it trains, for messages.
         seed: The seed.
         folder: The run folder.
         config: The config for `memformer train`.
     """
 
-    row: Row
+    name: str
     seed: int
     folder: Path
     config: dict[str, Any]
@@ -54,6 +54,20 @@ class Run:
     def has_begun(self) -> bool:
         """Whether the run can be continued: it has a checkpoint."""
         return any(checkpoints_newest_first(self.folder / CHECKPOINTS))
+
+    def prepare_training(self, options: Sequence[str]) -> list[str]:
+        """Write the config beside the run folder, and return the arguments of `memformer` that begin or continue it.
+
+        Args:
+            options: Additional options of `memformer train`.
+
+        Raises:
+            SaveError: The config cannot be written.
+        """
+        config = self.folder.with_name(f"{self.folder.name}.yaml")
+        write_text(config, to_yaml(self.config))
+        arguments = ["train", str(config), "--folder", str(self.folder), "--seed", str(self.seed), *options]
+        return [*arguments, "--resume"] if self.has_begun else arguments
 
     def result(self, metric: str) -> dict[str, Any]:
         """Return the final evaluation, with the number of training tokens and the training time in seconds.
@@ -76,9 +90,20 @@ class Run:
             raise CheckpointError(missing_value_sentence(self.folder, error)) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableRun(Run):
+    """The run of one row of a table with one seed.
+
+    Attributes:
+        row: The row.
+    """
+
+    row: Row
+
+
 def plan_runs(
     table: Table, rows: Sequence[Row], *, scale: str, seeds: Sequence[int], folder: Path, data: str
-) -> list[Run]:
+) -> list[TableRun]:
     """Return the runs of all rows with the first seed, followed by those with the next seed, and so on.
 
     Raises:
@@ -86,10 +111,36 @@ def plan_runs(
     """
     configs = {row.key: table.config_of(row, scale, data=data) for row in rows}
     return [
-        Run(row=row, seed=seed, folder=folder / f"{row.key}-seed-{seed}", config=configs[row.key])
+        TableRun(name=row.name, row=row, seed=seed, folder=folder / f"{row.key}-seed-{seed}", config=configs[row.key])
         for seed in seeds
         for row in rows
     ]
+
+
+def trained_seeds(rows: Sequence[Row], folder: Path) -> list[int]:
+    """Return the seeds with which a table's command trained any of the rows, in order."""
+    keys = {row.key for row in rows}
+    names = [file.name.rpartition("-seed-") for file in folder.glob("*-seed-*")]
+    return sorted({int(seed) for key, _, seed in names if key in keys and seed.isdecimal()})
+
+
+# Options of `memformer train` that differ between the runs of an experiment, and why they cannot be given for all.
+_SET_FOR_EACH_RUN = {
+    "--seed": "every run has its own seed (see --seeds)",
+    "--folder": "every run has its own folder",
+    "--resume": "runs that were begun are continued anyway",
+}
+
+
+def check_train_options(options: Sequence[str]) -> None:
+    """Check that additional options of `memformer train` do not differ between runs.
+
+    Raises:
+        InputError: One of them does.
+    """
+    for option in options:
+        if (name := option.partition("=")[0]) in _SET_FOR_EACH_RUN:
+            raise InputError(f"{name} cannot be an option of every run: {_SET_FOR_EACH_RUN[name]}")
 
 
 def check_data(runs: Sequence[Run], table: Table, *, data: str, options: Sequence[str]) -> None:
@@ -99,7 +150,7 @@ def check_data(runs: Sequence[Run], table: Table, *, data: str, options: Sequenc
         runs: The runs.
         table: Their table.
         data: The folder with the data sets.
-        options: Additional options of `memformer train`; sections of the data that they change are not checked.
+        options: Additional options of `memformer train`; sections of the data that they move are not checked.
 
     Raises:
         InputError: Files are missing; the message says where to get them and where to put them.
@@ -109,7 +160,7 @@ def check_data(runs: Sequence[Run], table: Table, *, data: str, options: Sequenc
         for run in runs
         if not run.is_finished
         for name, source in run.config.get("data", {}).items()
-        if isinstance(source, dict) and not any(option.startswith(f"--data.{name}.") for option in options)
+        if isinstance(source, dict) and not any(option.startswith(_places(name)) for option in options)
     ]
     if any(source.get("kind") == "huggingface" for source in sources) and find_spec("datasets") is None:
         raise InputError(f"{table.key} reads data sets of the Hugging Face hub: pip install 'memformer-lm[datasets]'")
@@ -124,6 +175,11 @@ def check_data(runs: Sequence[Run], table: Table, *, data: str, options: Sequenc
             f"{', '.join(missing)}.{where} Put the files there, or name the folder that holds "
             f"{' and '.join(f'{folder}/' for folder in folders) or 'them'} with --data FOLDER"
         )
+
+
+def _places(section: str) -> tuple[str, ...]:
+    """Return the options that make a section of the data read from another place."""
+    return tuple(f"--data.{section}.{key}" for key in ("path", "kind", "name"))
 
 
 def _exists(path: str) -> bool:
@@ -153,19 +209,17 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
     missing = [run for run in runs if not run.is_finished]
     total = sum(_total_updates(run, options) for run in missing)
     completed = sum(_num_updates(run) for run in missing)
-    processes = ChildProcesses()
     with (
         signals_noted() as signals,
         ProgressBar("training", total, unit="update", completed=completed) as progress,
         ThreadPoolExecutor(jobs) as pool,
+        ChildProcesses(signals) as processes,
     ):
         progress.say(f"memformer: {len(runs) - len(missing)} of {len(runs)} runs are finished")
         endings = [pool.submit(_train, run, options, processes, progress.say) for run in missing]
         has_begun = False
         while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
-            if signals.received and not processes.are_stopped:
-                # A terminal sends SIGINT to the runs as well, and a second one would end them unsaved.
-                processes.stop(terminate=signals.received[0] == signal.SIGTERM)
+            processes.pass_signal_on()
             num_done = sum(run.is_finished for run in missing)
             num_updates = sum(map(_num_updates, missing))
             if num_updates > completed and not has_begun:
@@ -174,10 +228,9 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
             progress.advance_to(num_updates, f"{num_done} of {len(missing)} runs done")
     if signals.received and any(not run.is_finished for run in missing):
         raise Interrupted(signals.received[0], "the same command continues the runs")
-    failed = {run.folder: ending.result() for run, ending in zip(missing, endings, strict=True) if ending.result()}
+    failed = [reason for ending in endings if (reason := ending.result())]
     if failed:
-        folder, reason = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} of {len(missing)} runs failed; {folder / TRAIN_LOG} says: {reason}")
+        raise InputError(f"{len(failed)} of {len(missing)} runs failed; {failed[0]}")
 
 
 def _total_updates(run: Run, options: Sequence[str]) -> int:
@@ -203,13 +256,8 @@ def _train(run: Run, options: Sequence[str], processes: ChildProcesses, say: Cal
     """Train a run, unless the processes are stopped; return why it failed, or None."""
     if processes.are_stopped:
         return None
-    config = run.folder.with_name(f"{run.folder.name}.yaml")
-    write_text(config, to_yaml(run.config))
-    command = [sys.executable, "-m", "memformer", "train", str(config)]
-    command += ["--folder", str(run.folder), "--seed", str(run.seed), *options]
-    if run.has_begun:
-        command.append("--resume")
-    name = f"memformer: {run.row.name}, seed {run.seed}"
+    command = [sys.executable, "-m", "memformer", *run.prepare_training(options)]
+    name = f"memformer: {run.name}, seed {run.seed}"
     run.folder.mkdir(parents=True, exist_ok=True)
     file = run.folder / TRAIN_LOG
     started = time.monotonic()
@@ -220,10 +268,14 @@ def _train(run: Run, options: Sequence[str], processes: ChildProcesses, say: Cal
     minutes = (time.monotonic() - started) / 60
     ending = "done" if status == 0 else "stopped" if processes.are_stopped else f"failed ({status})"
     say(f"{name}: {ending} after {minutes:.1f} min")
-    return _reason(file, num_bytes) if status else None
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        advice = "; the system does this when memory runs out: try fewer --jobs" if name == "SIGKILL" else ""
+        return f"the process that trained {run.folder} was ended by {name}{advice}"
+    return f"{file} says: {_last_error(file, num_bytes)}" if status else None
 
 
-def _reason(log: Path, num_bytes: int) -> str:
+def _last_error(log: Path, num_bytes: int) -> str:
     """Return the last error in a log after so many bytes, or else its last line."""
     lines = log.read_bytes()[num_bytes:].decode("utf-8", errors="replace").splitlines() or ["nothing"]
     errors = [line for line in lines if line.startswith("memformer: error: ")]
