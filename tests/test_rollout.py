@@ -111,3 +111,11 @@ def test_padding_between_tokens_is_refused():
         Rollout(inputs=inputs, targets=inputs, input_padding=padding)
     empty = torch.zeros(0, 4, dtype=torch.int64)
     tiny_model().encode(empty, padding_mask=empty.bool())
+
+
+def test_rollouts_are_compared_by_identity():
+    """Their tensors have no one truth value."""
+    rollout = Rollout(inputs=torch.zeros(1, 1, 4, dtype=torch.int64), targets=torch.zeros(1, 1, 4, dtype=torch.int64))
+    assert rollout == rollout  # the comparison itself is tested
+    assert rollout != dataclasses.replace(rollout)
+    assert backpropagate(tiny_model(), rollout) != None  # noqa: E711

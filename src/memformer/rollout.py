@@ -12,7 +12,7 @@ from torch import Tensor
 from memformer.errors import InputError, InputTypeError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # tensors are not compared with ==
 class Rollout:
     """N timesteps of B independent rows: input segments, target segments, and where new documents start.
 

@@ -98,6 +98,15 @@ def test_long_documents_are_read_in_parts(monkeypatch):
     assert_close(model.log_probabilities(document), expected)
 
 
+def test_the_default_device_of_new_tensors_does_not_matter():
+    model = tiny_classifier()
+    expected = model.log_probabilities([1, 2, 3])
+    with torch.device("meta"):  # where no value can be read
+        stream = model.stream()
+        stream.feed([1, 2, 3])
+    assert stream.log_probabilities().equal(expected)
+
+
 def test_looking_at_a_stream_does_not_change_it():
     model = tiny_classifier()
     document = documents_of(model)[0][-1]

@@ -1,5 +1,8 @@
 """Tied and adaptive embeddings: a normalized distribution, tied weights, and fewer parameters for rare words."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -165,3 +168,14 @@ def test_probabilities_of_a_model_in_half_precision_are_normalized_in_float32():
     assert_close(
         embedding.nll(features, targets), -log_probabilities.gather(-1, targets[..., None])[..., 0], relative=1e-5
     )
+
+
+def test_a_copy_of_a_compiled_embedding_computes_with_its_own_weights():
+    embedding = TiedEmbedding(5, 4)
+    embedding.compile(backend="eager")
+    embedding(torch.tensor([1]))
+    copied = copy.deepcopy(embedding)
+    with torch.no_grad():
+        copied.weight.zero_()
+    assert copied(torch.tensor([1])).abs().sum() == 0
+    assert pickle.dumps(embedding)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,8 +31,8 @@ def flops_per_token(model: nn.Module) -> float:
     rollout = model.align_inputs(Rollout(inputs=zeros, targets=zeros[..., :1] if is_classifier else zeros))
     memory = model.initial_memory(1)
     counter = FlopCounterMode(display=False)
-    # On a CPU the counter does not support fused attention, fused LSTM layers and oneDNN's matrix products.
-    with reading(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn():
+    # The counter does not support fused attention, fused LSTM layers and oneDNN's matrix products.
+    with reading(model), counter, sdpa_kernel(SDPBackend.MATH), _without_onednn(), cudnn.flags(enabled=False):
         hidden, _ = model.encode(rollout.inputs[0], memory=memory)
         model.token_nll(rollout.targets[0], hidden=hidden)
     return counter.get_total_flops() / length

@@ -158,7 +158,7 @@ class MemformerForSequenceClassification(MemoryEncoder):
         check_type("labels (targets)", labels, Tensor)
         if labels.dtype != torch.int64:
             raise InputTypeError(f"labels have dtype {labels.dtype}; they must be torch.int64")
-        if labels.shape[-1] != 1:
+        if labels.shape[-1:] != (1,):
             raise InputError(f"labels (targets) have shape {tuple(labels.shape)}; the last dimension must be 1")
         # Values are not checked where that would synchronize the device, or where tensors stand for something else.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed():
@@ -300,7 +300,7 @@ class ClassificationStream:
         self._model = model
         with reading(model):
             memory = model.initial_memory(1).clone()
-        self._state = _StreamState(0, memory, torch.zeros((1, 0), dtype=torch.int64), None)
+        self._state = _StreamState(0, memory, torch.zeros((1, 0), dtype=torch.int64, device="cpu"), None)
 
     def _memory(self, state: "_StreamState") -> Memory:
         """Return the memory of a state, where the model is now and in its dtype."""

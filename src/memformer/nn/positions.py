@@ -97,9 +97,19 @@ def _suits_efficient_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.device.type == "cuda"
         and query.dtype in _HALF
         and query.dtype == key.dtype == value.dtype
+        and (query.dtype == torch.float16 or _has_bfloat16_kernel())
         and key.shape[-2] <= _MAX_EFFICIENT_KEYS
         and query.shape[-1] % 8 == 0 == value.shape[-1] % 8
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_bfloat16_kernel() -> bool:
+    """Return whether the GPU has this kernel in bfloat16, as all from Ampere on; PyTorch checks that only for its own.
+
+    On others, attention in bfloat16 takes the plain kernel.
+    """
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _weights(

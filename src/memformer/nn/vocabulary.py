@@ -70,7 +70,7 @@ class TiedEmbedding(nn.Embedding):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without compiled code, which belongs to this instance: a copy computes with its weights."""
-        return {name: value for name, value in self.__dict__.items() if name != "_nll"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_nll"}
 
     def _nll(self, features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
         if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:

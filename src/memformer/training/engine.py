@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from memformer.errors import InputError
 from memformer.rollout import Rollout
+from memformer.training.distributed_tensors import is_sharded
 from memformer.training.gradients import Gradients
 from memformer.training.pieces import (
     NO_HOOKS,
@@ -29,7 +30,13 @@ from memformer.training.pieces import (
 from memformer.training.recorded_replay import RecordedReplay
 from memformer.training.replay import backpropagate
 from memformer.utils.checks import Integer, Number, check_type
-from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, Work
+from memformer.utils.cuda_graphs import (
+    CannotRecord,
+    GraphPool,
+    RecordingFailed,
+    Work,
+    out_of_memory_ends_recording,
+)
 
 # Each needs memory for its static tensors and graphs; the shapes of a run's rollouts are few.
 MOST_SHAPES = 8
@@ -46,7 +53,7 @@ class ReplayEngine:
         say: Called with a sentence when a piece or a shape is not recorded.
 
     Raises:
-        InputError: `records` is True and the model is not on a CUDA device.
+        InputError: `records` is True and the model is not on a CUDA device; or the model is sharded.
         InputTypeError: As `backpropagate`, or `records` is not a bool.
     """
 
@@ -58,6 +65,8 @@ class ReplayEngine:
         if records is not None:
             check_type("records", records, bool)
         self.records = is_on_cuda if records is None else records
+        if is_sharded(model):
+            raise InputError("the model is sharded, and its pieces cannot be recorded; use backpropagate instead")
         if self.records and not is_on_cuda:
             raise InputError(f"records is True, but the model is on {model.device}; CUDA graphs need a CUDA device")
         self._say = say or (lambda sentence: None)
@@ -114,21 +123,29 @@ class ReplayEngine:
         )
         if not self._is_usable(key):
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
-        if self._gradients is None:
-            self._gradients = Gradients(model)
         try:
-            return self._replay_of(key, aligned, entering, self._gradients).run(aligned, entering, **options)
+            return self._replay_of(key, aligned, entering).run(aligned, entering, **options)
         except RecordingFailed as error:
-            # All pieces are recorded before the first one runs, so nothing has been computed yet.
-            self._has_failed = True
-            self._shapes = {}
+            reason = str(error)
+        except BaseException:
+            self._forget()  # its tensors and counters are those of an unfinished rollout
+            raise
+        # All pieces are recorded before the first one runs, so nothing has been computed yet. Here, because an error
+        # holds what was allocated until it is handled, and what failed may have been memory.
+        self._has_failed = True
+        if self._gradients is not None:
             self._gradients.reached = set()
             self._gradients.detach_unreached()
-            self._say_once(f"recording CUDA graphs failed; training goes on without them: {error}")
-            return backpropagate(model, rollout.to(model.device), memory=memory, **options)
+        self._shapes, self._gradients, self._pool = {}, None, None
+        self._say_once(f"recording CUDA graphs failed; training goes on without them: {reason}")
+        return backpropagate(model, rollout.to(model.device), memory=memory, **options)
 
-    def _replay_of(self, key: "_Key", rollout: Rollout, memory: Tensor, gradients: Gradients) -> RecordedReplay:
-        """Return the pieces for rollouts of this shape; they are recorded anew for a longer rollout than before."""
+    def _replay_of(self, key: "_Key", rollout: Rollout, memory: Tensor) -> RecordedReplay:
+        """Return the pieces for rollouts of this shape; they are recorded anew for a longer rollout than before.
+
+        Raises:
+            RecordingFailed: The device has too little memory.
+        """
         capacity = rollout.num_timesteps
         replay = self._shapes.get(key)
         if replay is not None and replay.capacity >= capacity:
@@ -141,9 +158,12 @@ class ReplayEngine:
             if not self._shapes:
                 # A pool without graphs cannot be used again while something else is still allocated in it.
                 self._pool = self._new_pool()
-        replay = self._shapes[key] = RecordedReplay(
-            self.model, rollout, memory, gradients, capacity=capacity, record=self._record
-        )
+        with out_of_memory_ends_recording():
+            if self._gradients is None:
+                self._gradients = Gradients(self.model)
+            replay = self._shapes[key] = RecordedReplay(
+                self.model, rollout, memory, self._gradients, capacity=capacity, record=self._record
+            )
         return replay
 
     def _is_usable(self, key: "_Key") -> bool:
@@ -158,12 +178,12 @@ class ReplayEngine:
     def _has_changed(self) -> bool:
         """Return whether the pieces must be recorded anew.
 
-        The model has other parameters, its modules have other modes, or a recording has failed elsewhere, after which
-        dropout of earlier graphs is wrong.
+        The model has other parameters, its modules have other modes, probabilities of dropout or hooks, or a recording
+        has failed elsewhere, after which dropout of earlier graphs is wrong.
         """
         parameters = tuple((p.data_ptr(), p.requires_grad) for p in self.model.parameters())
-        modes = tuple(module.training for module in self.model.modules())
-        identity = (parameters, modes, GraphPool.num_failures)
+        settings = tuple(_settings(module) for module in self.model.modules())
+        identity = (parameters, settings, GraphPool.num_failures)
         changed = identity != self._identity
         self._identity = identity
         return changed
@@ -174,7 +194,7 @@ class ReplayEngine:
         self._pool = self._new_pool()
 
     def _new_pool(self) -> GraphPool | None:
-        return GraphPool(self.model.device) if self.records else None
+        return GraphPool(self.model.device) if self.records and self.model.device.type == "cuda" else None
 
     def _record(self, work: Work, before: Work, name: str) -> Work:
         if self._pool is None:
@@ -189,6 +209,15 @@ class ReplayEngine:
         if sentence not in self._said:
             self._said.add(sentence)
             self._say(sentence)
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    """Return the mode, flags, fractions (dropout, temperature) and hooks of a module, which a graph has in it."""
+    return (
+        *(value for value in vars(module).values() if isinstance(value, (bool, float))),
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+    )
 
 
 class _Key(NamedTuple):

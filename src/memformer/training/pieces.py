@@ -22,7 +22,7 @@ from memformer.utils.words import with_article
 NewAutocast = Callable[[], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # tensors are not compared with ==
 class RolloutResult:
     """Result of the back-propagation of one rollout.
 
@@ -54,11 +54,19 @@ class RolloutHooks:
             which is divided by the number of these tokens. It needs an `auxiliary_weight`. None: 0.
         before_last_backward: Called once, before the last backward pass of the rollout; sharded training enables
             gradient synchronization there.
+
+    Raises:
+        InputTypeError: One of them is not a function.
     """
 
     auxiliary_weight: Callable[[float], float] | None = None
     shortfall_weight: Callable[[float], float] | None = None
     before_last_backward: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        for name, hook in vars(self).items():
+            if hook is not None and not callable(hook):
+                raise InputTypeError(f"hooks.{name} is {hook!r}; it must be a function or None")
 
 
 NO_HOOKS = RolloutHooks()
@@ -89,6 +97,7 @@ def prepare(
         InputError: As `backpropagate`.
         InputTypeError: As `backpropagate`.
     """
+    check_type("hooks", hooks, RolloutHooks)
     if hooks.auxiliary_weight is not None:
         model.check_auxiliary_loss()
     elif hooks.shortfall_weight is not None:

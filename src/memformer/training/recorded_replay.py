@@ -27,7 +27,7 @@ from memformer.training.pieces import (
     has_auxiliary_loss,
 )
 from memformer.training.randomness import Randomness
-from memformer.utils.cuda_graphs import RecordingFailed, Work
+from memformer.utils.cuda_graphs import RecordingFailed, Work, out_of_memory_ends_recording
 
 # Largest difference between the hidden states of two encodings of one timestep, relative to their norm.
 _LARGEST_DIFFERENCE = 1e-2
@@ -129,23 +129,11 @@ class RecordedReplay:
         num_tokens = rollout.count_target_tokens()
         check_buffers = BufferCheck(self.model)
         self.gradients.attach()
-        with_auxiliary = has_auxiliary_loss(self.model, hooks)
-        encodings = _encodings(rollout)
-        readings = [_reading(rollout, part) for part in parts]
         # All pieces are recorded before the first one runs: recording overwrites the static tensors.
-        forward = [self._piece("encode", encoding, partial(self._encode, encoding)) for encoding in encodings]
-        read_out = [self._piece("read", reading, partial(self._read_out, reading)) for reading in readings]
-        # The loss depends on a written memory only if there is another timestep, which reads it.
-        kinds = [
-            _Again(encoding=encoding, with_auxiliary=with_auxiliary, with_memory=last > 0) for encoding in encodings
-        ]
-        again = [self._piece("again", kind, partial(self._encode_again, kind)) for kind in kinds]
-        for kind, first, second in zip(kinds, forward, again, strict=True):
-            self._check_repetition(kind, first, second)
-        self.gradients.reached = set().union(
-            *(self._reached["read", reading] for reading in readings),
-            *(self._reached["again", kind] for kind in kinds),
-        )
+        with out_of_memory_ends_recording():
+            forward, read_out, again = self._pieces_for(
+                rollout, parts, with_auxiliary=has_auxiliary_loss(self.model, hooks)
+            )
         self._fill(rollout, memory)
         self.nll_scale.fill_(gradient_scale / max(num_tokens, 1))
 
@@ -178,6 +166,32 @@ class RecordedReplay:
             memory_grad=self.memory_grad.clone(),
             memory_grad_norms=self.norms[: last + 1].clone(),
         )
+
+    def _pieces_for(
+        self, rollout: Rollout, parts: list[slice], *, with_auxiliary: bool
+    ) -> tuple[list[Work], list[Work], list[Work]]:
+        """Return the encoding of each timestep, the readout of each part, and each timestep's second encoding.
+
+        Raises:
+            RecordingFailed: A piece cannot be recorded, or not repeated.
+        """
+        encodings = _encodings(rollout)
+        readings = [_reading(rollout, part) for part in parts]
+        forward = [self._piece("encode", encoding, partial(self._encode, encoding)) for encoding in encodings]
+        read_out = [self._piece("read", reading, partial(self._read_out, reading)) for reading in readings]
+        # The loss depends on a written memory only if there is another timestep, which reads it.
+        with_memory = rollout.num_timesteps > 1
+        kinds = [
+            _Again(encoding=encoding, with_auxiliary=with_auxiliary, with_memory=with_memory) for encoding in encodings
+        ]
+        again = [self._piece("again", kind, partial(self._encode_again, kind)) for kind in kinds]
+        for kind, first, second in zip(kinds, forward, again, strict=True):
+            self._check_repetition(kind, first, second)
+        self.gradients.reached = set().union(
+            *(self._reached["read", reading] for reading in readings),
+            *(self._reached["again", kind] for kind in kinds),
+        )
+        return forward, read_out, again
 
     def _fill(self, rollout: Rollout, memory: Tensor) -> None:
         """Copy a rollout into the static tensors and set the counters to its start."""

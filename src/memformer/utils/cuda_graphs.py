@@ -4,9 +4,11 @@ On a GPU, a small model waits for its launches: each operation costs the host so
 graph launches hundreds of operations at once. It always works on the same tensors, so inputs are copied into them.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
@@ -26,6 +28,29 @@ class RecordingFailed(RuntimeError):
     """Recording broke off. If the device had enough memory, graphs recorded earlier draw wrong random numbers now."""
 
 
+@contextmanager
+def out_of_memory_ends_recording() -> Iterator[None]:
+    """Treat too little memory while graphs are prepared as a failed recording.
+
+    Raises:
+        RecordingFailed: The device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RecordingFailed(first_line(error)) from error
+
+
+# Everything that a thread launches on the stream of a recording would become a part of its graph.
+_one_at_a_time = threading.RLock()
+
+
+@cache
+def _stream_for_recording(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream for warming up and recording: libraries keep a workspace for every stream that they work on."""
+    return torch.cuda.Stream(device)
+
+
 class GraphPool:
     """Graphs of one device that share their memory; they must not run at the same time.
 
@@ -42,8 +67,7 @@ class GraphPool:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # One for warming up and recording: libraries keep a workspace for every stream on which they have worked.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream_for_recording(device)
 
     def record(self, work: Work, *, before: Work) -> Work:
         """Return a function that launches `work` as one graph.
@@ -57,11 +81,9 @@ class GraphPool:
             RecordingFailed: Recording failed for another reason, such as too little memory.
         """
         # Graphs are recorded on the current device, which need not be the model's.
-        with torch.cuda.device(self.device):
-            try:
+        with _one_at_a_time, torch.cuda.device(self.device):
+            with out_of_memory_ends_recording():
                 self._warm_up(work, before)
-            except torch.OutOfMemoryError as error:
-                raise RecordingFailed(first_line(error)) from error
             before()
             return self._record(work)
 
