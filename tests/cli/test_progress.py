@@ -116,7 +116,6 @@ def test_measuring_retention_on_documents(run_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["bpe", "word"])
 def test_learning_a_tokenizer_and_tokenizing(base, document, tmp_path, kind, monkeypatch):
     """Training shows the bytes of which the tokenizer is learned and the bytes tokenized, also of one long document."""
-    monkeypatch.setattr("memformer.data.building.STREAM_BLOCK_BYTES", 100)
     monkeypatch.setattr("memformer.data.streaming.STREAM_BLOCK_BYTES", 100)
     monkeypatch.setattr("memformer.data.tokenizers._BLOCK_CHARACTERS", 100)
     vocabulary = ["--data.tokenizer.kind", kind, "--data.tokenizer.vocab_size", "257"]

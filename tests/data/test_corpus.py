@@ -27,6 +27,7 @@ from memformer.data import (
     corpus_from_arrays,
     train_tokenizer,
 )
+from memformer.data.documents import DocumentBlocks
 from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
 
 TEXTS = ["hello world", "", "a", "ünïcode text\nof two lines", "x" * 40]
@@ -80,7 +81,7 @@ def test_images(tmp_path: Path) -> None:
 
 def test_second_build_uses_the_cache(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
     first = build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
-    monkeypatch.setattr(building, "iterate_documents", None)
+    monkeypatch.setattr(building, "iterate_blocks", None)
     assert documents_of(build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")) == documents_of(first)
 
 
@@ -175,12 +176,12 @@ def test_fingerprints_are_equal_for_equal_documents_only(tmp_path: Path, source:
 
 def test_failure_midway_leaves_nothing(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
     def failing(_: SourceConfig):
-        yield Document("one", b"fine")
+        yield DocumentBlocks("one", iter([b"fine"]))
         raise KeyboardInterrupt
 
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(building, "iterate_documents", failing)
+        patch.setattr(building, "iterate_blocks", failing)
         with pytest.raises(KeyboardInterrupt):
             build_corpus(source, ByteTokenizer(), cache=cache)
     assert list(cache.iterdir()) == []
@@ -217,10 +218,10 @@ def test_full_disk_is_a_save_error(tmp_path: Path, source: SourceConfig, monkeyp
 
 def test_sources_own_os_error_is_not_a_save_error(tmp_path: Path, source: SourceConfig, monkeypatch) -> None:
     def failing(_: SourceConfig):
-        yield Document("one", b"fine")
+        yield DocumentBlocks("one", iter([b"fine"]))
         raise ConnectionError("network is gone")
 
-    monkeypatch.setattr(building, "iterate_documents", failing)
+    monkeypatch.setattr(building, "iterate_blocks", failing)
     with pytest.raises(ConnectionError):
         build_corpus(source, ByteTokenizer(), cache=tmp_path / "cache")
 

@@ -107,7 +107,6 @@ def test_any_ids_have_a_text_that_a_stream_gives_too(name, data):
 def test_a_stream_gives_the_ids_of_the_whole_text(name, monkeypatch, tmp_path):
     """Tokens may cross the ends of lines, so a text is never cut, however long it is."""
     monkeypatch.setattr("memformer.data.streaming.STREAM_BLOCK_BYTES", 5)
-    monkeypatch.setattr("memformer.data.building.STREAM_BLOCK_BYTES", 5)
     text = "the cat\n\n\n  sat\n\n" * 7
     expected = OUTSIDE[name].encode(text, add_special_tokens=False).ids
     (part,) = encode_stream(WRAPPED[name], io.BytesIO(text.encode()), name="x")

@@ -1,12 +1,12 @@
 """Building of corpora: token ids on disk, cached by source and tokenizer."""
 
 import hashlib
-import io
 import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from memformer.data.files import file_status
 from memformer.data.sources import (
     SourceConfig,
     describe_source,
-    iterate_documents,
+    iterate_blocks,
     locate_source_files,
     pin_revision,
 )
-from memformer.data.streaming import STREAM_BLOCK_BYTES, encode_stream
+from memformer.data.streaming import encode_blocks
 from memformer.data.tokenizers import Tokenizer, smallest_dtype
 from memformer.errors import InputError
 from memformer.utils.checks import Integer, check_integer
@@ -125,29 +125,41 @@ def _write(
     dtype = smallest_dtype(tokenizer.vocab_size)
     piece_tokens: list[int] = []
     piece_bytes: list[int] = []
-    num_tokens = 0
-    num_end_tokens = 0 if document_end_of(tokenizer) is None else 1
+    num_bytes_before = 0
+    document_end = document_end_of(tokenizer)
     checksum = 0
     tokens_path = folder / TOKENS_FILE
+
     # Only writes are wrapped: an OSError raised while reading the source must not become a SaveError.
+    def write(ids: NDArray[Any], checksum: int) -> int:
+        content = ids.astype(dtype, copy=False).tobytes()
+        with saving(tokens_path):
+            tokens_file.write(content)
+        return zlib.crc32(content, checksum)
+
     with saving(tokens_path):
         tokens_file = tokens_path.open("wb")
     with tokens_file:
-        for ids, num_bytes in _encoded(source, tokenizer, progress):
-            content = ids.astype(dtype).tobytes()
-            checksum = zlib.crc32(content, checksum)
-            with saving(tokens_path):
-                tokens_file.write(content)
-            num_content = ids.size - num_end_tokens
-            for length, size in _cut(num_content, num_bytes, max_document_tokens=max_document_tokens):
+        for name, blocks in iterate_blocks(source):
+            num_tokens, num_bytes = 0, 0
+            for ids, size in _encoded(name, blocks, tokenizer):
+                checksum = write(ids, checksum)
+                num_tokens, num_bytes = num_tokens + ids.size, num_bytes + size
+                if progress is not None:
+                    progress(num_bytes_before + num_bytes)
+            num_bytes_before += num_bytes
+            if not num_tokens:
+                continue
+            for length, size in _cut(num_tokens, num_bytes, max_document_tokens=max_document_tokens):
                 piece_tokens.append(length)
                 piece_bytes.append(size)
-            piece_tokens[-1] += num_end_tokens
-            num_tokens += ids.size
+            if document_end is not None:
+                checksum = write(np.array([document_end]), checksum)
+                piece_tokens[-1] += 1
         with saving(tokens_path):
             tokens_file.flush()
             sync_handle(tokens_file.fileno())
-    if not num_tokens:
+    if not piece_tokens:
         raise InputError(f"source {describe_source(source)} holds no token: all its documents are empty")
     documents = np.stack([np.cumsum(piece_tokens), piece_bytes]).astype(DOCUMENTS_DTYPE).tobytes()
     manifest = {
@@ -159,7 +171,7 @@ def _write(
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.str,
         "num_documents": len(piece_tokens),
-        "num_tokens": num_tokens,
+        "num_tokens": sum(piece_tokens),
         "num_bytes": sum(piece_bytes),
         "tokens_crc32": checksum,
         "documents_crc32": zlib.crc32(documents),
@@ -168,39 +180,19 @@ def _write(
     write_bytes(folder / MANIFEST_FILE, serialize_manifest(manifest))
 
 
-def _encoded(
-    source: SourceConfig, tokenizer: Tokenizer, progress: Callable[[int], None] | None
-) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yield the token ids of every document that has any, with its end-of-document token, and its number of bytes."""
-    num_bytes = 0
-    document_end = document_end_of(tokenizer)
-    for document in iterate_documents(source):
-        parts = []
-        for ids, size in _encoded_parts(document, tokenizer):
-            parts.append(ids)
-            num_bytes += size
-            if progress is not None and size:
-                progress(num_bytes)
-        ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if ids.size:
-            check_document(ids, vocab_size=tokenizer.vocab_size, name=document.name)
-            yield ids if document_end is None else np.append(ids, document_end), document.size
+def _encoded(name: str, blocks: Iterator[Any], tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield the token ids of a document in parts, and the number of bytes (pixels, values) of each part.
 
-
-def _encoded_parts(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yield the token ids of a document, in parts if it is long, and the number of bytes of each part."""
-    content = document.content
-    is_cut = tokenizer.kind not in {"bytes", "pretrained"}
-    if is_cut and isinstance(content, bytes) and len(content) > STREAM_BLOCK_BYTES:
-        start = 0
-        stream = io.BytesIO(content)
-        for ids in encode_stream(tokenizer, stream, name=document.name):
-            yield ids, stream.tell() - start
-            start = stream.tell()
-    elif len(content):
-        yield tokenizer.encode(content, document.name), document.size
+    A document of one block is one part, and so is any for a tokenizer that needs the whole text.
+    """
+    first, *others = islice(blocks, 2)
+    if others:
+        parts = encode_blocks(tokenizer, chain([first], others, blocks), name=name)
     else:
-        yield np.empty(0, np.uint8), 0
+        parts = iter([(first, tokenizer.encode(first, name))] if len(first) else [])
+    for content, ids in parts:
+        check_document(ids, vocab_size=tokenizer.vocab_size, name=name)
+        yield ids, Document(name, content).size
 
 
 def _cut(num_tokens: int, num_bytes: int, *, max_document_tokens: int | None) -> Iterator[tuple[int, int]]:

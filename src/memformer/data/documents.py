@@ -29,6 +29,18 @@ class Document(NamedTuple):
         return len(self.content) if isinstance(self.content, bytes) else self.content.size
 
 
+class DocumentBlocks(NamedTuple):
+    """One document of a source, to be read block by block, because it can be larger than the machine's memory.
+
+    Attributes:
+        name: As of a `Document`.
+        blocks: The content in blocks, at least one; they must be read before the next document of the source.
+    """
+
+    name: str
+    blocks: Iterator[Any]
+
+
 def parse_slice(text: str, *, name: str = "documents") -> tuple[int | None, int | None]:
     """Return the two ends of a `start:stop` slice, None for an omitted end.
 

@@ -3,24 +3,28 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from memformer.data.content import is_compressed
-from memformer.data.documents import Document, parse_slice, slice_documents
+from memformer.data.documents import Document, DocumentBlocks, parse_slice, slice_documents
 from memformer.data.files import SourceFile, locate_files
 from memformer.data.hub import local_folder, newest_revision, read_data_set
 from memformer.data.images import DIGITS_LEVELS, DIGITS_SHAPE, idx_shape, read_digits, read_idx_files
 from memformer.data.series import read_series
+from memformer.data.streaming import blocks_of
 from memformer.data.text import (
     compile_document_start,
     locate_standard_library,
     read_json_lines,
     read_standard_library,
+    read_text_blocks,
     read_text_files,
 )
 from memformer.errors import InputError
 from memformer.utils.checks import check_integer
 from memformer.utils.fields import convert_fields
+
+AnyDocument = TypeVar("AnyDocument", Document, DocumentBlocks)
 
 _FIELDS_OF_KIND: dict[str, frozenset[str]] = {
     "text": frozenset({"path", "document_start"}),
@@ -205,11 +209,31 @@ def iterate_documents(source: SourceConfig) -> Iterator[Document]:
     return _checked(source, locate_source_files(source))
 
 
+def iterate_blocks(source: SourceConfig) -> Iterator[DocumentBlocks]:
+    """Return an iterator over the source's documents in blocks; as `iterate_documents`, which holds one in memory.
+
+    Only a text file that is one document is read block by block; all others are held.
+
+    Raises:
+        InputError: As `iterate_documents`.
+    """
+    if source.kind == "text" and source.document_start is None and source.documents is None:
+        return _not_empty(source, read_text_blocks(locate_source_files(source)))
+    return (
+        DocumentBlocks(name, blocks_of(content) if isinstance(content, bytes) else iter([content]))
+        for name, content in iterate_documents(source)
+    )
+
+
 def _checked(source: SourceConfig, files: list[SourceFile]) -> Iterator[Document]:
     documents = _read(source, files)
     if source.documents is not None:
         start, stop = parse_slice(source.documents)
         documents = slice_documents(documents, start=start, stop=stop)
+    return _not_empty(source, documents)
+
+
+def _not_empty(source: SourceConfig, documents: Iterator[AnyDocument]) -> Iterator[AnyDocument]:
     is_empty = True
     for document in documents:
         is_empty = False

@@ -25,21 +25,31 @@ def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str)
 def encode_parts(
     tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str, encode: Encode | None = None
 ) -> Iterator[EncodedPart]:
-    """Yield the content of a binary stream part by part, with its token ids; joined, they are those of the whole.
+    """Yield the content of a binary stream part by part with its token ids, as `encode_blocks`.
+
+    Raises:
+        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
+    """
+    return encode_blocks(tokenizer, read_blocks(stream, name), name=name, encode=encode)
+
+
+def encode_blocks(
+    tokenizer: Tokenizer, blocks: Iterable[bytes], *, name: str, encode: Encode | None = None
+) -> Iterator[EncodedPart]:
+    """Yield the content of blocks of bytes part by part, with its token ids; joined, they are those of the whole.
 
     Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. If a row of
     a series is refused, the rows before it are yielded first. Nothing is known of a tokenizer of kind pretrained, so
     for it the whole text is held in memory and is one part, which `encode` encodes if it is given.
 
     Raises:
-        InputError: The stream cannot be read, or is not UTF-8 and the tokenizer needs text.
+        InputError: The content is not UTF-8 and the tokenizer needs text.
     """
     if tokenizer.kind == "pretrained":
-        content = b"".join(read_blocks(stream, name))
+        content = b"".join(blocks)
         yield content, (encode or tokenizer.encode)(content, name)
         return
     start, num_lines = 0, 0
-    blocks = read_blocks(stream, name)
     for content in blocks if tokenizer.kind == "bytes" else whole_lines(blocks):
         if content and tokenizer.kind == "bins":
             lines: list[EncodedPart] = []
@@ -86,6 +96,12 @@ def encode_lines(tokenizer: Tokenizer, content: bytes, *, name: str, num_lines_b
     """
     for number, line in enumerate(io.BytesIO(content), num_lines_before + 1):
         yield line, tokenizer.encode(line, f"{name}, line {number:,}")
+
+
+def blocks_of(content: bytes) -> Iterator[bytes]:
+    """Yield content in blocks; empty content is one block."""
+    for start in range(0, max(len(content), 1), STREAM_BLOCK_BYTES):
+        yield content[start : start + STREAM_BLOCK_BYTES]
 
 
 def read_blocks(stream: io.BufferedIOBase, name: str) -> Iterator[bytes]:

@@ -1,15 +1,18 @@
 """Text documents: files, JSON lines, and the Python standard library."""
 
+import io
 import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from memformer.data.content import open_text
-from memformer.data.documents import Document
+from memformer.data.documents import Document, DocumentBlocks
 from memformer.data.files import SourceFile, has_content, walk, without_repetition
+from memformer.data.streaming import read_blocks, whole_lines
 from memformer.errors import InputError
 from memformer.utils.words import with_article
 
@@ -42,20 +45,33 @@ def read_text_files(files: Iterable[SourceFile], *, document_start: str | None =
     Raises:
         InputError: A file cannot be read or is not UTF-8 text, or a file that was named itself is empty.
     """
+    for name, blocks in read_text_blocks(files):
+        if document_start is None:
+            yield Document(name, b"".join(blocks))
+        else:
+            lines = enumerate(_lines(blocks), start=1)
+            yield from split_documents(((f"{name}:{number}", line) for number, line in lines), document_start)
+
+
+def read_text_blocks(files: Iterable[SourceFile]) -> Iterator[DocumentBlocks]:
+    """Yield every file as one document, in blocks; as `read_text_files`, which holds one file in memory.
+
+    Raises:
+        InputError: As `read_text_files`.
+    """
     for path, is_explicit in files:
-        is_empty = True
         with open_text(path) as stream:
-            if document_start is None:
-                documents = iter([Document(str(path), stream.read())])
-            else:
-                lines = ((f"{path}:{number}", line) for number, line in enumerate(stream, start=1))
-                documents = split_documents(lines, document_start)
-            for document in documents:
-                if len(document.content):
-                    is_empty = False
-                    yield document
-        if is_empty and is_explicit:
-            raise InputError(f"{path} is empty; a document needs at least one byte")
+            blocks = read_blocks(stream, str(path))
+            first = next(blocks, None)
+            if first is not None:
+                yield DocumentBlocks(str(path), chain([first], blocks))
+            elif is_explicit:
+                raise InputError(f"{path} is empty; a document needs at least one byte")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of blocks of bytes, with their line ends."""
+    return chain.from_iterable(map(io.BytesIO, whole_lines(blocks)))
 
 
 def split_documents(lines: Iterable[tuple[str, bytes]], document_start: str) -> Iterator[Document]:

@@ -15,9 +15,11 @@ from memformer.data import (
     train_tokenizer,
 )
 from memformer.data.document_end import DocumentEndTokenizer
+from memformer.data.documents import Document
 from memformer.data.recall.stream import task_text
 from memformer.data.series import series_columns
-from memformer.data.sources import locate_source_files, source_bytes
+from memformer.data.sources import iterate_blocks, locate_source_files, source_bytes
+from memformer.data.streaming import whole_lines
 from memformer.errors import InputError
 from memformer.training.config import DataConfig
 from memformer.utils.progress import ProgressBar
@@ -50,7 +52,7 @@ def make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
             raise InputError("all values of the training data (data.train) are the same; there is nothing to predict")
         return bins
     is_learned = config.tokenizer.kind in {"bpe", "word"}
-    documents = iterate_documents(config.train) if is_learned else iter(())
+    documents = _text_parts(config.train) if is_learned else iter(())
     text = "" if config.recall is None else task_text(config.recall, config.tokenizer.kind)
     is_shown = shows_progress and is_learned
     try:
@@ -61,6 +63,11 @@ def make_tokenizer(config: DataConfig, *, shows_progress: bool) -> Tokenizer:
             raise
         raise InputError(f"data.tokenizer.path: {error}") from error
     return DocumentEndTokenizer(tokenizer) if config.end_of_document else tokenizer
+
+
+def _text_parts(source: SourceConfig) -> Iterator[Document]:
+    """Yield the texts of a source in whole lines, of which the same tokenizer is learned as of whole documents."""
+    return (Document(name, part) for name, blocks in iterate_blocks(source) for part in whole_lines(blocks))
 
 
 @contextmanager
