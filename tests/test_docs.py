@@ -170,7 +170,7 @@ def test_the_commands_of_the_first_page_run(run, tmp_path):
     (tmp_path / "my_book.txt").write_text("".join(make_text(seed) for seed in range(40)))
     text = (DOCS / "index.md").read_text(encoding="utf-8")
     text = re.sub(
-        r"head -c \d+ (\S+) \| (.*) --prompt_file - ", r"\2 --prompt_file \1 ", text
+        r"head -n \d+ (\S+) \| (.*) --prompt_file - ", r"\2 --prompt_file \1 ", text
     )  # no pipe in this process
     lines = re.findall(r"^ {4}(memformer (?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
     assert len(lines) == 6

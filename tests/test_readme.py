@@ -54,7 +54,8 @@ def test_every_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "my_book.txt").write_text("".join(make_text(seed) for seed in range(20)))
-    (tmp_path / "huge.log").write_text(make_text(21) * 5)
+    for name in ("old.log", "new.log"):
+        (tmp_path / name).write_text(make_text(21) * 25)
     run = 0
     for line in commands(README):
         if line.startswith("make "):

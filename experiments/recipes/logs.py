@@ -14,7 +14,6 @@ byte exceed a quantile of those of the validation lines, which need no labels.
 
 import argparse
 import json
-import lzma
 import random
 import sys
 from collections import Counter
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from memformer.data.content import open_text
 
 NORMAL = "-"
 INJECTED = "injected"
@@ -35,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     preparing = commands.add_parser("prepare", help="Write the lines of every system, and their labels.")
-    preparing.add_argument("data", type=Path, help="Folder of BGL.log.xz, HDFS.log.xz, Spark.log.xz, Zookeeper.log.xz.")
+    preparing.add_argument("data", type=Path, help="Folder of a file for each of BGL, HDFS, Spark, Zookeeper.")
     preparing.add_argument("output", type=Path, help="Folder to write to.")
     preparing.add_argument("--seed", type=int, default=0, help="Seed of the injected lines and of their positions.")
     preparing.set_defaults(run=lambda options: prepare(options.data, options.output, seed=options.seed))
@@ -67,13 +68,15 @@ def prepare(data: Path, output: Path, *, seed: int) -> None:
 
 
 def read(data: Path, system: str) -> tuple[list[str], list[str]]:
-    """Return labels and lines of a compressed log. BGL's first column is the label; the other systems have none."""
-    files = {file.name.lower(): file for file in data.iterdir()}
-    file = files.get(f"{system}.log.xz".lower())
-    if file is None:
-        sys.exit(f"logs.py: error: there is no {system}.log.xz in {data}")
-    with lzma.open(file, "rt", encoding="utf-8", newline="\n") as stream:
-        lines = [line.rstrip("\r\n") for line in stream]
+    """Return labels and lines of the log of a system, possibly compressed, whose name begins with the system's.
+
+    BGL's first column is the label; the other systems have none.
+    """
+    files = [file for file in data.iterdir() if file.name.lower().startswith(system.lower())]
+    if len(files) != 1:
+        sys.exit(f"logs.py: error: {len(files)} files in {data} begin with {system}; there must be one")
+    with open_text(files[0]) as stream:
+        lines = [line.decode().rstrip("\r\n") for line in stream]
     if system.lower() != "bgl":
         return [NORMAL] * len(lines), lines
     columns = [line.split(" ", 1) for line in lines]

@@ -44,7 +44,7 @@ CONFIG is a YAML file; or a run folder, which --resume continues and whose confi
 override its keys:
 
   memformer train experiments/text.yaml --data.train.path my_book.txt
-  memformer train experiments/text.yaml --model.num_slots 64 --folder runs/more-slots
+  memformer train experiments/text.yaml --data.train.path my_book.txt --model.num_slots 64 --folder runs/more-slots
   memformer train runs/more-slots --resume
   memformer train experiments/text.yaml --model_type transformer_xl --help
 
