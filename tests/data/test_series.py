@@ -1,6 +1,7 @@
 """Series from CSV files and NumPy arrays: columns by name, slices of rows, and what is refused."""
 
 import gzip
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,3 +166,16 @@ def test_columns_of_an_array_without_any_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((5, 0)))
     with pytest.raises(InputError, match="has no values to read"):
         series_columns([SourceFile(tmp_path / "x.npy", None)], None)
+
+
+def test_a_long_series_needs_little_more_memory_than_its_values(tmp_path):
+    rows = 200_000
+    (tmp_path / "a.csv").write_text("x,y\n" + "1.25,-3.5\n" * rows)
+    tracemalloc.start()
+    try:
+        ((_, values),) = iterate_documents(SourceConfig(kind="array", path=str(tmp_path / "a.csv")))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert values.shape == (rows, 2)
+    assert peak < 4 * values.nbytes  # lists of rows: about ten times as much

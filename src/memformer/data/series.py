@@ -2,6 +2,7 @@
 
 import csv
 import io
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,19 +141,19 @@ def _read_numpy(path: Path) -> tuple[list[str], Values]:
     with open_source(path) as stream:
         content = io.BytesIO(stream.read())
     try:
-        array = np.load(content, allow_pickle=False)
+        loaded = np.load(content, allow_pickle=False)
         if content.read(1):
-            raise ValueError(f"it has data after the array, of shape {array.shape}")
+            raise ValueError(f"it has data after the array, of shape {loaded.shape}")
     except (ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError) as error:  # in a damaged header
         raise InputError(f"{path} is not a NumPy array of numbers: {error}") from error
-    if array.dtype.kind not in "iufb" or array.ndim not in {1, 2}:
+    if loaded.dtype.kind not in "iufb" or loaded.ndim not in {1, 2}:
         raise InputError(
-            f"{path} has shape {array.shape} and dtype {array.dtype}; a series needs numbers of shape (rows,) or "
+            f"{path} has shape {loaded.shape} and dtype {loaded.dtype}; a series needs numbers of shape (rows,) or "
             "(rows, columns)"
         )
     with np.errstate(over="ignore"):  # a number that float64 cannot hold becomes infinite, and is refused as that
-        values = np.asarray(array, np.float64)
-    values = values.reshape(len(array), 1 if array.ndim == 1 else array.shape[1])
+        values = np.asarray(loaded, np.float64)
+    values = values.reshape(len(loaded), 1 if loaded.ndim == 1 else loaded.shape[1])
     return [str(index) for index in range(values.shape[1])], values
 
 
@@ -163,7 +164,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
         InputError: The file is not CSV, a value is not a number, or two columns that are read have the same name.
     """
     names: list[str] = []
-    found: list[list[float]] = []
+    found = array("d")  # a list of rows would take ten times the memory
     read: list[int] = []
     with _csv_rows(path) as reader:
         for fields in reader:
@@ -175,10 +176,10 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Val
                 read = [index for index, name in enumerate(names) if columns is None or name in columns]
                 if header:
                     continue
-            found.append(_row(path, reader.line_num, fields, names, read))
+            found.extend(_row(path, reader.line_num, fields, names, read))
     if len({names[index] for index in read}) < len(read):
         raise InputError(f"{path} has two columns of the same name: {', '.join(names)}")
-    return names, np.array(found, np.float64).reshape(len(found), len(names))
+    return names, np.array(found, np.float64).reshape(-1, max(len(names), 1))
 
 
 @contextmanager
