@@ -1,11 +1,15 @@
 """The choice of attention kernels that cannot be tried on a CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from memformer.nn.positions import _suits_efficient_kernel
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
@@ -20,5 +24,5 @@ from memformer.nn.positions import _suits_efficient_kernel
 )
 def test_half_precision_takes_the_efficient_kernel_where_the_card_has_it(dtype, capability, suits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    tensor = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(2, 4, 64, 16))
+    tensor = torch.empty(2, 4, 64, 16, dtype=dtype).as_subclass(OnCuda)
     assert _suits_efficient_kernel(tensor, tensor, tensor) is suits
