@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, positive
-from turns import Contender, ratios, speed, spread
+from turns import Contender, in_words, ratios, speed, spread
 
 from memformer.utils.files import write_json
 
@@ -105,10 +105,8 @@ def format_table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     """Return a Markdown table."""
     lines = ["| work | other, tokens/s | here, tokens/s | speed ratio (range) |", "|---|---|---|---|"]
     for name, row in rows.items():
-        ratio = row["ratio"]
         lines.append(
-            f"| {name} | {row['other']['median']:,.0f} | {row['here']['median']:,.0f} "
-            f"| x{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+            f"| {name} | {row['other']['median']:,.0f} | {row['here']['median']:,.0f} | x{in_words(row['ratio'])} |"
         )
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, positive
-from turns import Contender, ratios, speed, spread, take_turns
+from turns import Contender, in_words, ratios, speed, spread, take_turns
 
 from memformer.utils.files import write_json
 
@@ -126,10 +126,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def format_ratio(measured: dict[str, Any]) -> str:
     """Return a ratio and its range."""
-    if "ratio" not in measured:
-        return ""
-    ratio = measured["ratio"]
-    return f"x{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    return f"x{in_words(measured['ratio'])}" if "ratio" in measured else ""
 
 
 if __name__ == "__main__":

@@ -103,13 +103,16 @@ def _suits_efficient_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_bfloat16_kernel() -> bool:
     """Return whether the GPU has this kernel in bfloat16, as all from Ampere on; PyTorch checks that only for its own.
 
     On others, attention in bfloat16 takes the plain kernel.
     """
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+# As `torch.compiler.assume_constant_result` marks it, which would import the compiler here: that takes a second.
+_has_bfloat16_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _weights(
