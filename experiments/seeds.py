@@ -44,7 +44,8 @@ def main() -> None:
     except (InputError, SaveError) as error:
         sys.exit(f"seeds.py: error: {error}")
     except Interrupted as error:
-        sys.exit(f"seeds.py: {error}")
+        print(f"seeds.py: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal_number)
     print(format_table(results))
     summary = {
         "config": str(options.config),

@@ -102,26 +102,25 @@ def main() -> None:
     if options.num_episodes:
         how += ["--num_episodes", options.num_episodes]
     measured: dict[str, list[dict[str, Any]]] = {}
-    for variant in options.variants:
-        model = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
-        if VARIANTS[variant].get("write_normalizer") == "softmax":
-            model += ["--training.write_penalty", "0"]  # softmax writes every token: nothing to penalize
-        trained = train(options.config, f"{name}-{variant}", options.seeds, [*model, *further], jobs=options.jobs)
+    given = {variant: [*options_of(variant), *further] for variant in options.variants}
+    plans = {variant: plan(options.config, f"{name}-{variant}", options.seeds, given[variant]) for variant in given}
+    for variant, trained in plans.items():
+        train(trained, given[variant], jobs=options.jobs)
         for layout in itertools.product(*(getattr(options, name) for name in LAYOUT)):
             asked = [word for name, value in zip(LAYOUT, layout, strict=True) if value for word in (f"--{name}", value)]
             runs = [
                 {
                     "seed": run.seed,
                     "checkpoint": options.checkpoint,
-                    "options": [*model, *further],
-                    "commit": commit(),
+                    "options": given[variant],
+                    "measured_at_commit": commit(),
                     **measure(run.folder, [*how, *asked]),
                 }
                 for run in trained
             ]
             earlier = known.get(variant, {}).get("runs", [])
             kept = [run for run in earlier if identity(run) not in {identity(run) for run in runs}]
-            known[variant] = {"options": [*model, *further], "runs": [*kept, *runs]}
+            known[variant] = {"options": given[variant], "runs": [*kept, *runs]}
             summary = {"config": str(options.config), "machine": describe_machine(1), "variants": known}
             write_json(output, summary)
             title = f"{variant}, " + ", ".join(f"{name} {runs[0][name]}" for name in LAYOUT)
@@ -140,20 +139,36 @@ def as_option(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def train(config: Path, name: str, seeds: Sequence[int], options: list[str], *, jobs: int) -> list[Run]:
-    """Return the runs of all seeds, trained to their end; end the script if one fails or was trained otherwise."""
+def options_of(variant: str) -> list[str]:
+    """Return the options of `memformer train` that make a variant of a config."""
+    options = [word for key, value in VARIANTS[variant].items() for word in (f"--model.{key}", as_option(value))]
+    if VARIANTS[variant].get("write_normalizer") == "softmax":
+        options += ["--training.write_penalty", "0"]  # softmax writes every token: nothing to penalize
+    return options
+
+
+def plan(config: Path, name: str, seeds: Sequence[int], options: list[str]) -> list[Run]:
+    """Return the runs of all seeds; end the script if one was trained otherwise, or an option is invalid."""
     folder = ROOT / "runs" / "retention"
     try:
         fields = read_yaml(config)
         runs = [Run(name=name, seed=seed, folder=folder / f"{name}-seed-{seed}", config=fields) for seed in seeds]
         check_train_options(options)
         check_runs(runs, options=options, parse=lambda arguments: parse_run_config(arguments)[0])
+    except InputError as error:
+        sys.exit(f"compare.py: error: {error}")
+    return runs
+
+
+def train(runs: list[Run], options: list[str], *, jobs: int) -> None:
+    """Train runs to their end; end the script if one fails."""
+    try:
         finish_runs(runs, jobs=jobs, options=options)
     except (InputError, SaveError) as error:
         sys.exit(f"compare.py: error: {error}")
     except Interrupted as error:
-        sys.exit(f"compare.py: {error}")
-    return runs
+        print(f"compare.py: {error}", file=sys.stderr)
+        sys.exit(128 + error.signal_number)
 
 
 def measure(folder: Path, options: list[str]) -> dict[str, Any]:

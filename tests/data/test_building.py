@@ -73,6 +73,28 @@ def test_blocks_change_nothing(texts, tmp_path, kind, most, with_end, monkeypatc
         assert documents_of(parts) == [[*ids.tolist(), *end] for ids in expected]
 
 
+class Pairs:
+    """A tokenizer of a user: pairs of bytes, which cross the ends of lines."""
+
+    kind, vocab_size, fingerprint = "pairs", 1 << 16, "0" * 64
+
+    def encode(self, content, name):
+        return np.frombuffer(content, "<u2")
+
+    def decode(self, ids):
+        return np.array(ids, "<u2").tobytes()
+
+    def decode_stream(self, ids):
+        raise NotImplementedError
+
+
+def test_texts_of_other_tokenizers_are_not_cut(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"xy\n" * 3000)
+    corpus = build_corpus(SourceConfig(path=str(tmp_path / "text.txt")), Pairs(), cache=tmp_path / "cache")
+    assert Pairs().decode(corpus.document(0)) == b"xy\n" * 3000
+    assert corpus.num_tokens == 4500
+
+
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 40))
 def test_documents_within_a_file_do_not_depend_on_blocks(tmp_path_factory, size):

@@ -22,7 +22,7 @@ from memformer.data import (
     train_tokenizer,
 )
 from memformer.data.outside_tokenizers import decode_after, encode_after
-from memformer.data.streaming import encode_stream
+from memformer.data.streaming import encode_parts
 from tests.data.outside import byte_level, sentence_piece, word_piece
 
 OUTSIDE = {"byte-level": byte_level(), "SentencePiece": sentence_piece()}
@@ -109,7 +109,7 @@ def test_a_stream_gives_the_ids_of_the_whole_text(name, monkeypatch, tmp_path):
     monkeypatch.setattr("memformer.data.streaming.STREAM_BLOCK_BYTES", 5)
     text = "the cat\n\n\n  sat\n\n" * 7
     expected = OUTSIDE[name].encode(text, add_special_tokens=False).ids
-    (part,) = encode_stream(WRAPPED[name], io.BytesIO(text.encode()), name="x")
+    ((_, part),) = encode_parts(WRAPPED[name], io.BytesIO(text.encode()), name="x")
     assert part.tolist() == expected
     (tmp_path / "text.txt").write_text(text)
     source = SourceConfig(kind="text", path=str(tmp_path / "text.txt"))

@@ -26,7 +26,7 @@ from memformer.data import (
     train_tokenizer,
 )
 from memformer.data import tokenizers as tokenizers_module
-from memformer.data.streaming import encode_stream
+from memformer.data.streaming import encode_parts
 from memformer.data.tokenizers import smallest_dtype
 from memformer.errors import CheckpointError, InputError, SaveError
 
@@ -350,19 +350,20 @@ def test_a_stream_read_in_parts_has_the_ids_of_the_whole(text: str, size: int, k
     tokenizer = {"bytes": ByteTokenizer(), "bpe": LINES_BPE, "word": WORD}[kind]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "STREAM_BLOCK_BYTES", size)
-        parts = list(encode_stream(tokenizer, io.BytesIO(text.encode()), name="a"))
+        parts = [ids for _, ids in encode_parts(tokenizer, io.BytesIO(text.encode()), name="a")]
     whole = tokenizer.encode(text.encode(), "a").tolist() if text else []
     assert [token for part in parts for token in part.tolist()] == whole
 
 
 def test_bytes_of_a_stream_are_never_held_all_at_once() -> None:
-    parts = encode_stream(ByteTokenizer(), io.BytesIO(bytes(3 * streaming.STREAM_BLOCK_BYTES + 1)), name="a")
-    assert [len(part) for part in parts] == [streaming.STREAM_BLOCK_BYTES] * 3 + [1]
+    stream = io.BytesIO(bytes(3 * streaming.STREAM_BLOCK_BYTES + 1))
+    parts = encode_parts(ByteTokenizer(), stream, name="a")
+    assert [len(ids) for _, ids in parts] == [streaming.STREAM_BLOCK_BYTES] * 3 + [1]
 
 
 def test_bad_utf8_in_a_later_part_of_a_stream_is_refused_by_offset(monkeypatch) -> None:
     monkeypatch.setattr(streaming, "STREAM_BLOCK_BYTES", 4)
-    parts = encode_stream(BPE, io.BytesIO(b"aa\nbb\xff\n"), name="a")
+    parts = (ids for _, ids in encode_parts(BPE, io.BytesIO(b"aa\nbb\xff\n"), name="a"))
     assert len(next(parts)) > 0
     with pytest.raises(InputError, match=r"document a, from byte 3 on, is not UTF-8 at byte offset 2 \(0xff\)"):
         next(parts)

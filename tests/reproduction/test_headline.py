@@ -15,7 +15,7 @@ from memformer.reproduction import command, inference, measure, runs
 from memformer.reproduction.headline import Measured, headline_names, read_headline
 from memformer.reproduction.headline_results import compare, draw_headline, headline_markdown
 from memformer.reproduction.inference import Times, Workload, measure_inference_growth
-from memformer.reproduction.results import RowFigures, draw
+from memformer.reproduction.results import RowFigures, collect, draw
 from memformer.reproduction.runs import plan_runs
 from memformer.reproduction.tables import Row, read_table, tables_folder
 from memformer.reproduction.trade_off import Crossing, Point, find_crossing
@@ -229,6 +229,9 @@ def test_runs_are_those_of_the_tables_and_finished_ones_are_reused(options, tmp_
     assert sorted(planned, key=str) == sorted(plan_runs(tiny, tiny.rows, scale="small", seeds=[0, 1], **own), key=str)
     for run in planned[1:]:
         finish(run)
+    # Rows stand in the order of their keys, whichever run is finished first.
+    found = collect([run for run in planned if run.is_finished], tiny.scale("small"))
+    assert [figures.row.key for figures in found] == sorted(ROWS)
     checked = []
     monkeypatch.setattr(command, "check_runs", lambda runs, *, options, parse: checked.extend([runs, options]))
     monkeypatch.setattr(command, "_headline_results", lambda *_: ({}, "written", Figure()))

@@ -1,15 +1,19 @@
 """The processes of runs: all of them end when something goes wrong, and what ended one is said."""
 
+import signal
 import subprocess
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from memformer.errors import InputError
 from memformer.reproduction import child_processes, runs
+from memformer.reproduction.child_processes import ChildProcesses
 from memformer.reproduction.runs import Run, check_train_options, finish_runs, trained_seeds
 from memformer.reproduction.tables import Row
+from memformer.utils.signals import Signals
 
 
 @pytest.fixture
@@ -26,12 +30,14 @@ def started(monkeypatch):
         def __init__(self, command, stdout, stderr):
             started.append(self)
             self.command, self.status, self.is_ended = command, None, threading.Event()
+            self.num_signals = 0
 
         def end(self, status):
             self.status = status
             self.is_ended.set()
 
         def terminate(self):
+            self.num_signals += 1
             self.end(-15)
 
         def wait(self):
@@ -47,13 +53,50 @@ def test_an_error_beside_the_runs_ends_them_all(planned, started, monkeypatch):
 
     class Bar(runs.ProgressBar):
         def advance_to(self, completed, status):
-            raise BrokenPipeError
+            if started:
+                raise BrokenPipeError
 
     monkeypatch.setattr(runs, "ProgressBar", Bar)
     monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
     with pytest.raises(BrokenPipeError):
         finish_runs(planned, jobs=1, options=[])
     assert [process.status for process in started] == [-15]
+
+
+def test_an_error_in_the_thread_of_a_run_ends_them_all(planned, started, monkeypatch):
+    """Of a closed stderr, rich makes a SystemExit in the thread that writes first."""
+
+    class Bar(runs.ProgressBar):
+        def say(self, message):
+            if "seed 0: started" in message:
+                raise SystemExit(1)
+
+    monkeypatch.setattr(runs, "ProgressBar", Bar)
+    monkeypatch.setattr(runs, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(Run, "prepare_training", lambda run, options: [])
+    with pytest.raises(SystemExit):
+        finish_runs(planned, jobs=1, options=[])
+    # The next run may have begun before the error was seen; the last one did not.
+    assert [process.status for process in started] in ([], [-15])
+
+
+@pytest.mark.parametrize(("received", "ended"), [([signal.SIGTERM], [-15]), ([signal.SIGINT], [None])])
+def test_an_error_after_a_signal_sends_no_second_one(planned, started, monkeypatch, received, ended):
+    """The runs save because of the first; a second one would end them unsaved."""
+    signals = Signals()
+    processes = ChildProcesses(signals)
+    thread = threading.Thread(target=processes.run, args=([], None))
+    thread.start()
+    while not processes._running:
+        time.sleep(0.001)
+    (process,) = started
+    signals.received += received
+    processes.pass_signal_on()
+    processes.__exit__(BrokenPipeError, None, None)
+    assert [process.status] == ended
+    assert process.num_signals == len([status for status in ended if status])
+    process.end(0)
+    thread.join()
 
 
 def test_a_run_that_the_system_ended_is_reported_as_such(planned, started, monkeypatch):

@@ -71,7 +71,7 @@ def test_retention(script, tmp_path, capsys):
     first, second = found["variants"]["config"]["runs"]
     assert (first["seed"], first["options"]) == (0, [])
     assert (second["seed"], second["options"]) == (1, ["--training.learning_rate", "0.5"])
-    assert first["commit"]
-    assert second["commit"]
+    assert first["measured_at_commit"]
+    assert second["measured_at_commit"]
     with pytest.raises(SystemExit, match=r"^compare.py: error: .*seed-0 cannot be reused: .*training.learning_rate"):
         script("retention/compare.py", *options, "--seeds", 0, "--training.learning_rate", 0.5)

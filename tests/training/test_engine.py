@@ -1,7 +1,5 @@
 """The engine's pieces, run operation by operation, give the gradients of back-propagation through time."""
 
-import gc
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +10,9 @@ from memformer import InputError, Rollout, backpropagate
 from memformer.models.presets import preset_fields
 from memformer.nn.attention import SelfAttention
 from memformer.training import engine as engine_module
-from memformer.training import recorded_replay
-from memformer.training.engine import MOST_SHAPES, ReplayEngine
-from memformer.training.gradients import Gradients
+from memformer.training.engine import MOST_CHANGES_IN_A_ROW, MOST_SHAPES, ReplayEngine
 from memformer.training.pieces import RolloutHooks
-from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed, out_of_memory_ends_recording
+from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
 from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
 from tests.training.gradients import assert_same_gradients, gradients, penalty
@@ -249,6 +245,19 @@ def test_pieces_are_recorded_anew_for_what_a_graph_has_in_it():
     assert recorded[-1] is recorded[-2]
 
 
+def test_a_model_that_changes_at_every_update_is_computed_without_graphs():
+    model, said = tiny_model(dropout=0.2), []
+    engine, rollout = ReplayEngine(model, records=False, say=said.append), random_rollout(2, 2)
+    dropout = next(module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    for number in range(MOST_CHANGES_IN_A_ROW + 2):
+        assert bool(said) == (number > MOST_CHANGES_IN_A_ROW)
+        dropout.p = 0.1 + 0.01 * number
+        expected = gradients(model, rollout, None, "bptt")
+        assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
+    assert len(said) == 1
+    assert "the model has changed before each of the last updates" in said[0]
+
+
 def test_pieces_are_recorded_anew_after_a_recording_has_failed_elsewhere(monkeypatch):
     model = tiny_model(dropout=0.2)
     engine, rollout = ReplayEngine(model, records=False), random_rollout(2, 2)
@@ -292,55 +301,6 @@ def test_what_cannot_be_recorded_is_computed_all_the_same_and_said_once(at, erro
         assert actual[2] == expected[2]
     assert len(said) == 1
     assert sentence in said[0]
-
-
-class NoMemory(StandInPool):
-    """The first recording finds too little memory, and the error holds what was allocated until then."""
-
-    def record(self, work, *, before):
-        del work, before
-        with out_of_memory_ends_recording():
-            raise torch.OutOfMemoryError("out of memory")
-
-
-def test_what_was_allocated_for_recording_is_free_when_it_failed_for_too_little_memory(monkeypatch):
-    model, rollout = tiny_model(), random_rollout(2, 2)
-    engine = ReplayEngine(model, records=False)
-    monkeypatch.setattr(engine, "_new_pool", NoMemory)
-    made, alive = [], []
-
-    class Noted(recorded_replay.RecordedReplay):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append(weakref.ref(self))
-
-    def without_engine(*args, **options):
-        gc.collect()
-        alive.extend(reference() for reference in made)
-        return backpropagate(*args, **options)
-
-    monkeypatch.setattr(engine_module, "RecordedReplay", Noted)
-    monkeypatch.setattr(engine_module, "backpropagate", without_engine)
-    expected = gradients(model, rollout, None, "bptt")
-    assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
-    assert alive == [None]
-    assert engine._gradients is engine._pool is None
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"), [(Gradients, "__init__"), (Gradients, "copy"), (recorded_replay, "Randomness")]
-)
-def test_too_little_memory_before_recording_begins_ends_it_as_well(owner, name, monkeypatch):
-    model, rollout, said = tiny_model(), random_rollout(2, 2), []
-    engine = ReplayEngine(model, records=False, say=said.append)
-
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
-
-    expected = gradients(model, rollout, None, "bptt")
-    monkeypatch.setattr(owner, name, fail)
-    assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
-    assert said == ["recording CUDA graphs failed; training goes on without them: out of memory"]
 
 
 def test_an_error_while_pieces_run_leaves_none_of_them_behind():

@@ -11,15 +11,12 @@ from memformer.data.tokenizers import Tokenizer
 from memformer.errors import InputError
 
 STREAM_BLOCK_BYTES = 1 << 20
+# Kinds of tokenizers of which no token crosses the end of a line (of bytes: any cut).
+_CUT_KINDS = frozenset({"bytes", "bpe", "word", "bins"})
 
 # Content, and its token ids.
 EncodedPart = tuple[bytes, NDArray[np.integer[Any]]]
 Encode = Callable[[bytes, str], NDArray[np.integer[Any]]]
-
-
-def encode_stream(tokenizer: Tokenizer, stream: io.BufferedIOBase, *, name: str) -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the token ids of a binary stream part by part, as `encode_parts`, and raise what that raises."""
-    return (ids for _, ids in encode_parts(tokenizer, stream, name=name))
 
 
 def encode_parts(
@@ -39,13 +36,14 @@ def encode_blocks(
     """Yield the content of blocks of bytes part by part, with its token ids; joined, they are those of the whole.
 
     Text is cut at line ends, so a line longer than a part is held in memory whole. Bytes are cut anywhere. If a row of
-    a series is refused, the rows before it are yielded first. Nothing is known of a tokenizer of kind pretrained, so
-    for it the whole text is held in memory and is one part, which `encode` encodes if it is given.
+    a series is refused, the rows before it are yielded first. Nothing is known of tokenizers of other kinds
+    (pretrained, or a user's own), so for them the whole text is held in memory and is one part, which `encode` encodes
+    if it is given.
 
     Raises:
         InputError: The content is not UTF-8 and the tokenizer needs text.
     """
-    if tokenizer.kind == "pretrained":
+    if tokenizer.kind not in _CUT_KINDS:
         content = b"".join(blocks)
         yield content, (encode or tokenizer.encode)(content, name)
         return

@@ -10,7 +10,7 @@ from memformer.utils.signals import Signals
 
 
 class ChildProcesses:
-    """Processes that are run from several threads; with a signal, or when the block is left by an error, all end.
+    """Processes that are run from several threads; SIGTERM, Ctrl-C and an error that leaves the block end all of them.
 
     Args:
         signals: The signals that this process has received.
@@ -56,6 +56,10 @@ class ChildProcesses:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._has_failed = True
+        if kind is None:
+            return
+        self._has_failed = True
+        if self._signals.received and kind is not KeyboardInterrupt:
+            self.pass_signal_on()  # those that have got a signal save and end; a second one would end them unsaved
+        else:
             self._terminate()

@@ -62,7 +62,7 @@ def collect(runs: Sequence[TableRun], scale: ScaleConfig) -> list[RowFigures]:
     Raises:
         CheckpointError: A file of a run is missing or damaged.
     """
-    rows = {run.row.key: run.row for run in runs if run.is_finished}
+    rows = {run.row.key: run.row for run in sorted(runs, key=lambda run: run.row.key) if run.is_finished}
     found = []
     for key, row in rows.items():
         finished = [run for run in runs if run.row.key == key and run.is_finished]

@@ -57,7 +57,7 @@ def check_runs(runs: Sequence[Run], *, options: Sequence[str], parse: ParseConfi
         InputError: A run was trained with another config or on other data; or an option is invalid.
         CheckpointError: A file of a run is damaged.
     """
-    # The runs of a row differ in the seed alone, and parsing takes long.
+    # Many runs differ in the seed alone, and parsing takes long.
     planned: dict[str, RunConfig] = {}
     for run in runs:
         if (config := to_yaml(run.config)) not in planned:

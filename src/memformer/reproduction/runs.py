@@ -220,6 +220,9 @@ def finish_runs(runs: Sequence[Run], *, jobs: int, options: Sequence[str]) -> No
         has_begun = False
         while wait(endings, timeout=SECONDS_BETWEEN_LOOKS).not_done:
             processes.pass_signal_on()
+            for ending in endings:
+                if ending.done():
+                    ending.result()  # an error, not that of a run, ends all
             num_done = sum(run.is_finished for run in missing)
             num_updates = sum(map(_num_updates, missing))
             if num_updates > completed and not has_begun:

@@ -8,6 +8,7 @@ Without recording, the pieces run operation by operation, on any device; so the 
 replay on a CPU.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ from memformer.utils.cuda_graphs import (
 
 # Each needs memory for its static tensors and graphs; the shapes of a run's rollouts are few.
 MOST_SHAPES = 8
+# If the model changes before each of more updates than these, recording costs more than it gains.
+MOST_CHANGES_IN_A_ROW = 4
 
 
 class ReplayEngine:
@@ -71,7 +74,10 @@ class ReplayEngine:
             raise InputError(f"records is True, but the model is on {model.device}; CUDA graphs need a CUDA device")
         self._say = say or (lambda sentence: None)
         self._said: set[str] = set()
+        self._modules: tuple[nn.Module, ...] = ()
+        self._flags: list[tuple[dict[str, Any], str]] = []
         self._identity: tuple[object, ...] = ()
+        self._changes_in_a_row = 0
         self._shapes: dict[_Key, RecordedReplay] = {}
         self._gradients: Gradients | None = None
         self._pool: GraphPool | None = None
@@ -108,7 +114,11 @@ class ReplayEngine:
         }
         if self._has_failed:
             return backpropagate(model, rollout.to(model.device), memory=memory, **options)
-        if self._has_changed():
+        self._changes_in_a_row = self._changes_in_a_row + 1 if self._has_changed() else 0
+        if self._changes_in_a_row > MOST_CHANGES_IN_A_ROW:
+            self._give_up("the model has changed before each of the last updates (a flag, a fraction or a hook)")
+            return backpropagate(model, rollout.to(model.device), memory=memory, **options)
+        if self._changes_in_a_row:
             self._forget()
         aligned, entering = prepare(model, rollout, memory, hooks=hooks)
         key = _Key(
@@ -132,13 +142,18 @@ class ReplayEngine:
             raise
         # All pieces are recorded before the first one runs, so nothing has been computed yet. Here, because an error
         # holds what was allocated until it is handled, and what failed may have been memory.
+        self._give_up(reason)
+        return backpropagate(model, rollout.to(model.device), memory=memory, **options)
+
+    def _give_up(self, reason: str) -> None:
+        """Free everything, and compute all later rollouts without graphs."""
         self._has_failed = True
         if self._gradients is not None:
             self._gradients.reached = set()
             self._gradients.detach_unreached()
         self._shapes, self._gradients, self._pool = {}, None, None
+        gc.collect()  # pieces that were not recorded refer to their owner
         self._say_once(f"recording CUDA graphs failed; training goes on without them: {reason}")
-        return backpropagate(model, rollout.to(model.device), memory=memory, **options)
 
     def _replay_of(self, key: "_Key", rollout: Rollout, memory: Tensor) -> RecordedReplay:
         """Return the pieces for rollouts of this shape; they are recorded anew for a longer rollout than before.
@@ -178,12 +193,26 @@ class ReplayEngine:
     def _has_changed(self) -> bool:
         """Return whether the pieces must be recorded anew.
 
-        The model has other parameters, its modules have other modes, probabilities of dropout or hooks, or a recording
-        has failed elsewhere, after which dropout of earlier graphs is wrong.
+        The model has other parameters or modules, these have other modes, flags, fractions (such as a probability of
+        dropout) or forward hooks, or a recording has failed elsewhere, after which dropout of earlier graphs is wrong.
         """
-        parameters = tuple((p.data_ptr(), p.requires_grad) for p in self.model.parameters())
-        settings = tuple(_settings(module) for module in self.model.modules())
-        identity = (parameters, settings, GraphPool.num_failures)
+        modules = tuple(self.model.modules())
+        if modules != self._modules:
+            self._modules = modules
+            self._flags = [
+                (vars(module), name)
+                for module in modules
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, float))
+            ]
+        identity = (
+            modules,
+            tuple((p.data_ptr(), p.requires_grad) for p in self.model.parameters()),
+            tuple(owner.get(name) for owner, name in self._flags),
+            tuple(hook for module in modules for hook in module._forward_pre_hooks.values()),
+            tuple(hook for module in modules for hook in module._forward_hooks.values()),
+            GraphPool.num_failures,
+        )
         changed = identity != self._identity
         self._identity = identity
         return changed
@@ -209,15 +238,6 @@ class ReplayEngine:
         if sentence not in self._said:
             self._said.add(sentence)
             self._say(sentence)
-
-
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    """Return the mode, flags, fractions (dropout, temperature) and hooks of a module, which a graph has in it."""
-    return (
-        *(value for value in vars(module).values() if isinstance(value, (bool, float))),
-        *module._forward_pre_hooks.values(),
-        *module._forward_hooks.values(),
-    )
 
 
 class _Key(NamedTuple):
