@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from memformer import InputError, hf
 from memformer.data import ByteTokenizer, DocumentEndTokenizer
 from memformer.errors import InputTypeError
-from memformer.hf.registration import CAUSAL_MODELS, HIDDEN_MODELS
+from memformer.hf.models import HF_MODELS
 from memformer.hf.versions import check_transformers
 from memformer.models.loading import MODELS
 from tests.helpers import tiny_config
 
-CONFIGS = [model.config_class for model in CAUSAL_MODELS]
+CONFIGS = [causal.config_class for _, causal in HF_MODELS]
 
 
 def test_every_model_type_has_a_config_and_two_models():
     assert [config.model_type for config in CONFIGS] == list(MODELS)
-    for causal, hidden in zip(CAUSAL_MODELS, HIDDEN_MODELS, strict=True):
+    for hidden, causal in HF_MODELS:
         assert causal.config_class is hidden.config_class
         assert AutoConfig.for_model(causal.config_class.model_type).__class__ is causal.config_class
         for name in (causal.__name__, hidden.__name__, causal.config_class.__name__):

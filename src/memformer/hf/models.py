@@ -81,3 +81,14 @@ class AssociativeRecurrentMemoryTransformerForCausalLM(RecurrentForCausalLM):
     """An Associative Recurrent Memory Transformer as a language model."""
 
     config_class = AssociativeRecurrentMemoryTransformerHFConfig
+
+
+# The model without a head and the language model of each model type.
+HF_MODELS: tuple[tuple[type[RecurrentHiddenModel], type[RecurrentForCausalLM]], ...] = (
+    (MemformerModel, MemformerForCausalLM),
+    (LSTMModel, LSTMForCausalLM),
+    (TransformerXLModel, TransformerXLForCausalLM),
+    (CompressiveTransformerModel, CompressiveTransformerForCausalLM),
+    (RecurrentMemoryTransformerModel, RecurrentMemoryTransformerForCausalLM),
+    (AssociativeRecurrentMemoryTransformerModel, AssociativeRecurrentMemoryTransformerForCausalLM),
+)
