@@ -9,12 +9,16 @@ import torch
 from memformer import backpropagate
 from memformer.training import engine as engine_module
 from memformer.training import recorded_replay
-from memformer.training.engine import ReplayEngine
+from memformer.training.engine import MOST_CHANGES_IN_A_ROW, ReplayEngine
 from memformer.training.gradients import Gradients
 from memformer.utils.cuda_graphs import CannotRecord, out_of_memory_ends_recording
-from tests.helpers import StandInPool, random_rollout, tiny_model
+from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
 from tests.training.gradients import assert_same_gradients, gradients
 from tests.training.test_engine import by_engine
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("out of memory")
 
 
 class NoMemory(StandInPool):
@@ -67,10 +71,30 @@ def test_too_little_memory_before_recording_begins_ends_it_as_well(owner, name, 
     model, rollout, said = tiny_model(), random_rollout(2, 2), []
     engine = ReplayEngine(model, records=False, say=said.append)
 
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
-
     expected = gradients(model, rollout, None, "bptt")
-    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(owner, name, out_of_memory)
     assert_same_gradients(by_engine(model, rollout, None, engine=engine), expected)
     assert said == ["recording CUDA graphs failed; training goes on without them: out of memory"]
+
+
+@pytest.mark.parametrize("reason", ["memory", "changes"])
+def test_gradients_of_earlier_rollouts_stay_when_graphs_are_given_up(reason, monkeypatch):
+    """An update may add the gradients of several rollouts; the second of these finds no memory for its shape."""
+    model, rollouts = tiny_model(), [random_rollout(2, 2), random_rollout(2, 3)]
+    for rollout in rollouts:
+        backpropagate(model, rollout, method="bptt")
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    engine = ReplayEngine(model, records=False)
+    engine.backpropagate(rollouts[0])
+    if reason == "memory":
+        monkeypatch.setattr(recorded_replay, "Randomness", out_of_memory)
+    else:
+        engine._changes_in_a_row = MOST_CHANGES_IN_A_ROW
+        model.register_forward_hook(lambda *_: None)
+    engine.backpropagate(rollouts[1])
+    assert engine._has_failed
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert_close(grad, expected[name])

@@ -30,13 +30,15 @@ class Gradients:
             torch._foreach_zero_([self._tensors[index] for index in self._absent])
 
     def detach_unreached(self) -> None:
-        """Set the `.grad` of parameters back to None if it was None, and the loss does not depend on them.
+        """Set the `.grad` of parameters back to None if it was None at `attach`, and the loss does not depend on them.
 
-        An optimizer leaves such parameters as they are, but it would decay one with a gradient of zero.
+        An optimizer leaves such parameters as they are, but it would decay one with a gradient of zero. Calling it
+        again before the next `attach` changes nothing.
         """
         for index in self._absent:
             if index not in self.reached:
                 self.parameters[index].grad = None
+        self._absent = []
 
     def add(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Add to the gradients of the parameters, in their order; None adds nothing."""
