@@ -4,7 +4,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Sequence
-from typing import Self, TextIO
+from typing import TextIO
 
 from memformer.utils.signals import Signals
 
@@ -52,7 +52,7 @@ class ChildProcesses:
             for process in self._running:
                 process.terminate()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ChildProcesses":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
