@@ -1,4 +1,4 @@
-"""What compiled code takes for a constant."""
+"""Values that compiled code treats as constants."""
 
 import torch
 

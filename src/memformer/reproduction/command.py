@@ -40,7 +40,7 @@ Results = tuple[dict[str, Any], str, Figure]
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is trained, and what is written of it.
+    """The runs of a command, and how their results are computed.
 
     Attributes:
         runs: For each table, its runs.
@@ -84,17 +84,18 @@ def reproduce(options: Any, train_options: Sequence[str], *, parse: ParseConfig)
         if value is not None:
             check_integer(name, value, 1)
     check_train_options(train_options)
+    data = str(user_path(options.data))
     if options.table in headlines:
-        plan = _plan_headline(folder / options.table, output, options, train_options, parse)
+        plan = _plan_headline(folder / options.table, output, data, options, train_options, parse)
     else:
-        plan = _plan_table(read_table(folder / options.table), output, options)
+        plan = _plan_table(read_table(folder / options.table), output, data, options)
     write = partial(_write, output, train_options=train_options, is_json=options.json)
     if options.only_write:  # also while another process trains
         finished = _finished(plan)
         check_runs([run for runs in finished for run in runs], options=train_options, parse=parse)
         return write(plan.results(finished))
     for table, runs in plan.runs:
-        check_data(runs, table, data=str(user_path(options.data)), options=train_options)
+        check_data(runs, table, data=data, options=train_options)
     with contextlib.ExitStack() as stack:
         for owned in dict.fromkeys([output, *plan.folders]):
             stack.enter_context(owned_folder(owned, option="--folder"))
@@ -116,9 +117,9 @@ def _refuse_training_options(options: Any, train_options: Sequence[str]) -> None
         raise InputError(f"{', '.join(names)} cannot be given: {options.table} trains nothing, it measures costs")
 
 
-def _plan_table(table: Table, output: Path, options: Any) -> _Plan:
+def _plan_table(table: Table, output: Path, data: str, options: Any) -> _Plan:
     rows = table.rows_at(options.scale) if options.rows is None else table.choose(options.rows)
-    seeds, data = _seeds(options, rows, output), str(user_path(options.data))
+    seeds = _seeds(options, rows, output)
     runs = plan_runs(table, rows, scale=options.scale, seeds=seeds, folder=output, data=data)
 
     def results(finished: list[list[TableRun]]) -> Results:
@@ -136,10 +137,12 @@ def _seeds(options: Any, rows: Sequence[Row], folder: Path) -> Sequence[int]:
     return range(options.seeds or 1)
 
 
-def _plan_headline(folder: Path, output: Path, options: Any, train_options: Sequence[str], parse: ParseConfig) -> _Plan:
+def _plan_headline(
+    folder: Path, output: Path, data: str, options: Any, train_options: Sequence[str], parse: ParseConfig
+) -> _Plan:
     if options.rows is not None:
         raise InputError(f"--rows ({' '.join(options.rows)}) is not an option of {options.table}, which has fixed rows")
-    headline, data = read_headline(folder, options.scale), str(user_path(options.data))
+    headline = read_headline(folder, options.scale)
     # Beside the output folder are those of the tables, whose runs are used.
     tables = output.absolute().parent
     folders = [part.folder_in(tables) for part in headline.parts]
