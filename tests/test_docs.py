@@ -161,6 +161,12 @@ def test_tutorial_table1(run, monkeypatch):
     assert list(names["rows"]) == ["07-slots-64", "12-no-memory"]
 
 
+def test_the_page_about_python(run):
+    names = run("python.md", {"max_document_tokens=4096": "max_document_tokens=256"})
+    assert names["rows"].batch_size == 3
+    assert names["result"].num_tokens > 0
+
+
 def test_own_model_is_trained_by_exact_replay(run):
     names = run("own-model.md", {"num_updates = 300": "num_updates = 2"})
     assert set(names["gradients"]) == {"bptt", "checkpoint", "replay"}
