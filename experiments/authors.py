@@ -68,7 +68,7 @@ def read_books(files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, np.n
     """Return the token ids of each author's training books, joined, and of the held-out book.
 
     Raises:
-        SystemExit: A file cannot be read, or fewer than two authors have enough books.
+        SystemExit: A file cannot be read, fewer than two authors have enough books, or a book is too short.
     """
     by_author = defaultdict(dict)
     for file in files:
@@ -87,6 +87,13 @@ def read_books(files: list[Path]) -> tuple[dict[str, np.ndarray], dict[str, np.n
             training[author], held_out[author] = [word for words in earlier for word in words], last
     if len(training) < 2:
         raise SystemExit(f"the files have {len(training)} authors with {FEWEST_BOOKS} books or more; 2 are needed")
+    for books, num_segments in ((training, TRAINED_SEGMENTS), (held_out, max(TESTED_SEGMENTS))):
+        for author, words in books.items():
+            if len(words) < (fewest := num_segments * SEGMENT_LENGTH):
+                raise SystemExit(
+                    f"{author} has {len(words)} words {'to train' if books is training else 'in the book held out'}; "
+                    f"{fewest} are needed"
+                )
     counts = Counter()
     for words in training.values():
         counts.update(words)

@@ -43,7 +43,7 @@ def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
     """Return the mean bits per token at each position in a segment.
 
     Raises:
-        SystemExit: The run is of a recall task, which has no documents.
+        SystemExit: The run is of a recall task, which has no documents, or its documents are shorter than a segment.
     """
     run = load_run(folder)
     config, _ = parse_run_config([str(folder)])
@@ -57,6 +57,8 @@ def bits_by_position(folder: Path, num_tokens: int) -> list[float]:
         positions = torch.arange(len(found)) % model.segment_length
         nll.index_add_(0, positions, found)
         counts += positions.bincount(minlength=model.segment_length)
+    if not counts.all():
+        raise SystemExit(f"{folder} was trained on documents shorter than a segment; no token has the last positions")
     return (nll / counts / math.log(2)).tolist()
 
 

@@ -306,6 +306,13 @@ def test_the_commands_of_the_logs_page_run(logs_outputs, folder):
     assert (folder / "logs.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_log_of_single_words_is_read_and_too_few_foreign_lines_are_named(tmp_path):
+    (tmp_path / "BGL.log").write_text("- a line\n\nAPPREAD\n")
+    assert logs.read(tmp_path, "bgl") == (["-", "", "APPREAD"], ["a line", "", ""])
+    with pytest.raises(SystemExit, match=f"the other systems have 1 lines; {logs.NUM_INJECTED} are injected"):
+        logs.inject([("line", logs.NORMAL)], ["other"], seed=0)
+
+
 def test_the_commands_of_the_sensors_page_run(sensors_outputs, folder):
     (report,) = (out for line, out in sensors_outputs.items() if ".py report" in line)
     labels = (folder / "sensors" / "labels.txt").read_text().splitlines()

@@ -79,14 +79,16 @@ def read(data: Path, system: str) -> tuple[list[str], list[str]]:
         lines = [line.decode().rstrip("\r\n") for line in stream]
     if system.lower() != "bgl":
         return [NORMAL] * len(lines), lines
-    columns = [line.split(" ", 1) for line in lines]
-    return [label for label, _ in columns], [line for _, line in columns]
+    columns = [line.partition(" ") for line in lines]
+    return [label for label, _, _ in columns], [line for _, _, line in columns]
 
 
 def inject(lines: list[tuple[str, str]], foreign: list[str], seed: int) -> list[tuple[str, str]]:
     """Return the lines with lines of other systems at random positions."""
     generator = random.Random(seed)
     result = list(lines)
+    if len(foreign) < NUM_INJECTED:
+        sys.exit(f"logs.py: error: the other systems have {len(foreign)} lines; {NUM_INJECTED} are injected")
     for line in generator.sample(foreign, NUM_INJECTED):
         result.insert(generator.randrange(len(result) + 1), (line, INJECTED))
     return result

@@ -83,6 +83,19 @@ def test_the_card_has_front_matter_metrics_and_the_training(exported, run_folder
     assert 'pipeline("text-generation", model="demo")' in text
 
 
+def test_the_card_of_a_recall_run_names_the_task_it_was_measured_on(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "recall")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"] |= {"recall": {"task": "fact"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    result = {"points": [], "mean_accuracy": 0.75, "mean_accuracy_memory_erased": 0.25}
+    (folder / "evaluation.json").write_text(json.dumps(result))
+    call_json("export", folder, "--hf", tmp_path / "exported")
+    front, text = card_of(tmp_path / "exported")
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == "new episodes of the training run's recall task"
+    assert "On new episodes of the training run's recall task:\n\n| metric | value |" in text
+
+
 def test_the_examples_of_the_card_run(exported, monkeypatch, capsys):
     """Whoever gets the folder begins with them."""
     monkeypatch.chdir(exported.parent)

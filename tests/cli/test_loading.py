@@ -28,6 +28,16 @@ def test_best_and_last_weights(copied):
     assert last["with_memory"]["bits_per_byte"] == pytest.approx(best["with_memory"]["bits_per_byte"], abs=0.5)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_other_documents_are_given_key_by_key(command, run_folder, tmp_path):
+    """In a whole section the kind would be overlooked, and JSON lines be read as a text."""
+    file = tmp_path / "documents.jsonl"
+    file.write_text(json.dumps({"text": "the cat sat"}) + "\n")
+    for option in (["--data", f"{{kind: jsonl, path: {file}}}"], [f"--data={{kind: jsonl, path: {file}}}"]):
+        assert refused(command, run_folder, *option).startswith("--data is no option: --data.path names the documents")
+    assert refused(command, run_folder, "--data.kind", "jsonl").startswith("data.path (None) must be")
+
+
 def test_a_run_folder_is_not_a_saved_model(run_folder):
     """The first thing that is tried in Python; the message names the folder to give, and the other function."""
     message = rf"run is a run folder; its model is in {re.escape(str(run_folder / 'best'))}, and .*load_run reads it"

@@ -1,5 +1,6 @@
 """Session files of `score` and `generate`: nothing else is replaced, and a text that is refused loses nothing."""
 
+import contextlib
 import io
 import json
 import os
@@ -60,6 +61,24 @@ def test_a_session_replaces_only_the_file_that_it_begins_with(command, arguments
     (tmp_path / "link").symlink_to(first)
     assert call(*argv, "--load_session", tmp_path / "link", "--save_session", first)[0] == 0
     assert first.read_bytes() != kept[first]
+
+
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_a_session_of_a_process_that_has_just_ended_is_not_replaced(
+    command, arguments, run_folder, tmp_path, monkeypatch
+):
+    """The file did not exist when the command began, but does when it owns it."""
+    file = tmp_path / "state"
+
+    @contextlib.contextmanager
+    def owned_at_last(path, *, option):
+        path.write_text("of the other process")
+        yield
+
+    monkeypatch.setattr(f"memformer.cli.{command}.owned_file", owned_at_last)
+    message = refused(command, run_folder, *arguments[command], "--save_session", file)
+    assert f"--save_session {file} exists" in message
+    assert file.read_text() == "of the other process"
 
 
 def test_what_was_scored_before_a_bad_byte_is_saved(run_folder, tmp_path, monkeypatch):

@@ -323,6 +323,9 @@ def test_the_size_of_compressed_documents_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abc\n" * 100)
     assert source_bytes(SourceConfig(path=str(tmp_path))) == 400
     assert source_bytes(SourceConfig(path=str(tmp_path), documents="1:")) is None
+    # Their progress is counted in values, and in the pixels that are left.
+    assert source_bytes(SourceConfig(kind="array", path=str(tmp_path))) is None
+    assert source_bytes(SourceConfig(kind="idx", path=str(tmp_path), downsample=2)) is None
     (tmp_path / "b").write_bytes(gzip.compress(b"abc\n" * 100))
     assert source_bytes(SourceConfig(path=str(tmp_path))) is None
     assert source_bytes(SourceConfig(kind="huggingface", name=str(tmp_path), split="train")) is None

@@ -166,6 +166,10 @@ def check_what_is_reused(table, tmp_path, *, run):
     row = tmp_path / "experiments" / "tiny" / "2-memory.yaml"
     row.write_text(row.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
     assert "training.learning_rate: 0.01, now it is 0.02" in refused("reproduce", *one)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["model"]  # by hand, as its first line allows if it is deleted
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert f"{run} cannot be reused: the run began with model." in refused("reproduce", *one)
 
 
 def test_a_folder_in_use_is_refused(table, tmp_path):

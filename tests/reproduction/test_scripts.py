@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_seeds(script, tmp_path, capsys):
     assert found["bits_per_byte"]["high"] == max(bits)
     script("seeds.py", "tiny.yaml", "--seeds", 0, 1)
     assert "2 of 2 runs are finished" in capsys.readouterr().err
+    script("token_positions.py", "runs/tiny-seed-0", "--tokens", 64, "--json")
+    assert len(json.loads(capsys.readouterr().out)["runs/tiny-seed-0"]) == 8
     with pytest.raises(
         SystemExit, match=r"^seeds.py: error: runs/tiny-seed-0 cannot be reused: .*training.learning_rate"
     ):
@@ -59,6 +62,22 @@ def test_seeds(script, tmp_path, capsys):
         script("seeds.py", "tiny.yaml", "--name", "other", "--folder", "x")
     with pytest.raises(SystemExit, match=r"^seeds.py: error: 1 of 1 runs failed; runs/other-seed-0/train.log says: "):
         script("seeds.py", "tiny.yaml", "--name", "other", "--seeds", 0, "--data.train.path", "nowhere")
+
+
+def test_too_short_documents_are_named(script, tmp_path):
+    (tmp_path / "words").mkdir()
+    for number in range(8):
+        (tmp_path / "words" / f"{number}.txt").write_text("a cat")
+    (tmp_path / "short.yaml").write_text(f"{COMMON}{TRAINING}data: {{train: {{path: words}}}}\n")
+    script("seeds.py", "short.yaml", "--seeds", 0)
+    with pytest.raises(SystemExit, match=r"^runs/short-seed-0 was trained on documents shorter than a segment"):
+        script("token_positions.py", "runs/short-seed-0", "--json")
+    with lzma.open(tmp_path / "books.jsonl.xz", "wt") as file:
+        for number in range(8):
+            book = {"author": "AB"[number % 2], "title": str(number), "text": "word " * (300 if number < 6 else 2000)}
+            file.write(json.dumps(book) + "\n")
+    with pytest.raises(SystemExit, match="^A has 2000 words in the book held out; 2048 are needed"):
+        script("authors.py", "books.jsonl.xz")
 
 
 def test_retention(script, tmp_path, capsys):
@@ -73,5 +92,7 @@ def test_retention(script, tmp_path, capsys):
     assert (second["seed"], second["options"]) == (1, ["--training.learning_rate", "0.5"])
     assert first["measured_at_commit"]
     assert second["measured_at_commit"]
+    with pytest.raises(SystemExit, match=r"^compare.py: error: memformer retention .*seed-0 failed"):
+        script("retention/compare.py", *options, "--seeds", 0, "--num_episodes", 0)
     with pytest.raises(SystemExit, match=r"^compare.py: error: .*seed-0 cannot be reused: .*training.learning_rate"):
         script("retention/compare.py", *options, "--seeds", 0, "--training.learning_rate", 0.5)

@@ -234,6 +234,19 @@ def test_pruning_does_not_count_later_checkpoints(tmp_path):
     assert not (tmp_path / checkpoint_name(1)).exists()
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_warned_of(tmp_path, monkeypatch, capsys):
+    """The run, whose new checkpoint is complete, goes on."""
+    for update in (1, 2):
+        (tmp_path / checkpoint_name(update)).mkdir()
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    prune_checkpoints(tmp_path / checkpoint_name(2), keep=1)
+    assert f"the old checkpoint {tmp_path / checkpoint_name(1)} cannot be deleted: busy" in capsys.readouterr().err
+
+
+def fail(path):
+    raise OSError(errno.EBUSY, "busy", str(path))
+
+
 @pytest.mark.parametrize(
     "name", ["update-best", "update-000000004-good", "update-4", "update-0000000004", "copy of update-000000004"]
 )

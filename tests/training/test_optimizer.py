@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from memformer import MemformerConfig
 from memformer.data import RecallConfig, SourceConfig
 from memformer.training.config import DataConfig, RunConfig, TrainingConfig
-from memformer.training.optimizer import learning_rate_at, make_optimizer, writer_weights
+from memformer.training.optimizer import clip_gradients, learning_rate_at, make_optimizer, writer_weights
 from memformer.training.replay import backpropagate
 from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
@@ -50,6 +51,15 @@ def test_the_matrices_of_an_lstm_are_decayed_and_its_biases_are_not():
     assert {name for name, value in decay.items() if value} == {
         f"layers.{layer}.weight_{kind}_l0" for kind in ("ih", "hh") for layer in (0, 1)
     }
+
+
+def test_a_largest_norm_of_zero_clips_nothing():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(layer, 0.0) == 5
+    assert layer.weight.grad.tolist() == [[3, 4]]
+    assert clip_gradients(layer, 1.0) == 5
+    assert layer.weight.grad.norm().item() == pytest.approx(1)
 
 
 def test_warm_up_is_linear():

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from memformer import InputError, Memformer
+from memformer.cli import train as cli_train
 from memformer.cli.main import main
 from memformer.cli.run_config import parse_run_config
 from memformer.data import RecallConfig
@@ -264,20 +265,24 @@ def test_a_reconstruction_loss_on_a_recall_task_needs_a_single_process(compressi
 
 
 def train_and_tell(*arguments):
-    make = run_data.make_tokenizer
-
-    def telling(*given, **options):
-        print("a tokenizer is trained")
-        return make(*given, **options)
-
-    run_data.make_tokenizer = telling
+    for module, name in ((run_data, "make_tokenizer"), (cli_train, "pin_revisions")):
+        setattr(module, name, telling(getattr(module, name)))
     jobs.run_command("train", *arguments)
 
 
-def test_one_process_trains_the_tokenizer_and_the_others_receive_it(base):
+def telling(function):
+    def told(*arguments, **options):
+        print(f"{function.__name__} is called")
+        return function(*arguments, **options)
+
+    return told
+
+
+def test_one_process_asks_for_the_commit_and_trains_the_tokenizer_and_the_others_receive_them(base):
     options = ["--data.tokenizer.kind", "bpe", "--data.tokenizer.vocab_size", "270", "--training.num_updates", "1"]
     done = run_job(train_and_tell, config_of(base, "bpe"), *options)
-    assert (done.status, done.output.count("a tokenizer is trained")) == (0, 1), done.output
+    assert done.status == 0, done.output
+    assert [done.output.count(f"{name} is called") for name in ("pin_revisions", "make_tokenizer")] == [1, 1]
 
 
 def test_a_recall_task_with_several_processes_is_warned_that_a_writer_may_stop(base, tmp_path):

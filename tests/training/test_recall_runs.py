@@ -7,6 +7,10 @@ import pytest
 import yaml
 
 from memformer.cli.main import main
+from memformer.data import CurriculumConfig, RecallConfig, SourceConfig
+from memformer.training.checkpoint import canonical
+from memformer.training.config import DataConfig, RunConfig
+from memformer.training.run_inputs import find_changed_key
 from tests.data.recall.texts import STORIES, haystack_texts, write_stories
 
 
@@ -40,6 +44,24 @@ def write_run(folder, recall, tokenizer, *, segment_length):
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(fields))
     return str(file)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("recall", "decoy_probability"), ("curriculum", "window"), ("train", "documents"), ("model", "dropout")],
+)
+def test_keys_that_are_newer_than_a_run_had_their_defaults(section, key):
+    recall = RecallConfig(curriculum=CurriculumConfig())
+    config = RunConfig(data=DataConfig(train=SourceConfig(path="x"), recall=recall))
+    saved = canonical(config.to_dict())
+    data = saved["data"]
+    sections = {"model": saved["model"], "curriculum": data["recall"]["curriculum"], **data}
+    sections[section].pop(key)
+    assert find_changed_key(saved, config) is None
+    sections[section][key] = 7
+    assert f".{key}: 7, now it is" in find_changed_key(saved, config)
+    data["recall"] = None
+    assert find_changed_key(saved, config).startswith("the run began with data.recall: None")
 
 
 @pytest.mark.parametrize("task", ["passkey", "babi"])

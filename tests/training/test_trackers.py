@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from memformer import CheckpointError, InputError
+from memformer import CheckpointError, InputError, SaveError
 from memformer.models import build_model
 from memformer.training import loop
 from memformer.training.config import LoggingConfig
@@ -162,6 +162,23 @@ def follow(config, first, last, *, is_killed=False):
         log._sinks[0].close()
     else:
         log.__exit__(None, None, None)
+
+
+def test_trackers_are_finished_if_the_log_cannot_be_closed(base, packages, monkeypatch):
+    config = tracked(base, "unclosed")
+    Path(config.folder).mkdir()
+    log = open_log(Path(config.folder), total_updates=9, num_updates=0, config=config)
+
+    close = log._sinks[0].close
+
+    def fail():
+        close()
+        raise SaveError("the disk is full")
+
+    monkeypatch.setattr(log._sinks[0], "close", fail)
+    with pytest.raises(SaveError, match="the disk is full"):
+        log.__exit__(None, None, None)
+    assert not any(only_run(package).is_open for package in packages)
 
 
 class Measured(SimpleNamespace):

@@ -49,7 +49,7 @@ def run_evaluate(argv: list[str]) -> None:
     Raises:
         InputError: The run, the data or an option is invalid.
     """
-    options = parse(evaluate_parser(), argv)
+    options = parse(evaluate_parser(), argv, sections={"data": SourceConfig})
     num_lanes = positive(options, "num_lanes", default=8)
     run = load_run_of(options)
     result: Result

@@ -126,9 +126,9 @@ def run_generate(argv: list[str]) -> None:
         done = _continue(reading, run.tokenizer, options, sampling, signals)
     else:
         file = user_path(options.save_session)
-        check_session_file(options, file)
         # Reading a long prompt may take hours, so a signal ends the reading but the session is still saved.
         with owned_file(file, option="--save_session"), signals_noted() as signals:
+            check_session_file(options, file)
             reading = _start_reading(run, options, file, minutes=minutes)
             with saved_on_refusal(reading, file):
                 done = _continue(reading, run.tokenizer, options, sampling, signals)

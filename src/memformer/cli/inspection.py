@@ -111,7 +111,7 @@ def run_inspect(argv: list[str]) -> None:
     """
     from memformer.evaluation.inspection_page import check_can_render, render_page
 
-    options = parse(inspect_parser(), argv)
+    options = parse(inspect_parser(), argv, sections={"data": SourceConfig})
     inspection_options = _inspection_options(options)
     if options.text is not None:
         if options.data is not None:

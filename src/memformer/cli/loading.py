@@ -19,6 +19,7 @@ from memformer.training.run_data import RunData, open_corpus, prepare_data
 from memformer.training.run_folder import (
     LoadedRun,
     load_run,
+    use_float32_on_cpu,
 )
 from memformer.training.run_inputs import describe_inputs, find_changed_input, read_inputs
 from memformer.utils.checks import check_threads
@@ -29,15 +30,14 @@ from memformer.utils.progress import print_warning
 def load_run_of(options: Any) -> LoadedRun:
     """Load the run in `options.run` onto `options.device`.
 
-    Without --threads, the number of CPU threads of the training run is used. Weights saved in half precision are used
-    in float32 on a CPU, which computes in half precision many times as slowly.
+    Without --threads, the number of CPU threads of the training run is used. On a CPU, weights saved in half precision
+    are used in float32.
     """
     device = prepare_torch(options.device, options.threads)
     run = load_run(
         options.run, which=options.checkpoint, device=device, num_slots=options.num_slots, warn=print_warning
     )
-    if device.type == "cpu" and run.model.memory_dtype != next(run.model.parameters()).dtype:
-        run.model.float()
+    use_float32_on_cpu(run.model)
     if options.threads is None and run.run_config is not None:
         _set_threads(run.run_config.get("threads"))
     return run
@@ -91,7 +91,12 @@ def source_of(run: LoadedRun, options: Any, argv: Sequence[str]) -> SourceConfig
         run: The run.
         options: The options.
         argv: The options as they were given.
+
+    Raises:
+        InputError: --data itself has a value, which the kind could not be looked for in.
     """
+    if option_value(argv, "--data") is not None:
+        raise InputError("--data is no option: --data.path names the documents, and --data.KEY sets another key")
     source: SourceConfig | None = options.data
     if source is None or source.path is None or run.run_config is None:
         return source

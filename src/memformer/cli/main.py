@@ -20,7 +20,6 @@ from memformer.cli.evaluate import run_evaluate
 from memformer.cli.export import run_export
 from memformer.cli.generate import run_generate
 from memformer.cli.inspection import run_inspect
-from memformer.cli.parsing import version
 from memformer.cli.report import run_report
 from memformer.cli.reproduce import run_reproduce
 from memformer.cli.retention import run_retention
@@ -28,7 +27,7 @@ from memformer.cli.score import run_score
 from memformer.cli.train import run_train
 from memformer.errors import InputError
 from memformer.training.processes import exit_process
-from memformer.utils.machine import device_memory_explained
+from memformer.utils.machine import device_memory_explained, version_of
 from memformer.utils.signals import Interrupted
 
 _MORE_MEMORY = {"evaluate": "Lower --num_lanes, or use --device cpu"}
@@ -91,7 +90,7 @@ def _run(argv: Sequence[str]) -> int:
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"memformer {version()}")
+        print(f"memformer {version_of('memformer-lm')}")
         return 0
     with device_memory_explained(_MORE_MEMORY.get(argv[0], "Use --device cpu")):
         return _handler(argv[0])(list(argv[1:])) or 0

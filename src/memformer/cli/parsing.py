@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
 import json
 import re
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
@@ -191,11 +190,6 @@ def _keys(hint: Any) -> list[str]:
 def _sections(hint: Any) -> list[Any]:
     """Return the dataclasses that an annotation allows."""
     return [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-
-
-def version() -> str:
-    """Return the installed version of the package."""
-    return importlib.metadata.version("memformer-lm")
 
 
 _JSON_HELP = "Print the result to stdout as one JSON object."

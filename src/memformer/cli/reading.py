@@ -7,7 +7,7 @@ from memformer.cli.positions import Position, TokenIds, take_up_to
 from memformer.cli.saving import Saving
 from memformer.errors import CheckpointError
 from memformer.generation.session import Session
-from memformer.utils.files import read_tensors_and_metadata
+from memformer.utils.files import read_metadata
 
 _NUM_TOKENS_KEY = "prompt_tokens"
 _CHECKSUM_KEY = "prompt_crc32"
@@ -72,7 +72,7 @@ def saved_position(file: Path) -> Position | None:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    _, metadata = read_tensors_and_metadata(file)
+    metadata = read_metadata(file)
     if _NUM_TOKENS_KEY not in metadata:
         return None
     try:

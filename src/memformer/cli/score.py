@@ -121,8 +121,8 @@ def run_score(argv: list[str]) -> int:
     file = None if options.save_session is None else user_path(options.save_session)
     with ExitStack() as stack:
         if file is not None:
-            check_session_file(options, file)
             stack.enter_context(owned_file(file, option="--save_session"))
+            check_session_file(options, file)
         signals = stack.enter_context(signals_noted())
         scoring = _start(run, options, file, minutes=minutes)
         output = ScoreOutput(options, run.tokenizer, goes_on=scoring.session.num_tokens[0] > 0)

@@ -18,7 +18,7 @@ from memformer.data.lines import TextPart
 from memformer.errors import CheckpointError, InputError
 from memformer.evaluation.surprisal import LineSums, ScoredLine, SurprisingLines
 from memformer.generation.session import Session
-from memformer.utils.files import read_tensors_and_metadata
+from memformer.utils.files import read_metadata
 
 STATE_KEY = "scoring"
 _CHECKSUM_KEY = "scoring_crc32"
@@ -204,7 +204,7 @@ def held_bytes(file: Path) -> int:
 
 
 def _read_state(file: Path) -> dict[str, Any]:
-    _, metadata = read_tensors_and_metadata(file)
+    metadata = read_metadata(file)
     text = metadata.get(STATE_KEY)
     if text is None:
         return {}

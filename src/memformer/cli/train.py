@@ -114,7 +114,9 @@ def _train_in(folder: Path, config: RunConfig, options: Any, device: torch.devic
     saved = read_run_config(folder) if resume else None
     tokenizer = load_tokenizer(folder) if resume else None
     began_with = read_inputs(folder) if resume else None
-    config = dataclasses.replace(config, data=pin_revisions(config.data, saved))
+    # One process asks the hub for the newest commit, which could be another one for the next.
+    pinned = processes.from_first(processes.do_in_first(lambda: pin_revisions(config.data, saved)))
+    config = dataclasses.replace(config, data=pinned)
     if saved is not None and tokenizer is not None:
         now = dataclasses.replace(config, model=_fit_vocabulary(config, tokenizer))
         # Files that were moved are found to be the same by their content, if the run has recorded it.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memformer.data import TextTokenizer, Tokenizer
-from memformer.data.document_end import DocumentEndTokenizer
+from memformer.data.document_end import plain
 from memformer.data.tokenizer_pipelines import UNKNOWN_WORD
 from memformer.utils.progress import print_warning
 
@@ -19,7 +19,7 @@ class UnknownWords:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        inner = tokenizer.inner if isinstance(tokenizer, DocumentEndTokenizer) else tokenizer
+        inner = plain(tokenizer)
         self._unknown: int | None = None
         if isinstance(inner, TextTokenizer) and inner.kind == "word":
             self._unknown = inner.tokenizer.token_to_id(UNKNOWN_WORD)

@@ -27,7 +27,7 @@ from memformer.utils.files import user_path
 from memformer.utils.token_ids import check_token_ids
 from memformer.utils.words import counted
 
-# Also part of the cache key: raise it when files are read in another way. Version 1 took compressed data for text.
+# Also part of the cache key: raise it when files are read in another way.
 FORMAT_VERSION = 3
 MANIFEST_FILE = "corpus.json"
 TOKENS_FILE = "tokens.bin"

@@ -179,14 +179,15 @@ def unit_of_kind(kind: str) -> str:
 def source_bytes(source: SourceConfig) -> int | None:
     """Return the size of a source's files in bytes, an estimate of its documents' size; None if it is unknown.
 
-    It is unknown for compressed files, data sets of the Hugging Face hub, slices of documents, and sources without
-    local files.
+    It is unknown for compressed files, series, images that are made smaller, data sets of the Hugging Face hub, slices
+    of documents, and sources without local files.
 
     Raises:
         InputError: A path does not exist or contains no file, or a file cannot be read.
     """
     paths = [file.path for file in locate_source_files(source)]
-    if not paths or source.documents is not None or source.name is not None:
+    is_reduced = source.documents is not None or source.downsample > 1
+    if not paths or is_reduced or source.name is not None or source.kind == "array":
         return None
     # One file of each kind of name, because there may be very many.
     if any(is_compressed(path) for path in {path.suffix: path for path in paths}.values()):

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from memformer.evaluation.document_retention import DocumentRetention
 from memformer.evaluation.recall import Recall
 from memformer.utils.files import atomic_write
+from memformer.utils.words import counted
 
 # Of fixed margins: characters of the legend per inch of width, and the height of a line of text in inches.
 _CHARACTERS_PER_INCH = 12
@@ -42,7 +43,7 @@ def draw_recall(recall: Recall, *, trained_distance: int, segment_length: int) -
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(f"segments of {segment_length:,} tokens from the last fact to the question")
     axes.set_ylabel("accuracy")
-    axes.set_title(f"recall of {recall.num_facts} fact{'s' if recall.num_facts > 1 else ''}")
+    axes.set_title(f"recall of {counted(recall.num_facts, 'fact')}")
     axes.grid(alpha=0.3)
     put_legend_below(figure)
     return figure

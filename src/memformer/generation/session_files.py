@@ -86,8 +86,7 @@ def check_state(path: Path, state: State, *, expected: State, model: LanguageMod
         raise CheckpointError(f"{path}: counts {state['counts'].tolist()} are impossible; the file is damaged")
     if state["tokens"].min() < 0 or state["tokens"].max() >= model.vocab_size:
         raise CheckpointError(f"{path}: pending tokens are outside the vocabulary of {model.vocab_size}")
-    previous = state["previous"] if "previous" in expected else state["tokens"]
-    if previous.min() < 0 or previous.max() > model.bos_token_id:
+    if "previous" in expected and (state["previous"].min() < 0 or state["previous"].max() > model.bos_token_id):
         raise CheckpointError(
             f"{path}: the token before the pending tokens is outside the vocabulary of {model.vocab_size}"
         )

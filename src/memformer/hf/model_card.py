@@ -83,6 +83,7 @@ def write_card_text(
         num_parameters=model.num_parameters,
         segment_length=model.segment_length,
         vocab_size=model.vocab_size,
+        measured_on=_describe_test(run_config),
         metrics=_read_metrics(run_folder) if has_result and run_folder is not None else [],
         training={} if run_config is None else _describe_training(run_config, run_folder),
         model=model.config.to_dict(),
@@ -133,6 +134,12 @@ def _describe_training(run_config: dict[str, Any], run_folder: Path | None) -> d
         versions = read_json(run_folder / VERSIONS_FILE)
         described["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return described
+
+
+def _describe_test(run_config: dict[str, Any] | None) -> str:
+    if isinstance((run_config or {}).get("data", {}).get("recall"), dict):
+        return "new episodes of the training run's recall task"
+    return "held-out documents of the training run"
 
 
 def _describe_data(data: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
 from memformer.lm_eval.scoring import Ids, nats_and_greedy, nats_of
-from memformer.training.run_folder import load_run
+from memformer.training.run_folder import load_run, use_float32_on_cpu
 from memformer.utils.checks import Integer, check_choice, check_integer, refuse_unknown_keys
 from memformer.utils.machine import choose_device
 from memformer.utils.progress import print_warning
@@ -75,9 +75,7 @@ class MemformerLM(LM):
         if (kind := self.run.tokenizer.kind) in {"pixels", "bins"}:
             held = "images" if kind == "pixels" else "series"
             raise InputError(f"{self.run.folder} is a model of {held}; the evaluation harness needs one of texts")
-        model = self.run.model
-        if self._device.type == "cpu" and model.memory_dtype != next(model.parameters()).dtype:
-            model.float()  # a CPU computes in half precision many times as slowly
+        use_float32_on_cpu(self.run.model)
 
     @classmethod
     def create_from_arg_obj(

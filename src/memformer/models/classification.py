@@ -48,8 +48,7 @@ class MemformerForSequenceClassification(MemoryEncoder):
     _other_calls = "classify(token_ids) or log_probabilities(token_ids) to label a document"
 
     def __init__(self, config: MemformerClassificationConfig) -> None:
-        check_type("config", config, MemformerClassificationConfig)
-        super().__init__(config, num_special_tokens=config.num_special_tokens)
+        super().__init__(config)
         self.encoder = Encoder(config)
         self._make_memory()
         self.head_norm = nn.LayerNorm(config.pooled_width)

@@ -36,8 +36,7 @@ class Memformer(MemoryEncoder, LanguageModel):
     config_class: ClassVar[type[MemformerConfig]] = MemformerConfig
 
     def __init__(self, config: MemformerConfig) -> None:
-        check_type("config", config, MemformerConfig)
-        super().__init__(config, num_special_tokens=config.num_special_tokens)
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self._make_memory()

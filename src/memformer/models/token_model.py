@@ -16,11 +16,12 @@ class TokenModel(Pretrained, RecurrentModel):
 
     Args:
         config: The model's config.
-        num_special_tokens: Number of token ids after `[BOS]` that can be inputs.
     """
 
-    def __init__(self, config: Any, *, num_special_tokens: int = 0) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
+        # Only Memformers are trained on tasks that need them.
+        num_special_tokens = getattr(config, "num_special_tokens", 0)
         self.embedding = (
             AdaptiveEmbedding(config.vocab_size, config.d_model, cutoffs=config.adaptive_cutoffs)
             if config.adaptive_cutoffs

@@ -42,7 +42,7 @@ class ChildProcesses:
                 self._running.remove(process)
 
     def pass_signal_on(self) -> None:
-        """Ask the processes to save and end, once, if SIGTERM was received; a terminal sends SIGINT to them as well."""
+        """Ask the processes to save and end, once, if SIGTERM was received; on Ctrl-C, a terminal does so."""
         if not self._is_passed_on and self._signals.received[:1] == [signal.SIGTERM]:
             self._is_passed_on = True
             self._terminate()

@@ -27,7 +27,7 @@ class RowFigures:
 
     Attributes:
         row: The row.
-        parameters: Number of trainable parameters.
+        parameters: Number of parameters.
         flops: Floating-point operations for a sequence of `flops_tokens` tokens.
         results: For each seed, the evaluation of the best weights on all held-out data.
     """

@@ -89,7 +89,8 @@ def check_run(folder: Path, planned: RunConfig) -> None:
     saved, began_with = read_run_config(folder), read_inputs(folder)
     tokenizer = load_tokenizer(folder)
     # `memformer train` derives these from the tokenizer and the tasks.
-    derived = {name: saved["model"][name] for name in ("vocab_size", "num_special_tokens") if name in saved["model"]}
+    began_model = saved.get("model") or {}
+    derived = {name: began_model[name] for name in ("vocab_size", "num_special_tokens") if name in began_model}
     now = dataclasses.replace(
         planned,
         model=dataclasses.replace(planned.model, **derived),

@@ -19,6 +19,7 @@ from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights,
 from memformer.training.distributed_tensors import is_sharded
 from memformer.training.randomness import RandomState, capture_randomness, restore_randomness
 from memformer.utils.files import read_json, read_tensors, sync_file, sync_folder, write_json, write_tensors
+from memformer.utils.progress import print_warning
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -212,12 +213,17 @@ def prune_checkpoints(newest: Path, *, keep: int) -> None:
     """Delete old checkpoints, except the `keep` newest up to and including `newest`.
 
     Checkpoints later than `newest` must be damaged, because the run was resumed from an earlier one. They are ignored
-    here and will be overwritten. Links, which the run does not create, are not deleted.
+    here and will be overwritten. Links, which the run does not create, are not deleted. One that cannot be deleted is
+    warned of.
     """
     not_later = [path for path in checkpoints_newest_first(newest.parent) if path.name <= newest.name]
     for path in not_later[keep:]:
-        if not path.is_symlink():
+        if path.is_symlink():
+            continue
+        try:
             shutil.rmtree(path)
+        except OSError as error:
+            print_warning(f"the old checkpoint {path} cannot be deleted: {error.strerror or error}")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -146,8 +146,8 @@ class TrackerSink(LogSink):
             self._end()
 
     def _send(self, kind: str, num_updates: int, send: Callable[[Tracker], None]) -> None:
-        if num_updates > self._sent.get(kind, 0) and self._try(send):
-            self._sent[kind] = 0 if self._rewinds else num_updates
+        if num_updates > self._sent.get(kind, 0) and self._try(send) and not self._rewinds:
+            self._sent[kind] = num_updates
 
     def _try(self, act: Callable[[Tracker], None]) -> bool:
         """Return whether the tracker did it."""
@@ -194,8 +194,9 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
+        with contextlib.ExitStack() as stack:  # if one of them fails, the others are closed all the same
+            for sink in reversed(self._sinks):
+                stack.callback(sink.close)
 
     def advance(self, num_updates: int, *, seconds_left: float) -> None:
         """Move the progress bar, and set the remaining time in seconds."""

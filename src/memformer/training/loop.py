@@ -248,8 +248,7 @@ class _Trainer:
             self.state.optimizer.zero_grad(set_to_none=True)
             return None
         loss = nll / total
-        limit = training.max_gradient_norm or math.inf
-        gradient_norm = clip_gradients(model, limit)
+        gradient_norm = clip_gradients(model, training.max_gradient_norm)
         reason = None
         if not math.isfinite(loss + gradient_norm):
             reason = f"loss {loss} nats per token, gradient norm {gradient_norm}; both must be finite"

@@ -83,8 +83,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Clip the gradient norm to `max_norm` in place; return the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    """Clip the gradient norm to `max_norm` in place (0: no clipping); return the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return float(gathered(norm))
 
 

@@ -113,6 +113,12 @@ def remove_partial(folder: Path) -> None:
                 unfinished.unlink()
 
 
+def use_float32_on_cpu(model: LanguageModel) -> None:
+    """Convert a model that is on a CPU from half precision, in which a CPU computes many times as slowly."""
+    if model.device.type == "cpu" and model.memory_dtype != next(model.parameters()).dtype:
+        model.float()
+
+
 def load_run(
     folder: str | Path,
     *,

@@ -12,7 +12,7 @@ from memformer.data.sources import locate_source_files, pin_revision
 from memformer.errors import CheckpointError, InputError
 from memformer.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from memformer.training.checkpoint import MANIFEST_FILE, canonical
-from memformer.training.config import SOURCES, DataConfig, RunConfig, TrainingConfig
+from memformer.training.config import SOURCES, DataConfig, RunConfig
 from memformer.training.run_folder import BEST, CHECKPOINTS, LOG_FILE, RUN_CONFIG_FILE, SAMPLES, TRAIN_LOG
 from memformer.utils.files import read_json, user_path, write_json
 
@@ -318,14 +318,7 @@ def find_changed_key(
         training: Names of the training settings that are compared. By default, those without which a run cannot resume.
     """
     # `saved` is from `read_run_config`; other keys that are newer than the run had their default value.
-    defaults = canonical(
-        {
-            "data": dataclasses.asdict(DataConfig()),
-            "model": type(config.model)().to_dict(),
-            "training": dataclasses.asdict(TrainingConfig()),
-        }
-    )
-    saved = {**saved, **{key: _with_defaults(saved.get(key), defaults[key]) for key in defaults}}
+    saved = _completed(saved, config)
     fixed = ("seed", "model_type", "model", "data")
     differences = _differences(saved, canonical(config.to_dict()))
     # The kind of a model or a task comes first: other keys differ because of it.
@@ -336,11 +329,19 @@ def find_changed_key(
     return None
 
 
-def _with_defaults(saved: Any, defaults: Any) -> Any:
-    """Return a saved section, completed by the defaults of the keys that it lacks."""
-    if not isinstance(saved, dict) or not isinstance(defaults, dict):
+def _completed(saved: Any, config: Any) -> Any:
+    """Return a saved section, completed by the defaults of the keys that it lacks; `config` is today's section."""
+    if not isinstance(saved, dict) or not dataclasses.is_dataclass(config):
         return saved
-    return {**defaults, **{key: _with_defaults(value, defaults.get(key)) for key, value in saved.items()}}
+    completed = dict(saved)
+    for field in dataclasses.fields(config):
+        if field.name in saved:
+            completed[field.name] = _completed(saved[field.name], getattr(config, field.name))
+        elif field.default_factory is not dataclasses.MISSING:
+            completed[field.name] = canonical(dataclasses.asdict(field.default_factory()))
+        else:
+            completed[field.name] = canonical(field.default)
+    return completed
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

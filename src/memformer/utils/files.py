@@ -290,6 +290,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return read_tensors_and_metadata(file)[0]
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file, of which only the beginning is read.
+
+    Raises:
+        CheckpointError: The file is missing or its beginning is damaged.
+    """
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
 def read_tensors_and_metadata(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors in a safetensors file, verified as by `read_tensors`, and its metadata.
 

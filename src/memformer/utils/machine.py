@@ -116,16 +116,19 @@ def has_intel_processor() -> bool:
     return "GenuineIntel" in text
 
 
+def version_of(package: str) -> str:
+    """Return the version of a package; "not installed" if it is imported from its source, as this one can be."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of all packages that can change a result, of Python and of the platform."""
-    found = {}
-    for package in ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"  # this package itself, where it is imported from its source
+    packages = ("memformer-lm", "torch", "numpy", "safetensors", "tokenizers")
     return {
-        **found,
+        **{package: version_of(package) for package in packages},
         "torch build": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
