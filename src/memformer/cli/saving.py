@@ -12,7 +12,7 @@ from memformer.data import BinTokenizer, Tokenizer
 from memformer.errors import InputError
 from memformer.generation.session import Session
 from memformer.utils.checks import check_number
-from memformer.utils.files import check_can_write, user_path
+from memformer.utils.files import user_path
 
 # Minutes rather than tokens: the loss by a kill is then the same at any speed of reading, and so is the share of time
 # spent on saving.
@@ -78,13 +78,11 @@ def add_saving_arguments(parser: ArgumentParser, *, text: str) -> None:
 
 
 def check_session_file(options: Any, file: Path) -> None:
-    """Check that the session can be saved, and that it replaces no file but the one that it begins with.
+    """Check that a session, whose file this process owns, replaces no file but the one that it begins with.
 
     Raises:
         InputError: The file exists, and the session does not begin with it.
-        SaveError: The file cannot be written.
     """
-    check_can_write(file)
     begins_with = None if options.load_session is None else user_path(options.load_session)
     if begins_with is not None and not begins_with.exists():
         return  # nothing is written: loading says what is missing

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from memformer.errors import InputError
-from memformer.utils.files import saving
+from memformer.utils.files import check_can_write, saving
 from memformer.utils.progress import print_warning
 
 LOCK_FILE = ".lock"
@@ -66,6 +66,7 @@ def owned_file(file: Path, *, option: str) -> contextlib.AbstractContextManager[
 
     A link stands for its file, which is what is replaced.
     """
+    check_can_write(file)  # its message is about the file, not about the lock
     file = file.resolve()
     return _owned(file.with_name(f".{file.name}{LOCK_FILE}"), file, option=option)
 
