@@ -369,4 +369,5 @@ class RunConfig:
         """Return the config as plain values for YAML or JSON."""
         fields = dataclasses.asdict(self)
         fields["model"] = self.model.to_dict()
+        fields["training"]["betas"] = list(self.training.betas)
         return fields
