@@ -1,21 +1,18 @@
 """The device of the measurements, and what is read from its clock and its memory."""
 
 import gc
-import time
 from collections.abc import Callable
 
 import torch
+
+from memformer.reproduction.measure import seconds_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def timed(work: Callable[[], object]) -> float:
     """Return the seconds that some work takes on the device."""
-    synchronize()
-    started = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - started
+    return seconds_of(DEVICE, work)
 
 
 def synchronize() -> None:

@@ -114,5 +114,5 @@ def test_other_vocabularies_and_broken_weights_are_refused():
         evaluate(model, corpus_from_arrays(documents([40]), 12))
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
-    with pytest.raises(InputError, match="must be finite"):
+    with pytest.raises(InputError, match="likelihood is not finite: the model's weights"):
         evaluate(model, corpus_from_arrays(documents([40]), VOCAB_SIZE))

@@ -16,7 +16,7 @@ from memformer.evaluation.likelihood import check_vocabulary
 from memformer.evaluation.stability import Stability, measure_stability
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, Integers, check_integer, check_integers
+from memformer.utils.checks import Integer, Integers, check_integer, check_integers, check_likelihood
 from memformer.utils.machine import peak_memory_bytes
 from memformer.utils.tables import format_table
 from memformer.utils.words import counted
@@ -252,8 +252,7 @@ def measure_documents(
             totals.add(rollout, reader.read(rollout))
             if progress is not None:
                 progress(totals.num_segments)
-    if not (np.isfinite(totals.nll).all() and np.isfinite(totals.delayed_nll).all()):
-        raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
+    check_likelihood(totals.nll, totals.delayed_nll)
     erased, *delayed = totals.delayed_nll.tolist()
     lasts = [first - 1 for first in firsts[1:]] + [longest_document - 1]
     return DocumentRetention(

@@ -14,7 +14,7 @@ from memformer.errors import InputError
 from memformer.evaluation.recorded_calls import RecordedCalls
 from memformer.models.recurrence import RecurrentModel, reading, unwrapped
 from memformer.rollout import Rollout
-from memformer.utils.checks import Integer, check_integer, check_type
+from memformer.utils.checks import Integer, check_integer, check_likelihood, check_type
 from memformer.utils.tables import format_table
 
 
@@ -189,11 +189,7 @@ def evaluate(
             num_tokens += rollout.count_target_tokens()
             if progress is not None:
                 progress(num_tokens)
-    if not totals.isfinite().all():
-        raise InputError(
-            f"the model's negative log-likelihood is {totals.tolist()} nats; it must be finite: the model's weights "
-            "are broken"
-        )
+    check_likelihood(totals.tolist())
     with_memory, memory_erased = (
         Likelihood(nll=nll, num_tokens=corpus.num_tokens, num_bytes=corpus.num_bytes) for nll in totals.tolist()
     )

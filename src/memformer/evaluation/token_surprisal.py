@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memformer.errors import InputError
 from memformer.evaluation.likelihood import encode_erased
 from memformer.evaluation.streams import read_stream
 from memformer.models import LanguageModel
 from memformer.models.recurrence import RecurrentModel, reading
 from memformer.rollout import Rollout
+from memformer.utils.checks import check_likelihood
 
 
 def token_surprisal(
@@ -73,6 +73,5 @@ def target_surprisal(model: RecurrentModel, rollout: Rollout, hidden: Tensor) ->
         for states in (hidden, erased)
     ]
     found = torch.stack(nll).double().cpu().numpy()
-    if not np.isfinite(found).all():
-        raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
+    check_likelihood(found)
     return found

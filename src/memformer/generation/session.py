@@ -17,7 +17,15 @@ from memformer.generation.token_ids import TokenIds, check_token_rows, in_chunks
 from memformer.models import LanguageModel
 from memformer.models.recurrence import reading, unwrapped
 from memformer.shapes import Memory
-from memformer.utils.checks import Integer, Integers, Number, check_integer, check_integers, check_seed
+from memformer.utils.checks import (
+    Integer,
+    Integers,
+    Number,
+    check_integer,
+    check_integers,
+    check_likelihood,
+    check_seed,
+)
 from memformer.utils.files import user_path
 from memformer.utils.words import with_article
 
@@ -115,8 +123,7 @@ class Session:
         """
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         rows = self._read_out(token_ids, self.model.token_nll, empty=torch.empty(0, dtype=dtype, device="cpu"))
-        if not all(row.isfinite().all() for row in rows):
-            raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
+        check_likelihood(*(row.numpy() for row in rows))
         return rows[0] if self.batch_size == 1 else rows
 
     def token_logits(self, token_ids: TokenIds) -> Tensor | list[Tensor]:

@@ -23,6 +23,11 @@ def set_special_tokens(generation_config: Any, config: Any) -> None:
             setattr(generation_config, name, getattr(config, name))
 
 
+def _num_repeats(generation_config: Any) -> int:
+    """Return into how many rows a row of the prompt is repeated, for beams or for several results."""
+    return max(generation_config.num_beams, generation_config.num_return_sequences)
+
+
 class StreamGenerationMixin(GenerationMixin):
     """`generate` with a `MemformerCache`."""
 
@@ -55,7 +60,7 @@ class StreamGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+        repeats = _num_repeats(generation_config)
         cache = model_kwargs.get("cache")
         check_cache_use(cache, generation_config.use_cache)
         if cache is None and generation_config.use_cache is not False:
@@ -89,7 +94,7 @@ class StreamGenerationMixin(GenerationMixin):
         if isinstance(cache, MemformerCache):
             num_past = cache.get_seq_length()
             holds_all = num_past > 0 and width == num_columns
-            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+            repeats = _num_repeats(generation_config)
             if cache.batch_size * repeats != input_ids.shape[0]:
                 repeats = 1  # the cache has all rows
             rows = self._find_tokens(

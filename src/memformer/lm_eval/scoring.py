@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memformer.errors import InputError
 from memformer.generation.session import Session
+from memformer.utils.checks import check_likelihood
 
 Ids = NDArray[np.integer[Any]]
 
@@ -44,8 +44,7 @@ def nats_and_greedy(session: Session, rows: Sequence[Ids]) -> list[tuple[float, 
             ids = torch.from_numpy(pieces[row].astype(np.int64))
             totals[row] += float(logits.double().log_softmax(-1).gather(-1, ids[:, None]).sum())
             is_greedy[row] &= bool((logits.argmax(-1) == ids).all())
-    if not np.isfinite(totals).all():
-        raise InputError("the log-likelihood is not finite: the model's weights are broken")
+    check_likelihood(totals)
     return list(zip(totals, is_greedy, strict=True))
 
 

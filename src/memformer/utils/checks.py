@@ -9,10 +9,11 @@ import math
 import operator
 import reprlib
 import sys
-from collections.abc import Iterable
-from typing import SupportsFloat, SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memformer.errors import InputError, InputTypeError
 from memformer.utils.words import with_article
@@ -67,6 +68,16 @@ _REPR.maxstring = _REPR.maxother = 200
 def shown(value: object) -> str:
     """Return a value as text for a message: its `repr`, shortened if it is long or deeply nested."""
     return _REPR.repr(value)
+
+
+def check_likelihood(*nlls: NDArray[np.floating[Any]] | Sequence[float]) -> None:
+    """Check that negative log-likelihoods, which a model has computed, are finite.
+
+    Raises:
+        InputError: One of them is not.
+    """
+    if not all(np.isfinite(nll).all() for nll in nlls):
+        raise InputError("the negative log-likelihood is not finite: the model's weights or its memory are broken")
 
 
 def refuse_unknown_keys(given: Iterable[str], *, valid: Iterable[str], owner: str) -> None:
