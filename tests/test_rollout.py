@@ -40,6 +40,32 @@ def test_wrong_tensors_are_refused(changes, error, message):
         Rollout(**{"inputs": TOKENS, "targets": TOKENS, **changes})
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["timesteps", "rows"])
+def test_every_field_is_cut(axis):
+    flags = torch.arange(12).view(4, 3) % 5 < 2
+    padding = torch.zeros(4, 3, 6, dtype=torch.bool)
+    padding[1, 2, 3:] = True
+    whole = Rollout(
+        inputs=torch.arange(72).view(4, 3, 6),
+        targets=torch.arange(72).view(4, 3, 6) + 1,
+        reset=flags,
+        input_padding=padding,
+        target_padding=~padding,
+        decoder_start_ids=torch.arange(12).view(4, 3),
+        targets_are_answers=True,
+        is_filler=~flags,
+    )
+    part = whole.select_rows([1, 2]) if axis else whole[1:3]
+    for field in dataclasses.fields(Rollout):
+        old, new = getattr(whole, field.name), getattr(part, field.name)
+        if isinstance(old, torch.Tensor):
+            old = old.narrow(axis, 1, 2)
+            assert torch.equal(new, old), field.name
+        else:
+            assert new == old, field.name
+    assert not whole.is_shifted  # the only field that has its default here
+
+
 def test_counts():
     padding = torch.zeros(2, 3, 4, dtype=torch.bool)
     padding[0, 0] = True

@@ -191,3 +191,12 @@ def test_models_that_predict_from_states_alone_refuse_decoder_start_ids():
     model = tiny_baseline("transformer-xl")
     with pytest.raises(InputError, match="it cannot be shifted"):
         backpropagate(model, with_decoder_start_ids(random_rollout(2, 3, resets=True)))
+
+
+@pytest.mark.parametrize(("mean", "fewest", "most"), [(0.01, 80, 100), (20, 1, 12)])
+def test_masked_spans_have_the_mean_of_the_config(mean, fewest, most):
+    """100 of 2,000 tokens are masked, in single tokens or in some five spans."""
+    tasks = MultitaskConfig(masked_fraction=0.05, mean_span=mean)
+    masked = mask_spans(np.zeros(2000, np.int64), tasks, mask_token_id=9, generator=np.random.default_rng(0))
+    assert fewest <= (masked == 9).sum() <= most
+    assert (masked == 0).sum() == 1900

@@ -253,6 +253,15 @@ def test_only_allowed_tokens_are_generated(options):
     assert len({*generated[0]}) > 1
 
 
+def test_sampling_options_reach_the_draw():
+    greedy = Session(tiny_model()).generate(20, temperature=0)
+    assert Session(tiny_model()).generate(20, seed=0) != greedy
+    assert all(
+        Session(tiny_model()).generate(20, seed=0, **{name: 1e-6}) == greedy for name in ("top_p", "temperature")
+    )
+    assert Session(tiny_model()).generate(20, seed=0, top_k=1) == greedy
+
+
 def test_all_tokens_may_be_allowed():
     sessions = [Session(tiny_model()) for _ in range(2)]
     rows = [

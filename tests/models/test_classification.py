@@ -124,9 +124,10 @@ def test_the_state_of_a_stream_does_not_grow():
     held = []
     for _ in range(3):
         stream.feed([1] * (9 * SEGMENT_LENGTH + 1))
-        tensors = [each for each in vars(stream).values() if isinstance(each, torch.Tensor)]
+        tensors = [each for each in stream._state if isinstance(each, torch.Tensor)]
         held.append(sum(each.untyped_storage().nbytes() for each in tensors))
         assert held[-1] <= stream.state_bytes == size
+    assert len(tensors) == 3
     assert all(not each.requires_grad for each in tensors)
 
 

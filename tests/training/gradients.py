@@ -7,6 +7,29 @@ from memformer.training.replay import RolloutHooks
 from tests.helpers import assert_close
 
 
+def by_hand(model, rollout, memory):
+    """Compute the gradients by plain back-propagation through time, without the package's training code."""
+    model.zero_grad()
+    memory = entering = memory.detach().clone().requires_grad_()
+    nll, count = 0.0, 0
+    for t in range(rollout.num_timesteps):
+        if rollout.reset is not None:
+            rows = [model.initial_memory(1)[0] if rollout.reset[t, b] else memory[b] for b in range(rollout.batch_size)]
+            memory = torch.stack(rows)
+        padding = None if rollout.input_padding is None else rollout.input_padding[t]
+        hidden, memory = model.encode(rollout.inputs[t], memory=memory, padding_mask=padding)
+        logits = model.decode(rollout.targets[t], hidden=hidden, hidden_padding_mask=padding)
+        log_probabilities = logits.log_softmax(-1)
+        for b in range(rollout.batch_size):
+            for n in range(rollout.targets.shape[2]):
+                if rollout.target_padding is None or not rollout.target_padding[t, b, n]:
+                    nll = nll - log_probabilities[b, n, rollout.targets[t, b, n]]
+                    count += 1
+    (nll / count).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return (nll / count).detach(), count, memory.detach(), entering.grad, grads
+
+
 def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options):
     model.zero_grad()
     torch.manual_seed(5)

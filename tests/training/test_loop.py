@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from memformer import InputError, Memformer, SaveError
 from memformer.cli.main import main
+from memformer.training import loop
 from memformer.training.logs import JsonLinesSink, read_log
 from memformer.training.loop import train
+from memformer.training.optimizer import clip_gradients
 from memformer.training.replay import backpropagate
 from memformer.training.run_data import DocumentData, prepare_data
 from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config
@@ -92,6 +94,44 @@ def test_other_training_options(base, tmp_path, unbroken, options):
     if "method" not in options:
         assert training[0][1] == pytest.approx(expected[0][1], rel=relative)
         assert training[0][2] == pytest.approx(expected[0][2], rel=3 * relative)
+    assert (training[0][1] == expected[0][1]) == ("precision" not in options)
+
+
+def test_training_options_reach_the_update(base, tmp_path, monkeypatch):
+    """Most of them change no result, so the results cannot tell."""
+    seen, limits = set(), []
+
+    def recorded(*arguments, **options):
+        seen.add((options["method"], options["readout_timesteps"], torch.is_autocast_enabled("cpu")))
+        return backpropagate(*arguments, **options)
+
+    def clipped(model, limit):
+        limits.append(limit)
+        return clip_gradients(model, limit)
+
+    monkeypatch.setattr(loop, "backpropagate", recorded)
+    monkeypatch.setattr(loop, "clip_gradients", clipped)
+    options = {"method": "checkpoint", "readout_timesteps": 3, "precision": "bfloat16", "max_gradient_norm": 0.25}
+    config = run_config(base, num_updates=1, sample_tokens=0, **options)
+    assert main(["train", config_file(config), "--folder", str(tmp_path)]) == 0
+    assert seen == {("checkpoint", 3, True)}
+    assert limits == [0.25]
+
+
+def test_the_logged_norms_are_those_of_the_memory_gradient(base, tmp_path, monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        loop, "backpropagate", lambda *given, **options: keep(results, backpropagate(*given, **options))
+    )
+    config = run_config(base, num_updates=2, log_every=2, rollouts_per_update=1, sample_tokens=0)
+    assert main(["train", config_file(config), "--folder", str(tmp_path)]) == 0
+    (line,) = (line for line in read_log(tmp_path) if line["kind"] == "training")  # none of the first update
+    assert line["memory_gradient_norms"] == pytest.approx(results[-1].memory_grad_norms.tolist())
+
+
+def keep(items, item):
+    items.append(item)
+    return item
 
 
 def test_the_write_penalty_changes_the_gradient_but_not_the_logged_loss(base, tmp_path, monkeypatch):

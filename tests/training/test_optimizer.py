@@ -53,6 +53,13 @@ def test_the_matrices_of_an_lstm_are_decayed_and_its_biases_are_not():
     }
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_betas_reach_the_optimizer(optimizer):
+    made = make_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer, betas=(0.5, 0.6)))
+    found = {group["betas"] for group in made.param_groups if "betas" in group}
+    assert found == {(0.5, 0.6)}
+
+
 def test_a_largest_norm_of_zero_clips_nothing():
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, 4.0]])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from memformer import InputError, Memformer
+from memformer import CheckpointError, InputError, Memformer
 from memformer.cli import train as cli_train
 from memformer.cli.main import main
 from memformer.cli.run_config import parse_run_config
@@ -144,6 +145,8 @@ def test_a_run_with_dropout_resumed_with_the_same_number_of_processes_is_identic
     train(config)
     expected = saved_tensors(checkpoint_of(base / "dropout", 10))
     assert {"state: cpu_randomness", "state: cpu_randomness.1"} <= expected.keys()
+    # Rows with the same text have other dropout masks in each process.
+    assert not torch.equal(expected["state: cpu_randomness"], expected["state: cpu_randomness.1"])
     drop_checkpoints_after(base / "dropout", 9)
     done = train(config, "--resume")
     assert "resuming from" in done.output
@@ -292,6 +295,27 @@ def test_a_recall_task_with_several_processes_is_warned_that_a_writer_may_stop(b
     done = run_job(jobs.run_command, "train", config_file(config))
     assert done.status == 0, done.output
     assert done.output.count("with 2 processes, nothing helps a writer that stops writing") == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "is_refused"), [(1.0, False), (1.5, True), (float("nan"), True)], ids=["equal", "other", "broken"]
+)
+def test_processes_must_have_the_same_weights(monkeypatch, other, is_refused):
+    processes = Processes()
+    monkeypatch.setattr(processes, "count", 2)
+    monkeypatch.setattr(processes, "_gather", lambda own: [own, own * other])
+    expected = pytest.raises(CheckpointError, match="the weights of process 1 differ from those of process 0")
+    with expected if is_refused else contextlib.nullcontext():
+        processes.check_agreement(torch.nn.Linear(2, 2))
+
+
+def test_weights_that_are_broken_in_all_processes_agree(monkeypatch):
+    """So that the reason is said by what broke them."""
+    processes, model = Processes(), torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(model.weight, math.nan)
+    monkeypatch.setattr(processes, "count", 2)
+    monkeypatch.setattr(processes, "_gather", lambda own: [own, own])
+    processes.check_agreement(model)
 
 
 def test_a_number_of_lanes_that_is_no_multiple_of_the_processes_is_refused():

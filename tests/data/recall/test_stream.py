@@ -49,6 +49,28 @@ def words_of(config, tokens):
     return make_task(config).tokenizer.decode(list(tokens)).decode().split()
 
 
+def test_distances_and_facts_of_a_segment_are_log_uniform():
+    """A distance of 1 of up to 15 has the share log 2 / log 16, which is a quarter, not a fifteenth."""
+    stream = make_stream(RecallConfig(task="fact", max_distance=15), num_lanes=1)
+    distances = np.array([len(rollout.inputs) - 2 for rollout, _ in zip(stream, range(800), strict=False)])
+    assert (distances.min(), distances.max()) == (1, 15)
+    assert np.mean(distances == 1) == pytest.approx(np.log(2) / np.log(16), abs=0.05)
+    config = RecallConfig(task="copy", num_facts=(6, 6), facts_per_segment=(1, 6), max_distance=1)
+    lengths = np.array([len(rollout.inputs) for rollout, _ in zip(make_stream(config), range(800), strict=False)])
+    assert np.mean(lengths == lengths.max()) == pytest.approx(np.log(2) / np.log(7), abs=0.05)  # one fact each
+
+
+def test_questions_have_their_probability():
+    config = RecallConfig(task="fact", max_distance=8, question_probability=0.25)
+    stream = make_stream(config, num_lanes=40)
+    shares = [
+        (~rollout.target_padding[2:-1, :, 0]).float().mean().item()
+        for rollout, _ in zip(stream, range(60), strict=False)
+        if len(rollout.inputs) > 3
+    ]
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.03)
+
+
 def test_filler_is_every_segment_without_a_fact(config):
     stream = make_stream(config)
     stream.load_state({**stream.state(), "episode": _EPISODES_UNTIL_FILLER_IS_KNOWN})

@@ -21,7 +21,7 @@ from memformer.data import (
     make_text_task,
     train_tokenizer,
 )
-from memformer.data.recall.stream import insert_facts, task_text
+from memformer.data.recall.stream import _EPISODES_UNTIL_FILLER_IS_KNOWN, insert_facts, task_text
 from memformer.training.config import DataConfig
 from memformer.training.run_data import prepare_data
 from tests.data.recall.texts import (
@@ -239,6 +239,17 @@ def test_decoys_are_one_or_two_texts_around_answers_and_names(tmp_path, kind):
     assert counts.keys() <= expected.keys()
     for window, mean in expected.items():
         assert abs(counts[window] - mean) < 5 * mean**0.5 + 1
+
+
+def test_decoys_have_their_probability(tmp_path, monkeypatch):
+    config = babi(write_stories(tmp_path, DECOY_STORIES), num_facts=(1, 2), max_distance=4, decoy_probability=0.3)
+    task = text_task(config, texts=DECOY_TEXTS)
+    stream = RecallStream(task, config, num_lanes=8, segment_length=12, rollout_length=99, bos_token_id=999, seed=0)
+    stream.load_state({**stream.state(), "episode": _EPISODES_UNTIL_FILLER_IS_KNOWN})
+    made, make = [], task.make_decoy
+    monkeypatch.setattr(task, "make_decoy", lambda *arguments: made.append(1) or make(*arguments))
+    fillers = sum(int(rollout.is_filler[1:].sum()) for rollout, _ in zip(stream, range(100), strict=False))
+    assert len(made) / fillers == pytest.approx(0.3, abs=0.05)
 
 
 def test_training_segments_without_a_fact_are_decoys(tmp_path):
