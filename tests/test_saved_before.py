@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from memformer import CheckpointError, InputError, Memformer, MemformerConfig, load_model
 from memformer.cli.run_config import read_config
@@ -60,6 +61,16 @@ def test_a_run_is_evaluated(saved):
 def test_a_recall_run_is_evaluated(saved):
     points = call_json("evaluate", "fact-run")["points"]
     assert [point["accuracy"] for point in points] == EXPECTED["fact_accuracy"]
+
+
+def test_a_recall_model_writes_the_same_memory(saved):
+    """Its answers are those of chance, which say little about the memory."""
+    model = load_model("fact-run/best").eval()
+    memory = model.initial_memory(1)
+    with torch.no_grad():
+        for segment in (torch.arange(8 * model.segment_length) % model.vocab_size).view(8, 1, -1):
+            _, memory = model.encode(segment, memory=memory)
+    assert memory.sum(dim=-1).flatten().tolist() == pytest.approx(EXPECTED["fact_memory"], abs=1e-4)
 
 
 def test_a_checkpoint_is_resumed_with_its_optimizer_and_memory(saved):

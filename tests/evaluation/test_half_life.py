@@ -16,6 +16,7 @@ from memformer.evaluation.half_life import (
 )
 from memformer.nn.attention import AttentionRecord
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.models.baselines import tiny_baseline, used_memory
 
 WIDTH = 16
 
@@ -143,6 +144,29 @@ def test_a_memory_that_is_written_alike_is_the_next_memory(variant):
 
 
 @torch.no_grad()
+def test_what_is_left_in_a_recurrent_memory_transformer_is_found_by_reading_without_it():
+    """Beside the memory, one for each slot is read in which that slot began in its initial state."""
+    model, slots = tiny_baseline("recurrent memory"), [0, 2]
+    memory = used_memory(model, 1)
+    probe = LifetimeProbe(model, memory, np.array(slots))
+    without = {slot: memory.clone() for slot in slots}
+    for slot in slots:
+        without[slot][:, slot] = model.initial_memory(1)[:, slot]
+    values = {slot: (memory - without[slot])[:, slot].flatten() for slot in slots}
+    expected = {slot: [1.0] for slot in slots}
+    with torch.no_grad():
+        for segment in torch.randint(VOCAB_SIZE, (4, 1, SEGMENT_LENGTH)):
+            record = AttentionRecord()
+            _, memory = model.encode(segment, memory=memory, attention=record)
+            probe.read(segment, None, next_memory=memory, record=record)
+            for slot in slots:
+                without[slot] = model.encode(segment, memory=without[slot])[1]
+                left = (memory - without[slot])[:, slot].flatten()
+                expected[slot].append(float(left @ values[slot] / values[slot].square().sum()))
+    for column, slot in enumerate(slots):
+        assert probe.shares()[:, column] == pytest.approx(expected[slot], rel=1e-6)
+
+
 def test_a_segment_of_padding_alone_changes_no_share():
     model = tiny_model(forgetting_speeds=(0.3, 0.03))
     memory = torch.randn(1, 5, WIDTH, dtype=torch.float64)

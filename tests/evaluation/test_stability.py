@@ -8,6 +8,7 @@ import torch
 
 from memformer import InputError
 from memformer.data import corpus_from_arrays
+from memformer.evaluation import stability
 from memformer.evaluation.document_retention import measure_documents
 from memformer.evaluation.stability import Stability, measure_stability
 from memformer.models import LSTM
@@ -34,22 +35,28 @@ def model_that_writes_nothing(**changes):
 
 def test_a_slot_that_only_forgets_shrinks_its_changes_by_its_speed():
     # Near its initial state m = r u, m <- r (m + v) / ||m + v|| divides a change across u by 1 + ||v|| / r.
-    stability = measure_stability(model_that_writes_nothing(), corpus_of(60, 60))
-    assert stability.growth == pytest.approx(1 / (1 + SPEED), rel=1e-4)
-    assert stability.num_segments == 2 * (60 - 8)
-    assert stability.segments_to_double == pytest.approx(-math.log(2) / math.log(1 + SPEED), rel=1e-3)
+    found = measure_stability(model_that_writes_nothing(), corpus_of(60, 60))
+    assert found.growth == pytest.approx(1 / (1 + SPEED), rel=1e-4)
+    assert found.num_segments == 2 * (60 - 8)
+    assert found.segments_to_double == pytest.approx(-math.log(2) / math.log(1 + SPEED), rel=1e-3)
+
+
+def test_reading_ends_after_enough_segments(monkeypatch):
+    monkeypatch.setattr(stability, "_MAX_SEGMENTS", 20)
+    monkeypatch.setattr(stability, "_ROLLOUT_LENGTH", 8)
+    assert measure_stability(tiny_model(), corpus_of(200)).num_segments == 24  # 8 of them in each of three rollouts
 
 
 def test_a_slot_that_does_not_forget_keeps_its_changes():
-    stability = measure_stability(model_that_writes_nothing(forgetting=False), corpus_of(60))
-    assert stability.growth == pytest.approx(1.0, abs=1e-4)
+    found = measure_stability(model_that_writes_nothing(forgetting=False), corpus_of(60))
+    assert found.growth == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_growth_equals_that_of_the_derivative(temperature):
     model = tiny_model(write_temperature=temperature)
     (array,) = documents([SEGMENT_LENGTH * 60])
-    stability = measure_stability(model, corpus_from_arrays([array], VOCAB_SIZE))
+    found = measure_stability(model, corpus_from_arrays([array], VOCAB_SIZE))
     memory, segment = model.initial_memory(1), torch.tensor([[model.bos_token_id]])
     tangent, logarithms = torch.randn(memory.shape, dtype=memory.dtype), []
     for start in range(0, len(array), SEGMENT_LENGTH):
@@ -61,7 +68,7 @@ def test_growth_equals_that_of_the_derivative(temperature):
         memory = model.encode(segment, memory=memory)[1].detach()
         logarithms.append(float(tangent.norm().log()))
         segment = torch.from_numpy(array[None, start : start + SEGMENT_LENGTH])
-    assert stability.growth == pytest.approx(math.exp(np.mean(logarithms[8:])), rel=0.02)
+    assert found.growth == pytest.approx(math.exp(np.mean(logarithms[8:])), rel=0.02)
 
 
 def test_padding_and_new_documents_are_not_counted():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import PackedSequence
 
 from memformer import CheckpointError, InputError, MemformerConfig, Session, evaluate, load_model
@@ -39,6 +40,14 @@ def test_a_session_predicts_the_same_as_evaluation(name):
     found = evaluate(model, corpus, num_lanes=2, rollout_length=2)
     expected = torch.cat([session_nll(model, tokens) for tokens in documents]).sum()
     assert_close(torch.tensor(found.with_memory.nll, dtype=torch.float64), expected)
+
+
+@baselines
+def test_the_size_of_the_state_is_that_of_what_is_saved(name, tmp_path):
+    session = Session(tiny_baseline(name))
+    session.feed(range(9))
+    session.save(tmp_path / "state")
+    assert session.state_bytes == sum(tensor.nbytes for tensor in load_file(tmp_path / "state").values())
 
 
 @baselines

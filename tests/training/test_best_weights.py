@@ -1,6 +1,7 @@
 """The best weights of a run are those of its log, also after it was resumed from an earlier checkpoint."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -9,13 +10,14 @@ import yaml
 
 from memformer import CheckpointError, load_model
 from memformer.cli.main import main
-from memformer.data import load_tokenizer
+from memformer.data import ByteTokenizer, load_tokenizer
 from memformer.training import best_weights
 from memformer.training.best_weights import read_best_evaluation
 from memformer.training.comparison import summarize_run
 from memformer.training.config import TrainingConfig
 from memformer.training.logs import read_log
 from memformer.training.loop import _Trainer as Trainer
+from tests.helpers import tiny_model
 from tests.training.runs import checkpoint_of, config_file, run_config
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -29,6 +31,20 @@ def test_the_best_weights_come_with_their_evaluation(unbroken):
     logged = evaluations(unbroken)
     best = read_best_evaluation(unbroken)
     assert best["bits_per_token"] == logged[best["update"]] == min(logged.values())
+
+
+def test_after_a_broken_score_any_other_is_better(tmp_path):
+    progress = {"best_score": None, "num_updates": 1}
+    for score, expected in ((math.nan, 1), (2.0, 2), (3.0, 2), (2.0, 4), (math.nan, 4)):
+        best_weights.save_if_best(
+            tmp_path,
+            tiny_model(),
+            ByteTokenizer(),
+            SimpleNamespace(score=score, to_log=dict),
+            progress=progress,
+        )
+        assert read_best_evaluation(tmp_path)["update"] == expected
+        progress["num_updates"] += 1
 
 
 def test_weights_of_updates_that_were_given_up_are_not_the_best(copied):

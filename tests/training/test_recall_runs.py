@@ -1,13 +1,14 @@
 """Runs on recall tasks in text: training, evaluation, resuming, and refusal before training."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
 from memformer.cli.main import main
-from memformer.data import CurriculumConfig, RecallConfig, SourceConfig
+from memformer.data import CurriculumConfig, RecallConfig, RecallStream, SourceConfig
 from memformer.training.checkpoint import canonical
 from memformer.training.config import DataConfig, RunConfig
 from memformer.training.run_inputs import find_changed_key
@@ -93,6 +94,28 @@ def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys)
     assert main(["train", file, "--resume", "--training.num_updates", "4"]) == 2
     key = "data.recall.validation_path" if task == "babi" else "data.train"
     assert f"{key} has changed since the run began: {changed} " in capsys.readouterr().err
+
+
+def test_the_curriculum_sees_the_mean_loss_that_is_logged(tmp_path, monkeypatch):
+    seen, observe = [], RecallStream.observe
+
+    def recorded(self, loss, **options):
+        seen.append(loss)
+        return observe(self, loss, **options)
+
+    monkeypatch.setattr(RecallStream, "observe", recorded)
+    recall = {"task": "passkey", "max_distance": 2}
+    file = write_run(tmp_path, recall, {"kind": "word", "vocab_size": 40}, segment_length=16)
+    assert main(["train", file, "--training.log_every", "1", "--training.rollouts_per_update", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = [line["bits_per_token"] * math.log(2) for line in lines if line["kind"] == "training"]
+    assert logged
+    assert seen == pytest.approx(logged, rel=1e-5)
+    # While it trains, a run is tested up to four times the longest distance, and in the end up to 32 times.
+    distances = [{int(key.rpartition("_")[2]) for key in line if "accuracy_at_" in key} for line in lines]
+    assert [max(found) for found in distances if found] == [8]
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert max(point["distance"] for point in result["points"]) == 64
 
 
 def test_missing_stories_are_named_with_their_option(tmp_path, capsys):
