@@ -16,11 +16,7 @@ from memformer.data.sources import keys_of_kind, locate_source_files
 from memformer.errors import InputError
 from memformer.training.config import DataConfig, RunConfig
 from memformer.training.run_data import RunData, open_corpus, prepare_data
-from memformer.training.run_folder import (
-    LoadedRun,
-    load_run,
-    use_float32_on_cpu,
-)
+from memformer.training.run_folder import LoadedRun, load_run, use_float32_on_cpu
 from memformer.training.run_inputs import describe_inputs, find_changed_input, read_inputs
 from memformer.utils.checks import check_threads
 from memformer.utils.machine import choose_device

@@ -1,4 +1,4 @@
-"""Checks of user input, with one error message per rule.
+"""Checks of user input, and of what a user's model computes, with one error message per rule.
 
 A number may have any type: `int`, `float`, a numpy number, or an array or tensor with one element and no dimension.
 The functions return it as a plain `int` or `float`, which can be written as JSON and YAML.
