@@ -10,7 +10,15 @@ from matplotlib.text import Text
 
 from memformer.evaluation.document_retention import DocumentRetention, PositionBucket
 from memformer.evaluation.kept_shares import draw_kept_shares
-from memformer.evaluation.plots import draw_documents, draw_recall, make_doubling, make_logarithmic, to_svg
+from memformer.evaluation.plots import (
+    draw_documents,
+    draw_recall,
+    make_doubling,
+    make_logarithmic,
+    make_panels,
+    put_legend_below,
+    to_svg,
+)
 from memformer.evaluation.recall import Recall, RecallPoint
 from memformer.training.curves import draw_comparison, draw_run, metric_of
 from tests.evaluation.test_kept_shares import shares_of
@@ -73,6 +81,20 @@ FIGURES = {
     "documents": lambda: draw_documents(retention()),
     **{f"recall {accuracy}": lambda accuracy=accuracy: recall(accuracy) for accuracy in (0, 5, 10)},
 }
+
+
+@pytest.mark.parametrize("length", [5, 60, 90])
+def test_a_legend_of_long_names_is_not_wider_than_its_figure(length):
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    ((panel, axes),) = make_panels(figure, 1)
+    for number in range(6):
+        axes.plot([1, 2], [number, 2], label="x" * (length - 1) + str(number))
+    put_legend_below(panel)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = panel.legends
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width
 
 
 @pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())

@@ -1,6 +1,7 @@
 """Plots of recall and retention, and helpers for all plots: legends beside the data, axes with plain numbers."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,14 @@ def make_panels(figure: Figure, count: int) -> list[tuple[SubFigure, Axes]]:
 
 def put_legend_below(figure: Figure | SubFigure) -> None:
     """Add a legend of all axes below them, where it covers no data; the figure needs the constrained layout."""
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    columns = _columns_of(labels, width=figure.bbox.width / figure.dpi)
+    figure.legend(loc="outside lower center", ncols=min(columns, 3), frameon=False)
+
+
+def _columns_of(labels: Sequence[str], *, width: float) -> int:
+    """Return the number of columns of a legend of this width in inches."""
+    return max(1, int(width * _CHARACTERS_PER_INCH) // (max(map(len, labels), default=0) + 8))
 
 
 def arrange_panels(figure: Figure, *, right: float = 0.15) -> None:
@@ -110,7 +118,7 @@ def arrange_panels(figure: Figure, *, right: float = 0.15) -> None:
     parts = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = [handle for part, _ in parts for handle in part]
     labels = [_cut_in_front(label, int(width * _CHARACTERS_PER_INCH) - 8) for _, part in parts for label in part]
-    columns = max(1, int(width * _CHARACTERS_PER_INCH) // (max(map(len, labels), default=0) + 8))
+    columns = _columns_of(labels, width=width)
     rows = -(-len(labels) // columns)
     height += rows * _LINE
     figure.set_size_inches(width, height)
