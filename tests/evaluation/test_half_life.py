@@ -143,7 +143,6 @@ def test_a_memory_that_is_written_alike_is_the_next_memory(variant):
         assert_close(_written_alike(model, before, record), memory)
 
 
-@torch.no_grad()
 def test_what_is_left_in_a_recurrent_memory_transformer_is_found_by_reading_without_it():
     """Beside the memory, one for each slot is read in which that slot began in its initial state."""
     model, slots = tiny_baseline("recurrent memory"), [0, 2]
@@ -167,6 +166,7 @@ def test_what_is_left_in_a_recurrent_memory_transformer_is_found_by_reading_with
         assert probe.shares()[:, column] == pytest.approx(expected[slot], rel=1e-6)
 
 
+@torch.no_grad()
 def test_a_segment_of_padding_alone_changes_no_share():
     model = tiny_model(forgetting_speeds=(0.3, 0.03))
     memory = torch.randn(1, 5, WIDTH, dtype=torch.float64)

@@ -56,11 +56,11 @@ def test_bos_has_its_own_vector_and_all_vectors_start_with_norm_near_one():
 
 
 def test_weights_that_are_padded_for_a_gpu_predict_nothing_else():
-    embedding, features = TiedEmbedding(70, 8), torch.randn(3, 8)
+    embedding, features = TiedEmbedding(70, 8), torch.randn(2, 3, 8)
     logits = F.linear(features, *embedding._padded())
-    assert logits.shape[1] % 64 == 0
-    assert torch.equal(logits[:, 70:], torch.full_like(logits[:, 70:], -torch.inf))  # [BOS] too
-    assert_close(logits[:, :70], embedding.logits(features), relative=1e-5)
+    assert logits.shape[-1] % 64 == 0
+    assert torch.equal(logits[..., 70:], torch.full_like(logits[..., 70:], -torch.inf))  # [BOS] too
+    assert_close(logits[..., :70], embedding.logits(features), relative=1e-5)
 
 
 def test_rare_words_have_fewer_parameters():

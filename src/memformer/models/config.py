@@ -10,7 +10,7 @@ from memformer.errors import InputError
 from memformer.models.presets import preset_fields
 from memformer.nn.entmax import Normalizer
 from memformer.utils.checks import check_number, check_size, refuse_unknown_keys
-from memformer.utils.fields import convert_fields
+from memformer.utils.fields import convert, convert_fields
 from memformer.utils.renames import old_names_sentence, update_section
 
 PositionScheme = Literal["rotary", "relative"]
@@ -81,8 +81,10 @@ class ModelConfig:
         fields, notes = update_section("model", fields)
         if notes:
             warnings.warn(old_names_sentence("the model config", notes), FutureWarning, stacklevel=2)
-        refuse_unknown_keys(fields, valid=[field.name for field in dataclasses.fields(cls)], owner="model config")
-        return cls(**fields)
+        hints = {field.name: field.type for field in dataclasses.fields(cls)}
+        refuse_unknown_keys(fields, valid=hints, owner="model config")
+        # JSON has lists where the fields are tuples, which run-time checks of types refuse.
+        return cls(**{name: convert(name, value, hints[name]) for name, value in fields.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
