@@ -14,6 +14,7 @@ from memformer.evaluation.half_life import (
     half_life,
     time_of_half,
 )
+from memformer.evaluation.inspection_parts import Lifetimes
 from memformer.nn.attention import AttentionRecord
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import tiny_baseline, used_memory
@@ -195,3 +196,33 @@ def test_the_time_of_half_is_interpolated():
     assert time_of_half(np.array([1.0, 0.75, 0.25])) == 1.5
     assert time_of_half(np.array([1.0, 0.5])) == 1.0
     assert time_of_half(np.array([1.0, 0.9])) == math.inf
+
+
+@torch.no_grad()
+def test_a_value_that_outlives_the_probe_has_a_lower_bound():
+    model = model_that_writes_nothing(forgetting_speeds=(1e-4, 1e-4))
+    lifetimes = Lifetimes(model, num_probes=1, probe_timesteps=4, max_slots=5)
+    memory = 4 * torch.nn.functional.normalize(torch.randn(1, 5, 16, dtype=torch.float64), dim=-1)
+    for timestep in range(4, 9):
+        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
+        _, after = model.encode(segment, memory=memory, attention=record)
+        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
+        memory = after
+    assert [lifetimes.of(slot)[:2] for slot in range(5)] == [(None, 4.0)] * 5
+
+
+# The first begins at the timestep 4 of a document, and each of the others at twice the timestep where one ended.
+@pytest.mark.parametrize(
+    ("lengths", "expected"), [([4], 0), ([5], 1), ([14], 1), ([15], 2), ([34], 2), ([35], 3), ([6, 6], 1), ([8, 20], 2)]
+)
+@torch.no_grad()
+def test_probes_begin_farther_and_farther_apart(lengths, expected):
+    model = tiny_model()
+    lifetimes = Lifetimes(model, num_probes=9, probe_timesteps=3, max_slots=5)
+    memory = model.initial_memory(1)
+    for timestep in (timestep for length in lengths for timestep in range(length)):
+        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
+        _, after = model.encode(segment, memory=memory, attention=record)
+        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
+        memory = after
+    assert lifetimes.num_started == expected

@@ -17,12 +17,11 @@ from memformer.data import ByteTokenizer, PixelTokenizer, corpus_from_arrays
 from memformer.evaluation import inspection, streams
 from memformer.evaluation.inspection import InspectionOptions, check_can_inspect, inspect_memory
 from memformer.evaluation.inspection_page import json_in_html
-from memformer.evaluation.inspection_parts import Lifetimes, Sampler
+from memformer.evaluation.inspection_parts import Sampler
 from memformer.evaluation.inspection_results import HOLDING_FROM, KINDS, InspectedTimestep, kind_of
 from memformer.evaluation.streams import TokenTexts, read_stream
 from tests.data.streams import one_lane
 from tests.evaluation.corpora import documents
-from tests.evaluation.test_half_life import model_that_writes_nothing
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, tiny_model
 from tests.models.baselines import TYPES, tiny_baseline
 
@@ -289,36 +288,6 @@ def test_measured_half_lives_come_from_probes(array):
     few = inspected(model, array, max_probed_slots=2)
     assert [slot.slot for slot in few.slots if slot.num_probes] == [0, 4]
     assert few.num_probed_slots == 2
-
-
-@torch.no_grad()
-def test_a_value_that_outlives_the_probe_has_a_lower_bound():
-    model = model_that_writes_nothing(forgetting_speeds=(1e-4, 1e-4))
-    lifetimes = Lifetimes(model, num_probes=1, probe_timesteps=4, max_slots=5)
-    memory = 4 * torch.nn.functional.normalize(torch.randn(1, 5, 16, dtype=torch.float64), dim=-1)
-    for timestep in range(4, 9):
-        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
-        _, after = model.encode(segment, memory=memory, attention=record)
-        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
-        memory = after
-    assert [lifetimes.of(slot)[:2] for slot in range(5)] == [(None, 4.0)] * 5
-
-
-# The first begins at the timestep 4 of a document, and each of the others at twice the timestep where one ended.
-@pytest.mark.parametrize(
-    ("lengths", "expected"), [([4], 0), ([5], 1), ([14], 1), ([15], 2), ([34], 2), ([35], 3), ([6, 6], 1), ([8, 20], 2)]
-)
-@torch.no_grad()
-def test_probes_begin_farther_and_farther_apart(lengths, expected):
-    model = tiny_model()
-    lifetimes = Lifetimes(model, num_probes=9, probe_timesteps=3, max_slots=5)
-    memory = model.initial_memory(1)
-    for timestep in (timestep for length in lengths for timestep in range(length)):
-        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
-        _, after = model.encode(segment, memory=memory, attention=record)
-        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
-        memory = after
-    assert lifetimes.num_started == expected
 
 
 def test_long_texts_are_thinned(monkeypatch):
