@@ -198,16 +198,21 @@ def test_the_time_of_half_is_interpolated():
     assert time_of_half(np.array([1.0, 0.9])) == math.inf
 
 
+def read_timesteps(lifetimes, model, timesteps, *, memory):
+    """Read a random segment in each timestep, counted in its document."""
+    for timestep in timesteps:
+        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
+        _, after = model.encode(segment, memory=memory, attention=record)
+        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
+        memory = after
+
+
 @torch.no_grad()
 def test_a_value_that_outlives_the_probe_has_a_lower_bound():
     model = model_that_writes_nothing(forgetting_speeds=(1e-4, 1e-4))
     lifetimes = Lifetimes(model, num_probes=1, probe_timesteps=4, max_slots=5)
     memory = 4 * torch.nn.functional.normalize(torch.randn(1, 5, 16, dtype=torch.float64), dim=-1)
-    for timestep in range(4, 9):
-        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
-        _, after = model.encode(segment, memory=memory, attention=record)
-        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
-        memory = after
+    read_timesteps(lifetimes, model, range(4, 9), memory=memory)
     assert [lifetimes.of(slot)[:2] for slot in range(5)] == [(None, 4.0)] * 5
 
 
@@ -219,10 +224,6 @@ def test_a_value_that_outlives_the_probe_has_a_lower_bound():
 def test_probes_begin_farther_and_farther_apart(lengths, expected):
     model = tiny_model()
     lifetimes = Lifetimes(model, num_probes=9, probe_timesteps=3, max_slots=5)
-    memory = model.initial_memory(1)
-    for timestep in (timestep for length in lengths for timestep in range(length)):
-        record, segment = AttentionRecord(), torch.randint(VOCAB_SIZE, (1, SEGMENT_LENGTH))
-        _, after = model.encode(segment, memory=memory, attention=record)
-        lifetimes.read(segment, None, memory=memory, next_memory=after, record=record, timestep=timestep)
-        memory = after
+    timesteps = (timestep for length in lengths for timestep in range(length))
+    read_timesteps(lifetimes, model, timesteps, memory=model.initial_memory(1))
     assert lifetimes.num_started == expected

@@ -112,7 +112,7 @@ def _has_bfloat16_kernel() -> bool:
 
 
 # As `torch.compiler.assume_constant_result` marks it, which would import the compiler here: that takes a second.
-_has_bfloat16_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare no attributes
+vars(_has_bfloat16_kernel)["_dynamo_marked_constant"] = True
 
 
 def _weights(
