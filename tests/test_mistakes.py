@@ -111,7 +111,10 @@ def test_numbers_beyond_the_range_of_floats_are_refused():
         tiny_model(d_model=10**400)
 
 
-def test_metadata_of_a_session_are_strings(tmp_path):
+def test_metadata_of_a_session_are_valid_strings(tmp_path):
+    session = Session(tiny_model())
     with pytest.raises(InputTypeError, match=r"metadata\['a'\] is of class int; it must be a str"):
-        Session(tiny_model()).save(tmp_path / "new", metadata={"a": 1})
+        session.save(tmp_path / "new", metadata={"a": 1})
+    with pytest.raises(InputError, match=r"metadata\['a'\] holds a lone surrogate at character 1"):
+        session.save(tmp_path / "new", metadata={"a": "b\ud800"})
     assert not (tmp_path / "new").exists()

@@ -14,6 +14,7 @@ from memformer.data.documents import Document, DocumentBlocks
 from memformer.data.files import SourceFile, has_content, walk, without_repetition
 from memformer.data.streaming import read_blocks, whole_lines
 from memformer.errors import InputError
+from memformer.utils.checks import utf_8_of
 from memformer.utils.words import with_article
 
 # Installed packages differ between machines, and tests contain unusual encodings.
@@ -141,18 +142,6 @@ def text_of(record: Mapping[str, Any], *, text_key: str, name: str) -> bytes:
     if not isinstance(text, str):
         raise InputError(f"{name} holds {with_article(type(text).__name__)} under {text_key!r}; it must be a string")
     return utf_8_of(text, name)
-
-
-def utf_8_of(text: str, name: str) -> bytes:
-    """Return a text in UTF-8; `name` is what holds it, in messages.
-
-    Raises:
-        InputError: The text has a lone surrogate, which JSON can hold and UTF-8 cannot.
-    """
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name} holds a lone surrogate at character {error.start}; it is not valid text") from error
 
 
 def locate_standard_library() -> list[SourceFile]:

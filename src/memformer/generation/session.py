@@ -316,7 +316,8 @@ class Session:
             metadata: Additional metadata of the file, names and values as strings, which `load` ignores.
 
         Raises:
-            InputError: The state is not finite, because the model's weights or its memory are broken.
+            InputError: The state is not finite, because the model's weights or its memory are broken; or the metadata
+                have a lone surrogate.
             InputTypeError: A name or a value of the metadata is not a string.
             SaveError: Writing failed; an earlier file is intact.
         """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memformer.errors import CheckpointError, InputError
 from memformer.models import LanguageModel
-from memformer.utils.checks import check_type
+from memformer.utils.checks import check_type, utf_8_of
 from memformer.utils.files import CHECKSUM, read_tensors_and_metadata, write_tensors
 
 FORMAT = "memformer-session"
@@ -21,7 +21,7 @@ def write_state(path: Path, state: State, *, model: LanguageModel, metadata: Map
     """Write the state of a session, completely or not at all.
 
     Raises:
-        InputError: The state is not finite.
+        InputError: The state is not finite, or a name or a value of the metadata has a lone surrogate.
         InputTypeError: A name or a value of the metadata is not a string.
         SaveError: Writing failed; an earlier file is intact.
     """
@@ -29,8 +29,9 @@ def write_state(path: Path, state: State, *, model: LanguageModel, metadata: Map
         if not _is_finite(tensor):
             raise InputError(f"the session's {name} is not finite: the model's weights or its memory are broken")
     for name, value in (metadata or {}).items():
-        check_type(f"metadata name {name!r}", name, str)
-        check_type(f"metadata[{name!r}]", value, str)
+        for part, string in ((f"metadata name {name!r}", name), (f"metadata[{name!r}]", value)):
+            check_type(part, string, str)
+            utf_8_of(string, part)
     own = {"format": FORMAT, "version": FORMAT_VERSION, WEIGHTS: model.fingerprint()}
     write_tensors(path, state, metadata={**(metadata or {}), **own})
 

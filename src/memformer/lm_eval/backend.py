@@ -13,13 +13,12 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from memformer.data.outside_tokenizers import encode_after
-from memformer.data.text import utf_8_of
 from memformer.errors import InputError, InputTypeError
 from memformer.generation.session import Session
 from memformer.lm_eval.generating import check_generation, generate
 from memformer.lm_eval.scoring import Ids, nats_and_greedy, nats_of
 from memformer.training.run_folder import load_run, use_float32_on_cpu
-from memformer.utils.checks import Integer, check_choice, check_integer, refuse_unknown_keys
+from memformer.utils.checks import Integer, check_choice, check_integer, refuse_unknown_keys, utf_8_of
 from memformer.utils.machine import choose_device
 from memformer.utils.progress import print_warning
 

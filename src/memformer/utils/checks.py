@@ -112,6 +112,18 @@ def check_type(name: str, value: object, kind: type, *, hint: str = "") -> None:
         )
 
 
+def utf_8_of(text: str, name: str) -> bytes:
+    """Return a text in UTF-8; `name` is what holds it, in messages.
+
+    Raises:
+        InputError: The text has a lone surrogate, which JSON can hold and UTF-8 cannot.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} holds a lone surrogate at character {error.start}; it is not valid text") from error
+
+
 def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """Return a value as an int, after checking that it is an integer from `minimum` to `maximum`.
 
