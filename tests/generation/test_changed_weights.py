@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memformer import Rollout, Session, backpropagate
-from memformer.generation.changed_weights import identify_weights
+from memformer.generation.changed_weights import checksum_of, identify_weights
 from memformer.generation.contexts import SegmentContext
 from tests.helpers import VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
@@ -150,14 +150,42 @@ def test_a_pickled_session_goes_on():
     assert restored.generate(9, temperature=0) == session.generate(9, temperature=0)
 
 
-def test_the_trace_of_weights_sees_every_change():
-    """Compiled code holds the values; a change of `.data` may leave their sum and norm as they are."""
+def swap_rows(weight):
+    weight[[1, 2]] = weight[[2, 1]].clone()
+
+
+def roll_columns(weight):
+    weight.copy_(weight.roll(weight.shape[-1] // 2, -1))
+
+
+def swap_neighbours(weight):
+    weight.view(-1)[[4, 5]] = weight.view(-1)[[5, 4]].clone()
+
+
+def set_nan(weight):
+    weight.view(-1)[3] = float("nan")
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (5, 5), (16,), (3, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("change", [swap_rows, roll_columns, swap_neighbours, set_nan])
+def test_a_checksum_sees_changes_that_leave_sum_and_norm(change, dtype, shape):
+    weight = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    known = checksum_of(weight)
+    assert checksum_of(weight.clone()) == known
+    change(weight)
+    assert checksum_of(weight) != known
+    assert checksum_of(weight.clone()) == checksum_of(weight)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0)])
+def test_weights_of_any_shape_have_a_checksum(shape):
+    assert checksum_of(torch.ones(shape)) == checksum_of(torch.ones(shape))
+
+
+def test_the_identity_of_weights_sees_a_change_of_their_data():
     model = tiny_model()
     known = identify_weights(model)
     assert identify_weights(model) == known
-    weight = model.embedding.weight
-    weight.data[[1, 2]] = weight.data[[2, 1]].clone()
+    swap_rows(model.embedding.weight.data)
     assert identify_weights(model) != known
-    weight.data[3, 0] = float("nan")
-    known = identify_weights(model)
-    assert identify_weights(model) == known

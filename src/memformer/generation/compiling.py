@@ -4,7 +4,6 @@ With few rows, most of the time of a small model is the overhead of launching op
 it. It holds a second copy of the weights, in a layout for products with few rows.
 """
 
-import operator
 import types
 import warnings
 from collections.abc import Callable, Hashable
@@ -16,6 +15,7 @@ from torch import nn
 
 from memformer.errors import InputError, first_line
 from memformer.generation.changed_weights import identify_weights
+from memformer.utils.modules import modules_inside
 
 
 class CompiledFunction:
@@ -37,7 +37,7 @@ class CompiledFunction:
         from torch._inductor.exc import InductorError
 
         self._weights = identify_weights(model)
-        self._modules = list(model.modules())[1:]  # without the model, which must be freed when nobody uses it
+        self._modules = modules_inside(model)
         # PyTorch keeps compiled code by the function's code object. A copy of it is this model's own, so the model
         # need not be checked at every call.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -70,9 +70,7 @@ class CompiledFunction:
 
     def is_stale(self, model: nn.Module) -> bool:
         """Return whether the model's weights or modules have changed since compilation."""
-        modules = list(model.modules())[1:]
-        is_same = len(modules) == len(self._modules) and all(map(operator.is_, modules, self._modules))
-        return not is_same or identify_weights(model) != self._weights
+        return modules_inside(model) is not self._modules or identify_weights(model) != self._weights
 
 
 _functions: WeakKeyDictionary[nn.Module, dict[Hashable, CompiledFunction]] = WeakKeyDictionary()
