@@ -175,7 +175,7 @@ def test_tokens_and_rollouts_of_another_type_are_refused_in_one_sentence():
             call()
 
 
-@pytest.mark.parametrize("row", [True, np.True_, torch.tensor(True), 1.0, "1"])
+@pytest.mark.parametrize("row", [True, np.True_, torch.tensor(True), 1.5, "1"])
 def test_a_mask_does_not_choose_rows(row):
     tokens = torch.arange(24).view(2, 3, 4)
     with pytest.raises(InputTypeError, match=r"row \(.*\) must be an integer"):

@@ -14,7 +14,8 @@ PACKAGE = Path(memformer.__file__).parent
 # Packages and modules in the same line do not import each other.
 ORDER = (
     {"errors", "shapes"},
-    {"utils", "rollout"},
+    {"utils"},
+    {"rollout"},
     {"nn"},
     {"models"},
     {"data", "generation"},

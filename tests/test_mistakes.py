@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memformer import InputError, InputTypeError, Session
+from memformer import InputError, InputTypeError, Memformer, Session
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
 from tests.models.classifiers import tiny_classifier
@@ -109,6 +109,26 @@ def test_numbers_beyond_the_range_of_floats_are_refused():
         tiny_model(write_temperature=10**400)
     with pytest.raises(InputError, match="d_model .* must be at most"):
         tiny_model(d_model=10**400)
+
+
+@pytest.mark.parametrize("path", [b"state", 3, None])
+def test_a_path_is_a_string_or_a_path(path):
+    for call in (Session(tiny_model()).save, Memformer.from_pretrained, tiny_model().save_pretrained):
+        with pytest.raises(InputTypeError, match=r"a path \(.*\) is .*; it must be a string or a Path"):
+            call(path)
+
+
+def test_allowed_token_ids_are_a_function():
+    with pytest.raises(InputTypeError, match="allowed_token_ids must be a function"):
+        Session(tiny_model()).stream(3, allowed_token_ids=[1, 2])
+
+
+def test_a_classifier_with_broken_weights_has_no_label():
+    model = tiny_classifier()
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    with pytest.raises(InputError, match="the labels' probabilities are not finite"):
+        model.classify([1, 2, 3])
 
 
 def test_metadata_of_a_session_are_valid_strings(tmp_path):

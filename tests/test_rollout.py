@@ -11,12 +11,41 @@ from tests.models.baselines import BASELINES, tiny_baseline
 TOKENS = torch.zeros(2, 3, 4, dtype=torch.int64)
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "error", "message"),
+    [
+        (0, InputTypeError, r"timesteps is of class int; it must be a slice, as in rollout\[2:5\]"),
+        (slice(None, None, -1), InputError, r"the step of timesteps \(-1\) must be 1"),
+        (slice(0, 2, 2), InputError, r"the step of timesteps \(2\) must be 1"),
+    ],
+)
+def test_a_part_of_a_rollout_is_consecutive(timesteps, error, message):
+    with pytest.raises(error, match=message):
+        Rollout(inputs=TOKENS, targets=TOKENS)[timesteps]
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: tiny_baseline("lstm"), lambda: tiny_baseline("transformer-xl")])
+@pytest.mark.parametrize("counts", [True, False])
+def test_targets_of_a_timestep_without_a_token_are_refused(make, counts):
+    """Its state is meaningless: the loss would depend on the token ids under the padding."""
+    empty = torch.zeros(2, 3, SEGMENT_LENGTH, dtype=torch.bool)
+    empty[1, 2] = True
+    tokens = torch.zeros_like(empty, dtype=torch.int64)
+    rollout = Rollout(inputs=tokens, targets=tokens, input_padding=empty, target_padding=None if counts else empty)
+    if counts:
+        with pytest.raises(InputError, match=r"timestep 1 of row 2 has targets but no input token; mask"):
+            backpropagate(make(), rollout)
+    else:
+        assert backpropagate(make(), rollout).loss.isfinite()
+
+
 @pytest.mark.parametrize("rows", [[2, 0], np.array([2, 0], np.uint8), np.array([2, 0], ">i8"), torch.tensor([2, 0])])
 def test_rows_are_chosen_by_integers_of_any_kind(rows):
     """PyTorch takes an array of uint8 for a mask."""
     tokens = torch.arange(24).view(2, 3, 4)
     chosen = Rollout(inputs=tokens, targets=tokens).select_rows(rows)
     assert torch.equal(chosen.inputs, tokens[:, [2, 0]])
+    assert torch.equal(Rollout(inputs=tokens, targets=tokens).select_rows(1).inputs, tokens[:, [1]])
     with pytest.raises(InputError, match=r"row \(3\) must be .*1"):
         chosen.select_rows([3])
 
@@ -31,6 +60,8 @@ def test_rows_are_chosen_by_integers_of_any_kind(rows):
         ({"targets": TOKENS[:, :, :1], "is_shifted": True}, InputError, r"\(2, 3, 1\) must have the same shape"),
         ({"reset": torch.zeros(2, 3)}, InputTypeError, "rollout reset has dtype torch.float32"),
         ({"reset": torch.zeros(3, 2, dtype=torch.bool)}, InputError, r"reset has shape \(3, 2\); it must be \(2, 3\)"),
+        ({"is_shifted": "no"}, InputTypeError, r"is_shifted \('no'\) must be"),
+        ({"targets_are_answers": 2}, InputTypeError, r"targets_are_answers \(2\) must be"),
         ({"input_padding": torch.zeros(2, 3, dtype=torch.bool)}, InputError, "input_padding has shape"),
         ({"target_padding": torch.zeros(2, 3, 5, dtype=torch.bool)}, InputError, "target_padding has shape"),
     ],

@@ -1,15 +1,15 @@
 """Rollout: the batch of consecutive segments that one update backpropagates through."""
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memformer.errors import InputError, InputTypeError
+from memformer.utils.checks import Integers, check_flag, check_integers, check_type
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # tensors are not compared with ==
@@ -55,9 +55,11 @@ class Rollout:
     is_filler: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_flag("targets_are_answers", self.targets_are_answers)
+        check_flag("is_shifted", self.is_shifted)
         for name in ("inputs", "targets"):
             tokens: Tensor = getattr(self, name)
-            _check_tensor(f"rollout {name}", tokens)
+            check_type(f"rollout {name}", tokens, Tensor)
             if tokens.dtype != torch.int64:
                 raise InputTypeError(f"rollout {name} have dtype {tokens.dtype}; token ids must be torch.int64")
             if tokens.ndim != 3 or 0 in tokens.shape:
@@ -86,7 +88,7 @@ class Rollout:
         if not self.is_shifted:
             check_padding_outside(self.input_padding, name="rollout input_padding")
         if self.decoder_start_ids is not None:
-            _check_tensor("rollout decoder_start_ids", self.decoder_start_ids)
+            check_type("rollout decoder_start_ids", self.decoder_start_ids, Tensor)
             if self.decoder_start_ids.dtype != torch.int64:
                 raise InputTypeError(
                     f"rollout decoder_start_ids have dtype {self.decoder_start_ids.dtype}; "
@@ -109,7 +111,15 @@ class Rollout:
         return self.inputs.shape[1]
 
     def __getitem__(self, timesteps: slice) -> "Rollout":
-        """Return a slice of the timesteps, as views."""
+        """Return a slice of the timesteps, as views.
+
+        Raises:
+            InputError: The slice has another step than 1, so that it is not a rollout.
+            InputTypeError: It is not a slice.
+        """
+        check_type("timesteps", timesteps, slice, hint=", as in rollout[2:5]")
+        if timesteps.step not in (None, 1):
+            raise InputError(f"the step of timesteps ({timesteps.step}) must be 1: a memory goes from each to the next")
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[timesteps]
@@ -140,19 +150,17 @@ class Rollout:
         is_to_cpu = torch.device(device).type == "cpu"
         return self._map(lambda tensor: tensor.to(device, non_blocking=not is_to_cpu))
 
-    def select_rows(self, rows: Iterable[SupportsIndex]) -> "Rollout":
+    def select_rows(self, rows: Integers) -> "Rollout":
         """Return the rollout with these rows only, in this order.
 
         Args:
-            rows: Numbers of the rows, from 0; one may be given twice.
+            rows: Numbers of the rows, from 0, or one number; a row may be given twice.
 
         Raises:
             InputError: There is no row with this number.
-            InputTypeError: A number is not an integer: a mask would be taken for the rows 0 and 1.
+            InputTypeError: A number is not an integer.
         """
-        chosen = [_to_row(row) for row in rows]  # PyTorch would take an array of uint8 for a mask
-        if wrong := [row for row in chosen if not 0 <= row < self.batch_size]:
-            raise InputError(f"row ({wrong[0]}) must be from 0 to {self.batch_size - 1}")
+        chosen = check_integers("row", rows, 0, self.batch_size - 1)  # PyTorch would take a mask for the rows 0 and 1
         return self._map(lambda tensor: tensor[:, chosen])
 
     def shifted_by_one_token(self) -> "Rollout":
@@ -237,7 +245,7 @@ def check_mask(mask: Tensor | None, *, shape: torch.Size, name: str) -> None:
     """
     if mask is None:
         return
-    _check_tensor(name, mask)
+    check_type(name, mask, Tensor)
     if mask.dtype != torch.bool:
         raise InputTypeError(f"{name} has dtype {mask.dtype}; it must be torch.bool")
     if mask.shape != shape:
@@ -257,10 +265,28 @@ def check_padding_outside(padding_mask: Tensor | None, *, name: str) -> None:
         raise InputError(f"{name} is True between tokens of a row; padding must be before or after them")
 
 
-def _check_tensor(name: str, value: object) -> None:
-    # As `utils.checks.check_type`, which must not be imported here.
-    if not isinstance(value, Tensor):
-        raise InputTypeError(f"{name} is of class {type(value).__name__}; it must be a Tensor")
+def check_targets_have_inputs(rollout: Rollout, *, target: str) -> None:
+    """Check that no target counts at a timestep without an input token: its state is finite but meaningless.
+
+    Only on a CPU: elsewhere it would synchronize the device.
+
+    Args:
+        rollout: The rollout.
+        target: What the targets are, in the message.
+
+    Raises:
+        InputError: One does.
+    """
+    if rollout.input_padding is None or rollout.input_padding.device.type != "cpu":
+        return
+    is_empty = rollout.input_padding.all(dim=-1, keepdim=True)
+    wrong = is_empty if rollout.target_padding is None else is_empty & ~rollout.target_padding
+    if wrong.any():
+        timestep, row, _ = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"timestep {timestep} of row {row} has {target} but no input token; mask targets that do not count with "
+            "target_padding"
+        )
 
 
 def last_token_indices(padding_mask: Tensor) -> Tensor:
@@ -271,13 +297,3 @@ def last_token_indices(padding_mask: Tensor) -> Tensor:
 
 def _count(tokens: Tensor, padding: Tensor | None) -> int:
     return tokens.numel() if padding is None else int((~padding).sum())
-
-
-def _to_row(row: object) -> int:
-    # A bool is an index for Python, and an array of one element for NumPy.
-    if "bool" not in f"{type(row).__name__} {getattr(row, 'dtype', '')}":
-        try:
-            return operator.index(row)  # type: ignore[arg-type]  # other types raise TypeError
-        except TypeError:
-            pass
-    raise InputTypeError(f"row ({row!r}) must be an integer")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrizations, prune
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -140,6 +141,22 @@ def test_the_end_of_a_document_in_the_librarys_own_folder_ends_generation(tmp_pa
     # A tokenizer that this library cannot read does not keep the model from being loaded.
     (tmp_path / "ends" / "tokenizer_config.json").write_text('{"format_version": 99}')
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ends").generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize("change", ["pruned", "parametrized"])
+def test_weights_that_could_not_be_loaded_are_not_saved(change, tmp_path):
+    model = make_hf()
+    layer = model.memformer.encoder.layers[0].feed_forward.expand
+    if change == "pruned":
+        prune.random_unstructured(layer, "weight", amount=0.5)
+    else:
+        parametrizations.weight_norm(layer)
+    with pytest.raises(InputError, match="weights are not those of its config|has parametrized weights"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    weights = make_hf().state_dict()
+    model.save_pretrained(tmp_path / "new", state_dict=weights)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), make_hf())
 
 
 def test_wrong_classes_are_refused():

@@ -140,19 +140,6 @@ def test_embeddings_whose_weights_a_hook_computes_are_replayed(name, change):
     assert_same_gradients(gradients(model, rollout, None, "checkpoint"), expected)
 
 
-def test_cached_parametrized_weights_are_refused_by_replay_because_they_lack_gradient():
-    model, rollout = tiny_model(), random_rollout(3, 2)
-    for parent, name in linear_layers(model):
-        parametrizations.weight_norm(getattr(parent, name))
-    expected = gradients(model, rollout, None, "replay")
-    with nn.utils.parametrize.cached():
-        with pytest.raises(InputError, match=r"parametrize\.cached\(\) is active"):
-            backpropagate(model, rollout)
-        with pytest.raises(InputError, match=r"parametrize\.cached\(\) is active"):
-            ReplayEngine(model, records=False).backpropagate(rollout)
-        assert_same_gradients(gradients(model, rollout, None, "bptt"), expected)
-
-
 def test_a_model_in_half_precision_keeps_its_memory_in_float32():
     model = tiny_model().to(torch.bfloat16)
     hidden, memory = model.encode(tokens(2, 6))

@@ -138,7 +138,7 @@ def test_a_label_without_a_token_is_refused():
     model = tiny_classifier()
     rollout = packed_rollout()
     everywhere = dataclasses.replace(rollout, target_padding=None)
-    with pytest.raises(InputError, match=r"timestep \d of row \d has a label but no token"):
+    with pytest.raises(InputError, match=r"timestep \d of row \d has a label but no input token"):
         backpropagate(model, everywhere)
 
 

@@ -276,9 +276,15 @@ def make_context(model: LanguageModel, batch_size: int, *, compiled: bool) -> Co
 
     Raises:
         InputError: `compiled` is set and the model is not a Memformer or has relative positions.
-        InputTypeError: The model is of a class that sessions do not know.
+        InputTypeError: The model is of a class that sessions do not know, or a Memformer with another `decode`.
     """
     if isinstance(model, Memformer):
+        own = type(model)
+        if own.decode is not Memformer.decode and own.decode_step is Memformer.decode_step:
+            raise InputTypeError(
+                f"{own.__name__} overrides decode but not decode_step, by which a session predicts one token after "
+                "another; override both"
+            )
         if compiled and model.config.positions != "rotary":
             # With relative positions, shapes depend on the distances that occur.
             raise InputError(f"positions ({model.config.positions!r}) must be 'rotary' to compile a session")

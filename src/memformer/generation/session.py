@@ -214,6 +214,8 @@ class Session:
             InputTypeError: `max_new_tokens` is not an integer.
         """
         num_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
+        if allowed_token_ids is not None and not callable(allowed_token_ids):
+            raise InputTypeError("allowed_token_ids must be a function of a row and its number of tokens")
         sampling = check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         stop = self._check_stop(stop_token_ids)
         generator = None

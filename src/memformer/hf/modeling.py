@@ -28,6 +28,7 @@ from memformer.hf.loading import check_all_are_loaded, check_is_on_one_device, s
 from memformer.hf.replaying import replayed_loss
 from memformer.hf.rows import TokenRows, find_targets, find_tokens, make_rollout
 from memformer.models import LanguageModel, build_model
+from memformer.utils.checks import check_type
 from memformer.utils.words import with_article
 
 
@@ -136,9 +137,12 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         """Save the model; see `PreTrainedModel.save_pretrained`.
 
         Raises:
-            InputError: `config.vocab_size` was changed after the model was made, so the folder could not be loaded.
+            InputError: The folder could not be loaded: `config.vocab_size` was changed after the model was made, or
+                weights were added or removed, as by pruning (unless `state_dict` is given).
         """
         check_vocabulary(self.config, self.memformer.config)
+        if kwargs.get("state_dict") is None:
+            self.memformer.check_weights_are_of_config()
         super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -167,6 +171,9 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             raise InputError("inputs_embeds cannot be read: the model reads token ids; pass input_ids")
         if input_ids is None:
             raise InputError("input_ids are missing")
+        check_type("input_ids", input_ids, Tensor)
+        if attention_mask is not None:
+            check_type("attention_mask", attention_mask, Tensor)
         check_vocabulary(self.config, self.memformer.config)
         check_end_token(self.config.eos_token_id, vocab_size=self.config.vocab_size)  # the Trainer may have changed it
         unread = frozenset({self.memformer.bos_token_id} | ({self.config.pad_token_id} - {None}))

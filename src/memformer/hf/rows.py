@@ -10,6 +10,7 @@ from memformer.errors import InputError, InputTypeError
 from memformer.models import LanguageModel
 from memformer.models.recurrence import IGNORED
 from memformer.rollout import Rollout
+from memformer.utils.checks import check_type
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def find_targets(rows: TokenRows, input_ids: Tensor, labels: Tensor, *, are_coun
             counted labels at padding or `[BOS]`.
         InputTypeError: The labels are not integers.
     """
+    check_type("labels", labels, Tensor)
     if labels.shape != input_ids.shape:
         raise InputError(
             f"labels have shape {tuple(labels.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}"

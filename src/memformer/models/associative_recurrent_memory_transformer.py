@@ -1,6 +1,6 @@
 """The Associative Recurrent Memory Transformer (arXiv 2407.04841)."""
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Int64
@@ -11,6 +11,7 @@ from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding
 from memformer.nn.associative import FEATURES_PER_COMPONENT, AssociativeMemory
 from memformer.nn.attention import CacheWindow
+from memformer.nn.linear import recompute_weights
 from memformer.nn.positions import RotaryPositions
 from memformer.shapes import Hidden, Memory, Segment
 
@@ -65,7 +66,7 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
 
     @property
     def _typed_memories(self) -> list[AssociativeMemory]:
-        return [memory for memory in self.memories if isinstance(memory, AssociativeMemory)]
+        return [cast(AssociativeMemory, memory) for memory in self.memories]  # or wrappers of them
 
     @property
     def memory_shape(self) -> tuple[int, int]:
@@ -76,6 +77,7 @@ class AssociativeRecurrentMemoryTransformer(NextTokenModel):
         return memory.split(self.config.d_model + 1, dim=-1)
 
     def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
+        recompute_weights(self)
         length = x.shape[1]
         positions, keep_mask = self._make_positions_and_mask(length, num_tokens)
         frame = self.positions(positions, key_positions=positions)

@@ -19,7 +19,7 @@ from memformer.models.recurrence import check_tokens, reading
 from memformer.nn.attention import AttentionRecord
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.linear import is_transformed
-from memformer.rollout import Rollout
+from memformer.rollout import Rollout, check_targets_have_inputs
 from memformer.shapes import Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 from memformer.utils.checks import check_type
 from memformer.utils.token_ids import TokenRow, check_token_ids
@@ -174,15 +174,7 @@ class MemformerForSequenceClassification(MemoryEncoder):
         """
         check_tokens(rollout.inputs.flatten(0, 1), largest=self._largest_token_id, name="inputs")
         self._check_labels(rollout.targets)
-        if rollout.input_padding is not None and rollout.inputs.device.type == "cpu":
-            is_empty = rollout.input_padding.all(dim=-1, keepdim=True)
-            counts = is_empty if rollout.target_padding is None else is_empty & ~rollout.target_padding
-            if counts.any():
-                timestep, row, _ = counts.nonzero()[0].tolist()
-                raise InputError(
-                    f"timestep {timestep} of row {row} has a label but no token; a label stands at the last timestep "
-                    "with tokens (mask others with target_padding)"
-                )
+        check_targets_have_inputs(rollout, target="a label")
         return rollout
 
     def make_rollout(self, documents: Sequence[TokenRow], labels: Sequence[Any]) -> Rollout:
@@ -269,10 +261,13 @@ class MemformerForSequenceClassification(MemoryEncoder):
             token_ids: As for `log_probabilities`.
 
         Raises:
-            InputError: As `log_probabilities`.
+            InputError: As `log_probabilities`, or a probability is not finite.
             InputTypeError: As `log_probabilities`.
         """
-        labels: int | list[int] = self.log_probabilities(token_ids).argmax(dim=-1).tolist()
+        found = self.log_probabilities(token_ids)
+        if not found.isfinite().all():
+            raise InputError("the labels' probabilities are not finite: the model's weights are broken")
+        labels: int | list[int] = found.argmax(dim=-1).tolist()
         return labels
 
 

@@ -1,7 +1,7 @@
 """The Compressive Transformer (arXiv 1911.05507): a Transformer-XL that compresses its oldest memories."""
 
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -158,10 +158,9 @@ class CompressiveTransformer(TransformerXL):
         layers = zip(self.layers, self._split_layers(slots), self._split_layers(blocks), compressed, strict=True)
         errors = []
         for layer, x, states, summary in layers:
-            assert isinstance(layer, CausalLayer)
-            dtype = summary.dtype
+            dtype, own = summary.dtype, cast(CausalLayer, layer)  # or a wrapper of it
             errors.append(
-                reconstruction_error(layer, x.to(dtype), blocks=states.to(dtype), compressed=summary, is_block=is_block)
+                reconstruction_error(own, x.to(dtype), blocks=states.to(dtype), compressed=summary, is_block=is_block)
             )
         return torch.stack(errors).sum(dim=0).to(slots.dtype)
 

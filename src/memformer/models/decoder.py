@@ -1,6 +1,7 @@
 """The readout: predicts a segment from the hidden states of the previous segment."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -111,7 +112,8 @@ class Decoder(nn.Module):
 
     @property
     def _typed_layers(self) -> list[DecoderLayer]:
-        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        # A wrapper of a layer (torch.compile, activation checkpointing) passes the layer's methods on.
+        return [cast(DecoderLayer, layer) for layer in self.layers]
 
     def forward(
         self,

@@ -53,6 +53,14 @@ class LanguageModel(TokenModel):
                 range.
             InputTypeError: A dtype is wrong.
         """
+        if type(self).decode is not LanguageModel.decode:  # a subclass predicts in another way
+            return super().token_nll(
+                targets,
+                hidden=hidden,
+                hidden_padding_mask=hidden_padding_mask,
+                target_padding_mask=target_padding_mask,
+                decoder_start_ids=decoder_start_ids,
+            )
         nll = self.embedding.nll(self._features(targets, hidden, hidden_padding_mask, decoder_start_ids), targets)
         check_mask(target_padding_mask, shape=targets.shape, name="target_padding_mask")
         return nll if target_padding_mask is None else nll.masked_fill(target_padding_mask, 0.0)

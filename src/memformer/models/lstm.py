@@ -9,12 +9,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from memformer.models.baseline_configs import LSTMConfig
 from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts
+from memformer.nn.linear import has_hooks
 from memformer.shapes import Hidden, Memory, Segment
 
 
 def _is_plain(layer: nn.Module) -> bool:
     """Return whether the layer computes what its weights say: it is no other module, and has no hooks."""
-    return type(layer) is nn.LSTM and not layer._forward_hooks and not layer._forward_pre_hooks
+    return type(layer) is nn.LSTM and not has_hooks(layer)
 
 
 class LSTM(NextTokenModel):
@@ -61,7 +62,8 @@ class LSTM(NextTokenModel):
         return 2 * self.config.num_layers, self.config.d_model
 
     def _read(self, x: Hidden, *, memory: Memory, num_tokens: TokenCounts | None) -> tuple[Hidden, Memory]:
-        dtype, length = next(self.layers.parameters()).dtype, x.shape[1]
+        # A quantized layer has no parameters.
+        dtype, length = next((weight.dtype for weight in self.layers.parameters()), x.dtype), x.shape[1]
         with torch.autocast(x.device.type, enabled=False):
             states = memory.to(dtype).transpose(0, 1).contiguous()  # (K, B, D)
             sequence: Tensor | PackedSequence = x.to(dtype)

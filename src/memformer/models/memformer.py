@@ -16,7 +16,7 @@ from memformer.models.memory_encoder import MemoryEncoder, last_of
 from memformer.models.recurrence import check_tokens
 from memformer.nn.attention import AttentionRecord, KeyValueCache
 from memformer.nn.auxiliary import AuxiliaryLoss
-from memformer.rollout import Rollout, check_mask
+from memformer.rollout import Rollout, check_mask, check_targets_have_inputs
 from memformer.shapes import DecoderStartIds, Hidden, Logits, Memory, Segment, SegmentPadding, Targets
 from memformer.utils.checks import check_type
 
@@ -91,12 +91,14 @@ class Memformer(MemoryEncoder, LanguageModel):
         """Return the rollout itself, after checking its tokens.
 
         Raises:
-            InputError: An input, a target or a start id is not a token id (checked on a CPU only).
+            InputError: An input, a target or a start id is not a token id, or a timestep without input tokens has
+                targets (checked on a CPU only).
         """
         check_tokens(rollout.inputs.flatten(0, 1), largest=self._largest_token_id, name="inputs")
         check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
         if rollout.decoder_start_ids is not None:
             check_tokens(rollout.decoder_start_ids, largest=self._largest_token_id, name="decoder_start_ids")
+        check_targets_have_inputs(rollout, target="targets")
         return rollout
 
     def _features(

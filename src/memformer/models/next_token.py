@@ -14,7 +14,7 @@ from memformer.errors import InputError
 from memformer.models.language_model import LanguageModel
 from memformer.models.recurrence import check_tokens
 from memformer.nn.auxiliary import AuxiliaryLoss
-from memformer.rollout import Rollout, check_mask
+from memformer.rollout import Rollout, check_mask, check_targets_have_inputs
 from memformer.shapes import DecoderStartIds, Hidden, Memory, Segment, SegmentPadding, Targets
 from memformer.utils.words import with_article
 
@@ -83,10 +83,12 @@ class NextTokenModel(LanguageModel):
         """Return a rollout with the same targets, each with the preceding token as its input.
 
         Raises:
-            InputError: An input or a target is not a token id (checked on a CPU only).
+            InputError: An input or a target is not a token id, or a timestep without input tokens has targets
+                (checked on a CPU only).
         """
         check_tokens(rollout.inputs.flatten(0, 1), largest=self.bos_token_id, name="inputs")
         check_tokens(rollout.targets.flatten(0, 1), largest=self.vocab_size - 1, name="targets")
+        check_targets_have_inputs(rollout, target="targets")
         return rollout.shifted_by_one_token()
 
     def initial_memory(self, batch_size: int) -> Memory:

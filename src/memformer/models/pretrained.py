@@ -51,23 +51,30 @@ class Pretrained(nn.Module):
                 could not load them.
             SaveError: Writing failed; earlier files are intact.
         """
+        self.check_weights_are_of_config()
+        folder = user_path(folder)
+        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
+
+    def check_weights_are_of_config(self) -> None:
+        """Check that a model made from the config has weights of the same names, so that it can load these.
+
+        Raises:
+            InputError: A weight is parametrized, missing or added.
+        """
         for name, module in self.named_modules():
             if parametrize.is_parametrized(module):
                 raise InputError(
                     f"{name} has parametrized weights, which a loaded model would lack; call "
                     "torch.nn.utils.parametrize.remove_parametrizations first, or save the state_dict"
                 )
-        weights = self.state_dict()
         expected = self._names_of_weights()
-        if expected is not None and (different := sorted(weights.keys() ^ expected)):
+        if expected is not None and (different := sorted(self.state_dict().keys() ^ expected)):
             raise InputError(
                 f"the model's weights are not those of its config: {different[0]} is "
                 f"{'missing' if different[0] in expected else 'added'}, as by pruning or weight normalization; undo "
                 "the change (for example with torch.nn.utils.prune.remove), or save the state_dict"
             )
-        folder = user_path(folder)
-        write_tensors(folder / WEIGHTS_FILE, weights)
-        write_json(folder / CONFIG_FILE, {"model_type": self.config.model_type, **self.config.to_dict()})
 
     def _names_of_weights(self) -> set[str] | None:
         """Return the names of the weights of a model of this config; None if the class is not made from it alone."""
@@ -88,7 +95,9 @@ class Pretrained(nn.Module):
             if value != _first_default(self.config, name)
         )
         digest = hashlib.sha256(json.dumps([self.config.model_type, changed], sort_keys=True).encode())
-        first = [weight.detach().flatten()[:_NUM_FIRST_VALUES].float() for weight in self.parameters()]
+        # A weight that several layers share counts for each: once saved and loaded, each has its own.
+        weights = [weight for _, weight in self.named_parameters(remove_duplicate=False)]
+        first = [weight.detach().flatten()[:_NUM_FIRST_VALUES].float() for weight in weights]
         digest.update(torch.cat(first).cpu().numpy().tobytes())
         return digest.hexdigest()
 

@@ -12,6 +12,7 @@ from memformer.models.layers import CausalLayer
 from memformer.models.next_token import NextTokenModel, SegmentState, TokenCounts, place_behind_padding
 from memformer.nn.attention import AttentionRecord, CacheWindow
 from memformer.nn.auxiliary import AuxiliaryLoss
+from memformer.nn.linear import recompute_weights
 from memformer.nn.positions import RotaryPositions
 from memformer.shapes import Hidden, Memory, Segment, SegmentPadding
 
@@ -59,6 +60,7 @@ class RecurrentMemoryTransformer(NextTokenModel):
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return the learned memory tokens for each row, in float32 (float64 if the model is float64)."""
+        recompute_weights(self)
         return self.memory_tokens.to(self.memory_dtype).expand(batch_size, -1, -1)
 
     def encode(

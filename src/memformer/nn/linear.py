@@ -8,6 +8,7 @@ rounding.
 """
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.flop_counter import register_flop_formula
 
 from memformer.utils.machine import has_intel_processor
@@ -53,7 +58,7 @@ def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached
         outputs: The outputs to return.
         detached: Whether the layer's parameters get no gradient.
     """
-    if type(projection) is not Linear or projection._forward_hooks or projection._forward_pre_hooks:
+    if type(projection) is not Linear or has_hooks(projection):
         if not detached:
             result: Tensor = projection(x)[..., outputs]
             return result
@@ -65,6 +70,19 @@ def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached
     return linear(x, weight, bias)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything is called when the module is, or when a gradient passes through it."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()
+
+
+def recompute_weights(module: nn.Module) -> None:
+    """Compute what PyTorch's pruning and normalization hooks compute when a module is called, for one that is not."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            hook(module, ())
+
+
 def called_detached(module: nn.Module, x: Tensor) -> Tensor:
     """Return the module's output for x; its parameters get no gradient."""
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
@@ -73,14 +91,14 @@ def called_detached(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def called_in_dtype(projection: nn.Module, x: Tensor) -> Tensor:
-    """Return the module's output for x, with its parameters converted to the dtype of x where they have another."""
-    first = next(projection.parameters(), None)
-    if first is None or first.dtype == x.dtype:
-        result: Tensor = projection(x)
-        return result
-    parameters = {name: parameter.to(x.dtype) for name, parameter in projection.named_parameters()}
-    converted: Tensor = functional_call(projection, parameters, (x,))
-    return converted
+    """Return the module's output for x, with its parameters and buffers converted to the dtype of x."""
+    converted = {
+        name: tensor.to(x.dtype)
+        for name, tensor in chain(projection.named_parameters(), projection.named_buffers())
+        if tensor.is_floating_point() and tensor.dtype != x.dtype
+    }
+    result: Tensor = functional_call(projection, converted, (x,)) if converted else projection(x)
+    return result
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from memformer.errors import InputError
 from memformer.nn.attention import AttentionRecord, CrossAttention, merge_heads, split_heads
 from memformer.nn.auxiliary import AuxiliaryLoss
 from memformer.nn.entmax import SUPPORT_WIDTH, Normalizer, normalize_scores
-from memformer.nn.linear import Linear, called_in_dtype
+from memformer.nn.linear import Linear, called_in_dtype, recompute_weights
 from memformer.nn.matching import match_slots
 from memformer.nn.positions import Frame
 from memformer.shapes import Hidden, Memory, SlotBias
@@ -310,6 +310,7 @@ class MemoryNormalization(nn.Module):
 
     def forgetting_vectors(self) -> Float[Tensor, "vectors W"]:
         """Return v_i of every slot, or the one v that all slots share, in at least float32."""
+        recompute_weights(self)
         slot_bias = _in_full_precision(self.slot_bias)
         if self.log_speed is None:
             return slot_bias
@@ -352,6 +353,7 @@ class MemoryNormalization(nn.Module):
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Return M_0, the terminal state of forgetting, for each row, in at least float32."""
+        recompute_weights(self)
         slots = self.radius * F.normalize(_in_full_precision(self.slot_bias), dim=-1)
         return slots.expand(batch_size, self.num_slots, -1)
 

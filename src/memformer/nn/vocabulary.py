@@ -133,7 +133,7 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, tokens: Tokens) -> Features:
         """Return the embeddings of the tokens."""
         embedded = self.bos.expand(*tokens.shape, -1)
-        frequent = self.softmax.head.weight
+        frequent = _current_weight(self.softmax.head)
         for index, (first, end) in enumerate(self.clusters):
             # Every token is looked up in every cluster: shapes do not depend on the tokens, and the device is not
             # synchronized.
@@ -142,7 +142,7 @@ class AdaptiveEmbedding(nn.Module):
             if index == 0:
                 vectors = F.embedding(index_in_cluster, frequent)
             else:
-                projection, narrow = (module.weight for module in self._typed_tail[index - 1])
+                projection, narrow = map(_current_weight, self._typed_tail[index - 1])
                 vectors = F.embedding(index_in_cluster, narrow) @ projection
             embedded = torch.where(inside[..., None], vectors, embedded)
         return embedded
@@ -184,6 +184,13 @@ class AdaptiveEmbedding(nn.Module):
 
     def compile_nll(self, **options: Any) -> None:
         """Do nothing: the sizes of the clusters' batches depend on the tokens."""
+
+
+def _current_weight(layer: nn.Linear) -> Tensor:
+    """Return the weight, computed anew if a hook computes it when the layer is called (pruning, normalization)."""
+    if layer._forward_pre_hooks:
+        layer(layer.weight.new_zeros(0, layer.in_features))
+    return layer.weight
 
 
 def _log_softmax(logits: Float[Tensor, "*rows V"]) -> Float[Tensor, "*rows V"]:

@@ -25,6 +25,7 @@ from memformer.training.pieces import (
     RolloutResult,
     check_arguments,
     check_can_replay,
+    check_no_cached_weights,
     prepare,
     trainable,
 )
@@ -103,6 +104,7 @@ class ReplayEngine:
             InputTypeError: As `backpropagate`.
         """
         model = self.model
+        check_no_cached_weights()
         check_can_replay(model)
         readout_timesteps, gradient_scale = check_arguments(
             rollout, readout_timesteps=readout_timesteps, gradient_scale=gradient_scale

@@ -130,19 +130,25 @@ def trainable(model: nn.Module) -> RecurrentModel:
     return unwrapped(model)
 
 
-def check_can_replay(model: RecurrentModel) -> None:
-    """Check that weights are computed anew by every encoding, and that no hook waits for a parameter's gradient.
-
-    Replay encodes without gradient first, and adds up the gradient in several backward passes.
+def check_no_cached_weights() -> None:
+    """Check that PyTorch keeps no parametrized weights: a session may have computed them, without gradient.
 
     Raises:
-        InputError: A parameter has such a hook, or parametrized weights are cached.
+        InputError: It keeps them.
     """
     if parametrize._cache_enabled:
         raise InputError(
-            "torch.nn.utils.parametrize.cached() is active: memory replay would find weights in it that were computed "
-            "without gradient; call backpropagate outside of it, or use method 'bptt'"
+            "torch.nn.utils.parametrize.cached() is active, and weights in it may have been computed without "
+            "gradient; call backpropagate outside of it"
         )
+
+
+def check_can_replay(model: RecurrentModel) -> None:
+    """Check that no hook waits for a parameter's gradient, which replay adds up in several backward passes.
+
+    Raises:
+        InputError: A parameter has such a hook.
+    """
     for name, parameter in model.named_parameters():
         if not is_distributed(parameter) and (
             parameter._backward_hooks

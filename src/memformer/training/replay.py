@@ -40,6 +40,7 @@ from memformer.training.pieces import (
     auxiliary_scales,
     check_arguments,
     check_can_replay,
+    check_no_cached_weights,
     chunks,
     current_autocast,
     encode_timestep,
@@ -84,14 +85,15 @@ def backpropagate(
 
     Raises:
         InputError: The method is unknown, `readout_timesteps` is below 1, the memory has a wrong shape, gradients are
-            disabled, an input or a target is not a token id, an auxiliary weight is given for a model without an
-            auxiliary loss, or a shortfall weight without an auxiliary weight; with method "replay" also: a parameter
-            has a hook on its gradient, which would see parts, or parametrized weights are cached, which would lack
-            gradient; with "replay" and "checkpoint": a buffer of the model changes when it reads.
+            disabled, an input or a target is not a token id, a timestep without input tokens has targets, parametrized
+            weights are cached, an auxiliary weight is given for a model without an auxiliary loss, or a shortfall
+            weight without an auxiliary weight; with method "replay" also: a parameter has a hook on its gradient, which
+            would see parts; with "replay" and "checkpoint": a buffer of the model changes when it reads.
         InputTypeError: The rollout is not a `Rollout`, or the memory has the wrong dtype.
     """
     check_choice("method", method, get_args(Method))
     model = trainable(model)
+    check_no_cached_weights()
     if method == "replay":
         check_can_replay(model)
     readout_timesteps, gradient_scale = check_arguments(
@@ -223,7 +225,9 @@ def _unroll(work: _Work, memory: Tensor, *, recompute: bool) -> tuple[Tensor, Te
         check_buffers()
     work.before_last_backward()
     scales = work.auxiliary_scales(total_nll.detach())
-    (total_nll * work.nll_scale + (total_auxiliary * scales).sum()).backward()
+    loss = total_nll * work.nll_scale + (total_auxiliary * scales).sum()
+    if loss.requires_grad:  # something may be learned
+        loss.backward()
     grads = [_grad_of(each) for each in entering]
     return total_nll.detach(), memory.detach(), grads[0], torch.stack([grad.norm() for grad in grads])
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memformer.errors import CheckpointError, InputError, SaveError
+from memformer.errors import CheckpointError, InputError, InputTypeError, SaveError
+from memformer.utils.words import with_article
 
 CHECKSUM = "sha256"
 # Some network mounts cannot sync.
@@ -28,7 +29,10 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         InputError: The path is empty, as an unset variable of a shell; Python takes it for the current folder.
+        InputTypeError: It is neither a string nor a path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(f"a path ({path!r}) is {with_article(type(path).__name__)}; it must be a string or a Path")
     if not str(path):
         raise InputError("a path is empty; name a file or a folder")
     return Path(os.path.expanduser(path))  # noqa: PTH111  pathlib raises an error if there is no such user
