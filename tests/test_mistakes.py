@@ -131,6 +131,16 @@ def test_a_classifier_with_broken_weights_has_no_label():
         model.classify([1, 2, 3])
 
 
+def test_flags_and_parts_of_a_rollout_have_their_type():
+    rollout = random_rollout(2, 2)
+    with pytest.raises(InputTypeError, match=r"is_shifted \('no'\) must be"):
+        dataclasses.replace(rollout, is_shifted="no")
+    with pytest.raises(InputTypeError, match=r"targets_are_answers \(2\) must be"):
+        dataclasses.replace(rollout, targets_are_answers=2)
+    with pytest.raises(InputTypeError, match=r"timesteps is of class int; it must be a slice, as in rollout\[2:5\]"):
+        rollout[0]
+
+
 def test_metadata_of_a_session_are_valid_strings(tmp_path):
     session = Session(tiny_model())
     with pytest.raises(InputTypeError, match=r"metadata\['a'\] is of class int; it must be a str"):

@@ -14,8 +14,8 @@ from benchmarks.gpu.sizes import Size, sizes
 from memformer.training.engine import ReplayEngine
 
 KINDS = {
+    "attention": ("sdpa", "flash", "fmha", "attention"),  # first: some are made with cutlass, too
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
-    "attention": ("sdpa", "flash", "fmha", "attention"),
     "layer norm": ("layer_norm", "gammabeta", "layernorm"),
     "softmax": ("softmax", "nll_loss"),
     "compiled": ("triton_",),

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from memformer.models.config import MemformerConfig, MemoryEncoderConfig
 from memformer.models.layers import DecoderLayer
 from memformer.nn.attention import CacheWindow, HeadTokens, KeyValueCache, join_keys_values, keep_mask_of
-from memformer.nn.positions import PositionSchemes, RelativeFrame, RelativePositions, RotaryFrame, RotaryPositions
+from memformer.nn.positions import (
+    PositionSchemes,
+    RelativeFrame,
+    RelativePositions,
+    RotaryFrame,
+    RotaryPositions,
+    mask_as_numbers,
+)
 from memformer.shapes import Hidden, SegmentPadding
 
 
@@ -175,6 +182,8 @@ class Decoder(nn.Module):
             if keep_mask is not None:
                 keep_mask = _join_masks(past, keep_mask, queries_of=x)
             frame = frame.with_earlier_keys(past.positions)
+        if keep_mask is not None and caches is not None:
+            keep_mask = mask_as_numbers(keep_mask, like=caches[0].keys)
         for index, layer in enumerate(self.layers):
             # Compiled layers are for the fixed shapes of whole segments; a step with caches has one for each token.
             is_step = caches is not None and layer._compiled_call_impl is not None

@@ -72,8 +72,8 @@ def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether anything is called when the module is, or when a gradient passes through it."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or _has_any_global_hook()
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or bool(_has_any_global_hook())
 
 
 def recompute_weights(module: nn.Module) -> None:

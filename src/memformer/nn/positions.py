@@ -37,7 +37,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Frame:
-    """Positions and attention of one stack of layers; this base class has no positions (used for memory slots)."""
+    """Positions and attention of one stack of layers; this base class has no positions (used for memory slots).
+
+    Attributes:
+        is_same_for_keys: Whether queries and keys are changed alike.
+    """
+
+    is_same_for_keys = True
 
     def apply_to_queries(self, query: Tensor) -> Tensor:
         """Return the queries unchanged."""
@@ -92,6 +98,15 @@ def fused_attention(
     return attend(dropout_p=dropout)
 
 
+def mask_as_numbers(keep_mask: Bool[Tensor, "B 1 Q J"], *, like: Tensor) -> Float[Tensor, "B 1 Q J"]:
+    """Return what attention makes of a mask in every layer: -inf where nothing is attended to, 0 elsewhere.
+
+    Its rows begin at multiples of 16 elements, since attention on CUDA copies any other mask to such places.
+    """
+    numbers = torch.where(keep_mask, 0.0, float("-inf")).to(like.dtype)
+    return F.pad(numbers, (0, -keep_mask.shape[-1] % 16))[..., : keep_mask.shape[-1]]
+
+
 def _suits_efficient_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cuda"
@@ -136,6 +151,7 @@ class RotaryFrame(Frame):
         self.query_positions = query_positions
         self.key_positions = key_positions
         self.head_width = head_width
+        self.is_same_for_keys = key_positions is query_positions
         self._cached_rotations: dict[tuple[bool, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def prepare(self, x: Tensor) -> "RotaryFrame":
