@@ -42,6 +42,20 @@ def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
         variants, baselines, has_masks = variants[:1], baselines[:1], (True,)
     check = partial(compare_with_bptt, has_masks=has_masks)
     narrow = [name for name in variants if "slot_width" in VARIANTS[name]]
+    # First those that did not hold or were not checked when the last GPU was at hand.
+    for dtype in ("bfloat16", "float32"):
+        yield f"{dtype}, default", lambda dtype=dtype: check(tiny_model(dropout=0.2).float(), dtype=dtype)
+    yield (
+        "bfloat16, default, no dropout of attention weights",
+        lambda: check(tiny_model(dropout=0.2, attention_dropout=0.0).float(), dtype="bfloat16"),
+    )
+    for name in baselines:
+        yield (
+            f"bfloat16, {name}",
+            lambda name=name: check(
+                tiny_baseline(name, dropout=0.2).float(), dtype="bfloat16", expected=SAID.get(name)
+            ),
+        )
     for name in variants:
         yield (
             f"float64, {name}",
@@ -87,8 +101,6 @@ def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
             f"bfloat16, eager replay, {name}",
             lambda name=name: check(tiny_baseline(name, dropout=0.2).float(), dtype="bfloat16", eager=True),
         )
-    for dtype in ("float32", "bfloat16"):
-        yield f"{dtype}, default", lambda dtype=dtype: check(tiny_model(dropout=0.2).float(), dtype=dtype)
 
 
 def compare_with_bptt(
@@ -136,7 +148,8 @@ def compare_with_bptt(
             for masks in has_masks
         ]
     largest = dict(zip(("gradient", "loss", "memory"), map(max, zip(*found, strict=True)), strict=True))
-    tolerance = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2}[dtype]
+    # Compiled code rounds to bfloat16 at fewer places than eager BPTT; other dropout gave a difference of 0.58.
+    tolerance = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2 if compiled else 2e-2}[dtype]
     is_silent = not said if expected is None else all(expected in sentence for sentence in said)
     is_recorded = eager or DEVICE.type != "cuda" or counts["recorded"] > 0
     holds = is_silent and is_recorded and all(value < tolerance for value in largest.values())
