@@ -56,24 +56,24 @@ def test_what_is_no_model_is_refused_in_one_sentence(other):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error", "message"),
+    ("wrong", "as_two_rows", "error", "message"),
     [
-        ([1, [2, 3]], InputError, r"token ids \(\[1, \[2, 3\]\]\) must be one-dimensional"),
+        ([1, [2, 3]], [[1], [1, [2, 3]]], InputError, r"token ids \(\[1, \[2, 3\]\]\) must be one-dimensional"),
         (
             torch.ones(2, dtype=torch.bfloat16),
+            [[1], torch.ones(2, dtype=torch.bfloat16)],
             InputTypeError,
             "token ids have dtype bfloat16; they must be integers",
         ),
-        (torch.tensor(3), InputTypeError, "token ids are a Tensor; they must be a list"),
+        (torch.tensor(3), torch.tensor(3), InputTypeError, "token ids are a Tensor; they must be a list"),
     ],
 )
-def test_token_ids_of_a_wrong_kind_are_refused(wrong, error, message):
-    session = Session(tiny_model())
-    with pytest.raises(error, match=message):
-        session.feed(wrong)
-    with pytest.raises(InputError):
-        Session(tiny_model(), batch_size=2).feed(wrong)
-    assert session.num_tokens == [0]
+def test_token_ids_of_a_wrong_kind_are_refused(wrong, as_two_rows, error, message):
+    for num_rows, given in ((1, wrong), (2, as_two_rows)):
+        session = Session(tiny_model(), batch_size=num_rows)
+        with pytest.raises(error, match=message):
+            session.feed(given)
+        assert session.num_tokens == [0] * num_rows
 
 
 def test_a_row_of_single_tokens_is_not_taken_for_rows():

@@ -16,7 +16,7 @@ from memformer.evaluation.half_life import (
 )
 from memformer.evaluation.inspection_parts import Lifetimes
 from memformer.nn.attention import AttentionRecord
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VARIANTS, VOCAB_SIZE, assert_close, tiny_model
 from tests.models.baselines import tiny_baseline, used_memory
 
 WIDTH = 16
@@ -132,11 +132,10 @@ def test_a_slot_that_keeps_its_value_has_all_of_it_left_beside_slots_that_compet
     assert (probe.shares() == 1).all()
 
 
+@pytest.mark.parametrize("name", [name for name, changes in VARIANTS.items() if changes.get("num_slots") != 0])
 @torch.no_grad()
-def test_a_memory_that_is_written_alike_is_the_next_memory(variant):
-    model = tiny_model(**variant)
-    if not model.config.num_slots:
-        return
+def test_a_memory_that_is_written_alike_is_the_next_memory(name):
+    model = tiny_model(**VARIANTS[name])
     memory, record = model.initial_memory(2), AttentionRecord()
     for _ in range(3):
         segment, before = torch.randint(0, VOCAB_SIZE, (2, SEGMENT_LENGTH)), memory

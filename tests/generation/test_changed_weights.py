@@ -84,11 +84,11 @@ def train_by_likelihood(model):
 
 
 @pytest.mark.parametrize("name", ["memformer", "transformer-xl", "compressive"])
-@pytest.mark.parametrize("change", [adapt, change_data, train_by_likelihood])
-@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    ("change", "is_frozen"),
+    [(adapt, False), (adapt, True), (change_data, False), (change_data, True), (train_by_likelihood, False)],
+)
 def test_changes_that_leave_no_trace_in_versions_are_noticed(name, change, is_frozen):
-    if is_frozen and change is train_by_likelihood:
-        return
     model = tiny_model() if name == "memformer" else tiny_baseline(name)
     model.requires_grad_(not is_frozen)
     session = Session(model)
