@@ -9,7 +9,7 @@ from memformer import InputError, Rollout, backpropagate
 from memformer.training.engine import ReplayEngine
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
 from tests.models.classifiers import CLASSIFIERS, NUM_LABELS, SOME, documents_of, tiny_classifier
-from tests.training.gradients import assert_same_gradients, gradients, penalty
+from tests.training.gradients import assert_gradients, assert_same_gradients, gradients, gradients_of, penalty
 
 
 def packed_rollout(num_timesteps=4, batch_size=3, *, seed=1):
@@ -47,8 +47,7 @@ def by_hand(model, rollout, memory):
                 nll = nll - model.decode(label[None], hidden=hidden).log_softmax(-1)[0, 0, label[0]]
                 count += 1
     (nll / count).backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return (nll / count).detach(), count, entering.grad, grads
+    return (nll / count).detach(), count, entering.grad, gradients_of(model)
 
 
 def used_memory(model, rows):
@@ -87,9 +86,7 @@ def test_replay_equals_a_loop_over_rows_written_by_hand(name):
     assert_close(result.loss, loss)
     if memory.numel():
         assert_close(result.memory_grad, memory_grad)
-    assert grads.keys() >= expected.keys()
-    for name, grad in expected.items():
-        assert_close(grads[name], grad)
+    assert_gradients(grads, expected)
 
 
 @pytest.mark.parametrize("name", ["default", "segments, memory"])
