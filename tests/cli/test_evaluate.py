@@ -69,7 +69,7 @@ def test_evaluate_and_retention_warn_of_changed_documents(base, copied, tmp_path
         (["--data.kind", "text"], "path (None) must be given for kind 'text'"),
         (["--data.kind", "digits"], "data of kind 'digits' does not fit the run's tokenizer of kind 'bytes'"),
         (["--data.kind", "text", "--data.path", "/no/such"], "data.path (/no/such) does not exist"),
-        (["--checkpoint", "worst"], "worst"),
+        (["--checkpoint", "worst"], "argument --checkpoint: invalid choice: 'worst'"),
         (["--threads", "0"], "threads (0) must be from 1 to 65536"),
     ],
 )

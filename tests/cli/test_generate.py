@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -130,23 +129,41 @@ def test_a_closed_stdout_keeps_the_session_of_the_prompt(run_folder, tmp_path, m
     assert load_run(run_folder).load_session(tmp_path / "state").num_tokens == [7]
 
 
-def interrupt_once_signals_are_noted():
-    """Send SIGINT when the command has put its handler in place and has had time to read the prompt.
+@pytest.fixture
+def interrupter(monkeypatch):
+    """A thread that sends SIGINT once the command waits for more than the seven tokens that it has read.
 
     It is sent to this thread, as the system may do, so it does not interrupt the wait of the main thread.
     """
-    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        time.sleep(0.01)
-    time.sleep(1.0)
-    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+    sessions, is_waiting = [], threading.Event()
+    feed, has_arrived = Session.feed, prompts._has_arrived
+
+    def feed_and_keep(session, part):
+        sessions.append(session)
+        feed(session, part)
+
+    def note_and_wait(stream):
+        if sessions and sessions[-1].num_tokens == [7]:
+            is_waiting.set()
+        return has_arrived(stream)
+
+    def interrupt():
+        assert is_waiting.wait(timeout=60)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    monkeypatch.setattr(Session, "feed", feed_and_keep)
+    monkeypatch.setattr(prompts, "_has_arrived", note_and_wait)
+    monkeypatch.setattr(prompts, "_SECONDS_OF_WAITING", 0.01)
+    return threading.Thread(target=interrupt)
 
 
-def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_folder, tmp_path, monkeypatch):
+def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(
+    run_folder, tmp_path, monkeypatch, interrupter
+):
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as waiting:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(waiting))
         os.write(writer, b"the cat")
-        interrupter = threading.Thread(target=interrupt_once_signals_are_noted)
         interrupter.start()
         status, _, err = call("generate", run_folder, "--prompt_file", "-", "--save_session", tmp_path / "a")
         interrupter.join()
@@ -174,7 +191,7 @@ def test_a_signal_while_waiting_for_input_or_generating_saves_the_session(run_fo
     ("options", "message"),
     [
         (["--temperature", "-1"], "temperature (-1.0) must be at least 0"),
-        (["--temperature", "hot"], "temperature"),
+        (["--temperature", "hot"], "temperature ('hot') must be a number"),
         (["--top_p", "2"], "top_p (2.0) must be above 0 and at most 1"),
         (["--top_k", "0"], "top_k (0) must be at least 1"),
         (["--max_new_tokens", "-1"], "max_new_tokens (-1) must be at least 0"),

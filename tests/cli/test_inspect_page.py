@@ -132,7 +132,7 @@ def test_the_slider_the_layer_and_the_colours_react(page):
         page.find_element(By.CSS_SELECTOR, f"input[value={mode}]").click()
         spans = page.find_elements(By.CSS_SELECTOR, "#text .step span")[20:40]
         colours.append([span.value_of_css_property("background-color") for span in spans])
-    assert colours[0] != colours[1] != colours[2]
+    assert colours[0] != colours[1] != colours[2] != colours[0]
     assert "the memory saves" in shown(page, "scale")
 
 

@@ -98,11 +98,18 @@ def test_the_folder_of_the_best_weights_is_a_complete_model(run_folder, tmp_path
     assert "has no tokenizer for its vocabulary of 11 tokens; memformer.data.save_tokenizer writes one" in message
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
-def test_commands_without_a_run_are_refused(command, tmp_path):
+NO_MODEL = (
+    "is not a folder; a run folder or a folder from save_pretrained is needed",
+    "contains neither config.yaml nor config.json: it is not a run folder or a saved model",
+)
+NO_LOG = ("has no log.jsonl; a report needs a trained run",) * 2
+
+
+@pytest.mark.parametrize(("command", "messages"), [("evaluate", NO_MODEL), ("generate", NO_MODEL), ("report", NO_LOG)])
+def test_commands_without_a_run_are_refused(command, messages, tmp_path):
     assert "required: run" in refused(command)
-    assert str(tmp_path / "none") in refused(command, tmp_path / "none")
-    assert str(tmp_path) in refused(command, tmp_path)
+    for folder, message in zip((tmp_path / "none", tmp_path), messages, strict=True):
+        assert refused(command, folder) == f"{folder} {message}"
 
 
 @pytest.mark.parametrize(

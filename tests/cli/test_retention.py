@@ -165,7 +165,7 @@ def test_retention_reads_the_test_documents_of_a_run_that_has_them(runs, tmp_pat
         ("recall", ["--num_episodes", "0"], "num_episodes (0) must be at least 1"),
         ("recall", ["--questions", "0"], "questions (0) must be at least 1"),
         ("recall", ["--seed", "-1"], "seed (-1) must be from 0"),
-        ("recall", ["--distances", "far"], "distances"),
+        ("recall", ["--distances", "far"], "distances ('far') must be an integer"),
         ("recall", ["--distances"], "expected at least one argument"),
         ("recall", ["--distance", "3"], "unknown option --distance; did you mean --distances?"),
         ("recall", ["--distances", "1", "--output", "/proc/none"], "/proc/none/retention.json could not be written"),
@@ -194,7 +194,9 @@ def test_num_lanes_is_refused_in_an_evaluation_on_a_recall_task(runs):
 
 def test_retention_without_a_run(runs, tmp_path):
     assert "required: run" in refused("retention")
-    assert str(tmp_path) in refused("retention", tmp_path)
+    assert refused("retention", tmp_path) == (
+        f"{tmp_path} contains neither config.yaml nor config.json: it is not a run folder or a saved model"
+    )
     model = Memformer.from_pretrained(runs["recall"] / "best")
     model.save_pretrained(tmp_path / "model")
     save_tokenizer(load_tokenizer(runs["recall"]), tmp_path / "model")

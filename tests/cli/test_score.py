@@ -355,18 +355,18 @@ def test_resuming_needs_the_same_text_and_options(run_folder, file, tmp_path):
     ("options", "message"),
     [
         (["/no/such"], "/no/such cannot be read: No such file"),
-        (["FILE", "--per", "word"], "per"),
+        (["FILE", "--per", "word"], "argument --per: invalid choice: 'word'"),
         (["FILE", "--top", "0"], "top (0) must be at least 1"),
         (["FILE", "--context", "3"], "--context is given without --top"),
         (["FILE", "--top", "1", "--context", "-1"], "context (-1) must be at least 0"),
         (["FILE", "--threshold", "-1"], "threshold (-1.0) must be at least 0"),
-        (["FILE", "--threshold", "nan"], "threshold (nan)"),
+        (["FILE", "--threshold", "nan"], "threshold (nan) must be at least 0 and finite"),
         (["FILE", "--threshold", "1", "--per", "token"], "--threshold is about lines; it cannot be given with --per"),
         (["FILE", "--resume"], "--resume is given without --save_session"),
         (["FILE", "--load_session", "/no/such"], "/no/such does not exist"),
         (["FILE", "--save_session", "/dev/null/s"], "/dev/null/s could not be written: Not a directory"),
         (["FILE", "--treshold", "1"], "unknown option --treshold; did you mean --threshold?"),
-        ([], "file"),
+        ([], "the following arguments are required: file"),
     ],
 )
 def test_refused_scoring(run_folder, file, options, message):

@@ -49,6 +49,7 @@ def test_compiled_logits_equal_eager_logits_at_every_position(changes):
 @needs_compiler
 def test_rows_at_different_positions_are_decoded_together_without_recompilation():
     eager, compiled = make_pair(batch_size=3, write_competition=True, num_decoder_layers=2)
+    counters.clear()
     # The first row is still in its first segment, where the past has padding; later, no row is.
     rows = random_rows(2, SEGMENT_LENGTH + 4, 3 * SEGMENT_LENGTH)
     eager.feed(rows)
@@ -113,6 +114,7 @@ def test_a_token_of_a_model_that_was_compiled_in_place_makes_no_graph():
     """Every number of cached tokens would be another shape, which takes seconds, and the graphs of training."""
     eager, compiled = (Session(tiny_model(num_decoder_layers=2)) for _ in range(2))
     compiled.model.compile(backend="eager")
+    counters.clear()
     (row,) = random_rows(2 * SEGMENT_LENGTH)
     for session in (eager, compiled):
         session.feed(row)

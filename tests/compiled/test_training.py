@@ -60,6 +60,7 @@ def test_a_compiled_classifier_has_the_eager_gradients():
 def test_further_updates_need_no_recompilation():
     model = tiny_model()
     model.compile(backend="aot_eager")
+    counters.clear()
     rollouts = [random_rollout(3, batch_size=2, seed=seed) for seed in range(3)]
     gradients_of(model, rollouts[0], "replay")
     num_graphs = counters["stats"]["unique_graphs"]

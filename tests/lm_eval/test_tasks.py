@@ -146,7 +146,7 @@ def test_every_task_runs_in_the_harness(data, tmp_path):
     ("call", "message"),
     [
         (lambda: tasks.books(), "needs data: give --data FOLDER"),
-        (lambda: tasks.books(books="nowhere"), "nowhere"),
+        (lambda: tasks.books(books="nowhere"), r"path \(nowhere\) does not exist"),
         (lambda: tasks.passkey(num_tokens=9, num_docs=1), "give pretrained in --model_args"),
     ],
 )

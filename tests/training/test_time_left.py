@@ -1,6 +1,8 @@
 """The remaining time of a run: updates, periodic evaluations and the final evaluation."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,12 +47,21 @@ def test_the_first_update_counts_only_until_there_is_a_second():
 
 
 def test_a_run_shows_the_time_of_the_final_evaluation(base, tmp_path, monkeypatch):
-    shown = {}
+    shown, num_tokens, add_update = {}, [], TimeLeft.add_update
+
+    def add_and_record(left, seconds, **tokens):
+        add_update(left, seconds, **tokens)
+        num_tokens.append(tokens["num_tokens"])
+
+    monkeypatch.setattr(TimeLeft, "add_update", add_and_record)
     monkeypatch.setattr(RunLog, "advance", lambda log, update, *, seconds_left: shown.update({update: seconds_left}))
     monkeypatch.setattr(TimeLeft, "add_evaluation", lambda left, seconds, **_: None)
+    seconds = itertools.count()  # an update takes one
+    monkeypatch.setattr("memformer.training.loop.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     config = run_config(base, num_updates=2, warmup_updates=0, sample_tokens=0)
     assert main(["train", config_file(config), "--folder", str(tmp_path / "run")]) == 0
-    assert shown[1] > shown[2] > 0
+    # The periodic evaluation is still left too; both are on the same 61 tokens.
+    assert shown == pytest.approx({1: 1 + 2 * 61 / num_tokens[0], 2: 2 * 61 / num_tokens[1]})
 
 
 def test_a_recall_task_counts_the_tokens_that_it_reads(base, tmp_path, monkeypatch):
