@@ -83,7 +83,7 @@ check: setup
 # Long-running tests: more tests with the checks of shapes and types, kills at random times, documents of growing
 # length, long streams, damaged files.
 soak: setup
-	$(BIN)/pytest $(PARALLEL) $(SHAPES) tests/data tests/generation tests/utils
+	$(BIN)/pytest $(PARALLEL) $(SHAPES) --hypothesis-profile searching tests/data tests/generation tests/utils
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.flat_memory
 	$(BIN)/python -m tests.soak.long_horizon

@@ -9,12 +9,17 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import torch
+from hypothesis import settings
 
-from tests.helpers import VARIANTS, tiny_model
+from tests.helpers import VARIANTS
 
 # Tests are small and run side by side: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+# The same examples at every run, however long one takes. `--hypothesis-profile searching` draws others.
+settings.register_profile("searching", deadline=None)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 # Tests of the parts of the package: `make test` runs them with the annotated shapes and types checked at every call,
 # which doubles their time. `make soak` runs more tests with the checks.
@@ -58,8 +63,3 @@ def variant(request):
 def _no_waiting_for_the_disk(monkeypatch):
     """No test survives a power cut, so none waits until the disk has what was written."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-@pytest.fixture
-def make_model():
-    return tiny_model

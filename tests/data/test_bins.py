@@ -23,7 +23,7 @@ def fit(content, *, num_bins=4, spacing="quantile"):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(content=values, num_bins=st.integers(2, 9), seed=st.integers(0, 9))
 def test_ids_survive_text_and_files(spacing, content, num_bins, seed, tmp_path_factory):
     """Every id is written as a value of its own bin; the saved tokenizer is the same."""
@@ -38,7 +38,6 @@ def test_ids_survive_text_and_files(spacing, content, num_bins, seed, tmp_path_f
     assert load_tokenizer(folder).encode(content, "series").tolist() == ids.tolist()
 
 
-@settings(deadline=None)
 @given(content=values, num_bins=st.integers(2, 9))
 def test_an_id_is_that_of_a_search_by_hand(content, num_bins):
     """Each column has its own bins and its own ids, whatever the other columns hold."""
@@ -112,7 +111,7 @@ def test_rare_values_are_told_from_a_common_one():
 common_values = st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 40)), min_size=1, max_size=40)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(counts=common_values, num_bins=st.integers(2, 16))
 def test_a_value_more_common_than_a_bin_has_one_of_its_own(counts, num_bins):
     content = np.concatenate([np.full(count, value / 2) for value, count in counts])

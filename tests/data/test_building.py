@@ -95,7 +95,7 @@ def test_texts_of_other_tokenizers_are_not_cut(tmp_path):
     assert corpus.num_tokens == 4500
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=st.integers(1, 40))
 def test_documents_within_a_file_do_not_depend_on_blocks(tmp_path_factory, size):
     file = tmp_path_factory.mktemp("texts") / "articles.txt"

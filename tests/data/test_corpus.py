@@ -349,7 +349,7 @@ def test_subset_is_a_consistent_view() -> None:
             corpus.subset([0, wrong])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 30), st.floats(0.001, 0.999), st.integers(0, 1000))
 def test_split_partitions_all_documents(num_documents: int, fraction: float, seed: int) -> None:
     corpus = numbered(num_documents)

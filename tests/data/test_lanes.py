@@ -100,7 +100,7 @@ def test_every_token_is_predicted_once(lanes: int, seed: int | None) -> None:
     check_coverage([5, 1, 17, 4, 8, 3, 2, 30], lanes=lanes, segment=4, rollout=3, seed=seed, epochs=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 25), min_size=1, max_size=8),
     lanes=st.integers(1, 7),

@@ -72,7 +72,7 @@ def expected_lines(kind, tokenizer, content, ids):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts, sizes=st.lists(st.integers(1, 9)))
 def test_parts_are_those_of_the_whole_text_for_any_split(kind, text, sizes):
     tokenizer, content = TOKENIZERS[kind], text.encode()
@@ -85,7 +85,7 @@ def test_parts_are_those_of_the_whole_text_for_any_split(kind, text, sizes):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "word"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts, data=st.data())
 def test_a_text_in_two_streams_is_read_like_one(kind, text, data):
     """Wherever it is cut: the beginning of a line waits for its end where its tokens depend on it."""
@@ -100,7 +100,6 @@ def test_a_text_in_two_streams_is_read_like_one(kind, text, data):
     assert (kind == "bytes") <= (first.held == b"")
 
 
-@settings(deadline=None)
 @given(text=texts, data=st.data())
 def test_a_begun_line_of_an_outside_tokenizer_waits_for_its_end(text, data):
     """Its tokens are those of whole lines; only tokens that cross the end of the line of the cut are others."""

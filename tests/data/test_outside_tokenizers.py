@@ -33,7 +33,7 @@ each = pytest.mark.parametrize("name", OUTSIDE)
 
 
 @each
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_every_text_is_restored_from_the_ids_of_the_package(name, text):
     tokenizer = WRAPPED[name]
@@ -44,7 +44,7 @@ def test_every_text_is_restored_from_the_ids_of_the_package(name, text):
 
 
 @each
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS, data=st.data())
 def test_a_text_that_goes_on_joins_that_before_it(name, text, data):
     tokenizer = WRAPPED[name]
@@ -56,7 +56,7 @@ def test_a_text_that_goes_on_joins_that_before_it(name, text, data):
 
 
 @each
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(before=TEXTS, after=TEXTS)
 def test_the_ids_of_a_text_that_goes_on_add_nothing_to_it(name, before, after):
     """A SentencePiece tokenizer puts a space before a text, which is none within a stream."""
@@ -90,7 +90,7 @@ def test_the_unknown_token_in_a_text_is_no_unknown_text():
 
 
 @each
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_ids_have_a_text_that_a_stream_gives_too(name, data):
     tokenizer = WRAPPED[name]

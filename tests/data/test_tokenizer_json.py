@@ -52,7 +52,7 @@ def read(files):
 
 
 @each
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=TEXTS)
 def test_the_package_gives_the_same_ids_for_any_text(read, name, text):
     ids = ALL[name].encode(text.encode(), "x").tolist()

@@ -46,7 +46,7 @@ def test_bytes() -> None:
     assert tokenizer.decode([0, 97, 255]) == b"\x00a\xff"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.binary())
 def test_byte_stream_is_the_text_with_replacements(content: bytes) -> None:
     tokenizer = ByteTokenizer()
@@ -111,7 +111,7 @@ def test_ids_out_of_the_vocabulary_are_refused(kind: str) -> None:
             list(tokenizer.decode_stream([wrong]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text())
 def test_bpe_restores_every_text(text: str) -> None:
     ids = BPE.encode(text.encode(), "x")
@@ -130,7 +130,7 @@ def test_bpe_merges_and_respects_its_size() -> None:
 LINES_BPE = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [Document("x", b"a\n\n\n b\n\n\n\n" * 20)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(alphabet="ab \n\r\tä", max_size=60), st.integers(1, 8))
 def test_blocks_of_lines_change_no_id(text: str, size: int) -> None:
     tokenizers = LINES_BPE, WORD
@@ -342,7 +342,7 @@ def test_wikitext_2_has_its_published_vocabulary() -> None:
     assert tokenizer.encode(valid.content, valid.name).size == 217_646
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     text=st.text("ab \n\r\u00e9", max_size=60), size=st.integers(1, 20), kind=st.sampled_from(["bytes", "bpe", "word"])
 )

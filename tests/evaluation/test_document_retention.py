@@ -32,7 +32,7 @@ def delayed_nll_by_hand(model, arrays, delay, longest_delay):
     return nll, num_tokens
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     lengths=LENGTHS,
     num_lanes=st.integers(1, 6),
@@ -51,7 +51,7 @@ def test_delays_equal_documents_one_by_one(lengths, num_lanes, delays):
         assert result.num_delayed_tokens == num_tokens
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(lengths=LENGTHS)
 def test_delay_0_and_erased_equal_evaluate(lengths):
     model = tiny_model()
@@ -79,7 +79,7 @@ def test_a_delay_that_reaches_the_beginning_is_an_erased_memory():
         assert total == pytest.approx(result.bits_per_byte(None) - result.bits_per_byte(0))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(lengths=st.lists(st.integers(1, 20 * SEGMENT_LENGTH), min_size=1, max_size=3), num_lanes=st.integers(1, 6))
 def test_buckets_cover_every_token_once(lengths, num_lanes):
     lengths = [SEGMENT_LENGTH, *lengths]

@@ -92,7 +92,7 @@ def test_a_recurrent_memory_transformer_has_weights_but_no_forgetting_vectors(na
     assert json.dumps(found.to_dict())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(lengths=st.lists(st.integers(1, 3 * SEGMENT_LENGTH), min_size=1, max_size=4))
 def test_surprisals_sum_to_what_evaluate_says(lengths):
     model = tiny_model()

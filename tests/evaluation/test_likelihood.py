@@ -27,7 +27,7 @@ def nll_by_hand(model, arrays):
     return total
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     lengths=st.lists(st.integers(1, 4 * SEGMENT_LENGTH), min_size=1, max_size=5),
     num_lanes=st.integers(1, 6),

@@ -138,7 +138,7 @@ def test_an_oracle_is_right_exactly_up_to_its_limit(task, limit):
     assert measured == {distance: float(distance <= limit) for distance in range(1, 12)}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(num_facts=st.integers(1, 6), facts_per_segment=st.integers(1, 3), limit=st.integers(1, 8))
 def test_distances_count_from_the_last_fact(num_facts, facts_per_segment, limit):
     config = RecallConfig(

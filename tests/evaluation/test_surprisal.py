@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memformer.data.lines import TextPart
@@ -21,7 +21,6 @@ def part_of(content, values):
     return part, np.asarray(values, np.float64)
 
 
-@settings(deadline=None)
 @given(content=contents, data=st.data())
 def test_sums_by_line_do_not_depend_on_the_parts(content, data):
     values = [1.0 + index for index in range(len(content))]
@@ -50,7 +49,6 @@ def test_a_line_of_any_length_takes_constant_memory():
     assert (sums.line.size, sums.line.nll, len(sums.line.text)) == (3 * TEXT_BYTES, 3.0 * TEXT_BYTES, TEXT_BYTES)
 
 
-@settings(deadline=None)
 @given(
     scores=st.lists(st.integers(0, 5), max_size=30),
     count=st.integers(1, 6),

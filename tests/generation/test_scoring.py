@@ -52,7 +52,7 @@ def test_scores_equal_those_of_single_predictions(name):
 
 
 @pytest.mark.parametrize("make", [tiny_model, lambda: tiny_baseline("compressive, uneven")])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_split_changes_no_score(make, data):
     model = make()

@@ -44,7 +44,7 @@ def test_a_session_reads_exactly_as_evaluation_does():
     assert torch.equal(session.memory, memory)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     length=st.integers(0, 5 * SEGMENT_LENGTH),
     parts=st.lists(st.tuples(st.integers(0, 2 * SEGMENT_LENGTH + 1), st.booleans()), max_size=8),

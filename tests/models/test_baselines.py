@@ -27,7 +27,7 @@ B, S = 3, SEGMENT_LENGTH
 
 each_baseline = pytest.mark.parametrize("name", BASELINES)
 each_type = pytest.mark.parametrize("name", TYPES)
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(max_examples=15)
 
 
 @st.composite

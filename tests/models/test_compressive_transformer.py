@@ -16,7 +16,7 @@ B = 3
 COMPRESSIVE = ["compressive", "compressive, uneven", "compressive, mean"]
 # Numbers of tokens in each row of each timestep.
 lengths = st.lists(st.lists(st.integers(0, 7), min_size=B, max_size=B), min_size=1, max_size=6)
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(max_examples=15)
 
 
 def read(model, lengths):

@@ -39,7 +39,7 @@ def test_states_match_the_equations():
     assert_close(memory, expected_memory)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(cuts=st.sets(st.integers(1, 19)), padded=st.booleans())
 def test_any_segmentation_gives_the_same_states(cuts, padded):
     model, document = tiny_baseline("lstm"), tokens(2, 20)

@@ -59,7 +59,7 @@ def test_attention_matches_the_papers_equation(num_past, num_queries):
     assert_close(frame.attend(query[:1], key[:1], value[:1]), read[:1])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(cuts=st.sets(st.integers(1, 17)))
 def test_a_memory_as_long_as_the_document_equals_full_attention(cuts):
     document = tokens(2, 18)

@@ -59,7 +59,7 @@ def by_hand(model, rollout, memory):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(rollout=rollouts(), readout_timesteps=st.sampled_from([1, 2]))
 def test_replay_and_checkpoint_equal_bptt(name, rollout, readout_timesteps):
     model = tiny_baseline(name, dropout=0.2)
@@ -74,7 +74,7 @@ def test_replay_and_checkpoint_equal_bptt(name, rollout, readout_timesteps):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5)
 @given(rollout=rollouts())
 def test_replay_equals_a_loop_written_by_hand(name, rollout):
     model = tiny_baseline(name)

@@ -192,7 +192,7 @@ def end_of_process(packages):
             run.killed()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sessions=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 8), st.booleans()), min_size=1, max_size=5))
 def test_no_number_is_sent_twice_or_not_at_all_whatever_ends_the_sessions(tmp_path_factory, sessions):
     """Each session goes on from any update that the run has reached, and ends or is killed after some updates."""
