@@ -62,15 +62,17 @@ def folder(tmp_path_factory):
     (folder / "experiments").symlink_to(ROOT / "experiments")
     (folder / "modules").mkdir()
     for number, name in enumerate(["hmac", *(f"module_{number}" for number in range(1, 9))]):
-        (folder / "modules" / f"{name}.py").write_text(MODULE.format(number=number) * (1 + number % 3))
+        (folder / "modules" / f"{name}.py").write_text(
+            MODULE.format(number=number) * (1 + number % 3), encoding="utf-8"
+        )
     (folder / "data" / "tinyshakespeare").mkdir(parents=True)
-    (folder / "data" / "tinyshakespeare" / "input.txt").write_text(plays(12))
+    (folder / "data" / "tinyshakespeare" / "input.txt").write_text(plays(12), encoding="utf-8")
     (folder / "data" / "logs").mkdir()
     for system in ("BGL", "HDFS", "Spark", "Zookeeper"):
         with lzma.open(folder / "data" / "logs" / f"{system}.log.xz", "wt", encoding="utf-8") as stream:
             stream.writelines(log_lines(system))
     for name in ("old.log", "new.log"):
-        (folder / name).write_text("".join(log_lines("HDFS")))
+        (folder / name).write_text("".join(log_lines("HDFS")), encoding="utf-8")
     return folder
 
 
@@ -104,7 +106,7 @@ def run_page(page, more):
         else:
             out = run_script(*argv)
         if target:
-            Path(target.strip()).write_text(out)
+            Path(target.strip()).write_text(out, encoding="utf-8")
         outputs[line] = out
     return outputs
 
@@ -176,10 +178,12 @@ def test_the_commands_of_the_source_code_page_run(source_outputs, folder):
 
 
 def test_every_fault_changes_one_line_of_a_module_that_still_compiles(source_outputs, folder):
-    records = [json.loads(line) for line in (folder / "source" / "faults.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "source" / "faults.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {record["kind"] for record in records} == set(source_code.KINDS)
     for record in records:
-        before, after = ((folder / "source" / record[key]).read_text() for key in ("original", "file"))
+        before, after = ((folder / "source" / record[key]).read_text(encoding="utf-8") for key in ("original", "file"))
         changed = [
             number
             for number, lines in enumerate(zip(before.split("\n"), after.split("\n"), strict=True), start=1)
@@ -233,7 +237,7 @@ def test_the_commands_of_the_dialogue_page_run(dialogue_outputs, folder):
     (timed,) = (out for line, out in dialogue_outputs.items() if ".py time" in line)
     replies = [out.removesuffix("\n").split("\n") for line, out in dialogue_outputs.items() if ".py reply" in line]
     (turns,) = re.findall(r"^\| all \| (\d+) \| (\d+) \|", report, flags=re.MULTILINE)
-    texts = [file.read_text() for file in (folder / "dialogue" / "test").iterdir()]
+    texts = [file.read_text(encoding="utf-8") for file in (folder / "dialogue" / "test").iterdir()]
     assert turns == (str(sum(text.count("\n") for text in texts)), str(sum(len(text.encode()) for text in texts)))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in timed.splitlines() if "|" in line][2:]
     assert [row[0] for row in rows] == ["1", "3", "50"]
@@ -248,7 +252,7 @@ def test_the_commands_of_the_dialogue_page_run(dialogue_outputs, folder):
 
 def test_conversations_hold_all_turns_and_end_where_the_speakers_change(tmp_path):
     file = tmp_path / "plays.txt"
-    file.write_text(plays(5) + "\n\nNURSE 0:\n\n\nNURSE 0:\nFaith!\n")
+    file.write_text(plays(5) + "\n\nNURSE 0:\n\n\nNURSE 0:\nFaith!\n", encoding="utf-8")
     turns = dialogue.read_speeches(file)
     assert turns[2] == dialogue.Turn("ROMEO 0", "The clock struck nine.")
     assert turns[-1] == dialogue.Turn("NURSE 0", "Faith!")
@@ -291,11 +295,11 @@ def test_the_commands_of_the_logs_page_run(logs_outputs, folder):
     rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]]
             for line in report.splitlines() if line.startswith("|")) if cells[0] in logs.SYSTEMS}  # fmt: skip
     for system in logs.SYSTEMS:
-        labels = (folder / "logs" / system / "labels.txt").read_text().splitlines()
+        labels = (folder / "logs" / system / "labels.txt").read_text(encoding="utf-8").splitlines()
         records = read_records(folder / "logs" / system / "test.jsonl", kind="line")
         assert len(records) == len(labels)
         # Labels are no part of the lines that the model reads, and injected lines come from other systems.
-        texts = (folder / "logs" / system / "test.log").read_text().splitlines()
+        texts = (folder / "logs" / system / "test.log").read_text(encoding="utf-8").splitlines()
         assert all(re.match(r"\d{5} ", text) for text in texts)
         names = {"bgl": "BGL", "zookeeper": "Zookeeper", "hdfs": "HDFS"}
         foreign = [names[system] not in text for text in texts]
@@ -307,7 +311,7 @@ def test_the_commands_of_the_logs_page_run(logs_outputs, folder):
 
 
 def test_a_log_of_single_words_is_read_and_too_few_foreign_lines_are_named(tmp_path):
-    (tmp_path / "BGL.log").write_text("- a line\n\nAPPREAD\n")
+    (tmp_path / "BGL.log").write_text("- a line\n\nAPPREAD\n", encoding="utf-8")
     assert logs.read(tmp_path, "bgl") == (["-", "", "APPREAD"], ["a line", "", ""])
     with pytest.raises(SystemExit, match=f"the other systems have 1 lines; {logs.NUM_INJECTED} are injected"):
         logs.inject([("line", logs.NORMAL)], ["other"], seed=0)
@@ -315,7 +319,7 @@ def test_a_log_of_single_words_is_read_and_too_few_foreign_lines_are_named(tmp_p
 
 def test_the_commands_of_the_sensors_page_run(sensors_outputs, folder):
     (report,) = (out for line, out in sensors_outputs.items() if ".py report" in line)
-    labels = (folder / "sensors" / "labels.txt").read_text().splitlines()
+    labels = (folder / "sensors" / "labels.txt").read_text(encoding="utf-8").splitlines()
     scores = np.array([record["bits_per_value"]
                        for record in read_records(folder / "sensors" / "test.jsonl", kind="line")
                        if record["values"]])  # fmt: skip
@@ -328,7 +332,9 @@ def test_the_commands_of_the_sensors_page_run(sensors_outputs, folder):
 
 
 def read_records(file, *, kind):
-    return [record for record in map(json.loads, file.read_text().splitlines()) if record["kind"] == kind]
+    return [
+        record for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()) if record["kind"] == kind
+    ]
 
 
 def test_average_precision_counts_equal_scores_as_one_step():
