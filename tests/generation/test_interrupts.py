@@ -14,6 +14,8 @@ MODELS = {
     "separate": lambda: tiny_model(decoder_attention="separate", decoder_start_tokens=0),
     **{name: lambda name=name: tiny_baseline(name) for name in BASELINES},
 }
+# Models that are interrupted before and after a computation, while they are fed and while they score.
+EVERY_WAY = ("memformer", "lstm", "compressive")
 COUNTS = (3, 2 * SEGMENT_LENGTH + 3, SEGMENT_LENGTH - 3, 1, 5 * SEGMENT_LENGTH)
 
 
@@ -44,19 +46,22 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("call", ["feed", "score"])
-@pytest.mark.parametrize("name", MODELS)
-def test_an_interrupted_session_is_in_the_state_of_the_tokens_that_it_counts(
-    name, call, is_late, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize(
+    ("name", "call", "when"),
+    [
+        *((name, "feed", "before") for name in MODELS),
+        *((name, "score", "after") for name in MODELS),
+        *((name, *each) for name in EVERY_WAY for each in (("feed", "after"), ("score", "before"))),
+    ],
+)
+def test_an_interrupted_session_is_in_the_state_of_the_tokens_that_it_counts(name, call, when, monkeypatch, tmp_path):
     model = MODELS[name]()
     tokens = random_tokens(sum(COUNTS))
     at, was_raised = 1, True
     while was_raised:
         session, position = Session(model), 0
         with monkeypatch.context() as patch:
-            interrupts = Interrupts(model, patch, at=at, is_late=is_late)
+            interrupts = Interrupts(model, patch, at=at, is_late=when == "after")
             try:
                 for count in COUNTS:
                     getattr(session, call)(tokens[position : position + count])

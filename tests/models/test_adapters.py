@@ -12,7 +12,7 @@ from memformer import InputError, Session, backpropagate
 from memformer.nn import AuxiliaryLoss
 from memformer.training.engine import ReplayEngine
 from tests.helpers import VARIANTS, assert_close, random_rollout, tiny_model
-from tests.models.baselines import BASELINES, tiny_baseline, tokens
+from tests.models.baselines import BASELINES, TYPES, tiny_baseline, tokens
 from tests.training.gradients import assert_same_gradients, gradients
 
 # An adaptive softmax is a table of word vectors: its rows are looked up, so an adapter around it has no effect on them.
@@ -20,6 +20,16 @@ MODELS = {
     **{name: lambda o=options: tiny_model(**o) for name, options in VARIANTS.items() if "adaptive" not in name},
     **{name: lambda n=name: tiny_baseline(n) for name in BASELINES if "adaptive" not in name},
 }
+# One model of each way in which the embedding is read.
+EMBEDDINGS = (
+    "default",
+    "separate attention",
+    "joint attention, starting from [BOS]",
+    "joint attention, starting from the last token",
+    "position embedding",
+    "content addressing",
+    *TYPES,
+)
 
 
 class LowRankAdapter(nn.Module):
@@ -114,7 +124,7 @@ def test_pruned_and_parametrized_layers_are_replayed(change):
 
 
 @pytest.mark.parametrize("change", ["pruned", "weight norm", "added"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EMBEDDINGS)
 def test_embeddings_whose_weights_a_hook_computes_are_replayed(name, change):
     model = MODELS[name]()
     embedding = model.embedding

@@ -11,13 +11,12 @@ import torch
 from memformer import InputError, InputTypeError, Memformer, RecurrentModel, Rollout, backpropagate
 from memformer.training.engine import ReplayEngine
 from memformer.training.replay import RolloutHooks
-from tests.helpers import VOCAB_SIZE, assert_close, random_rollout, tiny_model
+from tests.helpers import VARIANTS, VOCAB_SIZE, assert_close, random_rollout, tiny_model
 from tests.models.baselines import tiny_baseline
 from tests.training.gradients import assert_gradients, assert_same_gradients, by_hand, gradients, gradients_of
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2, 7])
-@pytest.mark.parametrize("readout_timesteps", [1, 3])
+@pytest.mark.parametrize(("num_timesteps", "readout_timesteps"), [(1, 1), (2, 1), (7, 3)])
 def test_replay_and_checkpoint_equal_bptt(variant, num_timesteps, readout_timesteps):
     model = tiny_model(dropout=0.2, **variant)
     memory = model.initial_memory(3).detach() + 0.1 * torch.randn_like(model.initial_memory(3))
@@ -31,10 +30,16 @@ def test_replay_and_checkpoint_equal_bptt(variant, num_timesteps, readout_timest
         assert run[2] == runs[0][2], "the random generator must be left where the forward pass left it"
 
 
-@pytest.mark.parametrize("method", ["bptt", "checkpoint", "replay"])
-@pytest.mark.parametrize("padding", [False, True])
-def test_every_method_equals_a_loop_written_by_hand(variant, method, padding):
-    model = tiny_model(**variant)
+@pytest.mark.parametrize(
+    ("name", "method", "padding"),
+    [
+        *((name, "replay", True) for name in VARIANTS),
+        *((name, "bptt", False) for name in VARIANTS),
+        ("default", "checkpoint", False),
+    ],
+)
+def test_every_method_equals_a_loop_written_by_hand(name, method, padding):
+    model = tiny_model(**VARIANTS[name])
     memory = model.initial_memory(3).detach()
     rollout = random_rollout(4, 3, resets=True, padding=padding)
     loss, count, last, memory_grad, expected = by_hand(model, rollout, memory)
