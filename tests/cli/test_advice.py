@@ -1,7 +1,8 @@
 """Every error message that tells a user what to do: following it works.
 
 Advice that other tests follow: `--checkpoint last` and the first line of config.yaml (`test_loading.py`),
-`--load_session` instead of `--resume`, and the same prompt (`test_reading.py`).
+`--load_session` instead of `--resume`, and the same prompt (`test_reading.py`), `--resume` for a folder with a run
+(`training/test_resuming.py`).
 """
 
 import importlib.metadata
@@ -117,14 +118,6 @@ def test_a_run_without_weights(copied):
     for checkpoint in (copied / "checkpoints").iterdir():
         checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}-mine"))
     assert refused("generate", copied).endswith("has no evaluated weights yet, and no checkpoint")
-
-
-def test_a_folder_with_a_run_can_be_resumed_or_another_chosen(copied, tmp_path):
-    """A run in the folder: --resume continues it, --folder begins another."""
-    message = refused("train", copied)
-    assert message.endswith("already contains a run; continue it with --resume, or choose another --folder")
-    assert call("train", copied, "--resume", "--training.num_updates", "5")[0] == 0
-    assert call("train", copied, "--folder", tmp_path / "new", "--training.num_updates", "1")[0] == 0
 
 
 def test_a_folder_in_use_or_with_other_files_can_be_exchanged_for_another(train, tmp_path):

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memformer.data import (
-    ByteTokenizer,
     SourceConfig,
     TokenizerConfig,
     build_corpus,
@@ -148,8 +147,3 @@ def test_a_large_file_needs_little_memory(tmp_path, kind):
         tracemalloc.stop()
     assert corpus.num_bytes == file.stat().st_size
     assert peak < 12 * MEBIBYTE
-
-
-def test_bytes_are_the_content(texts, tmp_path):
-    corpus = build_corpus(SourceConfig(path=str(texts)), ByteTokenizer(), cache=tmp_path / "cache")
-    assert [bytes(ids) for ids in documents_of(corpus)] == [text.encode() for text in TEXTS]

@@ -68,14 +68,6 @@ def test_compressed_text_and_json_lines(tmp_path: Path, suffix: str, compress) -
     assert documents == [(f"{lines}:1", b"one"), (f"{lines}:3", b"two")]
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_damaged_compression_is_refused(tmp_path: Path, suffix: str, compress) -> None:
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(compress(b"hello" * 100)[:-12])
-    with pytest.raises(InputError, match=rf"a\{suffix} cannot be read"):
-        contents(SourceConfig(path=str(path)))
-
-
 def test_missing_and_empty_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path \(.*nowhere\) does not exist"):
         iterate_documents(SourceConfig(path=str(tmp_path / "nowhere")))

@@ -33,16 +33,6 @@ def session_nll(model, tokens):
 
 
 @baselines
-def test_a_session_predicts_the_same_as_evaluation(name):
-    model = tiny_baseline(name)
-    documents = [random_tokens(count, seed=count) for count in (1, SEGMENT_LENGTH, 3 * SEGMENT_LENGTH + 2)]
-    corpus = corpus_from_arrays([np.array(tokens) for tokens in documents], vocab_size=VOCAB_SIZE)
-    found = evaluate(model, corpus, num_lanes=2, rollout_length=2)
-    expected = torch.cat([session_nll(model, tokens) for tokens in documents]).sum()
-    assert_close(torch.tensor(found.with_memory.nll, dtype=torch.float64), expected)
-
-
-@baselines
 def test_the_size_of_the_state_is_that_of_what_is_saved(name, tmp_path):
     session = Session(tiny_baseline(name))
     session.feed(range(9))

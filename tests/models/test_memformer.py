@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memformer import AttentionRecord, InputError, InputTypeError, Memformer, Session
-from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, random_rollout, tiny_config, tiny_model
+from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close, tiny_config, tiny_model
 
 B, S = 3, SEGMENT_LENGTH
 
@@ -233,13 +233,6 @@ def test_initial_memory_is_the_terminal_state_in_float32_or_better():
     assert torch.allclose(norms, torch.full((2, 5), math.sqrt(16)))
 
 
-def test_bfloat16_parameters_keep_the_memory_in_float32():
-    model = tiny_model().bfloat16()
-    hidden, memory = model.encode(tokens(), memory=model.initial_memory(B).float())
-    assert memory.dtype == torch.float32
-    assert hidden.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("slot_width", [64, 32, 128])
 def test_content_addressing_starts_with_tokens_that_attend_to_slots_with_their_content(slot_width):
     """Each slot holds one token as the first reader sees it; that token must attend to it most."""
@@ -371,24 +364,6 @@ def test_a_segment_longer_than_the_position_embedding_is_refused():
     message = f"segment has {S + 1} tokens per row; with position_embedding it must have at most {S}"
     with pytest.raises(InputError, match=message):
         tiny_model(position_embedding=True).encode(torch.zeros(B, S + 1, dtype=torch.int64))
-
-
-def test_a_packed_lane_equals_a_batch_of_all_documents():
-    # A packed lane (two documents in sequence, with a reset between them) gives the same results as two lanes.
-    model = tiny_model()
-    rollout = random_rollout(4, 2)
-    reset = torch.zeros(4, 1, dtype=torch.bool)
-    reset[[0, 2]] = True
-    memory = torch.randn_like(model.initial_memory(1))
-    packed = []
-    for t in range(4):
-        hidden, memory = model.encode(rollout.inputs[t, :1], memory=model.reset_memory(memory, reset[t]))
-        packed.append(hidden)
-    for first in (0, 2):
-        memory = model.initial_memory(1)
-        for t in (first, first + 1):
-            hidden, memory = model.encode(rollout.inputs[t, :1], memory=memory)
-            assert_close(packed[t], hidden)
 
 
 @torch.no_grad()

@@ -53,18 +53,6 @@ def test_writer_matches_the_papers_equation(num_heads, padded, width):
     assert_close(updated, write_by_hand(writer, memory, hidden, padding))
 
 
-def test_slots_do_not_interact_in_the_writer():
-    writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25).double()
-    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
-    before, _ = writer(memory, terminal=TERMINAL, hidden=hidden)
-    changed = memory.clone()
-    changed[:, 1] += 3.0
-    after, _ = writer(changed, terminal=TERMINAL, hidden=hidden)
-    others = [0, 2, 3]
-    assert torch.equal(before[:, others], after[:, others])
-    assert not torch.allclose(before[:, 1], after[:, 1])
-
-
 def test_a_slot_that_attends_only_to_itself_keeps_its_content_exactly():
     writer = MemoryWriter(D, token_width=D, num_heads=H, temperature=0.25)
     memory, hidden = torch.randn(B, K, D), torch.randn(B, S, D)
@@ -128,15 +116,6 @@ def test_the_free_slot_bias_lowers_own_scores_by_the_cosine_with_the_terminal_st
                 rest = before.writer[b, h, i, 1:]
                 expected = torch.cat([odds[None], rest]) / (odds + rest.sum())
                 assert_close(after.writer[b, h, i], expected)
-
-
-def test_padding_is_matched_to_no_slot():
-    writer = MemoryWriter(D, token_width=D, num_heads=1, temperature=0.25, competition=True).double()
-    memory, hidden = torch.randn(B, K, D).double(), torch.randn(B, S, D).double()
-    padding = torch.arange(S).expand(B, S) >= 2
-    padded, _ = writer(memory, terminal=TERMINAL, hidden=hidden, padding_mask=padding)
-    alone, _ = writer(memory, terminal=TERMINAL, hidden=hidden[:, :2])
-    assert_close(padded, alone)
 
 
 @pytest.mark.parametrize("num_heads", [1, 3])

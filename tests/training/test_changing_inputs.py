@@ -16,10 +16,6 @@ def config(tmp_path):
     return run_config(tmp_path, num_updates=1, warmup_updates=0, sample_tokens=0)
 
 
-def test_unchanged_files_are_accepted(config):
-    UnchangedInputs(config.data).check()
-
-
 def test_a_file_that_grows_is_refused(config, tmp_path):
     files = UnchangedInputs(config.data)
     with (tmp_path / "texts" / "3.txt").open("a") as file:

@@ -40,12 +40,6 @@ def test_only_matrices_that_multiply_activations_are_decayed(variant, optimizer)
         assert (value == 0.0) == excluded, name
 
 
-def test_forgetting_vectors_are_not_decayed():
-    decay = groups_by_name(tiny_model(), TrainingConfig(weight_decay=0.25))
-    slot_biases = {value for name, value in decay.items() if name.endswith("slot_bias")}
-    assert slot_biases == {0.0}
-
-
 def test_the_matrices_of_an_lstm_are_decayed_and_its_biases_are_not():
     decay = groups_by_name(tiny_baseline("lstm"), TrainingConfig(weight_decay=0.25))
     assert {name for name, value in decay.items() if value} == {
