@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import torch
 from hypothesis import settings
 
-from tests.helpers import VARIANTS
+from tests.helpers import VARIANTS, skip_report
 
 # Tests are small and run side by side: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -63,3 +63,9 @@ def variant(request):
 def _no_waiting_for_the_disk(monkeypatch):
     """No test survives a power cut, so none waits until the disk has what was written."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Runs in one test write no HTML summary."""
+    skip_report(monkeypatch)

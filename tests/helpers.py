@@ -107,6 +107,11 @@ def assert_close(actual, expected, *, relative=1e-10):
     assert difference <= relative * scale, f"difference {difference:.3g} against {relative:.0e} of {scale:.3g}"
 
 
+def skip_report(patch):
+    """Skip the HTML summary, which takes longer than tiny runs and has its own tests."""
+    patch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
+
+
 class StandInPool(GraphPool):
     """Stands in for a `GraphPool`: records nothing, and raises an error at a recording that the test names."""
 

@@ -21,10 +21,7 @@ from memformer.utils.ownership import owned_folder
 from tests.cli.calls import call, call_json, refused
 from tests.helpers import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def fast_training(monkeypatch):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
+pytestmark = pytest.mark.usefixtures("without_report")
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ def home(tmp_path, monkeypatch):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_train_and_resume_expand_paths(home, base, monkeypatch):
+@pytest.mark.usefixtures("without_report")
+def test_train_and_resume_expand_paths(home, base):
     """`~` is expanded in the config file's path, its keys, and the options of train."""
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     shutil.copytree(base / "texts", home / "texts")
     (home / "other.txt").write_text(make_text(5) * 3)
     config = yaml.safe_load((base / "config.yaml").read_text())

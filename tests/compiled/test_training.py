@@ -12,16 +12,10 @@ from memformer import Memformer, backpropagate
 from memformer.cli.main import main
 from tests.helpers import assert_close, random_rollout, tiny_model
 from tests.models.classifiers import documents_of, tiny_classifier
+from tests.training.gradients import assert_same_gradients, gradients
 from tests.training.runs import config_file, run_config, write_documents
 
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-def gradients_of(model, rollout, method):
-    model.zero_grad()
-    torch.manual_seed(3)
-    result = backpropagate(model, rollout, method=method, readout_timesteps=2)
-    return result, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_compiled_replay_and_bptt_give_the_eager_gradients_with_dropout():
@@ -34,14 +28,9 @@ def check_compiled_gradients(**options):
     model, compiled = (tiny_model(num_encoder_layers=1, num_decoder_layers=2, dropout=0.2) for _ in range(2))
     compiled.compile(**options)
     rollout = random_rollout(3, batch_size=2, resets=True)
-    expected, expected_gradients = gradients_of(model, rollout, "replay")
+    expected = gradients(model, rollout, None, "replay", readout_timesteps=2)
     for method in ("replay", "bptt"):
-        result, gradients = gradients_of(compiled, rollout, method)
-        assert_close(result.loss, expected.loss)
-        assert_close(result.memory, expected.memory)
-        assert_close(result.memory_grad, expected.memory_grad)
-        for name, gradient in gradients.items():
-            assert_close(gradient, expected_gradients[name])
+        assert_same_gradients(gradients(compiled, rollout, None, method, readout_timesteps=2), expected)
 
 
 def test_a_compiled_classifier_has_the_eager_gradients():
@@ -49,12 +38,10 @@ def test_a_compiled_classifier_has_the_eager_gradients():
     compiled.compile(backend="eager")
     counters.clear()
     rollout = model.make_rollout(*documents_of(model))
-    expected, expected_gradients = gradients_of(model, rollout, "replay")
-    result, gradients = gradients_of(compiled, rollout, "replay")
+    expected = gradients(model, rollout, None, "replay")
+    found = gradients(compiled, rollout, None, "replay")
     assert counters["stats"]["unique_graphs"] > 0
-    assert_close(result.loss, expected.loss)
-    for name, gradient in gradients.items():
-        assert_close(gradient, expected_gradients[name])
+    assert_same_gradients(found, expected)
 
 
 def test_further_updates_need_no_recompilation():
@@ -62,15 +49,15 @@ def test_further_updates_need_no_recompilation():
     model.compile(backend="aot_eager")
     counters.clear()
     rollouts = [random_rollout(3, batch_size=2, seed=seed) for seed in range(3)]
-    gradients_of(model, rollouts[0], "replay")
+    backpropagate(model, rollouts[0], readout_timesteps=2)
     num_graphs = counters["stats"]["unique_graphs"]
     for rollout in rollouts:
-        gradients_of(model, rollout, "replay")
+        backpropagate(model, rollout, readout_timesteps=2)
     assert counters["stats"]["unique_graphs"] == num_graphs > 0
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_compiled_run_equals_the_eager_one_up_to_rounding(tmp_path, monkeypatch):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     compile_modules = Memformer.compile
     # This backend only traces: code generation by torch is not tested here.
     monkeypatch.setattr(Memformer, "compile", lambda model: compile_modules(model, backend="eager"))

@@ -16,6 +16,7 @@ from memformer import InputError, Session, backpropagate, load_model
 from memformer.training.processes import processes_started
 from tests.helpers import SEGMENT_LENGTH, assert_close
 from tests.hf.models import left_padded, make_hf, rollout_of, texts
+from tests.training.gradients import gradients_of
 from tests.training.jobs import run_job
 
 LENGTH = 2 * SEGMENT_LENGTH
@@ -27,10 +28,6 @@ def batch(num_rows, seed=3):
     return torch.stack(texts((LENGTH,) * num_rows, seed=seed))
 
 
-def gradients(model):
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
@@ -40,7 +37,7 @@ def assert_same(found, expected):
 def one_batch_gradients(ids, kind="default"):
     model = make_hf(kind).train()
     model(ids, labels=ids).loss.backward()
-    return gradients(model)
+    return gradients_of(model)
 
 
 def test_gradients_of_parts_add_up_to_those_of_the_batch():
@@ -50,10 +47,10 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch():
     num_items = 3 * (LENGTH - 1)
     losses = [model(part, labels=part, num_items_in_batch=num_items).loss for part in (ids[:1], ids[1:])]
     # Until its backward pass, a loss changes no gradient.
-    assert gradients(model) == {}
+    assert gradients_of(model) == {}
     for loss in losses:
         loss.backward()
-    assert_same(gradients(model), expected)
+    assert_same(gradients_of(model), expected)
 
 
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=["none", "zero", "tensor"])
@@ -66,7 +63,7 @@ def test_a_batch_of_which_no_label_counts_has_the_loss_zero(num_items):
         assert loss.item() == 0.0
         if is_training:
             loss.backward()
-            assert all(not grad.any() for grad in gradients(model).values())
+            assert all(not grad.any() for grad in gradients_of(model).values())
 
 
 def test_a_loss_can_be_scaled_combined_and_left_unused():
@@ -76,12 +73,12 @@ def test_a_loss_can_be_scaled_combined_and_left_unused():
     first, second = model(ids, labels=ids).loss, model(ids, labels=ids).loss
     model(ids, labels=ids)
     (1024 * first + 2 * second).backward()
-    assert_same(gradients(model), {name: 1026 * grad for name, grad in expected.items()})
+    assert_same(gradients_of(model), {name: 1026 * grad for name, grad in expected.items()})
     frozen = make_hf().train()
     frozen.memformer.embedding.weight.requires_grad_(False)
     frozen(ids, labels=ids).loss.backward()
     del expected["memformer.embedding.weight"]
-    assert_same(gradients(frozen), expected)
+    assert_same(gradients_of(frozen), expected)
 
 
 def test_parameters_that_hooks_use_get_gradients_with_the_loss_scale():
@@ -166,12 +163,12 @@ def shared_gradients(kind, rank):
     first, second = batch(4)[rows], batch(4, seed=8)[rows]
     parallel(input_ids=first, labels=first)
     parallel(input_ids=first, labels=first).loss.backward()
-    once = gradients(model)
+    once = gradients_of(model)
     model.zero_grad()
     with parallel.no_sync():
         parallel(input_ids=first, labels=first).loss.backward()
     parallel(input_ids=second, labels=second).loss.backward()
-    return once, gradients(model)
+    return once, gradients_of(model)
 
 
 class Recorder:

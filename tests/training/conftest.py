@@ -5,14 +5,15 @@ import shutil
 import pytest
 
 from memformer.cli.main import main
+from tests.helpers import skip_report
 from tests.training.runs import config_file, run_config, write_documents
 
 
 @pytest.fixture(scope="module")
 def without_report():
-    """Skip the HTML summary, which takes longer than these runs and has its own tests."""
+    """Runs in one file, and the one that its tests share, write no HTML summary."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
+        skip_report(patch)
         yield
 
 

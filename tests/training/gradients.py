@@ -3,6 +3,7 @@
 import torch
 
 from memformer import backpropagate
+from memformer.training.engine import ReplayEngine
 from memformer.training.replay import RolloutHooks
 from tests.helpers import assert_close
 
@@ -38,6 +39,14 @@ def gradients(model, rollout, memory, method, *, readout_timesteps=1, **options)
     model.zero_grad()
     torch.manual_seed(5)
     result = backpropagate(model, rollout, memory=memory, method=method, readout_timesteps=readout_timesteps, **options)
+    return result, gradients_of(model), torch.rand(1)
+
+
+def by_engine(model, rollout, memory, *, engine=None, readout_timesteps=1, **options):
+    model.zero_grad()
+    torch.manual_seed(5)
+    engine = engine or ReplayEngine(model, records=False)
+    result = engine.backpropagate(rollout, memory=memory, readout_timesteps=readout_timesteps, **options)
     return result, gradients_of(model), torch.rand(1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import yaml
@@ -72,6 +73,12 @@ def config_file(config):
 
 def checkpoint_of(folder, update):
     return folder / "checkpoints" / f"update-{update:09d}"
+
+
+def drop_checkpoints_after(folder, update):
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name > checkpoint_of(folder, update).name:
+            shutil.rmtree(checkpoint)
 
 
 def logged(folder):

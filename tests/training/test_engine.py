@@ -15,16 +15,7 @@ from memformer.training.pieces import RolloutHooks
 from memformer.utils.cuda_graphs import CannotRecord, GraphPool, RecordingFailed
 from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
 from tests.models.baselines import BASELINES, tiny_baseline
-from tests.training.gradients import assert_same_gradients, gradients, penalty
-
-
-def by_engine(model, rollout, memory, *, engine=None, readout_timesteps=1, **options):
-    model.zero_grad()
-    torch.manual_seed(5)
-    engine = engine or ReplayEngine(model, records=False)
-    result = engine.backpropagate(rollout, memory=memory, readout_timesteps=readout_timesteps, **options)
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return result, grads, torch.rand(1)
+from tests.training.gradients import assert_same_gradients, by_engine, gradients, penalty
 
 
 @pytest.mark.parametrize(("num_timesteps", "readout_timesteps"), [(1, 1), (5, 1), (5, 3)])

@@ -13,8 +13,7 @@ from memformer.training.engine import MOST_CHANGES_IN_A_ROW, ReplayEngine
 from memformer.training.gradients import Gradients
 from memformer.utils.cuda_graphs import CannotRecord, out_of_memory_ends_recording
 from tests.helpers import StandInPool, assert_close, random_rollout, tiny_model
-from tests.training.gradients import assert_same_gradients, gradients
-from tests.training.test_engine import by_engine
+from tests.training.gradients import assert_same_gradients, by_engine, gradients, gradients_of
 
 
 def out_of_memory(*_, **__):
@@ -83,7 +82,7 @@ def test_gradients_of_earlier_rollouts_stay_when_graphs_are_given_up(reason, mon
     model, rollouts = tiny_model(), [random_rollout(2, 2), random_rollout(2, 3)]
     for rollout in rollouts:
         backpropagate(model, rollout, method="bptt")
-    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    expected = gradients_of(model)
     model.zero_grad()
     engine = ReplayEngine(model, records=False)
     engine.backpropagate(rollouts[0])
@@ -94,7 +93,7 @@ def test_gradients_of_earlier_rollouts_stay_when_graphs_are_given_up(reason, mon
         model.register_forward_hook(lambda *_: None)
     engine.backpropagate(rollouts[1])
     assert engine._has_failed
-    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    found = gradients_of(model)
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         assert_close(grad, expected[name])

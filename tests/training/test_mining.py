@@ -56,8 +56,8 @@ def test_of_each_segment_it_is_said_whether_the_memory_of_its_stream_changes():
     assert found[~changed].sum() < 10  # a token may have a weight of almost 0
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_stopped_and_resumed_run_finds_the_same_decoys(run_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     monkeypatch.setattr(stream_module, "_EPISODES_UNTIL_FILLER_IS_KNOWN", 1)
 
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

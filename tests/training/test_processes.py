@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,15 @@ from memformer.training.processes import Processes, check_processes, processes_s
 from tests.helpers import assert_close
 from tests.training import jobs, process_worker
 from tests.training.jobs import run_job, train
-from tests.training.runs import checkpoint_of, config_file, logged, run_config, saved_tensors, write_documents
+from tests.training.runs import (
+    checkpoint_of,
+    config_file,
+    drop_checkpoints_after,
+    logged,
+    run_config,
+    saved_tensors,
+    write_documents,
+)
 
 ROOT = Path(__file__).parents[2]
 # A process whose interpreter shuts down while gloo releases a tensor.
@@ -183,12 +190,6 @@ def test_a_sharded_run_with_dropout_resumed_with_the_same_number_of_processes_is
     assert "resuming from" in done.output
     ours = whole_state(folder, 10)
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
-
-
-def drop_checkpoints_after(folder, update):
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if checkpoint.name > checkpoint_of(folder, update).name:
-            shutil.rmtree(checkpoint)
 
 
 def whole_state(folder, update):

@@ -65,9 +65,9 @@ def test_keys_that_are_newer_than_a_run_had_their_defaults(section, key):
     assert find_changed_key(saved, config).startswith("the run began with data.recall: None")
 
 
+@pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("task", ["passkey", "babi"])
 def test_a_run_trains_evaluates_and_resumes(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("memformer.training.report.write_report", lambda folder, **_: folder / "summary.html")
     if task == "babi":
         path = write_stories(tmp_path)
         held_out = write_stories(tmp_path, STORIES.replace("Mary", "Sandra"), "held_out.txt")

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from memformer import InputError, Rollout, backpropagate
-from memformer.training.engine import ReplayEngine
 from tests.helpers import SEGMENT_LENGTH, VOCAB_SIZE, assert_close
 from tests.models.classifiers import CLASSIFIERS, NUM_LABELS, SOME, documents_of, tiny_classifier
-from tests.training.gradients import assert_gradients, assert_same_gradients, gradients, gradients_of, penalty
+from tests.training.gradients import (
+    assert_gradients,
+    assert_same_gradients,
+    by_engine,
+    gradients,
+    gradients_of,
+    penalty,
+)
 
 
 def packed_rollout(num_timesteps=4, batch_size=3, *, seed=1):
@@ -94,11 +100,7 @@ def test_the_engine_computes_the_same(name):
     model = tiny_classifier(dropout=0.2, **CLASSIFIERS[name])
     rollout, memory = packed_rollout(), used_memory(model, 3)
     expected = gradients(model, rollout, memory, "bptt")
-    model.zero_grad()
-    torch.manual_seed(5)
-    result = ReplayEngine(model).backpropagate(rollout, memory=memory)
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert_same_gradients((result, grads, None), expected)
+    assert_same_gradients(by_engine(model, rollout, memory), expected)
 
 
 def test_a_write_penalty_is_replayed():

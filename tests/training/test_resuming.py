@@ -25,7 +25,15 @@ from memformer.training.logs import read_log
 from memformer.training.optimizer import learning_rate_at
 from memformer.training.run_data import DocumentData
 from memformer.training.run_inputs import describe_inputs, find_changed_input, find_changed_key, pin_revisions
-from tests.training.runs import NUM_UPDATES, checkpoint_of, config_file, logged, run_config, saved_tensors
+from tests.training.runs import (
+    NUM_UPDATES,
+    checkpoint_of,
+    config_file,
+    drop_checkpoints_after,
+    logged,
+    run_config,
+    saved_tensors,
+)
 
 pytestmark = pytest.mark.usefixtures("without_report")
 CHILD = """
@@ -45,12 +53,6 @@ main(sys.argv[1:])
 """
 
 
-def drop_checkpoints_after(folder, update):
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if checkpoint.name > f"update-{update:09d}":
-            shutil.rmtree(checkpoint)
-
-
 def assert_same_run(folder, other, update=NUM_UPDATES):
     assert logged(folder) == logged(other)
     ours, theirs = saved_tensors(checkpoint_of(folder, update)), saved_tensors(checkpoint_of(other, update))
@@ -60,11 +62,8 @@ def assert_same_run(folder, other, update=NUM_UPDATES):
 
 
 def fingerprint(folder):
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_a_run_killed_while_saving_and_resumed_equals_the_uninterrupted_run(base, unbroken, capsys):
