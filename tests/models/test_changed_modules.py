@@ -94,29 +94,6 @@ def test_backward_hooks_see_the_keys_and_values_of_the_past(name, register):
     assert_same_gradients(plain[1], forced[1])
 
 
-def test_global_hooks_see_every_layer_of_an_lstm():
-    model, ids = tiny_baseline("lstm"), tokens(1, 11)[0].tolist()
-
-    def double(module, inputs, output):
-        return (2 * output[0], output[1]) if isinstance(module, nn.LSTM) else None
-
-    def step_by_step():
-        session, logits = Session(model), []
-        for token in ids:
-            logits.append(session.next_token_logits())
-            session.feed([token])
-        return torch.cat(logits)
-
-    without = step_by_step()
-    handle = nn.modules.module.register_module_forward_hook(double)
-    try:
-        found = step_by_step()
-        assert_close(found, Session(model).token_logits(ids))
-    finally:
-        handle.remove()
-    assert not torch.allclose(found, without)
-
-
 def test_a_session_of_a_model_with_shared_layers_can_be_continued(tmp_path):
     model = tiny_model()
     model.encoder.layers[1] = model.encoder.layers[0]

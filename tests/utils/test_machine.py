@@ -36,12 +36,13 @@ def test_peak_memory_is_read_from_psutil_on_windows(monkeypatch):
 
 
 def test_peak_memory_grows_with_allocated_tensors():
-    """In a process of its own, started by a small one: on Linux a process begins with the peak of its parent."""
+    """Not with what the process has held that began this one: on Linux, `getrusage` begins with its peak."""
     measure = (
         "import torch; from memformer.utils.machine import peak_memory_bytes; cpu = torch.device('cpu'); "
         "before = peak_memory_bytes(cpu); held = torch.ones(1 << 26); print(peak_memory_bytes(cpu) - before)"
     )
-    done = run(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {measure!r}], check=True)")
+    large = "held = b'1' * (1 << 30)"
+    done = run(f"import subprocess, sys; {large}; subprocess.run([sys.executable, '-c', {measure!r}], check=True)")
     assert done.returncode == 0, done.stderr
     assert 0.9 < int(done.stdout) / (4 << 26) < 1.2  # of 256 MiB
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -71,9 +70,12 @@ def part_of_output(projection: nn.Module, x: Tensor, outputs: slice, *, detached
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything is called when the module is, or when a gradient passes through it."""
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(own) or bool(_has_any_global_hook())
+    """Return whether the module has hooks that are called when it is, or when a gradient passes through it.
+
+    Global hooks of all modules do not count: those of PyTorch's counter of operations would change what it counts.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def recompute_weights(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -98,8 +99,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    if found := re.search(r"^VmHWM:\s*(\d+) kB$", _system_text("/proc/self/status"), re.MULTILINE):  # on Linux
+        return int(found[1]) * 1024
     import resource
 
+    # On Linux, where a system has no such file, this may be the peak of the process that began this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -109,11 +113,16 @@ def has_intel_processor() -> bool:
     """Return whether this machine's processor is made by Intel."""
     if sys.platform == "darwin":
         return platform.machine() == "x86_64"
+    # The name of the processor names the vendor on Windows.
+    return "GenuineIntel" in (_system_text("/proc/cpuinfo") or platform.processor())
+
+
+def _system_text(path: str) -> str:
+    """Return the text of a file of the system; empty if there is none."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        text = platform.processor()  # names the vendor on Windows
-    return "GenuineIntel" in text
+        return ""
 
 
 def version_of(package: str) -> str:
