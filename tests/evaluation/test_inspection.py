@@ -269,7 +269,9 @@ def test_a_timestep_of_padding_alone_counts_for_no_slot(array):
     padding = torch.zeros_like(rollout.inputs, dtype=torch.bool)
     padding[-1] = True
     padding[0, :, 1:] = True
-    found = inspect_memory(model, [dataclasses.replace(rollout, input_padding=padding)])
+    no_target = torch.zeros_like(padding)
+    no_target[-1] = True
+    found = inspect_memory(model, [dataclasses.replace(rollout, input_padding=padding, target_padding=no_target)])
     assert found.num_timesteps == 3
     assert found.timesteps[-1].read_ids == []
     # The first timestep reads [BOS], so the second one alone counts.
