@@ -1,4 +1,4 @@
-"""Compare the speed of replay and BPTT in this checkout with that in another checkout, on one CPU.
+"""Compare the speed of replay, BPTT and sessions in this checkout with that in another checkout, on one CPU.
 
     git worktree add ../before COMMIT
     python benchmarks/checkouts.py ../before/src                # table; JSON only with --output
@@ -24,6 +24,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay, bfloat16": {"method": "replay", "readout_timesteps": 2, "precision": "bfloat16"},
     "bptt": {"method": "bptt", "readout_timesteps": 8},
 }
+# Sessions of one row; the rest is not used.
+_SESSION = {"batch_size": 1, "readout_timesteps": 1}
+SESSIONS: dict[str, dict[str, Any]] = {
+    f"{work}{', compiled' if compiled else ''}": {**_SESSION, **options, "compiled": compiled}
+    for work, options in {"decoding": {}, "reading 100 tokens a call": {"tokens_per_call": 100}}.items()
+    for compiled in (False, True)
+}
 Turns = list[dict[str, Any]]
 
 
@@ -34,10 +41,13 @@ def main() -> None:
     setting = {name: getattr(options, name) for name in sizes} | {"precision": "float32"}
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for name in options.methods:
-        pair = [start({**setting, **METHODS[name]}, source) for source in (HERE, options.other)]
-        for what in ("train", "evaluate") if options.evaluation and name == "replay" else ("train",):
+        is_session = name in SESSIONS
+        model, changes = ("session", SESSIONS[name]) if is_session else ("memformer", METHODS[name])
+        pair = [start(model, {**setting, **changes}, source) for source in (HERE, options.other)]
+        both = options.evaluation and name == "replay"
+        for what in ("train", "evaluate") if both else ("evaluate",) if is_session else ("train",):
             own, other = alternate(pair, what, rounds=options.rounds)
-            label = name if what == "train" else "evaluation"
+            label = "evaluation" if both and what == "evaluate" else name
             rows[label] = {
                 "here": spread(speed(own)),
                 "other": spread(speed(other)),
@@ -59,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the src folder of the other checkout")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SESSIONS], default=list(METHODS))
     parser.add_argument("--evaluation", action="store_true", help="compare evaluation too; not for old checkouts")
     parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--batch_size", type=int, default=4)
@@ -77,13 +87,13 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def start(setting: dict[str, Any], source: Path) -> Contender:
+def start(model: str, setting: dict[str, Any], source: Path) -> Contender:
     """Return a process with the model of the package in `source`.
 
     Raises:
         RuntimeError: The process has imported another package.
     """
-    contender = Contender(sys.executable, "contenders.py", "memformer", setting, source=source)
+    contender = Contender(sys.executable, "contenders.py", model, setting, source=source)
     found = Path(contender.facts["memformer"])
     if not found.is_relative_to(source.resolve()):
         raise RuntimeError(f"the process imported {found}, which is not in {source}")

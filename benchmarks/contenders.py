@@ -2,10 +2,9 @@
 
     python benchmarks/contenders.py NAME '{"batch_size": 4, ...}'
 
-The script builds one model and prints its properties as a line of JSON. It then answers each line on stdin ("train" or
-"evaluate") with a line of JSON: the seconds and the tokens of one unit of work, which is `num_segments` segments of
-every row. All are byte models of the same width and number of layers, with random weights and random input. Training
-is forward and backward without optimizer.
+The script prints the properties of one model as a line of JSON, and answers each line on stdin ("train" or "evaluate")
+with another: the seconds and the tokens of one unit of work, `num_segments` segments of every row. All are byte models
+of one width and number of layers, with random weights and input. Training is forward and backward without optimizer.
 """
 
 # ruff: noqa: D102 - the methods are documented in Contender.
@@ -131,6 +130,24 @@ class Memformer(Contender):
         return self.memory[0].nbytes
 
 
+class MemformerSession(Memformer):
+    """A session of it, which by `evaluate` generates tokens, or reads them, `tokens_per_call` at a time."""
+
+    def build(self) -> nn.Module:
+        from memformer import Session
+
+        self.session = Session(super().build().eval(), batch_size=self.batch_size, compiled=self.options["compiled"])
+        self.session.feed(self.tokens[:, : self.length + 1])  # steps are compiled from the second segment on
+        return self.model
+
+    def evaluate(self) -> float:
+        if "tokens_per_call" in self.options:
+            list(map(self.session.feed, self.tokens[:, 1:].split(self.options["tokens_per_call"], dim=1)))
+        else:
+            self.session.generate(self.num_segments * self.length, temperature=0)
+        return 0.0
+
+
 class Lucidrains(Contender):
     """lucidrains/memformer with its replay, and a loss on every segment (its own loop has one on the last only)."""
 
@@ -149,10 +166,9 @@ class Lucidrains(Contender):
         )
         # The decoder predicts the segment after the encoder's; its wrapper also needs the token before that segment.
         segments = self.tokens[:, 1:].split(self.length, dim=1)
-        before = [segments[-1], *segments[:-1]]
         self.pairs = [
             (source, torch.cat([source[:, -1:], target], dim=1))
-            for source, target in zip(before, segments, strict=True)
+            for source, target in zip([segments[-1], *segments[:-1]], segments, strict=True)
         ]
         return model
 
@@ -288,8 +304,7 @@ class GPT2(Contender):
             (self._loss(tokens, following) / self.num_segments).backward()
 
     def evaluate(self) -> float:
-        losses = [float(self._loss(tokens, following)) for tokens, following in self.segments()]
-        return sum(losses) / len(losses)
+        return sum(float(self._loss(tokens, following)) for tokens, following in self.segments()) / self.num_segments
 
 
 class MatrixProduct(Contender):
@@ -339,6 +354,7 @@ class MatrixProduct(Contender):
 
 CONTENDERS: dict[str, Callable[[dict[str, Any]], Contender]] = {
     "memformer": Memformer,
+    "session": MemformerSession,
     "lucidrains": Lucidrains,
     "transformer-xl": TransformerXL,
     "gpt2": GPT2,

@@ -166,14 +166,13 @@ class SelfAttention(nn.Module):
         applied, and the values of such tokens; they come first. The weights (B, H, Q, J) are appended to `record`, if
         given.
         """
-        query_key, value = split_heads(self.query_key_value(x), 3 * self.num_heads).split(
-            [2 * self.num_heads, self.num_heads], dim=1
-        )
+        projected = self.query_key_value(x)
         if cache is not None and frame.is_same_for_keys:
-            # Together, because a step of one token waits for launches; whole segments are not faster so.
+            # Queries and keys together, because a step of one token waits for launches; whole segments are slower so.
+            query_key, value = split_heads(projected, 3 * self.num_heads).tensor_split([2 * self.num_heads], dim=1)
             query, key = frame.apply_to_queries(query_key).chunk(2, dim=1)
         else:
-            query, key = query_key.chunk(2, dim=1)
+            query, key, value = (split_heads(part, self.num_heads) for part in projected.chunk(3, dim=-1))
             if past is not None:
                 past_key, past_value = self._project_past(past)
                 key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)

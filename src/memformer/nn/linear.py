@@ -94,6 +94,8 @@ def called_detached(module: nn.Module, x: Tensor) -> Tensor:
 
 def called_in_dtype(projection: nn.Module, x: Tensor) -> Tensor:
     """Return the module's output for x, with its parameters and buffers converted to the dtype of x."""
+    if type(projection) is Linear and projection.weight.dtype == x.dtype:  # as almost always
+        return projection(x)
     converted = {
         name: tensor.to(x.dtype)
         for name, tensor in chain(projection.named_parameters(), projection.named_buffers())
