@@ -41,13 +41,13 @@ def main() -> None:
     setting = {name: getattr(options, name) for name in sizes} | {"precision": "float32"}
     rows: dict[str, dict[str, dict[str, float]]] = {}
     for name in options.methods:
-        is_session = name in SESSIONS
-        model, changes = ("session", SESSIONS[name]) if is_session else ("memformer", METHODS[name])
-        pair = [start(model, {**setting, **changes}, source) for source in (HERE, options.other)]
-        both = options.evaluation and name == "replay"
-        for what in ("train", "evaluate") if both else ("evaluate",) if is_session else ("train",):
+        model, works = ("session", {name: "evaluate"}) if name in SESSIONS else ("memformer", {name: "train"})
+        if options.evaluation and name == "replay":
+            works["evaluation"] = "evaluate"
+        changed = {**setting, **(METHODS | SESSIONS)[name]}
+        pair = [start(model, changed, source) for source in (HERE, options.other)]
+        for label, what in works.items():
             own, other = alternate(pair, what, rounds=options.rounds)
-            label = "evaluation" if both and what == "evaluate" else name
             rows[label] = {
                 "here": spread(speed(own)),
                 "other": spread(speed(other)),

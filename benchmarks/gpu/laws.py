@@ -42,7 +42,7 @@ def laws(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
         variants, baselines, has_masks = variants[:1], baselines[:1], (True,)
     check = partial(compare_with_bptt, has_masks=has_masks)
     narrow = [name for name in variants if "slot_width" in VARIANTS[name]]
-    # First those that did not hold or were not checked when the last GPU was at hand.
+    # First the laws that failed in the last run on a GPU, and those that were not part of it.
     for dtype in ("bfloat16", "float32"):
         yield f"{dtype}, default", lambda dtype=dtype: check(tiny_model(dropout=0.2).float(), dtype=dtype)
     yield (

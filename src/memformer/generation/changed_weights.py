@@ -21,9 +21,9 @@ def identify_weights(model: nn.Module) -> list[tuple[int, ...]]:
     Compiled code for a CPU holds the values. Fused optimizers and changes of `.data` leave no trace but these. On other
     devices it reads the weights where they are.
     """
-    if next(model.parameters()).device.type != "cpu":
-        return [(weight.data_ptr(),) for weight in model.parameters()]
     weights = list(model.parameters())
+    if weights[0].device.type != "cpu":
+        return [(weight.data_ptr(),) for weight in weights]
     versions = versions_of(weights)
     return [
         (weight.data_ptr(), version, checksum_of(weight)) for weight, version in zip(weights, versions, strict=True)

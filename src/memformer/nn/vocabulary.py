@@ -42,13 +42,7 @@ class TiedEmbedding(nn.Embedding):
 
     def logits(self, features: Features) -> Float[Tensor, "B Q V"]:
         """Return the next-token logits at each position."""
-        return linear(features, self._current_weight()[: self.vocab_size])
-
-    def _current_weight(self) -> Tensor:
-        """Return the weights, computed anew if a hook computes them when the module is called (pruning, adapters)."""
-        if self._forward_pre_hooks:
-            self(torch.zeros(0, dtype=torch.int64, device=self.weight.device))
-        return self.weight
+        return linear(features, _current_weight(self)[: self.vocab_size])
 
     def nll(self, features: Features, targets: Tokens) -> Float[Tensor, "B Q"]:
         """Return the negative log-likelihood of each target, in at least float32.
@@ -76,7 +70,7 @@ class TiedEmbedding(nn.Embedding):
         if features.device.type == "cuda" and self.vocab_size % _ALIGNMENT:
             logits = F.linear(features, *self._padded())
         else:
-            logits = linear(features, self._current_weight()[: self.vocab_size])
+            logits = linear(features, _current_weight(self)[: self.vocab_size])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
     def _padded(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +78,7 @@ class TiedEmbedding(nn.Embedding):
 
         With an odd number of columns, CUDA's matrix products fall back to old kernels, three times as slow.
         """
-        weight = self._current_weight()
+        weight = _current_weight(self)
         num_rows, num_columns = weight.shape[0], -(-weight.shape[0] // _ALIGNMENT) * _ALIGNMENT
         weight = F.pad(weight, (0, 0, 0, num_columns - num_rows))
         is_predicted = torch.arange(num_columns, device=weight.device) < self.vocab_size
@@ -186,10 +180,12 @@ class AdaptiveEmbedding(nn.Module):
         """Do nothing: the sizes of the clusters' batches depend on the tokens."""
 
 
-def _current_weight(layer: nn.Linear) -> Tensor:
-    """Return the weight, computed anew if a hook computes it when the layer is called (pruning, normalization)."""
+def _current_weight(layer: nn.Embedding | nn.Linear) -> Tensor:
+    """Return the weight, computed anew if a hook computes it when the layer is called (pruning, adapters)."""
     if layer._forward_pre_hooks:
-        layer(layer.weight.new_zeros(0, layer.in_features))
+        weight = layer.weight
+        nothing = weight.new_zeros(0, dtype=torch.int64) if isinstance(layer, nn.Embedding) else weight[:0]
+        layer(nothing)
     return layer.weight
 
 
